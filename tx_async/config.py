@@ -1,0 +1,145 @@
+"""Configuration of the server: one frozen struct; file (TOML) < environment (`TX_…`) < flags. Unknown keys are refused by name."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tx_async.errors import ConfigError
+from tx_async.wire.worker import EngineConfig
+
+
+class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that the server can be told. Units and qualifiers stand last in the names."""
+
+    base_model: str = ""
+    """Folder, or hub name, of the Hugging Face model that every adapter belongs to."""
+    base_model_name: str = ""
+    """Name that clients use for it; empty = `base_model` itself."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend_config: EngineConfig = EngineConfig()
+    database_url: str = ""
+    """`sqlite:///absolute/path.db` or `postgresql://…`; empty = `tx_async.db` in `data_dir`."""
+    data_dir: str = ""
+    """Home of everything durable that has no place of its own; empty = `~/.local/share/tx_async`."""
+    checkpoints_base: str = ""
+    """Folder, or `s3://`, `gs://`, `az://` address, of checkpoints; empty = `checkpoints` in `data_dir`."""
+    compilation_cache_dir: str = ""
+    """Compiled programs; empty = `compilation_cache` in `data_dir`."""
+    api_keys_file: str = ""
+    """File of hashed API keys (`tx-async keys`); required unless the server listens on loopback only."""
+
+    local_workers: int = 1
+    """Workers that the server spawns and supervises; 0 = all are started by hand."""
+    worker_address: str = ""
+    """Where workers from outside attach, for example `tcp://0.0.0.0:7001`; empty = only workers on this host, through a socket file."""
+    worker_token: str = ""
+    """Shared secret that a worker over tcp must prove."""
+    worker_heartbeat_interval_ms: int = 1_000
+    worker_lease_ms: int = 60_000
+    """A worker that has been silent for so long is lost; its work is done again."""
+    commands_in_flight_max: int = 2
+    """Commands that the device has ahead, so that it never waits for the event loop."""
+    shared_memory_bytes: int = 512 * 2**20
+    """Size of each arena between the server and a worker of its own host."""
+
+    request_body_bytes_max: int = 256 * 2**20
+    queued_requests_max: int = 20_000
+    """Accepted, unfinished requests; more are answered 429."""
+    queued_bytes_max: int = 4 * 2**30
+    tenant_queued_samples_max: int = 10_000
+    """Unfinished samples (num_samples counted) of one API key; more are answered 429."""
+    sample_num_samples_max: int = 4_096
+    long_poll_ms: int = 25_000
+    """How long `retrieve_future` waits before it answers 408."""
+    seq_gap_ms: int = 120_000
+    """A missing predecessor in `seq_id` order is taken for burned after so long."""
+    train_share: float = 1.0
+    """Weight of training against sampling when both have work."""
+    sample_share: float = 1.0
+
+    session_timeout_s: int = 600
+    """A session without heartbeat for so long has ended: its queued samples are cancelled."""
+    result_retention_s: int = 24 * 3600
+    """Results that can be fetched again, after they were first ready."""
+    session_retention_s: int = 30 * 24 * 3600
+    snapshot_every_steps: int = 16
+    """Optimizer steps between two snapshots of a model."""
+    snapshot_every_bytes: int = 256 * 2**20
+    """Request bodies that a snapshot would free before one is taken early."""
+    snapshot_idle_s: int = 30
+    """A model without requests for so long is snapshotted."""
+    shutdown_ms: int = 10_000
+    """Longest time that a shutdown spends on draining and snapshots."""
+    log_level: str = "info"
+
+    @property
+    def model_name(self) -> str:
+        return self.base_model_name or self.base_model
+
+    @property
+    def data_path(self) -> Path:
+        return Path(self.data_dir).expanduser() if self.data_dir else Path.home() / ".local/share/tx_async"
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_path / 'tx_async.db'}"
+
+    @property
+    def resolved_checkpoints_base(self) -> str:
+        return self.checkpoints_base or str(self.data_path / "checkpoints")
+
+    @property
+    def resolved_compilation_cache_dir(self) -> str:
+        return self.compilation_cache_dir or str(self.data_path / "compilation_cache")
+
+
+def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> ServerConfig:
+    """The configuration from all sources.
+
+    `TX_CONFIG` names a TOML file; `TX_<FIELD>` sets a field (`TX_BACKEND_CONFIG` as JSON); `flags` holds parsed values and
+    wins. Raises `ConfigError` naming the key and its source.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    if file := environ.get("TX_CONFIG"):
+        values |= _read_file(Path(file))
+    values |= _read_environment(environ)
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    if isinstance(values.get("backend_config"), str):
+        values["backend_config"] = _parse_json("backend_config", values["backend_config"])
+    try:
+        return msgspec.convert(values, ServerConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"The configuration is invalid: {error}") from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"TX_CONFIG names {path}, which cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    fields = {f"TX_{field.name.upper()}": field.name for field in msgspec.structs.fields(ServerConfig)}
+    unknown = sorted(name for name in environ if name.startswith("TX_") and name not in fields and name != "TX_CONFIG")
+    if unknown:
+        raise ConfigError(f"Unknown setting in the environment: {', '.join(unknown)}. Known: {', '.join(sorted(fields))}.")
+    return {fields[name]: value for name, value in environ.items() if name in fields}
+
+
+def _parse_json(key: str, text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{key} is not valid JSON: {error}") from error

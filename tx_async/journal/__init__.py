@@ -1,0 +1,1 @@
+"""What the server knows, on disk: SQLite or PostgreSQL behind one protocol."""

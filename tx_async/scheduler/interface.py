@@ -1,0 +1,111 @@
+"""What the API may ask of the scheduler. `scheduler.py` implements it; `testing/` ships a fake of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from tx_async.wire.operations import Operation
+from tx_async.wire.records import (
+    CheckpointRecord,
+    ModelRecord,
+    RequestRecord,
+    ResultRecord,
+    SamplerRecord,
+    SessionRecord,
+)
+
+QueueState = Literal["active", "paused_capacity", "paused_rate_limit"]
+
+
+class StillPending(Struct, frozen=True):
+    """A long poll ended without a result: the client polls again."""
+
+    queue_state: QueueState = "active"
+    queue_state_reason: str | None = None
+
+
+class BaseModelInfo(Struct, frozen=True, kw_only=True):
+    """What the API must know of the base model to validate a request; read from its files, before any worker is ready."""
+
+    name: str
+    path: str
+    """Folder of the model's files on this host ("" when it is a hub name)."""
+    architecture: str
+    vocab_size: int
+    max_context_length: int
+    eos_token_ids: tuple[int, ...] = ()
+    max_lora_rank: int = 32
+    target_tokens_k_max: int = 128
+
+
+class SchedulerApi(Protocol):
+    """Every call checks ownership: what belongs to another owner does not exist (`NotFound`).
+
+    Mappings are live, read-only views. Coroutines return after the journal has committed what they changed.
+    """
+
+    base_model: BaseModelInfo
+    sessions: Mapping[str, SessionRecord]
+    models: Mapping[str, ModelRecord]
+    samplers: Mapping[str, SamplerRecord]
+    checkpoints: Mapping[str, CheckpointRecord]
+    """By tinker:// path; expired ones are gone."""
+
+    def waiting_for(self) -> list[str]:
+        """What a request could not run without yet; empty when the server is ready."""
+        ...
+
+    def statistics(self) -> dict[str, float]: ...
+
+    async def create_session(self, session: SessionRecord) -> SessionRecord: ...
+
+    def heartbeat(self, owner: str, session_id: str) -> None:
+        """Raises `UnknownSession`, or `SessionGone` when it has ended."""
+        ...
+
+    async def finish_session(self, owner: str, session_id: str, status: str, detail: str | None) -> None:
+        """The first reason wins."""
+        ...
+
+    async def create_sampler(
+        self, owner: str, session_id: str, sampling_session_seq_id: int, base_model: str | None, model_path: str | None
+    ) -> SamplerRecord:
+        """Idempotent by (session, sequence number); `Conflict` with other content. `model_path` may name any checkpoint kind."""
+        ...
+
+    async def join_sampler(self, owner: str, sampler_id: str) -> int:
+        """A number ≥ 1 that no other client of this sampling session has."""
+        ...
+
+    async def submit(self, owner: str, operation: Operation) -> RequestRecord:
+        """Accept an operation. The same key returns the first request; `Conflict` with another body. `Overloaded`: try later.
+
+        An operation that is refused only because of live state (an unknown checkpoint, a rank that does not fit) is accepted
+        all the same and fails through its result, so that its seq_id counts as used.
+        """
+        ...
+
+    async def retrieve(self, owner: str, request_id: str, timeout_s: float) -> ResultRecord | StillPending:
+        """Wait for a result. Raises `ResultGone` for an unknown or expired id."""
+        ...
+
+    async def cancel(self, owner: str, request_id: str) -> None:
+        """Samples only; training is never cancelled. Unknown ids are fine."""
+        ...
+
+    async def update_checkpoint(self, owner: str, checkpoint: CheckpointRecord) -> None:
+        """Replace the mutable fields (public, expires_at, user_metadata) of a checkpoint."""
+        ...
+
+    async def delete_checkpoint(self, owner: str, path: str) -> None: ...
+
+    async def copy_checkpoint(self, owner: str, path: str, session_id: str, model_seq_id: int) -> CheckpointRecord:
+        """Copy into a new, untrainable run."""
+        ...
+
+    async def update_session(self, owner: str, session: SessionRecord) -> None:
+        """Replace the mutable fields (project_id) of a session."""
+        ...

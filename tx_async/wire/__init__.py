@@ -1,0 +1,1 @@
+"""Every struct that crosses a border, and nothing else: imports only `errors`."""

@@ -1,0 +1,150 @@
+"""What clients ask for, in one canonical form: `api/` decodes every encoding and SDK generation into these structs, the
+journal stores their msgpack, and replay starts from them. Everything that does not depend on live state is validated before
+one is made; past `api/` their fields are believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from tx_async.wire.tensors import Tensor
+from tx_async.wire.worker import AdamParams, AdapterConfig
+
+
+class Datum(Struct, frozen=True, array_like=True):
+    """One training sequence. `tokens` is int32 little-endian; loss inputs are dense ([T] or [T, K], float32 or int64)."""
+
+    tokens: bytes
+    loss_fn_inputs: dict[str, Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // 4
+
+
+class CreateModel(Struct, tag=True, frozen=True, kw_only=True):
+    model_id: str
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    lora: AdapterConfig
+    user_metadata: dict = {}
+
+
+class CreateModelFromCheckpoint(Struct, tag=True, frozen=True, kw_only=True):
+    """load_weights with session addressing: a new model whose LoRA configuration is the checkpoint's."""
+
+    model_id: str
+    session_id: str
+    model_seq_id: int
+    path: str
+    optimizer: bool
+    user_metadata: dict = {}
+
+
+class ForwardBackward(Struct, tag=True, frozen=True, kw_only=True):
+    model_id: str
+    seq_id: int
+    data: tuple[Datum, ...]
+    loss_fn: str
+    loss_fn_config: dict[str, float] = {}
+    forward_only: bool = False
+
+
+class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
+    model_id: str
+    seq_id: int
+    adam_params: AdamParams
+
+
+class SaveWeights(Struct, tag=True, frozen=True, kw_only=True):
+    """kind "weights": training checkpoint; "sampler_weights": immutable sampler version; "external_weights": PEFT export.
+
+    `name` is None for an ephemeral sampler (save_weights_and_get_sampling_client), which then has a sampling session id.
+    """
+
+    model_id: str
+    seq_id: int
+    kind: Literal["weights", "sampler_weights", "external_weights"]
+    name: str | None
+    sampling_session_seq_id: int | None = None
+    inflight: bool = False
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict = {}
+
+
+class LoadWeights(Struct, tag=True, frozen=True, kw_only=True):
+    """load_state on a live model."""
+
+    model_id: str
+    seq_id: int
+    path: str
+    optimizer: bool
+
+
+class UnloadModel(Struct, tag=True, frozen=True, kw_only=True):
+    model_id: str
+
+
+class Sample(Struct, tag=True, frozen=True, kw_only=True):
+    """`sampling_session_id` names the weights: base model, checkpoint or snapshot, fixed when it was created."""
+
+    sampling_session_id: str
+    seq_id: int
+    prompt: bytes
+    """int32 little-endian tokens."""
+    num_samples: int = 1
+    max_tokens: int | None = None
+    seed: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    use_eos: bool = True
+    """True when `stop` was absent: the model's end-of-sequence tokens stop."""
+    prompt_logprobs: bool = False
+    prompt_logprobs_last_n: int = 0
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Tensor | None = None
+    """Dense int32 [P-1, K], -1 in unlisted cells."""
+    target_layout: tuple[bytes, bytes] | None = None
+    """(crow_indices, col_indices) of a CSR request, int64: the answer repeats them."""
+    prompt_alt_tokens_k: int = 0
+
+
+class Rejected(Struct, tag=True, frozen=True, kw_only=True):
+    """A training request with an invalid content. A refused submit would burn its seq_id and leave a gap that nobody fills
+    (section 0.4 of the contract), so it is accepted, takes its place in the order, and fails there with this message."""
+
+    model_id: str
+    seq_id: int
+    kind: str
+    """Name of the operation that it would have been."""
+    message: str
+
+
+TrainingOperation = ForwardBackward | OptimStep | SaveWeights | LoadWeights | Rejected
+Operation = CreateModel | CreateModelFromCheckpoint | TrainingOperation | UnloadModel | Sample
+
+_encoder = msgspec.msgpack.Encoder(order="sorted")
+_decoder = msgspec.msgpack.Decoder(Operation)
+
+
+def encode(operation: Operation) -> bytes:
+    return _encoder.encode(operation)
+
+
+def decode(body: bytes) -> Operation:
+    return _decoder.decode(body)
+
+
+def body_digest(body: bytes) -> str:
+    """Two submissions with one key are the same request exactly when these agree, whatever encoding they came in."""
+    return hashlib.blake2b(body, digest_size=16).hexdigest()

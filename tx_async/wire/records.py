@@ -1,0 +1,171 @@
+"""Server ⇄ disk. The journal holds the newest version of each record under (type, key); live state is a fold over them.
+
+Fields are only ever added, with a default, so that a newer server reads an older journal.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from tx_async.wire.worker import AdapterConfig
+
+
+class SessionRecord(Struct, tag="session", frozen=True, kw_only=True):
+    session_id: str
+    owner: str
+    created_at: float
+    tags: tuple[str, ...] = ()
+    user_metadata: dict = {}
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+    status: Literal["active", "success", "errored", "interrupted", "expired"] = "active"
+    detail: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.session_id
+
+
+class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
+    """A training run. Its state is the snapshot (or its creation) plus the journaled operations after `snapshot_seq_id`."""
+
+    model_id: str
+    session_id: str
+    owner: str
+    base_model: str
+    lora: AdapterConfig
+    created_at: float
+    user_metadata: dict = {}
+    created_from: str | None = None
+    """tinker:// path, for a model created from a checkpoint."""
+    created_with_optimizer: bool = False
+    last_request_at: float = 0.0
+    snapshot_key: str | None = None
+    snapshot_seq_id: int = 0
+    """Every operation up to this seq_id is contained in the snapshot."""
+    snapshot_number: int = 0
+    status: Literal["live", "unloaded", "corrupted", "copy"] = "live"
+
+    @property
+    def key(self) -> str:
+        return self.model_id
+
+
+class SamplerRecord(Struct, tag="sampler", frozen=True, kw_only=True):
+    """A sampling session, pinned to the weights that it was created with."""
+
+    sampler_id: str
+    session_id: str
+    owner: str
+    base_model: str
+    created_at: float
+    model_path: str | None = None
+    storage_key: str | None = None
+    """Where the adapter's files are; None samples the base model."""
+    num_clones: int = 0
+
+    @property
+    def key(self) -> str:
+        return self.sampler_id
+
+
+class RequestRecord(Struct, tag="request", frozen=True, kw_only=True):
+    """An accepted request. Its body is stored beside it (`Journal.read_body`) until nothing can need it any more."""
+
+    request_id: str
+    owner: str
+    kind: str
+    """Name of the operation struct."""
+    subject: str
+    """model_id or sampling_session_id."""
+    seq_id: int
+    body_digest: str
+    body_bytes: int
+    created_at: float
+    sample_sequence_ids: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.request_id
+
+
+class ResultRecord(Struct, tag="result", frozen=True, kw_only=True):
+    """How a request ended. `payload` is the wire form of its content type; clients may fetch it again until it expires."""
+
+    request_id: str
+    finished_at: float
+    content: Literal["json", "sample", "forward_backward", "error"]
+    payload: bytes
+
+    @property
+    def key(self) -> str:
+        return self.request_id
+
+
+class CheckpointRecord(Struct, tag="checkpoint", frozen=True, kw_only=True):
+    """A complete checkpoint. Written after its files are durable, so a listed path is never half there."""
+
+    path: str
+    """tinker://<model_id>/<kind>/<name>"""
+    model_id: str
+    owner: str
+    kind: Literal["weights", "sampler_weights", "external_weights"]
+    name: str
+    storage_key: str
+    base_model: str
+    lora: AdapterConfig
+    created_at: float
+    size_bytes: int
+    public: bool = False
+    user_metadata: dict = {}
+    expires_at: float | None = None
+
+    @property
+    def key(self) -> str:
+        return self.path
+
+
+Record = SessionRecord | ModelRecord | SamplerRecord | RequestRecord | ResultRecord | CheckpointRecord
+
+
+class Put(Struct, tag=True, frozen=True):
+    """Insert or replace a record; `body` only with a `RequestRecord`."""
+
+    record: Record
+    body: bytes | None = None
+
+
+class Delete(Struct, tag=True, frozen=True):
+    """Remove a record (and its body) if it is there."""
+
+    table: Literal["session", "model", "sampler", "request", "result", "checkpoint"]
+    key: str
+
+
+class DropBody(Struct, tag=True, frozen=True):
+    """The body of a request is covered by a snapshot, or its request ended: free it, keep the record."""
+
+    request_id: str
+
+
+Change = Put | Delete | DropBody
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint")
+
+
+def encode_record(record: Record) -> bytes:
+    return _encoder.encode(record)
+
+
+def decode_record(data: bytes) -> Record:
+    return _decoder.decode(data)
+
+
+def type_of(record: Record) -> str:
+    return record.__struct_config__.tag  # type: ignore[return-value]

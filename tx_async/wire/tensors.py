@@ -1,0 +1,42 @@
+"""Arrays as they travel: dtype, shape and little-endian C-order bytes; numpy views on both sides, no copies."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from msgspec import Struct
+
+DType = Literal["float32", "int64", "int32", "uint32", "uint64", "bfloat16", "bool"]
+
+
+class Tensor(Struct, frozen=True, array_like=True):
+    """An array with its bytes, for bodies that are stored (operations in the journal)."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+    def numpy(self) -> np.ndarray:
+        """A read-only view on `data`."""
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Tensor:
+        return cls(dtype=str(array.dtype), shape=array.shape, data=array.tobytes())  # type: ignore[arg-type]
+
+
+class TensorSpec(Struct, frozen=True, array_like=True):
+    """An array whose bytes travel beside the message: in shared memory, or as a frame of their own."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> TensorSpec:
+        return cls(dtype=str(array.dtype), shape=array.shape)  # type: ignore[arg-type]

@@ -1,0 +1,436 @@
+"""Server ⇄ worker: a closed world of messages.
+
+Arrays never travel inside these structs: a message that has any lists them as `tensors`, and they follow in that order, in
+shared memory or as frames. Commands of one worker group are numbered without gaps from 1 after each `Welcome`; every host of
+a mesh receives the same ones and runs them in that order. All index spaces (slots, sequence ids) belong to the scheduler:
+a worker obeys them and invents none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as SequenceOf
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from tx_async.wire.tensors import TensorSpec
+
+PROTOCOL_VERSION = 1
+
+BASE_SLOT = -1
+"""`sampler_slot` of a sequence that samples the base model without an adapter."""
+
+LORA_ALPHA = 32.0
+"""Constant, as the Tinker cookbook states it: the scale of an adapter is 32 / rank."""
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The backend configuration: what the engine needs besides the base model. Unknown keys are refused by name."""
+
+    max_lora_adapters: int = 8
+    """Training adapters that are on the device at once; more models than this live in host memory and storage."""
+    max_lora_rank: int = 32
+    max_sampler_adapters: int = 8
+    """Sampler adapter versions that are on the device at once."""
+    tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    fully_sharded_data_parallel_size: int = 1
+    coordinator_address: str = ""
+    num_processes: int = 1
+    train_micro_batch_tokens: int = 0
+    """Tokens of one training micro-batch; 0 lets the engine choose for its platform."""
+    train_micro_batch_size: int = 0
+    """Rows of one training micro-batch, whatever their length; 0 derives it from `train_micro_batch_tokens`."""
+    train_row_lengths: tuple[int, ...] = ()
+    """Lengths of packed rows, ascending; () lets the engine choose: doubling steps up to the context."""
+    gradient_checkpointing: bool = False
+    max_context_length: int = 0
+    """Tokens of prompt and completion together; 0 takes the model's own limit."""
+    sample_max_num_sequences: int = 64
+    """Sequences that decode at once; more simply queue."""
+    kv_cache_tokens: int = 0
+    """Tokens that the paged KV cache holds; 0 lets the engine choose from the device's memory."""
+    kv_page_size: int = 16
+    prefix_cache: bool = True
+    decode_steps: int = 0
+    """Decode steps of one quantum; 0 lets the engine choose for its platform."""
+    prefill_chunk_tokens: int = 0
+    """Prompt tokens that one prefill dispatch handles; 0 lets the engine choose."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """dtype of the base weights; "" is bfloat16 on accelerators and float32 on CPU."""
+    compile_ahead: bool = False
+    """Compile every program at start instead of at first use."""
+    compilation_cache_dir: str = ""
+
+
+# ---- handshake
+
+
+class Hello(Struct, tag=True, frozen=True, kw_only=True):
+    """First message of a worker, and after each lost connection."""
+
+    protocol_version: int
+    name: str
+    token: str = ""
+    host: str
+    pid: int
+    process_id: int = 0
+    capabilities: frozenset[Literal["train", "sample"]] = frozenset({"train", "sample"})
+    shared_memory: bool = False
+    """True when this worker runs on the server's own host and can map its segments."""
+
+
+class Welcome(Struct, tag=True, frozen=True, kw_only=True):
+    """The worker is attached. It builds its engine from this, reports `Progress`, then `Ready`."""
+
+    base_model: str
+    """Folder or hub name of the base model."""
+    engine: EngineConfig
+    checkpoints_base: str
+    heartbeat_interval_ms: int
+    lease_ms: int
+    inbox: str = ""
+    """Shared-memory arena that the server writes and this worker reads ("" = frames)."""
+    outbox: str = ""
+    """Shared-memory arena that this worker writes and the server reads ("" = frames)."""
+
+
+class Refused(Struct, tag=True, frozen=True):
+    """The worker may not attach; it says the reason in its log and exits."""
+
+    reason: str
+
+
+class Progress(Struct, tag=True, frozen=True, kw_only=True):
+    stage: str
+    """What is being waited for: "loading weights", "compiling", …"""
+    done: float
+    total: float
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """What the scheduler must know of an engine to form its batches."""
+
+    vocab_size: int
+    max_context_length: int
+    row_shapes: tuple[tuple[int, int], ...]
+    """(rows, row_length) of every training micro-batch, ascending by length: no other shape is ever sent."""
+    target_tokens_k: tuple[int, ...]
+    """Sizes of the last axis of `target_tokens` that micro-batches may have, ascending; the first is 1."""
+    num_training_slots: int
+    num_sampler_slots: int
+    max_lora_rank: int
+    num_sequences_max: int
+    decode_steps: int
+    prefill_tokens: int
+    num_devices: int = 1
+    platform: str = "cpu"
+    adapter_bytes: int = 0
+    """Device bytes of one training slot: A, B, m, v and one gradient."""
+
+
+class Ready(Struct, tag=True, frozen=True, kw_only=True):
+    info: EngineInfo
+
+
+class Heartbeat(Struct, tag=True, frozen=True, kw_only=True):
+    """Sent by each worker every `heartbeat_interval_ms`, busy or not; answered by the server with the same."""
+
+    num_compilations: int = 0
+
+
+class Shutdown(Struct, tag=True, frozen=True):
+    """Finish what is running and exit."""
+
+
+class Goodbye(Struct, tag=True, frozen=True):
+    """The worker leaves."""
+
+    reason: str = ""
+
+
+# ---- commands
+
+
+class AdapterConfig(Struct, frozen=True, kw_only=True):
+    """A LoRA adapter as its creator asked for it. A ~ U(±1/√in) from `seed`, B = 0, scale LORA_ALPHA / rank."""
+
+    rank: int
+    seed: int = 0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+class AdamParams(Struct, frozen=True, kw_only=True):
+    """torch.optim.AdamW: decoupled weight decay, eps outside the root. grad_clip_norm 0 = no clipping."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class CreateAdapter(Struct, tag=True, frozen=True, kw_only=True):
+    """Clear training slot `slot` and initialise a new adapter in it. Result: `Done`."""
+
+    slot: int
+    config: AdapterConfig
+
+
+class LoadAdapter(Struct, tag=True, frozen=True, kw_only=True):
+    """Clear training slot `slot` and load a training checkpoint or snapshot into it. Result: `Loaded`.
+
+    Without `optimizer`: moments, step and gradients are zero afterwards. With it: all that the files hold is restored.
+    """
+
+    slot: int
+    config: AdapterConfig
+    key: str
+    optimizer: bool
+
+
+class ReleaseAdapter(Struct, tag=True, frozen=True, kw_only=True):
+    """The content of training slot `slot` is no longer needed. Result: `Done`."""
+
+    slot: int
+
+
+class TrainMicroBatch(Struct, tag=True, frozen=True, kw_only=True):
+    """One packed micro-batch; its gradients join the accumulators of its rows' slots, in row order. Result: `Trained`.
+
+    Tensors, for a shape (R, L) of `EngineInfo.row_shapes` and K of `EngineInfo.target_tokens_k`, in this order
+    (`TRAIN_TENSORS`): tokens, positions, segment_ids (0 = padding; 1, 2, … per row), loss_fn (index in `LOSS_FNS`) as int32
+    [R, L]; target_tokens int32 [R, L, K]; weights float32 [R, L, K]; logprobs, advantages, clip_low_threshold,
+    clip_high_threshold, sequence_ratio_mask, beta as float32 [R, L].
+    """
+
+    slots: tuple[int, ...]
+    """Training slot of each row; -1 for an unused row."""
+    row_length: int
+    targets_per_token: int
+    forward_only: bool
+
+
+TRAIN_TENSORS = (
+    "tokens",
+    "positions",
+    "segment_ids",
+    "loss_fn",
+    "target_tokens",
+    "weights",
+    "logprobs",
+    "advantages",
+    "clip_low_threshold",
+    "clip_high_threshold",
+    "sequence_ratio_mask",
+    "beta",
+)
+LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
+
+
+class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
+    """Apply the gradients accumulated in a slot since its last optim_step, then clear them. Result: `Stepped`.
+
+    Without gradients since the last step the update is that of a zero gradient (moments decay, weight decay applies).
+    Non-finite gradients fail the command with `NonFiniteGradients` and are cleared; weights and moments stay.
+    """
+
+    slot: int
+    adam: AdamParams
+
+
+class SaveAdapter(Struct, tag=True, frozen=True, kw_only=True):
+    """Write a slot under `key`, atomically. Result: `Saved`, sent when the files are durable.
+
+    kind "training": A, B, m, v, step. "snapshot": the same and the accumulated gradients. "sampler" and "external": a PEFT
+    adapter (adapter_config.json + adapter_model.safetensors).
+    """
+
+    slot: int
+    config: AdapterConfig
+    key: str
+    kind: Literal["training", "snapshot", "sampler", "external"]
+    metadata: dict[str, str] = {}
+
+
+class LoadSampler(Struct, tag=True, frozen=True, kw_only=True):
+    """Put the adapter saved under `key` (any kind) into sampler slot `sampler_slot`. Result: `Loaded`."""
+
+    sampler_slot: int
+    key: str
+
+
+class PromptScores(Struct, frozen=True, kw_only=True):
+    """What a request wants to know of its prompt besides samples."""
+
+    logprobs: bool = False
+    topk: int = 0
+    last_n: int = 0
+    """Score only the last n positions (0 = all)."""
+    targets: int = -1
+    """Index in the command's tensors of an int32 [P-1, K] array of candidate tokens (-1 = none; cells of -1 give 0.0)."""
+    alt_tokens_k: int = 0
+
+
+class SequenceSpec(Struct, frozen=True, kw_only=True):
+    """One sample of one prompt."""
+
+    sequence_id: int
+    """Unique while the server runs."""
+    sampler_slot: int
+    adapter_version: str
+    """Prefix-cache namespace: equal versions have equal weights."""
+    prompt: int
+    """Index in the command's tensors: int32 [P]. Samples of one prompt share the index."""
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int = 0
+    sample_index: int = 0
+    """The random stream of a sample is fold_in(seed, sample_index), then its position: it depends on nothing else."""
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    topk_logprobs: int = 0
+    prompt_scores: PromptScores | None = None
+
+
+class AdmitSequences(Struct, tag=True, frozen=True, kw_only=True):
+    """Queue sequences for the following quanta. Result: `Done`."""
+
+    sequences: tuple[SequenceSpec, ...]
+
+
+class CancelSequences(Struct, tag=True, frozen=True, kw_only=True):
+    """Forget sequences, wherever they are. Unknown ids are fine. Result: `Done`."""
+
+    sequence_ids: tuple[int, ...]
+
+
+class SampleQuantum(Struct, tag=True, frozen=True, kw_only=True):
+    """Prefill at most `prefill_tokens` prompt tokens, then decode at most `decode_steps` tokens of every active sequence.
+    Result: `Sampled`."""
+
+    decode_steps: int
+    prefill_tokens: int
+
+
+Command = (
+    CreateAdapter
+    | LoadAdapter
+    | ReleaseAdapter
+    | TrainMicroBatch
+    | OptimStep
+    | SaveAdapter
+    | LoadSampler
+    | AdmitSequences
+    | CancelSequences
+    | SampleQuantum
+)
+
+
+class NumberedCommand(Struct, tag=True, frozen=True, kw_only=True):
+    number: int
+    digest: str
+    """`command_digest` of the command: hosts that would run different programs stop instead of hanging."""
+    command: Command
+    tensors: tuple[TensorSpec, ...] = ()
+
+
+# ---- results
+
+
+class Done(Struct, tag=True, frozen=True):
+    pass
+
+
+class Loaded(Struct, tag=True, frozen=True, kw_only=True):
+    step: int = 0
+    """Optimizer steps that the loaded state has taken."""
+
+
+class Trained(Struct, tag=True, frozen=True):
+    """Tensors: logprobs float32 [R, L, K] (0 at padding) and losses float32 [R, L], each position's term of the sum."""
+
+
+class Stepped(Struct, tag=True, frozen=True, kw_only=True):
+    metrics: dict[str, float]
+    step: int
+
+
+class Saved(Struct, tag=True, frozen=True, kw_only=True):
+    size_bytes: int
+
+
+class FinishedSequence(Struct, frozen=True, kw_only=True):
+    """A sequence that ended. Fields that say "index" name the message's tensors; -1 = not asked for."""
+
+    sequence_id: int
+    stop_reason: Literal["stop", "length"]
+    tokens: int
+    """Index: int32 [T], the stop token or the token that completed a stop string included."""
+    logprobs: int
+    """Index: float32 [T], log-probabilities of the untempered model."""
+    topk_token_ids: int = -1
+    topk_logprobs: int = -1
+    """Index: int32 / float32 [T, topk]."""
+    prompt_logprobs: int = -1
+    """Index: float32 [P], NaN at position 0 and where nothing was scored."""
+    prompt_topk_token_ids: int = -1
+    prompt_topk_logprobs: int = -1
+    """Index: int32 / float32 [P, topk], sentinels (0, -99999.0) where nothing was scored."""
+    target_logprobs: int = -1
+    """Index: float32 [P-1, K]."""
+    alt_token_ids: int = -1
+    alt_logprobs: int = -1
+    """Index: int32 / float32 [P-1, alt_tokens_k]."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+
+
+class Sampled(Struct, tag=True, frozen=True, kw_only=True):
+    finished: tuple[FinishedSequence, ...]
+    progress: tuple[tuple[int, int], ...] = ()
+    """(sequence_id, tokens prefilled or decoded for it in this quantum)."""
+    num_running: int = 0
+    num_waiting: int = 0
+    """Admitted but not decoding: their prompts wait for pages or for prefill."""
+    num_prefilled_tokens: int = 0
+    num_preempted: int = 0
+
+
+Result = Done | Loaded | Trained | Stepped | Saved | Sampled
+
+
+class CommandFinished(Struct, tag=True, frozen=True, kw_only=True):
+    number: int
+    result: Result
+    elapsed_ms: float
+    tensors: tuple[TensorSpec, ...] = ()
+
+
+class CommandFailed(Struct, tag=True, frozen=True, kw_only=True):
+    """One command failed; its slot's state is as the command's docstring says, everything else is unharmed."""
+
+    number: int
+    category: Literal["user", "server", "unknown"]
+    message: str
+    fatal: bool = False
+    """True when the engine cannot vouch for its state any longer: the worker exits and is recovered."""
+
+
+ToWorker = Welcome | Refused | NumberedCommand | Heartbeat | Shutdown
+FromWorker = Hello | Progress | Ready | Heartbeat | CommandFinished | CommandFailed | Goodbye
+
+
+def command_digest(number: int, command: Command, tensors: SequenceOf[TensorSpec]) -> str:
+    """Sixteen hex digits over the number, the command and the shapes of its tensors: equal on every host, or the mesh stops."""
+    state = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
+    state.update(msgspec.msgpack.encode(command))
+    state.update(msgspec.msgpack.encode(list(tensors)))
+    return state.hexdigest()

@@ -1,0 +1,40 @@
+"""What an engine implements. With `dispatch/dealer.py` and `schemas/` this is all that an engine of one's own needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tx_async.wire.worker import Command, EngineInfo, Result
+
+Reply = tuple[Result, list[np.ndarray]]
+"""A result and its tensors, in the order that the result's docstring states."""
+
+Pending = Callable[[], Reply]
+"""Waits for a command's outcome. Raises what made it fail: a `TxError` fails that command alone, anything else is fatal.
+Called once, on another thread, in command order except for `SaveAdapter`, whose files may become durable later."""
+
+ReportProgress = Callable[[str, float, float], None]
+"""(stage, done, total)."""
+
+
+class Engine(Protocol):
+    """The device and everything on it. Commands arrive on one thread, one at a time, in stream order."""
+
+    def info(self) -> EngineInfo: ...
+
+    def execute(self, command: Command, tensors: Sequence[np.ndarray]) -> Pending:
+        """Issue a command: change host-side state now, leave the device running, return how to wait for it.
+
+        `tensors` are views that are valid only during this call: keep nothing of them.
+        """
+        ...
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        ...
+
+    def close(self) -> None: ...
