@@ -1,1 +1,1 @@
-
+"""One architecture per file; shared parts are in `layers/`."""
