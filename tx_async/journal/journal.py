@@ -1,22 +1,44 @@
 """The journal actor: group commit over one driver.
 
-Whatever arrives while a transaction is on its way to the disk joins the next one, so a commit carries as many changes as there
-are waiters. `commit` returns when its changes are durable; callers answer their clients only then.
+Whatever arrives while a transaction is on its way to the disk joins the next one, so a commit carries as many changes
+as there are waiters. `commit` returns when its changes are durable; callers answer their clients only then.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from tx_async.wire.records import Change, Record
+from msgspec import Struct
+
+from tx_async.errors import LeaseHeld, Overloaded, StorageError
+from tx_async.wire.records import Change, Put, Record, ResultRecord
+
+TRANSACTION_BYTES_MAX = 32 * 2**20
+"""One transaction takes waiting commits up to this many bytes (but at least one commit), so that a small commit behind
+many large bodies does not wait for all of them."""
+TRANSACTION_CHANGES_MAX = 8_192
+WAITING_BYTES_MAX = 4 * 2**30
+"""Bytes that wait for the disk; more new work is refused with `Overloaded`."""
+WAITING_CHANGES_MAX = 200_000
+CHANGE_BYTES = 512
+"""What a change counts besides its body and payload: about a small record and its index entries."""
+
+_log = logging.getLogger(__name__)
 
 
 class Driver(Protocol):
-    """One database. `tests/conformance/test_journal.py` lists its behaviours; a driver is ready when all of them pass."""
+    """One database. `tests/conformance/test_journal.py` lists its behaviours; a driver is ready when all of them
+    pass.
+    """
 
     async def open(self) -> None:
-        """Migrate to the newest schema and take the lease. Raises `LeaseHeld` with the holder's name, host and pid."""
+        """Migrate to the newest schema and take the lease. Raises `LeaseHeld` with the holder's host and pid,
+        `StorageError` when the database cannot be used. After an error nothing is held."""
         ...
 
     async def load(self) -> list[Record]:
@@ -24,13 +46,252 @@ class Driver(Protocol):
         ...
 
     async def apply(self, changes: Sequence[Change]) -> None:
-        """One transaction, durable when this returns (all of the changes or, after an error, none)."""
+        """One transaction, durable when this returns (all of the changes or, after an error, none).
+
+        Raises `StorageError` when the database or its disk failed (a later call may succeed), `LeaseHeld` when another
+        server has taken over; anything else means that one of these changes cannot be stored.
+        """
         ...
 
     async def read_body(self, request_id: str) -> bytes:
         """The body put with a `RequestRecord`. Raises `StorageError` when it is gone or damaged."""
         ...
 
-    async def close(self) -> None:
-        """Release the lease."""
+    async def lost(self) -> None:
+        """Waits, perhaps for ever; raises `LeaseHeld` when the lease is lost to another server."""
         ...
+
+    async def close(self) -> None:
+        """Release the lease. Safe to call twice, and after a failed `open`."""
+        ...
+
+
+class JournalStatistics(Struct, frozen=True, kw_only=True):
+    commits: int
+    """Transactions that have become durable."""
+    failed_commits: int
+    """Transactions that the driver could not make durable."""
+    changes: int
+    """Changes in the durable transactions."""
+    bytes: int
+    """Bodies and payloads in them."""
+    waiting_changes: int
+    """Changes that are not durable yet, those of the transaction in flight included."""
+    waiting_bytes: int
+    last_commit_ms: float
+    """How long the newest durable transaction took."""
+
+
+class _Commit(Struct, frozen=True, eq=False):
+    """What one caller waits for."""
+
+    changes: tuple[Change, ...]
+    num_bytes: int
+    durable: asyncio.Future[None]
+
+
+class Journal:
+    """The mutable state is the queue of commits that are not durable yet, in the order in which they were appended."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        *,
+        transaction_bytes_max: int = TRANSACTION_BYTES_MAX,
+        transaction_changes_max: int = TRANSACTION_CHANGES_MAX,
+        waiting_bytes_max: int = WAITING_BYTES_MAX,
+        waiting_changes_max: int = WAITING_CHANGES_MAX,
+    ):
+        self._driver = driver
+        self._transaction_bytes_max = transaction_bytes_max
+        self._transaction_changes_max = transaction_changes_max
+        self._waiting_bytes_max = waiting_bytes_max
+        self._waiting_changes_max = waiting_changes_max
+        #: appended and not yet taken into a transaction, oldest first
+        self._queue: deque[_Commit] = deque()
+        self._arrived = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+        #: set once: why nothing can be committed any more
+        self._closed_because: Exception | None = StorageError("The journal is not open.")
+        #: sums over the queue and the transaction in flight
+        self._waiting_changes = 0
+        self._waiting_bytes = 0
+        self._commits = self._failed_commits = self._changes = self._bytes = 0
+        self._last_commit_ms = 0.0
+
+    def __repr__(self) -> str:
+        s = self.statistics()
+        state = "closed" if self._closed_because else "open"
+        return (
+            f"<Journal {state} on {self._driver!r} [Changes: {s.changes} durable, {s.waiting_changes} waiting | "
+            f"Commits: {s.commits}, {s.failed_commits} failed, last {s.last_commit_ms:.1f} ms]>"
+        )
+
+    def statistics(self) -> JournalStatistics:
+        return JournalStatistics(
+            commits=self._commits,
+            failed_commits=self._failed_commits,
+            changes=self._changes,
+            bytes=self._bytes,
+            waiting_changes=self._waiting_changes,
+            waiting_bytes=self._waiting_bytes,
+            last_commit_ms=self._last_commit_ms,
+        )
+
+    async def open(self) -> list[Record]:
+        """Migrate, take the lease, and return every live record: what the server's state is a fold over."""
+        await self._driver.open()
+        try:
+            records = await self._driver.load()
+        except BaseException:
+            await self._driver.close()
+            raise
+        self._closed_because = None
+        self._writer = asyncio.create_task(self._write_for_ever(), name="journal")
+        return records
+
+    async def supervise(self) -> None:
+        """Runs until `close`; raises when the journal can never commit again (`LeaseHeld`), so that the server
+        stops.
+        """
+        assert self._writer is not None, "open the journal first"
+        lost = asyncio.create_task(self._driver.lost())
+        try:
+            done, _ = await asyncio.wait({self._writer, lost}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled():
+                    task.result()
+        finally:
+            lost.cancel()
+            await asyncio.gather(lost, return_exceptions=True)
+
+    def append(self, changes: Sequence[Change], *, may_refuse: bool = True) -> asyncio.Future[None]:
+        """Queue changes now, as one atomic commit; the future is done when they are durable.
+
+        Raises `Overloaded` when too much waits for the disk. `may_refuse=False` is for the consequences of work that
+        was accepted before (results, deletions): their number is bounded by what was accepted, and they must not be
+        lost.
+        """
+        if self._closed_because is not None:
+            raise self._closed_because
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not changes:
+            durable.set_result(None)
+            return durable
+        commit = _Commit(tuple(changes), sum(map(_num_bytes, changes)), durable)
+        if may_refuse and self._is_full(commit):
+            raise Overloaded(
+                "The journal's queue is full: the disk is slower than the requests. Try again in a moment."
+            )
+        self._queue.append(commit)
+        self._waiting_changes += len(commit.changes)
+        self._waiting_bytes += commit.num_bytes
+        self._arrived.set()
+        return durable
+
+    async def commit(self, changes: Sequence[Change], *, may_refuse: bool = True) -> None:
+        """`append` and wait. Raises `StorageError` when the changes are not durable; the journal itself goes on.
+
+        Cancelling the wait does not take the changes back.
+        """
+        await self.append(changes, may_refuse=may_refuse)
+
+    async def read_body(self, request_id: str) -> bytes:
+        """The body of a request whose commit is durable. Raises `StorageError` when it is gone or damaged."""
+        return await self._driver.read_body(request_id)
+
+    async def close(self) -> None:
+        """Refuse new commits, make the waiting ones durable, release the lease."""
+        if self._closed_because is None:
+            self._closed_because = StorageError("The journal is closed.")
+        if self._writer is not None:
+            self._arrived.set()
+            await asyncio.gather(self._writer, return_exceptions=True)
+        await self._driver.close()
+
+    # ---- the one consumer
+
+    async def _write_for_ever(self) -> None:
+        while True:
+            while not self._queue:
+                if self._closed_because is not None:
+                    return
+                self._arrived.clear()
+                await self._arrived.wait()
+            batch = self._take()
+            try:
+                await self._write(batch)
+            except LeaseHeld as error:
+                self._give_up(error)
+                raise
+
+    def _take(self) -> list[_Commit]:
+        """The commits of the next transaction: all that wait, up to the limits, and at least one."""
+        batch = [self._queue.popleft()]
+        num_changes, num_bytes = len(batch[0].changes), batch[0].num_bytes
+        while self._queue:
+            num_changes += len(self._queue[0].changes)
+            num_bytes += self._queue[0].num_bytes
+            if num_changes > self._transaction_changes_max or num_bytes > self._transaction_bytes_max:
+                break
+            batch.append(self._queue.popleft())
+        return batch
+
+    async def _write(self, batch: list[_Commit]) -> None:
+        started = time.perf_counter()
+        try:
+            await self._driver.apply([change for commit in batch for change in commit.changes])
+        except (StorageError, LeaseHeld) as error:
+            self._failed_commits += 1
+            self._finish(batch, error)
+            if isinstance(error, LeaseHeld):
+                raise
+            _log.error("%s", error)
+        except Exception as error:
+            await self._write_one_by_one(batch, error)
+        else:
+            self._commits += 1
+            self._changes += sum(len(commit.changes) for commit in batch)
+            self._bytes += sum(commit.num_bytes for commit in batch)
+            self._last_commit_ms = (time.perf_counter() - started) * 1_000
+            self._finish(batch)
+
+    async def _write_one_by_one(self, batch: list[_Commit], error: Exception) -> None:
+        """Some change cannot be stored at all: find its commit, so that it fails alone."""
+        if len(batch) > 1:
+            for commit in batch:
+                await self._write([commit])
+            return
+        self._failed_commits += 1
+        _log.error("A commit of %d changes cannot be stored: %r", len(batch[0].changes), error)
+        self._finish(batch, StorageError(f"The journal cannot store this: {error}"))
+
+    def _finish(self, batch: list[_Commit], error: Exception | None = None) -> None:
+        for commit in batch:
+            self._waiting_changes -= len(commit.changes)
+            self._waiting_bytes -= commit.num_bytes
+            if commit.durable.done():  # its caller was cancelled
+                continue
+            if error is None:
+                commit.durable.set_result(None)
+            else:
+                commit.durable.set_exception(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._closed_because = error
+        batch = list(self._queue)
+        self._queue.clear()
+        self._finish(batch, error)
+
+    def _is_full(self, commit: _Commit) -> bool:
+        return (
+            self._waiting_changes + len(commit.changes) > self._waiting_changes_max
+            or self._waiting_bytes + commit.num_bytes > self._waiting_bytes_max
+        )
+
+
+def _num_bytes(change: Change) -> int:
+    if not isinstance(change, Put):
+        return CHANGE_BYTES
+    payload = len(change.record.payload) if isinstance(change.record, ResultRecord) else 0
+    return CHANGE_BYTES + payload + len(change.body or b"")

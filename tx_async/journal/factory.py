@@ -1,0 +1,36 @@
+"""The journal that a configuration names."""
+
+from __future__ import annotations
+
+from tx_async.config import ServerConfig
+from tx_async.errors import ConfigError
+from tx_async.journal.journal import Driver, Journal
+
+
+def open_journal(config: ServerConfig) -> Journal:
+    """A journal for `config.database_url`, not opened yet (`await journal.open()`). Raises `ConfigError` for an unknown
+    scheme.
+    """
+    if not config.database_url:
+        return Journal(_sqlite(str((config.data_path / "tx_async.db").absolute())))
+    return Journal(driver_for(config.database_url))
+
+
+def driver_for(url: str) -> Driver:
+    """`sqlite:///absolute/path.db` (four slashes mean the same) or `postgresql://…`."""
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme == "sqlite":
+        if not rest.startswith("/") or not rest.strip("/"):
+            raise ConfigError(f"database_url {url!r} names no file: write sqlite:///absolute/path.db.")
+        return _sqlite("/" + rest.lstrip("/"))
+    if separator and scheme in ("postgresql", "postgres"):
+        from tx_async.journal.postgres import PostgresDriver
+
+        return PostgresDriver(url)
+    raise ConfigError("database_url must begin with sqlite:/// or postgresql://.")
+
+
+def _sqlite(path: str) -> Driver:
+    from tx_async.journal.sqlite import SqliteDriver
+
+    return SqliteDriver(path)
