@@ -1,0 +1,148 @@
+"""Adapters on the device: training slots and sampler slots, two stacks that share nothing.
+
+A slot's index is an axis of every array (`[layers, slots, in, rank]`), so which adapter a program touches is data. Ranks below
+the stack's are padded with zeros, as are the matrices of a group that is not trained. They stay zero: A = 0 makes B's gradient
+zero and the other way round, and the optimizer takes no step where its moment is zero.
+Every change replaces the stacks (donated, so in place); a slot that is created or loaded is overwritten whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tx_async.layers.lora import LoraTarget, LoraWeights, init_weights
+from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
+
+Targets = dict[str, dict[str, LoraTarget]]
+
+
+class TrainingState(NamedTuple):
+    """Everything of training adapters: stacked over the slots, or one adapter's slice without that axis. All fp32."""
+
+    weights: LoraWeights
+    m: LoraWeights
+    v: LoraWeights
+    gradients: LoraWeights
+    """Sum since the last optimizer step."""
+    step: Array
+    """int32: optimizer steps taken."""
+
+
+def zeros(targets: Targets, num_slots: int, rank: int) -> TrainingState:
+    m, v, g, w = (init_weights(targets, num_slots, rank) for _ in range(4))
+    return TrainingState(w, m, v, g, jnp.zeros(num_slots, jnp.int32))
+
+
+def slot_bytes(targets: Targets, rank: int) -> int:
+    """Device bytes of one training slot: A, B, m, v and one gradient."""
+    one = jax.eval_shape(partial(init_weights, targets, 1, rank))
+    return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
+
+
+# ---- one slot of a stack: the slot axis is 1, of the step 0
+
+
+def read_slot(stack: LoraWeights, slot: Array) -> LoraWeights:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, 1, keepdims=False), stack)
+
+
+def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
+    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, slot, 1), stack, adapter)
+
+
+def read_state(state: TrainingState, slot: Array) -> TrainingState:
+    stacks = (read_slot(stack, slot) for stack in state[:4])
+    return TrainingState(*stacks, state.step[slot])
+
+
+def write_state(state: TrainingState, slot: Array, one: TrainingState) -> TrainingState:
+    stacks = (write_slot(stack, slot, adapter) for stack, adapter in zip(state[:4], one[:4], strict=True))
+    return TrainingState(*stacks, state.step.at[slot].set(one.step))
+
+
+# ---- a new adapter
+
+
+class Creation(NamedTuple):
+    """An `AdapterConfig` as data."""
+
+    seed: Array
+    """uint32 [2], low word first."""
+    rank: Array
+    groups: dict[str, Array]
+    """bool per group: attn, mlp, unembed."""
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> Creation:
+        words = np.array([config.seed & 0xFFFFFFFF, (config.seed >> 32) & 0xFFFFFFFF], np.uint32)
+        flags = {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": config.train_unembed}
+        return cls(words, np.int32(config.rank), {name: np.bool_(flag) for name, flag in flags.items()})  # type: ignore[arg-type]
+
+
+def create_adapter(targets: Targets, state: TrainingState, slot: Array, creation: Creation) -> TrainingState:
+    """Clear a slot and put a new adapter in it: A ~ U(±1/√in), B = 0, everything else zero."""
+    empty = jax.tree.map(jnp.zeros_like, read_state(state, slot))
+    weights = {
+        stack: {
+            name: _new_pair(f"{stack}.{name}", target, creation, *empty.weights[stack][name])
+            for name, target in names.items()
+        }
+        for stack, names in targets.items()
+    }
+    return write_state(state, slot, empty._replace(weights=weights))
+
+
+def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Array) -> tuple[Array, Array]:
+    """Each column of A has a key of its own, so a value depends on seed, target and position: not on slot or maximum rank."""
+    key = jax.random.fold_in(jax.random.key(creation.seed[0]), creation.seed[1])
+    key = jax.random.fold_in(key, crc32(path.encode()))
+    rank = jnp.arange(a.shape[-1])
+    bound = target.in_features**-0.5
+
+    def column(index: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, index), a.shape[:-1], jnp.float32, -bound, bound)
+
+    live = (rank < creation.rank) & creation.groups[target.group]
+    return jnp.where(live, jax.vmap(column, out_axes=-1)(rank), 0.0), b
+
+
+# ---- between slots and files: an adapter at its own rank, on the host
+
+
+def trim(weights: LoraWeights, rank: int) -> LoraWeights:
+    """The first `rank` columns of A and rows of B: all that is not padding."""
+    return _pairs(weights, lambda a, b: (np.asarray(a)[..., :rank], np.asarray(b)[..., :rank, :]))
+
+
+def pad(weights: LoraWeights, rank: int) -> LoraWeights:
+    def widen(x: Any, axis: int) -> np.ndarray:
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, rank - x.shape[axis])
+        return np.pad(np.asarray(x, np.float32), width)
+
+    return _pairs(weights, lambda a, b: (widen(a, -1), widen(b, -2)))
+
+
+def _pairs(weights: LoraWeights, change: Callable[[Any, Any], tuple[Any, Any]]) -> LoraWeights:
+    return {stack: {name: change(*ab) for name, ab in names.items()} for stack, names in weights.items()}
+
+
+def lora_scale(rank: int) -> float:
+    return LORA_ALPHA / rank
+
+
+class SamplerSlots:
+    """Adapter versions that are sampled: immutable while loaded, one scale per slot."""
+
+    def __init__(self, targets: Targets, num_slots: int, rank: int):
+        self.weights: LoraWeights = init_weights(targets, num_slots, rank)
+        self.scale = np.zeros(num_slots, np.float32)
+        """Host copy is the truth: a slot's scale is data of each quantum."""

@@ -1,0 +1,66 @@
+"""A training micro-batch on its way to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tx_async.wire.worker import TRAIN_TENSORS, TrainMicroBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowBatch:
+    """R packed rows of L positions; the tensors of `TrainMicroBatch`, and which adapter each row trains."""
+
+    slots: Array
+    """int32 [R]: training slot; an unused row has the scratch slot, the last one."""
+    scale: Array
+    """fp32 [R]: LORA_ALPHA / rank of the row's adapter."""
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+    loss_fn: Array
+    target_tokens: Array
+    weights: Array
+    logprobs: Array
+    advantages: Array
+    clip_low_threshold: Array
+    clip_high_threshold: Array
+    sequence_ratio_mask: Array
+    beta: Array
+
+
+def shapes(rows: int, length: int, k: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every field of a (rows, length, K) batch."""
+    shape = {name: (rows, length) for name in TRAIN_TENSORS}
+    shape |= {"slots": (rows,), "scale": (rows,), "target_tokens": (rows, length, k), "weights": (rows, length, k)}
+    ints = {"slots", "tokens", "positions", "segment_ids", "loss_fn", "target_tokens"}
+    return {
+        field.name: jax.ShapeDtypeStruct(shape[field.name], jnp.int32 if field.name in ints else jnp.float32)
+        for field in fields(RowBatch)
+    }
+
+
+def row_batch(
+    command: TrainMicroBatch, tensors: Sequence[np.ndarray], scratch_slot: int, scales: np.ndarray, vocab_size: int
+) -> RowBatch:
+    """Copies: the tensors are the transport's, and belong to it again when this call returns.
+
+    scales fp32 [slots + 1]. Asserts what the scheduler must have ensured.
+    """
+    slots = np.array([scratch_slot if slot < 0 else slot for slot in command.slots], np.int32)
+    assert slots.max() <= scratch_slot, f"slot {slots.max()} of {scratch_slot}"
+    arrays = {"slots": slots, "scale": scales[slots]}
+    arrays |= {name: np.array(tensor) for name, tensor in zip(TRAIN_TENSORS, tensors, strict=True)}
+    for name, expected in shapes(len(slots), command.row_length, command.targets_per_token).items():
+        assert arrays[name].shape == expected.shape, f"{name} is {arrays[name].shape}, not {expected.shape}"
+        assert arrays[name].dtype == expected.dtype, f"{name} is {arrays[name].dtype}, not {expected.dtype}"
+    for name in ("tokens", "target_tokens"):
+        assert 0 <= arrays[name].min() and arrays[name].max() < vocab_size, f"{name} outside of the vocabulary"
+    return RowBatch(**arrays)

@@ -1,0 +1,73 @@
+"""Programs: each compiled once, for shapes that are known when the engine starts, and counted.
+
+A `Program` holds its executable itself. Called with any other shape it fails instead of compiling another one, so "no input
+compiles anything new" holds by construction; `CompilationCounter` counts what XLA compiled in this process, whoever asked for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+
+CACHE_BYTES_MAX = 4 * 2**30
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+log = logging.getLogger(__name__)
+
+
+def use_cache(folder: str) -> None:
+    """Keep compiled programs in `folder` ("" = not), whatever they took to compile. Call before the first jit."""
+    if not folder:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES_MAX)
+
+
+class CompilationCounter:
+    """Programs that XLA compiled, or loaded from the persistent cache, since this counter was made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.count += 1
+
+
+class Program:
+    """A function, compiled at its first call or by `compile`, for the one set of shapes in `arguments`."""
+
+    def __init__(self, name: str, function: Callable[..., Any], arguments: Sequence[Any], donate: tuple[int, ...] = ()):
+        """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is reused."""
+        self.name = name
+        self._function = jax.jit(function, donate_argnums=donate)
+        self._shapes = jax.tree.map(_shape, tuple(arguments))
+        self._compiled: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Program {self.name}: {'compiled' if self._compiled else 'not compiled yet'}>"
+
+    def compile(self) -> None:
+        if self._compiled is None:
+            self._compiled = self._function.lower(*self._shapes).compile()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.compile()
+        return self._compiled(*arguments)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    sharding = x.sharding if isinstance(x, jax.Array) else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,0 +1,228 @@
+"""The engine: the base model and every adapter on the device, driven by one ordered stream of commands.
+
+`Engine.execute` changes host-side state and issues device work; it waits for nothing. The returned `Pending` waits, on another
+thread. Training lives here; sampling in `decode.py`; each program in the file of what it computes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tx_async import base_model
+from tx_async.engine import adapter_slots, batch, compilation, optimizer, train
+from tx_async.engine.adapter_slots import Creation, SamplerSlots
+from tx_async.engine.batch import RowBatch, row_batch
+from tx_async.engine.compilation import CompilationCounter, Program
+from tx_async.engine.optimizer import Adam, StepOutcome
+from tx_async.errors import EngineError, NonFiniteGradients, TxError
+from tx_async.models.load import load_model
+from tx_async.wire import worker as wire
+from tx_async.wire.worker import EngineConfig, EngineInfo, Welcome
+from tx_async.worker.engine_api import Pending, Reply, ReportProgress
+
+SHORTEST_ROW = 32
+PREFERRED_ROW = 1024
+"""Packed rows are filled up to this length; only a longer sequence needs a longer row."""
+TARGETS_PER_TOKEN = (1, 8, 32, 128)
+REMAT_TOKENS = 16_384
+"""Micro-batches of more tokens recompute each layer in the backward pass, whatever `gradient_checkpointing` says."""
+
+log = logging.getLogger(__name__)
+
+
+def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
+    """Load the base model and make every slot. Raises `BaseModelError` and `ConfigError`."""
+    config = welcome.engine
+    compilation.use_cache(config.compilation_cache_dir)
+    platform = jax.default_backend()
+    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    folder = base_model.resolve(welcome.base_model)
+    model, params = load_model(folder, dtype, progress)
+    engine = JaxEngine(model, params, config, context_length(folder, config), welcome.checkpoints_base)
+    if config.compile_ahead:
+        engine.compile_ahead(progress)
+    return engine
+
+
+def context_length(folder: Path, config: EngineConfig) -> int:
+    limit = base_model.read(str(folder), "", config).max_context_length
+    return (
+        max(config.train_row_lengths) if config.train_row_lengths and max(config.train_row_lengths) < limit else limit
+    )
+
+
+class JaxEngine:
+    """Fields that commands change: `training` (the training slots), `configs`, `samplers`."""
+
+    def __init__(self, model: Any, params: Any, config: EngineConfig, context: int, checkpoints_base: str):
+        self._counter = CompilationCounter()
+        self.model, self.params, self.config, self.context = model, params, config, context
+        self.targets: adapter_slots.Targets = model.lora_targets()
+        self.num_slots = config.max_lora_adapters
+        self.row_shapes = row_shapes(config, context, jax.default_backend())
+        #: One slot more than adapters: the last one takes the gradients of unused rows.
+        self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank)
+        #: LORA_ALPHA / rank of each training slot; 0 where nothing was created yet.
+        self.scales = np.zeros(self.num_slots + 1, np.float32)
+        self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank)
+        self._programs = _programs(self)
+
+    def __repr__(self) -> str:
+        return f"<JaxEngine [{np.count_nonzero(self.scales)}/{self.num_slots} training slots | {self.num_compilations} compiled]>"
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            vocab_size=self.model.vocab_size,
+            max_context_length=self.context,
+            row_shapes=self.row_shapes,
+            row_length_preferred=preferred_row_length(self.row_shapes),
+            target_tokens_k=TARGETS_PER_TOKEN,
+            num_training_slots=self.num_slots,
+            num_sampler_slots=self.config.max_sampler_adapters,
+            max_lora_rank=self.config.max_lora_rank,
+            num_sequences_max=self.config.sample_max_num_sequences,
+            decode_steps=self.config.decode_steps,
+            prefill_tokens=self.config.prefill_chunk_tokens,
+            num_devices=jax.device_count(),
+            platform=jax.default_backend(),
+            adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
+        )
+
+    @property
+    def num_compilations(self) -> int:
+        return self._counter.count
+
+    def close(self) -> None:
+        self._counter.close()
+
+    def compile_ahead(self, progress: ReportProgress) -> None:
+        for done, program in enumerate(self._programs.values()):
+            progress(f"compiling {program.name}", done, len(self._programs))
+            program.compile()
+        progress("compiling", len(self._programs), len(self._programs))
+
+    def execute(self, command: wire.Command, tensors: Sequence[np.ndarray]) -> Pending:
+        try:
+            return self._execute(command, tensors)
+        except TxError as error:
+            return partial(_fail, error)
+
+    def _execute(self, command: wire.Command, tensors: Sequence[np.ndarray]) -> Pending:
+        match command:
+            case wire.TrainMicroBatch():
+                return self._train(command, tensors)
+            case wire.OptimStep():
+                return self._optim_step(command)
+            case wire.CreateAdapter():
+                return self._create_adapter(command)
+            case wire.ReleaseAdapter():
+                return _done
+            case _:
+                raise EngineError(f"This engine cannot run {type(command).__name__}.")
+
+    # ---- training
+
+    def _train(self, command: wire.TrainMicroBatch, tensors: Sequence[np.ndarray]) -> Pending:
+        batch = row_batch(command, tensors, self.num_slots, self.scales, self.model.vocab_size)
+        program = self._programs[
+            train_program(len(command.slots), command.row_length, command.targets_per_token, command.forward_only)
+        ]
+        if command.forward_only:
+            logprobs, losses = program(self.params, self.training.weights, batch)
+        else:
+            gradients, logprobs, losses = program(self.params, self.training.weights, self.training.gradients, batch)
+            self.training = self.training._replace(gradients=gradients)
+        return lambda: (wire.Trained(), [np.asarray(logprobs), np.asarray(losses)])
+
+    def _optim_step(self, command: wire.OptimStep) -> Pending:
+        adam = Adam.of(command.adam)
+        self.training, outcome = self._programs["optim_step"](self.training, np.int32(command.slot), adam)
+        return partial(_stepped, outcome, command.adam.learning_rate)
+
+    def _create_adapter(self, command: wire.CreateAdapter) -> Pending:
+        self.scales[command.slot] = adapter_slots.lora_scale(command.config.rank)
+        creation = Creation.of(command.config)
+        self.training = self._programs["create_adapter"](self.training, np.int32(command.slot), creation)
+        return _done
+
+
+def row_shapes(config: EngineConfig, context: int, platform: str) -> tuple[tuple[int, int], ...]:
+    """One row per micro-batch on CPU: every row meets the same kernels whatever its neighbours are, so no bit depends on them."""
+    lengths = config.train_row_lengths or _doubling(context)
+    tokens = config.train_micro_batch_tokens or (0 if platform == "cpu" else 4096)
+    rows: Callable[[int], int] = lambda length: config.train_micro_batch_size or max(1, tokens // length)  # noqa: E731
+    return tuple((rows(length), length) for length in sorted(lengths))
+
+
+def _doubling(context: int) -> tuple[int, ...]:
+    lengths = [SHORTEST_ROW]
+    while lengths[-1] < context:
+        lengths.append(2 * lengths[-1])
+    return (*lengths[:-1], context)
+
+
+def preferred_row_length(row_shapes: Sequence[tuple[int, int]]) -> int:
+    lengths = [length for _, length in row_shapes]
+    return max((length for length in lengths if length <= PREFERRED_ROW), default=lengths[0])
+
+
+def train_program(rows: int, length: int, k: int, forward_only: bool) -> str:
+    return f"{'forward' if forward_only else 'forward_backward'} {rows}x{length} K={k}"
+
+
+def _programs(engine: JaxEngine) -> dict[str, Program]:
+    """Every program of the training half. Shapes and names are all known here."""
+    slot = np.int32(0)
+    listed = [
+        *_train_programs(engine),
+        Program("optim_step", optimizer.optim_step, (engine.training, slot, Adam.of(wire.AdamParams())), donate=(0,)),
+        Program(
+            "create_adapter",
+            partial(adapter_slots.create_adapter, engine.targets),
+            (engine.training, slot, Creation.of(wire.AdapterConfig(rank=1))),
+            donate=(0,),
+        ),
+    ]
+    return {program.name: program for program in listed}
+
+
+def _train_programs(engine: JaxEngine) -> Iterator[Program]:
+    state = engine.training
+    for rows, length in engine.row_shapes:
+        remat = engine.config.gradient_checkpointing or rows * length > REMAT_TOKENS
+        for k in TARGETS_PER_TOKEN:
+            of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
+            yield Program(
+                train_program(rows, length, k, forward_only=True),
+                partial(train.forward, engine.model),
+                (engine.params, state.weights, of_batch),
+            )
+            yield Program(
+                train_program(rows, length, k, forward_only=False),
+                partial(train.forward_backward, engine.model, remat),
+                (engine.params, state.weights, state.gradients, of_batch),
+                donate=(2,),
+            )
+
+
+def _stepped(outcome: StepOutcome, learning_rate: float) -> Reply:
+    taken, norm, step = (np.asarray(x) for x in outcome)
+    if not taken:
+        raise NonFiniteGradients()
+    metrics = {"grad_norm": float(norm), "learning_rate": learning_rate, "step": float(step)}
+    return wire.Stepped(metrics=metrics, step=int(step)), []
+
+
+def _done() -> Reply:
+    return wire.Done(), []
+
+
+def _fail(error: TxError) -> Reply:
+    raise error

@@ -1,0 +1,70 @@
+"""One training micro-batch: forward, loss, backward, and its gradients added to the adapters of its rows, in one program.
+
+Rows bring their adapters with them: A and B are gathered per row, gradients come out per row, and row after row is added to its
+slot's sum. No product with a mask ever joins two rows, so what is in one (NaN included) cannot reach another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tx_async.engine import head
+from tx_async.engine.batch import RowBatch
+from tx_async.layers.attention import PackedAttention
+from tx_async.layers.lora import LoraRows, LoraWeights, layer_slice
+
+HEAD = "head"
+"""The stack of the unembedding, applied by `head.py`; all others belong to the model's forward."""
+
+
+def forward(model: Any, params: Any, weights: LoraWeights, batch: RowBatch) -> tuple[Array, Array]:
+    """-> (logprobs [R, L, K], losses [R, L]); leaves no trace."""
+    rows = _gather(weights, batch.slots)
+    hidden = _trunk(model, params, rows, batch, remat=False)
+    return head.forward(hidden, _unembedding(params, rows, batch), batch)
+
+
+def forward_backward(
+    model: Any, remat: bool, params: Any, weights: LoraWeights, gradients: LoraWeights, batch: RowBatch
+) -> tuple[LoraWeights, Array, Array]:
+    """-> (gradients with this batch's added, logprobs [R, L, K], losses [R, L])."""
+    rows = _gather(weights, batch.slots)
+    hidden, pullback = jax.vjp(lambda rows: _trunk(model, params, rows, batch, remat), rows)
+    logprobs, losses, of_head = head.forward_backward(hidden, _unembedding(params, rows, batch), batch)
+    (of_rows,) = pullback(of_head.hidden)
+    of_rows[HEAD] = {HEAD: (of_head.a[None], of_head.b[None])}
+    return _accumulate(gradients, of_rows, batch.slots), logprobs, losses
+
+
+def _gather(weights: LoraWeights, slots: Array) -> LoraWeights:
+    """[layers, slots, ...] -> [layers, R, ...]"""
+    return jax.tree.map(lambda w: w[:, slots], weights)
+
+
+def _trunk(model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: bool) -> Array:
+    attend = PackedAttention(batch.positions, batch.segment_ids)
+    return model.forward(params, LoraRows(rows, batch.scale), batch.tokens, batch.positions, attend, remat=remat)[0]
+
+
+def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:
+    a, b = layer_slice(rows[HEAD])[HEAD]
+    return head.Unembedding(params["head"], a, b, batch.scale)
+
+
+def _accumulate(gradients: LoraWeights, of_rows: LoraWeights, slots: Array) -> LoraWeights:
+    """Add row after row: rows of one adapter in a stated order, unused rows into the scratch slot that nobody reads."""
+
+    def add_row(r: Array | int, total: Array, rows: Array) -> Array:
+        mine = jax.lax.dynamic_index_in_dim(total, slots[r], 1, keepdims=False)
+        row = jax.lax.dynamic_index_in_dim(rows, r, 1, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total, mine + row, slots[r], 1)
+
+    def add_all(r: Array | int, totals: LoraWeights) -> LoraWeights:
+        return jax.tree.map(lambda total, rows: add_row(r, total, rows), totals, of_rows)
+
+    num_rows = slots.shape[0]
+    return add_all(0, gradients) if num_rows == 1 else jax.lax.fori_loop(0, num_rows, add_all, gradients)
