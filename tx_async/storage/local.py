@@ -1,0 +1,86 @@
+"""Durable, atomic writes to a local folder. obstore's local store renames, but it does not sync; the rest of it is used
+as is.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+INCOMING = ".incoming"
+"""Folder, beside the keys, of files that are not complete yet. No key begins with a dot."""
+COPY_BYTES = 8 * 2**20
+
+
+def put_files(base: Path, items: Mapping[str, bytes | Path]) -> None:
+    """Write all, sync each, then rename each into place and sync the folders: after a crash a key has its old or its
+    new content, never a part. A `Path` is copied in pieces."""
+    incoming = base / INCOMING
+    incoming.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Path] = {}
+    try:
+        for key, data in items.items():
+            written[key] = incoming / secrets.token_hex(16)
+            _write(written[key], data)
+        folders = {_rename(temporary, base, key) for key, temporary in written.items()}
+        for folder in folders:
+            sync_folder(folder)
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(base: Path, older_than_s: float) -> int:
+    """Remove what writers that died have left behind. Returns how many files."""
+    removed = 0
+    for path in (base / INCOMING).glob("*"):
+        if time.time() - path.stat().st_mtime >= older_than_s:
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes | Path) -> None:
+    with open(path, "xb") as file:
+        if isinstance(data, Path):
+            with open(data, "rb") as source:
+                shutil.copyfileobj(source, file, COPY_BYTES)
+        else:
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rename(temporary: Path, base: Path, key: str) -> Path:
+    """Returns the folder whose names have changed."""
+    target = base / key
+    try:
+        _make_folders(base, target.parent)
+        os.replace(temporary, target)
+    except FileNotFoundError:
+        # A deletion has just removed the empty folder.
+        _make_folders(base, target.parent)
+        os.replace(temporary, target)
+    return target.parent
+
+
+def _make_folders(base: Path, folder: Path) -> None:
+    """Each new folder is durable in its parent before anything is put into it."""
+    if folder == base or folder.is_dir():
+        return
+    _make_folders(base, folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
