@@ -1,11 +1,123 @@
-"""Rotary position embeddings, half-split layout (Llama, Qwen)."""
+"""Rotary position embeddings with the scalings of the supported models.
+
+Frequencies are computed once, in float32 like transformers' `modeling_rope_utils`, and are static: they are part of a
+model's identity, not of its parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from tx_async.errors import BaseModelError
+
+
+@dataclass(frozen=True)
+class Rope:
+    frequencies: tuple[float, ...]
+    """Radians per position of each pair."""
+    attention_factor: float = 1.0
+    """Multiplies cos and sin, hence scores by its square (YaRN)."""
+
+    def __call__(self, positions: Array) -> tuple[Array, Array]:
+        """positions int32 [R, L] -> cos, sin fp32 [R, L, D/2]."""
+        angles = positions[..., None].astype(jnp.float32) * jnp.array(self.frequencies, jnp.float32)
+        return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """x [R, L, H, D] with cos, sin [R, L, D/2] in fp32: pairs are (i, i + D/2)."""
+    """x [R, L, H, D] with cos, sin [R, L, D/2] in fp32: pairs are (i, i + D/2) (Llama, Qwen)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return _turn(first, second, cos, sin).astype(x.dtype)
+
+
+def rotate_interleaved(x: Array, cos: Array, sin: Array) -> Array:
+    """As `rotate`, but pairs are (2i, 2i + 1) (DeepSeek). The result is in `rotate`'s order: dot products do not care."""
+    wide = x.astype(jnp.float32)
+    return _turn(wide[..., 0::2], wide[..., 1::2], cos, sin).astype(x.dtype)
+
+
+def _turn(first: Array, second: Array, cos: Array, sin: Array) -> Array:
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Rope parameters in the spelling of transformers 5, from either spelling of `config.json`."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
+    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = original or config["max_position_embeddings"]
+    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if factor not in (None, 1, 1.0):
+        raise BaseModelError(f"partial_rotary_factor {factor} in config.json is not supported; only 1.0 is.")
+    return rope
+
+
+def from_hf(config: dict[str, Any], dim: int) -> Rope:
+    """Raises `BaseModelError` naming a rope type that is not implemented."""
+    rope = parameters(config)
+    kinds = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+    if rope["rope_type"] not in kinds:
+        raise BaseModelError(f"rope_type {rope['rope_type']!r} is not supported; known: {', '.join(kinds)}.")
+    try:
+        frequencies, factor = kinds[rope["rope_type"]](rope, dim)
+    except KeyError as error:
+        raise BaseModelError(f"rope_type {rope['rope_type']!r} in config.json lacks {error}.") from error
+    return Rope(tuple(float(f) for f in frequencies), factor)
+
+
+def _default(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    return 1 / _periods(rope, dim), 1.0
+
+
+def _periods(rope: dict[str, Any], dim: int) -> np.ndarray:
+    return np.float32(rope["rope_theta"]) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+
+
+def _linear(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    return 1 / _periods(rope, dim) / np.float32(rope["factor"]), 1.0
+
+
+def _llama3(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    """Llama 3.1: slow frequencies are divided by the factor, fast ones kept, those between interpolated."""
+    frequencies = 1 / _periods(rope, dim)
+    turns = rope["original_max_position_embeddings"] * frequencies / np.float32(2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - keep) / rope["factor"] + keep) * frequencies, 1.0
+
+
+def _yarn(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071), by parts: dimensions that turn often are kept, those that turn rarely are interpolated."""
+    original, theta, factor = rope["original_max_position_embeddings"], rope["rope_theta"], rope["factor"]
+
+    def dimension_of(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(rope.get("beta_fast") or 32), dimension_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    interpolate = np.clip(ramp, 0, 1)
+    frequencies = 1 / _periods(rope, dim)
+    return frequencies / factor * interpolate + frequencies * (1 - interpolate), _yarn_attention_factor(rope)
+
+
+def _yarn_attention_factor(rope: dict[str, Any]) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return yarn_mscale(rope["factor"], rope["mscale"]) / yarn_mscale(rope["factor"], rope["mscale_all_dim"])
+    return yarn_mscale(rope["factor"], 1.0)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,41 +1,270 @@
-"""Hugging Face folders to parameters: tensor by tensor, each read once, stacked per layer on the device."""
+"""Hugging Face folders to parameters on their devices.
+
+Every buffer is made on its devices first; then each tensor is read once, in chunks of rows, and each chunk goes straight to
+its place in the shards that want it: cast, dequantised and transposed there. The host holds two chunks, never a tensor.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from safetensors import safe_open
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, Sharding
 
-from tx_async.models.qwen3 import Params, Qwen3
+from tx_async.errors import BaseModelError
+from tx_async.layers.weights import Weight
+from tx_async.models import tensor_files
+from tx_async.models.decoder import Decoder, Params
+from tx_async.models.llama import Llama
+from tx_async.models.qwen3 import Qwen3
+from tx_async.models.tensor_files import StoredTensor
 
-MODELS = {"Qwen3ForCausalLM": Qwen3}
+MODELS: dict[str, type[Qwen3] | type[Llama]] = {
+    "Qwen3ForCausalLM": Qwen3,
+    "LlamaForCausalLM": Llama,
+}
+CHUNK_BYTES = 32 * 2**20
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+
+Report = Callable[[str, float, float], None]
+"""(stage, bytes done, bytes in total)."""
 
 
-def load_model(folder: str | Path, dtype: str = "float32", progress: Callable[[str, float, float], None] | None = None):
-    """-> (model, params)."""
-    folder = Path(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    model = MODELS[config["architectures"][0]].from_hf(config)
-    with safe_open(folder / "model.safetensors", "numpy") as file:
-        get = lambda name, T=True: jnp.asarray(file.get_tensor(name).T if T else file.get_tensor(name), dtype)  # noqa: E731
-        keys = set(file.keys())
-        stack = lambda path, T=True: jnp.stack([get(f"model.layers.{i}.{path}.weight", T) for i in range(model.num_layers)])  # noqa: E731
-        embed = get("model.embed_tokens.weight", False)
-        params: Params = {
-            "embed": embed,
-            "norm": get("model.norm.weight"),
-            "head": get("lm_head.weight") if "lm_head.weight" in keys else embed.T,
-            "layers": {
-                "input_norm": stack("input_layernorm"),
-                "post_norm": stack("post_attention_layernorm"),
-                "q_norm": stack("self_attn.q_norm"),
-                "k_norm": stack("self_attn.k_norm"),
-                **{n: stack(f"self_attn.{n}_proj") for n in "qkvo"},
-                **{n: stack(f"mlp.{n}_proj") for n in ("gate", "up", "down")},
-            },
-        }
-    return model, params
+def load_model(
+    base_model: str | Path, dtype: str = "float32", progress: Report | None = None, mesh: Mesh | None = None
+) -> tuple[Decoder, Params]:
+    """-> (model, params). `base_model` is a folder or a hub name; raises `BaseModelError` that says what is wrong."""
+    folder = fetch(base_model)
+    model = replace(from_config(read_config(folder)), mesh=mesh)
+    return model, load_params(model, folder, dtype, progress)
+
+
+def fetch(base_model: str | Path) -> Path:
+    """The folder itself, or the hub's files in `huggingface_hub`'s cache: what is there is kept, what is missing resumed."""
+    if Path(base_model).expanduser().is_dir():
+        return Path(base_model).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(base_model), allow_patterns=HUB_FILES))
+    except Exception as error:  # the library's errors share no base class
+        raise BaseModelError(f"{base_model} is neither a folder nor available from the hub: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise BaseModelError(f"{folder} has no config.json: it is not the folder of a Hugging Face model.") from None
+    except ValueError as error:
+        raise BaseModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+
+
+def from_config(config: dict[str, Any]) -> Decoder:
+    """The model that `config.json` describes. Raises `BaseModelError` naming whatever is not implemented."""
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture not in MODELS:
+        raise BaseModelError(f"architecture {architecture} is not supported; known: {', '.join(MODELS)}.")
+    return MODELS[architecture].from_hf(config)
+
+
+def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | None = None) -> Params:
+    from tx_async.engine.sharding import tree_of, weight_sharding
+
+    tensors = tensor_files.open_folder(folder)
+    check(model, tensors)
+    leaves = {w: _Leaf(w, weight_sharding(w, model.mesh), "float32" if w.wide else dtype) for w in model.weights}
+    places: dict[str, list[tuple[_Leaf, int]]] = {}
+    for weight, leaf in leaves.items():
+        for number, name in enumerate(weight.hf_names):
+            if leaf.wants(number):
+                places.setdefault(name, []).append((leaf, number))
+    wanted = [tensor for name, tensor in tensors.items() if name in places]
+    done, total = 0, sum(tensor.num_bytes for tensor in wanted)
+    for tensor, chunk in _read_ahead(wanted, tensors):
+        for leaf, number in places[tensor.name]:
+            leaf.write(number, chunk)
+        done += chunk.values.nbytes
+        if progress:
+            progress("loading weights", done, total)
+    return tree_of(model, {weight: leaf.assemble() for weight, leaf in leaves.items()})
+
+
+def check(model: Decoder, tensors: dict[str, StoredTensor]) -> None:
+    """Missing, mis-shaped and unknown tensors are refused by name before anything is read."""
+    expected = {name: weight.hf_shape for weight in model.weights for name in weight.hf_names}
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise BaseModelError(f"The model's files lack {_some(missing)}.")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise BaseModelError(f"{name} has shape {list(tensors[name].shape)}; config.json implies {list(shape)}.")
+    unknown = [name for name in tensors if name not in expected and not _harmless(model, name, expected)]
+    if unknown:
+        raise BaseModelError(f"The model's files hold tensors that this architecture does not have: {_some(unknown)}.")
+    for name in expected:
+        scaled = f"{name}_scale_inv" in tensors
+        if (tensors[name].dtype.itemsize == 1) != scaled:
+            raise BaseModelError(f"{name} is {tensors[name].dtype} {'with' if scaled else 'without'} {name}_scale_inv.")
+
+
+def _harmless(model: Decoder, name: str, expected: dict[str, Any]) -> bool:
+    """Tensors that transformers ignores too."""
+    if name.endswith("rotary_emb.inv_freq") or (model.tied and name == "lm_head.weight"):
+        return True
+    if name.endswith("_scale_inv"):
+        return name.removesuffix("_scale_inv") in expected
+    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+    return model.has_extra_layers and layer.isdigit() and int(layer) >= model.num_layers
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---- chunks
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows of a tensor as the file has them."""
+
+    start: int
+    values: np.ndarray
+    scale: np.ndarray | None
+    """fp8 only: fp32 of each block, for the blocks that these rows touch."""
+    block: tuple[int, int] = (1, 1)
+
+
+def _read_ahead(wanted: list[StoredTensor], tensors: dict[str, StoredTensor]) -> Iterator[tuple[StoredTensor, _Chunk]]:
+    """One chunk is read while the one before is being placed."""
+    jobs = [(tensor, range_) for tensor in wanted for range_ in _ranges(tensor, tensors)]
+    with ThreadPoolExecutor(1) as reader:
+        pending = None
+        for tensor, (start, stop) in jobs:
+            upcoming = tensor, reader.submit(_read_chunk, tensor, tensors.get(f"{tensor.name}_scale_inv"), start, stop)
+            if pending:
+                yield pending[0], pending[1].result()
+            pending = upcoming
+        if pending:
+            yield pending[0], pending[1].result()
+
+
+def _ranges(tensor: StoredTensor, tensors: dict[str, StoredTensor]) -> Iterator[tuple[int, int]]:
+    """Rows of about CHUNK_BYTES; whole blocks of a quantised tensor."""
+    scale = tensors.get(f"{tensor.name}_scale_inv")
+    unit = _block_size(tensor, scale)[0] if scale else 1
+    step = max(1, CHUNK_BYTES // max(1, tensor.row_bytes) // unit) * unit
+    for start in range(0, tensor.shape[0], step):
+        yield start, min(start + step, tensor.shape[0])
+
+
+def _block_size(tensor: StoredTensor, scale: StoredTensor) -> tuple[int, int]:
+    """Blocks are as large as the numbers of scales say, rounded up to the power of two that all known checkpoints use."""
+    rows, cols = (
+        1 << (-(-size // count) - 1).bit_length() for size, count in zip(tensor.shape, scale.shape, strict=True)
+    )
+    return rows, cols
+
+
+def _read_chunk(tensor: StoredTensor, scale: StoredTensor | None, start: int, stop: int) -> _Chunk:
+    if scale is None:
+        return _Chunk(start, tensor.rows(start, stop), None)
+    block = _block_size(tensor, scale)
+    return _Chunk(start, tensor.rows(start, stop), scale.rows(start // block[0], -(-stop // block[0])), block)
+
+
+# ---- buffers
+
+
+@dataclass
+class _Shard:
+    """One distinct piece of a leaf; replicas hold the same."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    buffers: dict[jax.Device, Array]
+
+
+class _Leaf:
+    """The buffers of one parameter on this process's devices, filled piece by piece."""
+
+    def __init__(self, weight: Weight, sharding: Sharding, dtype: str):
+        self.weight, self.sharding = weight, sharding
+        self.lead = len(weight.shape) - len(weight.dims)
+        shards: dict[tuple[int, ...], _Shard] = {}
+        for device, slices in sharding.addressable_devices_indices_map(weight.shape).items():
+            bounds = [s.indices(size)[:2] for s, size in zip(slices or (), weight.shape, strict=True)]
+            start, shape = tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds)
+            shard = shards.setdefault(start, _Shard(start, shape, {}))
+            shard.buffers[device] = jnp.zeros(shape, dtype, device=device)
+        self.shards = list(shards.values())
+
+    def wants(self, number: int) -> bool:
+        return any(self._inside(shard, self._lead_of(number)) for shard in self.shards)
+
+    def write(self, number: int, chunk: _Chunk) -> None:
+        """Put a chunk of tensor `hf_names[number]` where it belongs, and wait, so that its memory is free again."""
+        lead = self._lead_of(number)
+        for shard in self.shards:
+            if self._inside(shard, lead):
+                self._write_shard(shard, lead, chunk)
+
+    def _write_shard(self, shard: _Shard, lead: tuple[int, ...], chunk: _Chunk) -> None:
+        order = slice(None, None, -1) if self.weight.transposed else slice(None)
+        starts, sizes = shard.start[self.lead :][order], shard.shape[self.lead :][order]
+        first, last = max(starts[0], chunk.start), min(starts[0] + sizes[0], chunk.start + len(chunk.values))
+        if first >= last:
+            return
+        cut = (
+            slice(first - chunk.start, last - chunk.start),
+            *(slice(s, s + n) for s, n in zip(starts[1:], sizes[1:], strict=True)),
+        )
+        inside = (first - starts[0], *(0 for _ in starts[1:]))[order]
+        at = (*(i - s for i, s in zip(lead, shard.start, strict=False)), *inside)
+        values, scale = chunk.values[cut], _scale_of(chunk, cut)
+        for device, buffer in shard.buffers.items():
+            shard.buffers[device] = _put(buffer, *jax.device_put((values, scale), device), at, self.weight.transposed)
+        jax.block_until_ready(list(shard.buffers.values()))
+
+    def assemble(self) -> Array:
+        arrays = [buffer for shard in self.shards for buffer in shard.buffers.values()]
+        return jax.make_array_from_single_device_arrays(self.weight.shape, self.sharding, arrays)
+
+    def _lead_of(self, number: int) -> tuple[int, ...]:
+        """Place of a tensor along the leading axes: (layer, expert), (layer,) or ()."""
+        if not self.weight.stack:
+            return ()
+        experts = self.weight.num_experts
+        return divmod(number, experts) if experts else (number,)
+
+    def _inside(self, shard: _Shard, lead: tuple[int, ...]) -> bool:
+        return all(s <= i < s + n for i, s, n in zip(lead, shard.start, shard.shape, strict=False))
+
+
+def _scale_of(chunk: _Chunk, cut: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(scales with columns spread out [blocks, cols], block of each row), for the cut rows and columns."""
+    if chunk.scale is None:
+        return None
+    rows, cols = cut
+    spread = chunk.scale[:, np.arange(cols.start, cols.stop) // chunk.block[1]]
+    return spread, np.arange(rows.start, rows.stop, dtype=np.int32) // chunk.block[0]
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _put(
+    buffer: Array, values: Array, scale: tuple[Array, Array] | None, at: tuple[int, ...], transposed: bool
+) -> Array:
+    if scale is not None:
+        values = values.astype(jnp.float32) * scale[0][scale[1]]
+    values = (values.T if transposed else values).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice(buffer, values.reshape((1,) * (buffer.ndim - values.ndim) + values.shape), at)

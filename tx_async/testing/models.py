@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -30,47 +31,47 @@ QWEN3_TINY: dict[str, Any] = {
 }
 
 
+LLAMA_TINY: dict[str, Any] = QWEN3_TINY | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "mlp_bias": False,
+}
+
+
 def make_qwen3(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
     """Write a random Qwen3 (QWEN3_TINY with `overrides`) and a tokenizer into `folder`."""
+    return make_model(folder, QWEN3_TINY | overrides, seed, tokenizer)
+
+
+def make_llama(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
+    """Write a random Llama (LLAMA_TINY with `overrides`) and a tokenizer into `folder`."""
+    return make_model(folder, LLAMA_TINY | overrides, seed, tokenizer)
+
+
+def make_model(folder: str | Path, config: dict[str, Any], seed: int = 0, tokenizer: bool = True) -> Path:
+    """Write `config` and random weights for it into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = QWEN3_TINY | overrides
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(_qwen3_weights(config, np.random.default_rng(seed)), folder / "model.safetensors", {"format": "pt"})
+    save_file(random_tensors(config, seed), folder / "model.safetensors", {"format": "pt"})
     if tokenizer:
         make_byte_tokenizer(folder)
     return folder
 
 
-def _qwen3_weights(config: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    Q, KV = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Every tensor that a checkpoint of `config` holds. A tensor's values depend on its name, shape and the seed only."""
+    from tx_async.models.load import from_config
 
-    def matrix(out_features: int, in_features: int) -> np.ndarray:
-        return rng.standard_normal((out_features, in_features), np.float32) * np.float32(in_features**-0.5)
+    shapes = {name: weight.hf_shape for weight in from_config(config).weights for name in weight.hf_names}
+    return {name: _random_tensor(name, shape, seed) for name, shape in sorted(shapes.items())}
 
-    def norm(features: int) -> np.ndarray:
-        return 1 + rng.standard_normal(features, np.float32) * np.float32(0.1)
 
-    weights = {"model.embed_tokens.weight": matrix(V, D), "model.norm.weight": norm(D)}
-    if not config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = matrix(V, D)
-    for i in range(config["num_hidden_layers"]):
-        layer = {
-            "input_layernorm": norm(D),
-            "post_attention_layernorm": norm(D),
-            "self_attn.q_proj": matrix(Q, D),
-            "self_attn.k_proj": matrix(KV, D),
-            "self_attn.v_proj": matrix(KV, D),
-            "self_attn.o_proj": matrix(D, Q),
-            "self_attn.q_norm": norm(config["head_dim"]),
-            "self_attn.k_norm": norm(config["head_dim"]),
-            "mlp.gate_proj": matrix(F, D),
-            "mlp.up_proj": matrix(F, D),
-            "mlp.down_proj": matrix(D, F),
-        }
-        weights |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
-    return weights
+def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    if len(shape) == 2:
+        return values * np.float32(shape[1] ** -0.5)
+    return values * np.float32(0.1) + np.float32(1 if name.endswith(("norm.weight", "layernorm.weight")) else 0)
 
 
 def make_byte_tokenizer(folder: str | Path) -> None:

@@ -1,0 +1,123 @@
+"""What every decoder shares: embedding, scanned stacks of pre-norm layers, final norm, and the table of its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from tx_async.layers.attention import Attend, Cache
+from tx_async.layers.block import Attention, Mlp, Run
+from tx_async.layers.lora import Lora, LoraTarget
+from tx_async.layers.norm import rms_norm
+from tx_async.layers.rope import Rope
+from tx_async.layers.weights import Dim, Stack, Weight
+
+Params = dict[str, Any]
+Segments = tuple[tuple[Stack, ...], ...]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Parameters: embed [V, D], head [D, V], norm [D], and a dict of stacked arrays per stack (see `weights`).
+
+    Frozen and hashable: a model is the static part of a program, `params` are its arrays.
+    """
+
+    has_extra_layers: ClassVar[bool] = False
+    """Files of this family hold layers past `num_layers` (multi-token prediction) that nothing here uses."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tied: bool
+    rope: Rope
+    attention: Attention
+    mlps: tuple[tuple[str, Mlp], ...]
+    """(kind of layer, its MLP)."""
+    segments: Segments
+    """Each segment is one scan; most models have a single one of a single stack."""
+    mesh: Mesh | None = None
+    """Where it is sharded; set by `load_model`."""
+
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, int]]:
+        """What one token of one layer stores: name -> (heads, features)."""
+        return self.attention.cache_shapes
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        return tuple(stack for segment in self.segments for stack in segment)
+
+    def mlp_of(self, stack: Stack) -> Mlp:
+        return dict(self.mlps)[stack.kind]
+
+    @property
+    def cache_layers(self) -> int:
+        return self.num_layers
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """Every parameter, once: what is loaded, sharded, adapted and exported."""
+        hidden, vocab = Dim(self.hidden_size, "embed"), Dim(self.vocab_size, "vocab")
+        embed = "model.embed_tokens.weight"
+        head = embed if self.tied else "lm_head.weight"
+        weights = [
+            Weight("", "embed", (vocab, hidden), (embed,)),
+            Weight("", "norm", (Dim(self.hidden_size),), ("model.norm.weight",)),
+            # Tied models keep the transposed copy too: decoding reads [D, V] several times faster than [V, D]ᵀ.
+            Weight("", "head", (hidden, vocab), (head,), True),
+        ]
+        for stack in self.stacks:
+            weights.append(stack.vector("input_norm", "input_layernorm.weight", Dim(self.hidden_size)))
+            weights.append(stack.vector("post_norm", "post_attention_layernorm.weight", Dim(self.hidden_size)))
+            weights.extend(self.attention.weights(stack))
+            weights.extend(self.mlp_of(stack).weights(stack))
+        return tuple(weights)
+
+    def lora_targets(self) -> dict[str, dict[str, LoraTarget]]:
+        """stack -> name -> target, in the order of `weights`; the unembedding is the stack "head" of one layer."""
+        targets: dict[str, dict[str, LoraTarget]] = {stack.name: {} for stack in self.stacks}
+        for weight in self.weights:
+            if weight.group:
+                targets[weight.stack][weight.name] = weight.lora_target
+        targets["head"] = {"head": LoraTarget("unembed", self.hidden_size, self.vocab_size, ("lm_head",))}
+        return targets
+
+    def forward(
+        self,
+        params: Params,
+        lora: Lora,
+        tokens: Array,
+        positions: Array,
+        attend: Attend,
+        cache: Cache = (),
+        remat: bool = False,
+    ) -> tuple[Array, Cache]:
+        """tokens, positions int32 [R, L] -> (hidden [R, L, D] after the final norm, cache)."""
+        x, run = params["embed"][tokens], Run(lora, self.rope(positions), attend, self.mesh)
+        for segment in self.segments:
+            body = partial(self._run_layers, segment, run)
+            layers = tuple((jnp.array(s.layers), params[s.name], lora.weights.get(s.name, {})) for s in segment)
+            (x, cache), _ = jax.lax.scan(jax.checkpoint(body) if remat else body, (x, cache), layers)
+        return rms_norm(x, params["norm"], self.rms_norm_eps), cache
+
+    def _run_layers(
+        self, segment: tuple[Stack, ...], run: Run, carry: tuple[Array, Cache], layers: tuple[Any, ...]
+    ) -> tuple[tuple[Array, Cache], None]:
+        x, cache = carry
+        for stack, (index, w, adapters) in zip(segment, layers, strict=True):
+            out, cache = self.attention(run, w, adapters, self._norm(x, w["input_norm"]), cache, index)
+            x = x + out
+            x = x + self.mlp_of(stack)(run, w, adapters, self._norm(x, w["post_norm"]))
+        return (x, cache), None
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        return rms_norm(x, weight, self.rms_norm_eps)
