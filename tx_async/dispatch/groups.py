@@ -1,0 +1,124 @@
+"""Worker groups: which processes make up a worker, and which commands they have not all answered yet.
+
+A group is one mesh: `num_processes` processes that receive the same numbered commands. Everything here is synchronous
+and knows no socket; `router.py` moves the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from tx_async.dispatch.events import Capability
+from tx_async.dispatch.frames import Block
+from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter
+from tx_async.wire.worker import CommandFailed, CommandFinished, EngineInfo, Hello, Progress
+
+Outcome = CommandFinished | CommandFailed
+
+
+@dataclass(eq=False)
+class Member:
+    """One attached process."""
+
+    identity: bytes
+    transport: Literal["ipc", "tcp"]
+    hello: Hello
+    last_heard: float
+    """Monotonic seconds."""
+    #: where its results' tensors are; None when they come as frames
+    outbox: ArenaReader | None = None
+    outbox_path: str = ""
+    #: blocks of the outbox that the server has read, to be told with the next message
+    released: list[int] = field(default_factory=list)
+    progress: Progress | None = None
+    info: EngineInfo | None = None
+    num_compilations: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.hello.process_id} (pid {self.hello.pid} on {self.hello.host})"
+
+
+@dataclass(eq=False)
+class InFlight:
+    """A command that was sent and has not been answered by every process."""
+
+    #: in the group's inbox, until everyone has answered
+    block: Block | None
+    unanswered: set[int]
+    #: process 0's answer, with its tensors
+    outcome: Outcome | None = None
+    tensors: list[np.ndarray] = field(default_factory=list)
+    outcome_block: Block | None = None
+    #: process_id -> whether it failed, to notice that they disagree
+    failed: dict[int, bool] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.unanswered
+
+    @property
+    def disagreement(self) -> str | None:
+        if len(set(self.failed.values())) < 2:
+            return None
+        answers = ", ".join(
+            f"process {id}: {'failed' if failed else 'finished'}" for id, failed in sorted(self.failed.items())
+        )
+        return f"its processes disagree ({answers})"
+
+
+@dataclass(eq=False)
+class Group:
+    """One worker, as the scheduler sees it."""
+
+    name: str
+    num_processes: int
+    capabilities: frozenset[Capability]
+    #: process_id -> attached process; a lost one takes the whole group with it
+    members: dict[int, Member] = field(default_factory=dict)
+    #: tensors for every member on this host; None until the first of them attaches
+    inbox: ArenaWriter | None = None
+    #: set once all members are ready, and never taken back: a group that is lost is forgotten
+    is_ready: bool = False
+    next_number: int = 1
+    in_flight: dict[int, InFlight] = field(default_factory=dict)
+
+    @property
+    def all_ready(self) -> bool:
+        return len(self.members) == self.num_processes and all(member.info for member in self.members.values())
+
+    def take_number(self, block: Block | None) -> int:
+        number = self.next_number
+        self.next_number += 1
+        self.in_flight[number] = InFlight(block, set(self.members))
+        return number
+
+    def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
+        """What this group still lacks, one line a process."""
+        ids = (id for id in range(self.num_processes) if (self.name, id) not in without)
+        return [line for id in ids if (line := self._member_waits_for(id))]
+
+    def _member_waits_for(self, process_id: int) -> str | None:
+        name = f"{self.name}.{process_id}"
+        member = self.members.get(process_id)
+        if member is None:
+            return f"worker {name}: not attached"
+        if member.info:
+            return None
+        return f"worker {name}: {describe(member.progress)}"
+
+
+def describe(progress: Progress | None) -> str:
+    if progress is None:
+        return "starting"
+    if progress.total <= 0:
+        return progress.stage
+    return f"{progress.stage} {100 * progress.done / progress.total:.0f} %"
+
+
+def shapes_agree(infos: Sequence[EngineInfo]) -> bool:
+    """Processes of one mesh must form the same batches."""
+    return all(info == infos[0] for info in infos)

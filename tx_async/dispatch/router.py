@@ -1,0 +1,616 @@
+"""The server's end: attaches workers, numbers their commands, and turns what they say into events.
+
+Everything happens on the event loop's thread, in callbacks that never await: a socket became readable, a timer fired,
+the scheduler called `send`. What happened goes to one callback as a fact (`dispatch/events.py`).
+
+Two doors. A socket file in a folder that only this user can enter is always open, for workers on this host; a tcp
+port is open only when configured, and only to peers that know the token. A worker that is lost, or whose connection
+is lost, is never taken back into its stream: it starts again from Hello, with an empty engine, and so does every
+other process of its mesh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import zmq
+
+from tx_async.clock import Clock, SystemClock
+from tx_async.config import ServerConfig
+from tx_async.dispatch.events import BatchFailed, BatchFinished, Event, WorkerLost, WorkerProgress, WorkerReady
+from tx_async.dispatch.frames import (
+    IN_FRAME,
+    MESSAGE_BYTES_MAX,
+    SMALL_BLOCK_BYTES,
+    Block,
+    EnvelopeFromWorker,
+    EnvelopeToWorker,
+    MalformedMessage,
+    decode_from_worker,
+    encode,
+    layout,
+    pack_block,
+    read_block,
+    specs_of,
+)
+from tx_async.dispatch.groups import Group, InFlight, Member, Outcome, shapes_agree
+from tx_async.dispatch.runtime import RuntimeDirectory
+from tx_async.dispatch.security import secure_server, tokens_equal
+from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter, create_arena
+from tx_async.errors import ConfigError, NotReady
+from tx_async.wire.tensors import TensorSpec
+from tx_async.wire.worker import (
+    PROTOCOL_VERSION,
+    Command,
+    CommandFailed,
+    CommandFinished,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    NumberedCommand,
+    Progress,
+    Ready,
+    Refused,
+    Shutdown,
+    ToWorker,
+    Welcome,
+    command_digest,
+)
+
+logger = logging.getLogger(__name__)
+
+MESSAGES_PER_TURN_MAX = 256
+"""Messages that are read before other tasks of the event loop get their turn."""
+CLOSE_LINGER_MS = 200
+GROUPS_MAX = 256
+
+Peer = tuple[str, bytes]
+"""Which door ("ipc" or "tcp"), and the connection's name there."""
+
+
+class Router:
+    """See the module. `start`, then `run` in a task of the server's group, then `stop`."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        on_event: Callable[[Event], None],
+        *,
+        clock: Clock | None = None,
+        runtime: RuntimeDirectory | None = None,
+    ):
+        self.config = config
+        self.clock = clock or SystemClock()
+        #: made by `start`, so that a server that never gets so far leaves nothing behind
+        self._runtime = runtime
+        self._on_event = on_event
+        #: every attached or attaching worker by name; a lost group is removed
+        self._groups: dict[str, Group] = {}
+        #: connection -> the group and member behind it; exactly the members of `_groups`
+        self._peers: dict[Peer, tuple[Group, Member]] = {}
+        self._context: zmq.Context | None = None
+        self._sockets: dict[str, zmq.Socket] = {}
+        self._last_tick = 0.0
+        self._is_drain_due = False
+        self._failure: asyncio.Future[None] | None = None
+        self._counts = dict.fromkeys(
+            (
+                "commands_sent", "results_received", "shared_bytes", "frame_bytes", "arena_full",
+                "malformed_messages", "workers_refused", "workers_lost",
+            ),
+            0,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        workers = f"{now['workers_ready']} ready, {now['workers_attaching']} attaching, {now['workers_lost']} lost"
+        commands = f"{now['commands_in_flight']} in flight, {now['commands_sent']} sent"
+        data = f"{now['shared_bytes']} shared, {now['frame_bytes']} in frames"
+        return f"<Router [Workers: {workers} | Commands: {commands} | Bytes: {data}]>"
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since the start, and what is the case now."""
+        groups = self._groups.values()
+        return {
+            **self._counts,
+            "workers_ready": sum(group.is_ready for group in groups),
+            "workers_attaching": sum(not group.is_ready for group in groups),
+            "commands_in_flight": sum(len(group.in_flight) for group in groups),
+            "arena_used_bytes": sum(group.inbox.used_bytes for group in groups if group.inbox),
+            "compilations": sum(member.num_compilations for _, member in self._peers.values()),
+        }
+
+    @property
+    def runtime(self) -> RuntimeDirectory:
+        assert self._runtime is not None, "start the router first"
+        return self._runtime
+
+    @property
+    def address(self) -> str:
+        """Where workers on this host attach."""
+        return f"ipc://{self.runtime.socket}"
+
+    @property
+    def tcp_address(self) -> str:
+        """Where others attach ("" when nobody may), with the real port."""
+        socket = self._sockets.get("tcp")
+        return socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0") if socket else ""
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Open the doors. Raises `ConfigError` when an address cannot be bound, or would let anybody in."""
+        self._failure = asyncio.get_running_loop().create_future()
+        self._runtime = self._runtime or RuntimeDirectory()
+        self._context = zmq.Context(io_threads=1)
+        try:
+            self._open("ipc", self.address)
+            if self.config.worker_address:
+                self._open("tcp", self.config.worker_address)
+        except BaseException:
+            await self.stop()
+            raise
+        self._last_tick = self.clock.monotonic()
+
+    def _open(self, transport: str, address: str) -> None:
+        assert self._context is not None
+        if transport == "tcp" and not address.startswith("tcp://"):
+            raise ConfigError(f"worker_address is {address!r}; it must look like tcp://0.0.0.0:7001.")
+        socket = self._context.socket(zmq.ROUTER)
+        self._sockets[transport] = socket
+        socket.linger = CLOSE_LINGER_MS
+        socket.router_mandatory = True
+        socket.maxmsgsize = MESSAGE_BYTES_MAX
+        if transport == "tcp":
+            secure_server(socket, self.config.worker_token)
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"Workers cannot attach at {address}: {error}.") from error
+        asyncio.get_running_loop().add_reader(socket.fd, self._drain)
+
+    async def run(self) -> None:
+        """Watch over leases until cancelled. Raises what broke an invariant in any callback."""
+        assert self._failure is not None, "start the router first"
+        while True:
+            self._tick()
+            interval_s = self.config.worker_heartbeat_interval_ms / 1000
+            done, _ = await asyncio.wait([self._failure], timeout=interval_s)
+            if done:
+                return self._failure.result()
+
+    async def stop(self) -> None:
+        """Tell every worker to finish, and leave nothing behind."""
+        for peer in list(self._peers):
+            self._post(peer, Shutdown())
+        for group in list(self._groups.values()):
+            self._forget(group)
+        self._close_sockets()
+        if self._runtime is not None:
+            self._runtime.close()
+
+    def _close_sockets(self) -> None:
+        loop = asyncio.get_running_loop()
+        for socket in self._sockets.values():
+            loop.remove_reader(socket.getsockopt(zmq.FD))  # type: ignore[arg-type]
+            socket.close()
+        self._sockets.clear()
+        if self._context is not None:
+            self._context.term()
+            self._context = None
+
+    # ---- for the scheduler
+
+    def send(self, worker_id: str, command: Command, tensors: Sequence[np.ndarray] = ()) -> int:
+        """Send a ready worker its next command; the tensors' bytes are copied now. Returns the command's number.
+
+        Raises `NotReady` when the worker is not (or no longer) there. A loss that is noticed only here is reported as
+        an event afterwards, like every other.
+        """
+        group = self._groups.get(worker_id)
+        if group is None or not group.is_ready:
+            raise NotReady(f"Worker {worker_id} is not ready.")
+        specs = specs_of(tensors)
+        offsets, num_bytes = layout(specs)
+        shared = self._write_shared(group, tensors, offsets, num_bytes)
+        number = group.take_number(shared)
+        message = NumberedCommand(
+            number=number, digest=command_digest(number, command, specs), command=command, tensors=specs
+        )
+        self._send_to_all(group, message, shared, tensors, offsets, num_bytes)
+        self._counts["commands_sent"] += 1
+        return number
+
+    def process_exited(self, worker_id: str, process_id: int, pid: int, reason: str) -> None:
+        """The supervisor saw a worker process end: do not wait for its lease to expire."""
+        self._drain()
+        group = self._groups.get(worker_id)
+        member = group.members.get(process_id) if group else None
+        if group and member and member.hello.pid == pid:
+            self._lose(group, f"process {process_id} {reason}")
+
+    def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
+        """What workers that have begun to attach still lack, one line a process; empty when all of them are ready.
+
+        `without`: (worker, process id) of processes of which somebody else knows more.
+        """
+        return [line for group in self._groups.values() if not group.is_ready for line in group.waiting_for(without)]
+
+    def member_progress(self, worker_id: str, process_id: int) -> Progress | None:
+        group = self._groups.get(worker_id)
+        member = group.members.get(process_id) if group else None
+        return member.progress if member else None
+
+    def is_member_ready(self, worker_id: str, process_id: int) -> bool:
+        group = self._groups.get(worker_id)
+        member = group.members.get(process_id) if group else None
+        return member is not None and member.info is not None
+
+    def is_ready(self, worker_id: str) -> bool:
+        group = self._groups.get(worker_id)
+        return group is not None and group.is_ready
+
+    # ---- outwards
+
+    def _write_shared(
+        self, group: Group, tensors: Sequence[np.ndarray], offsets: Sequence[int], num_bytes: int
+    ) -> Block | None:
+        if group.inbox is None or num_bytes < SMALL_BLOCK_BYTES:
+            return None
+        block = group.inbox.write(tensors, offsets, num_bytes)
+        self._counts["shared_bytes" if block else "arena_full"] += num_bytes if block else 1
+        return block
+
+    def _send_to_all(
+        self,
+        group: Group,
+        message: NumberedCommand,
+        shared: Block | None,
+        tensors: Sequence[np.ndarray],
+        offsets: Sequence[int],
+        num_bytes: int,
+    ) -> None:
+        frame = None
+        for member in list(group.members.values()):
+            if not tensors or (shared and member.outbox_path):
+                self._send(member, message, shared)
+                continue
+            if frame is None:
+                frame = pack_block(tensors, offsets, num_bytes)
+            self._counts["frame_bytes"] += num_bytes
+            self._send(member, message, Block(IN_FRAME, num_bytes), frame)
+
+    def _send(
+        self, member: Member, message: ToWorker, block: Block | None = None, frame: memoryview | None = None
+    ) -> None:
+        released = tuple(member.released)
+        member.released.clear()
+        peer = (member.transport, member.identity)
+        if not self._post(peer, message, block, released, frame):
+            asyncio.get_running_loop().call_soon(self._connection_lost, peer)
+
+    def _post(
+        self,
+        peer: Peer,
+        message: ToWorker,
+        block: Block | None = None,
+        released: tuple[int, ...] = (),
+        frame: memoryview | None = None,
+    ) -> bool:
+        """False when nobody is at the other end, or takes nothing any more."""
+        transport, identity = peer
+        parts = [identity, encode(EnvelopeToWorker(message, block, released))]
+        if frame is not None:
+            parts.append(frame)  # type: ignore[arg-type]
+        socket = self._sockets[transport]
+        try:
+            socket.send_multipart(parts, zmq.DONTWAIT, copy=frame is None)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        # Sending may swallow the edge that announces an arrived message: look again.
+        self._drain_soon()
+        return True
+
+    # ---- inwards
+
+    def _drain_soon(self) -> None:
+        if not self._is_drain_due:
+            self._is_drain_due = True
+            asyncio.get_running_loop().call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Read what has arrived. An exception here is our own mistake: it ends `run`, and with it the server."""
+        self._is_drain_due = False
+        try:
+            for transport, socket in self._sockets.items():
+                self._drain_socket(transport, socket)
+        except Exception as error:
+            assert self._failure is not None
+            if not self._failure.done():
+                self._failure.set_exception(error)
+
+    def _drain_socket(self, transport: str, socket: zmq.Socket) -> None:
+        for _ in range(MESSAGES_PER_TURN_MAX):
+            try:
+                identity = socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            frames: list[bytes | memoryview] = []
+            while socket.rcvmore:
+                # The header is copied, which is cheaper; the tensors behind it are not.
+                frames.append(socket.recv(zmq.DONTWAIT, copy=False).buffer if frames else socket.recv(zmq.DONTWAIT))
+            self.handle_frames((transport, identity), frames)
+        self._drain_soon()
+
+    def handle_frames(self, peer: Peer, frames: Sequence[bytes | memoryview]) -> None:
+        """One message, from anybody. Bytes that make no sense are counted; from a member, they also end its group."""
+        try:
+            if not 1 <= len(frames) <= 2:
+                raise MalformedMessage(f"{len(frames)} frames")
+            envelope = decode_from_worker(frames[0])
+            payload = frames[1] if len(frames) == 2 else None
+            self._handle(peer, envelope, payload)
+        except MalformedMessage as error:
+            self._counts["malformed_messages"] += 1
+            logger.warning("malformed message over %s: %s", peer[0], error)
+            if known := self._peers.get(peer):
+                self._lose(known[0], f"{known[1]} sent a malformed message: {error}")
+
+    def _handle(self, peer: Peer, envelope: EnvelopeFromWorker, payload: bytes | memoryview | None) -> None:
+        known = self._peers.get(peer)
+        if known is None:
+            return self._handle_stranger(peer, envelope.message)
+        group, member = known
+        member.last_heard = self.clock.monotonic()
+        match envelope.message:
+            case Heartbeat(num_compilations=num_compilations):
+                member.num_compilations = num_compilations
+                self._send(member, Heartbeat())
+            case CommandFinished() | CommandFailed() as outcome:
+                self._handle_outcome(group, member, outcome, envelope.block, payload)
+            case Progress() as progress:
+                member.progress = progress
+                self._on_event(WorkerProgress(group.name, progress.stage, progress.done, progress.total))
+            case Ready(info=info):
+                member.info = info
+                self._handle_ready(group)
+            case Goodbye(reason=reason):
+                self._lose(group, f"{member} left: {reason}" if reason else f"{member} left")
+            case Hello():
+                pass  # It repeats itself until it hears the answer, which is on its way.
+
+    def _handle_stranger(self, peer: Peer, message: object) -> None:
+        match message:
+            case Hello() as hello:
+                self._attach(peer, hello)
+            case Goodbye():
+                pass
+            case _:
+                self._post(peer, Refused("The server does not know this connection (any more): attach again."))
+
+    # ---- attaching
+
+    def _attach(self, peer: Peer, hello: Hello) -> None:
+        if reason := self._why_refused(peer, hello):
+            self._counts["workers_refused"] += 1
+            logger.warning("worker %s, process %d (pid %d on %s) was refused: %s",
+                           hello.name, hello.process_id, hello.pid, hello.host, reason)  # fmt: skip
+            self._post(peer, Refused(reason))
+            return
+        group = self._groups.get(hello.name)
+        if group is None:
+            group = self._groups[hello.name] = Group(hello.name, self._num_processes(hello), hello.capabilities)
+        transport, identity = peer
+        member = Member(identity, transport, hello, self.clock.monotonic())  # type: ignore[arg-type]
+        group.members[hello.process_id] = member
+        self._peers[peer] = (group, member)
+        if hello.shared_memory and transport == "ipc":
+            self._make_arenas(group, member)
+        logger.info("worker %s: %s attached over %s", group.name, member, transport)
+        self._send(member, self._welcome(group, member))
+
+    def _why_refused(self, peer: Peer, hello: Hello) -> str | None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return (
+                f"This worker speaks protocol version {hello.protocol_version}, the server {PROTOCOL_VERSION}: "
+                f"install the same release of tx-async on both."
+            )
+        if peer[0] == "tcp" and not tokens_equal(hello.token, self.config.worker_token):
+            return "The token is wrong."
+        if not hello.capabilities:
+            return "This worker has no capability."
+        num_processes = self._num_processes(hello)
+        if not 0 <= hello.process_id < num_processes:
+            return f"There is no process {hello.process_id}: worker {hello.name} has {num_processes}, counted from 0."
+        group = self._groups.get(hello.name)
+        if group is None:
+            return "The server has no room for another worker." if len(self._groups) >= GROUPS_MAX else None
+        if group.capabilities != hello.capabilities:
+            return f"Worker {hello.name} has other capabilities: {', '.join(sorted(group.capabilities))}."
+        return self._why_taken(group, hello)
+
+    def _why_taken(self, group: Group, hello: Hello) -> str | None:
+        """A new process may take the place of one that has died, not of one that answers."""
+        holder = group.members.get(hello.process_id)
+        if holder and self._post((holder.transport, holder.identity), Heartbeat()):
+            return f"Process {hello.process_id} of worker {group.name} is attached already: {holder}."
+        if holder:
+            self._lose(group, f"{holder} is gone")
+        return None
+
+    def _num_processes(self, hello: Hello) -> int:
+        """A worker that trains is the mesh; one that only samples stands for itself."""
+        return self.config.backend_config.num_processes if "train" in hello.capabilities else 1
+
+    def _make_arenas(self, group: Group, member: Member) -> None:
+        size = self.config.shared_memory_bytes
+        if size <= 0:
+            return
+        if group.inbox is None:
+            path = self.runtime.new_arena_path()
+            create_arena(path, size)
+            group.inbox = ArenaWriter(path)
+        outbox = self.runtime.new_arena_path()
+        create_arena(outbox, size)
+        member.outbox_path = str(outbox)
+        member.outbox = ArenaReader(outbox)
+
+    def _welcome(self, group: Group, member: Member) -> Welcome:
+        config, engine = self.config, self.config.backend_config
+        if not engine.compilation_cache_dir:
+            engine = msgspec.structs.replace(engine, compilation_cache_dir=config.resolved_compilation_cache_dir)
+        return Welcome(
+            base_model=config.base_model,
+            engine=engine,
+            checkpoints_base=config.resolved_checkpoints_base,
+            process_id=member.hello.process_id,
+            heartbeat_interval_ms=config.worker_heartbeat_interval_ms,
+            lease_ms=config.worker_lease_ms,
+            inbox=group.inbox.path if group.inbox and member.outbox_path else "",
+            outbox=member.outbox_path,
+        )
+
+    def _handle_ready(self, group: Group) -> None:
+        if group.is_ready or not group.all_ready:
+            return
+        infos = [group.members[id].info for id in range(group.num_processes)]
+        if not shapes_agree(infos):  # type: ignore[arg-type]
+            return self._lose(group, f"its processes built different engines: {infos}")
+        group.is_ready = True
+        logger.info("worker %s is ready", group.name)
+        self._on_event(WorkerReady(group.name, infos[0], group.capabilities))  # type: ignore[arg-type]
+
+    # ---- results
+
+    def _handle_outcome(
+        self, group: Group, member: Member, outcome: Outcome, block: Block | None, payload: bytes | memoryview | None
+    ) -> None:
+        in_flight = group.in_flight.get(outcome.number)
+        process_id = member.hello.process_id
+        if in_flight is None or process_id not in in_flight.unanswered:
+            raise MalformedMessage(f"an answer to command {outcome.number}, which is not open")
+        in_flight.unanswered.discard(process_id)
+        in_flight.failed[process_id] = isinstance(outcome, CommandFailed)
+        if process_id == 0:
+            specs = outcome.tensors if isinstance(outcome, CommandFinished) else ()
+            in_flight.tensors = self._read_tensors(member, specs, block, payload)
+            in_flight.outcome, in_flight.outcome_block = outcome, block
+        if isinstance(outcome, CommandFailed) and outcome.fatal:
+            return self._fail_group(group, member, outcome)
+        if in_flight.is_complete:
+            self._finish(group, outcome.number, in_flight)
+
+    def _read_tensors(
+        self, member: Member, specs: Sequence[TensorSpec], block: Block | None, payload: bytes | memoryview | None
+    ) -> list[np.ndarray]:
+        if not specs:
+            return []
+        if block is None:
+            raise MalformedMessage("tensors without a block")
+        self._counts["frame_bytes" if block.offset == IN_FRAME else "shared_bytes"] += block.num_bytes
+        if block.offset == IN_FRAME:
+            if payload is None:
+                raise MalformedMessage("tensors without a frame")
+            return read_block(payload, block, specs)
+        if member.outbox is None:
+            raise MalformedMessage("tensors in an arena that does not exist")
+        return member.outbox.read(block, specs)
+
+    def _finish(self, group: Group, number: int, in_flight: InFlight) -> None:
+        del group.in_flight[number]
+        if group.inbox and in_flight.block:
+            group.inbox.free(in_flight.block.offset)
+        if disagreement := in_flight.disagreement:
+            return self._lose(group, f"command {number}: {disagreement}")
+        self._counts["results_received"] += 1
+        match in_flight.outcome:
+            case CommandFinished(result=result, elapsed_ms=elapsed_ms):
+                release = self._releaser(group.members[0], in_flight.outcome_block)
+                self._on_event(BatchFinished(group.name, number, result, in_flight.tensors, elapsed_ms, release))
+            case CommandFailed(category=category, message=message):
+                self._on_event(BatchFailed(group.name, number, category, message, False))
+
+    def _fail_group(self, group: Group, member: Member, failure: CommandFailed) -> None:
+        self._on_event(BatchFailed(group.name, failure.number, failure.category, failure.message, True))
+        self._lose(group, f"{member} failed at command {failure.number}: {failure.message}")
+
+    def _releaser(self, member: Member, block: Block | None) -> Callable[[], None]:
+        if block is None or block.offset == IN_FRAME:
+            return lambda: None
+        return functools.partial(self._release, member, [block.offset])
+
+    def _release(self, member: Member, once: list[int]) -> None:
+        """Told with the next message; if none goes out in this turn of the loop, with one of its own."""
+        if not once:
+            return
+        if not member.released:
+            asyncio.get_running_loop().call_soon(self._flush_released, member)
+        member.released.append(once.pop())
+
+    def _flush_released(self, member: Member) -> None:
+        if member.released and (member.transport, member.identity) in self._peers:
+            self._send(member, Heartbeat())
+
+    # ---- losing
+
+    def check_leases(self) -> None:
+        """Lose every group with a member that has been silent for a lease, or whose connection is gone."""
+        now = self.clock.monotonic()
+        lease_s, interval_s = self.config.worker_lease_ms / 1000, self.config.worker_heartbeat_interval_ms / 1000
+        for peer, (group, member) in list(self._peers.items()):
+            silent_s = now - member.last_heard
+            if peer not in self._peers or silent_s <= 1.5 * interval_s:
+                continue
+            if silent_s > lease_s:
+                self._lose(group, f"{member} has been silent for {silent_s:.1f} s")
+            elif not self._post(peer, Heartbeat()):
+                self._lose(group, f"the connection to {member} is gone")
+
+    def _tick(self) -> None:
+        now = self.clock.monotonic()
+        # If this process itself was stopped for long, its workers are not to blame: they get a fresh lease.
+        if now - self._last_tick > self.config.worker_lease_ms / 2000:
+            for _, member in self._peers.values():
+                member.last_heard = now
+        self._last_tick = now
+        self._drain()
+        self.check_leases()
+
+    def _connection_lost(self, peer: Peer) -> None:
+        if known := self._peers.get(peer):
+            self._lose(known[0], f"the connection to {known[1]} is gone")
+
+    def _lose(self, group: Group, reason: str) -> None:
+        """The group's processes share one mesh, so they fail as one: every other process is told to start again."""
+        if self._groups.get(group.name) is not group:
+            return
+        logger.warning("worker %s is lost: %s", group.name, reason)
+        for member in group.members.values():
+            self._post((member.transport, member.identity), Refused(f"worker {group.name} starts again: {reason}"))
+        self._forget(group)
+        self._counts["workers_lost"] += group.is_ready
+        lost = WorkerLost(group.name, reason) if group.is_ready else WorkerProgress(group.name, reason)
+        self._on_event(lost)
+
+    def _forget(self, group: Group) -> None:
+        del self._groups[group.name]
+        for member in group.members.values():
+            self._peers.pop((member.transport, member.identity), None)
+            if member.outbox:
+                member.outbox.close()
+                _unlink(member.outbox_path)
+        if group.inbox:
+            group.inbox.close()
+            _unlink(group.inbox.path)
+
+
+def _unlink(path: str) -> None:
+    Path(path).unlink(missing_ok=True)

@@ -1,0 +1,503 @@
+"""An engine without JAX: deterministic, small, fast, and a real participant in everything but the mathematics of
+transformers.
+
+Its "model" knows two things of a token: which token precedes it, and its class (`token % FEATURES`). With b a fixed
+hash of the pair and w the adapter's FEATURES numbers, log p(token | previous) = log sigmoid(b + w[class]). That is
+little, and enough: training lowers the loss, Adam has moments, sampling agrees with `forward`, adapters differ, and a
+state that was restored wrongly is noticed. Sums are formed in row order, so results are the same bits every time.
+
+`Faults` makes it slow, stall, fail or die where a test wants that. `create` is the factory for worker processes;
+there the faults come from the environment variable `FAKE_ENGINE` (JSON).
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from tx_async.errors import (
+    BaseModelError,
+    CorruptedCheckpoint,
+    EngineError,
+    NonFiniteGradients,
+    UnknownCheckpoint,
+)
+from tx_async.wire.worker import (
+    BASE_SLOT,
+    LOSS_FNS,
+    TRAIN_TENSORS,
+    AdamParams,
+    AdmitSequences,
+    CancelSequences,
+    Command,
+    CreateAdapter,
+    Done,
+    EngineConfig,
+    EngineInfo,
+    FinishedSequence,
+    LoadAdapter,
+    Loaded,
+    LoadSampler,
+    OptimStep,
+    PromptScores,
+    ReleaseAdapter,
+    Result,
+    Sampled,
+    SampleQuantum,
+    SaveAdapter,
+    Saved,
+    SequenceSpec,
+    Stepped,
+    Trained,
+    TrainMicroBatch,
+    Welcome,
+)
+from tx_async.worker.engine_api import Pending, Reply, ReportProgress
+
+FAULTS_VARIABLE = "FAKE_ENGINE"
+ADAPTER_FILE = "fake_adapter.npz"
+FEATURES = 16
+VOCAB_SIZE = 512
+CONTEXT = 1024
+ROW_LENGTHS = (32, 128, 1024)
+MICRO_BATCH_TOKENS = 1024
+NOT_SCORED = -99999.0
+
+
+class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What goes wrong. `*_at` counts executed commands from 1, 0 = never; `once_file` makes a fault happen in one
+    life only."""
+
+    load_ms: float = 0.0
+    """Time that building the engine takes."""
+    command_ms: float = 0.0
+    """Time that every command takes on the "device"."""
+    load_error: str = ""
+    base_model_error: str = ""
+    stall_at: int = 0
+    stall_ms: float = 0.0
+    """The engine's thread is stuck for so long, as in a long compilation."""
+    crash_at: int = 0
+    """The process dies on the spot."""
+    error_at: int = 0
+    """An exception that is fatal."""
+    user_error_at: int = 0
+    """An error that fails one command."""
+    once_file: str = ""
+
+
+@dataclass
+class _Adapter:
+    """What a slot holds: float32 arrays of FEATURES numbers, as an adapter with Adam state would."""
+
+    w: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
+    m: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
+    v: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
+    grad: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
+    step: int = 0
+
+
+@dataclass
+class _Sequence:
+    spec: SequenceSpec
+    prompt: np.ndarray
+    targets: np.ndarray | None
+    #: prompt tokens that were prefilled
+    prefilled: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+
+def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
+    """The factory for `tx-async worker --engine tx_async.testing.fake_engine:create`."""
+    faults = msgspec.json.decode(os.environ.get(FAULTS_VARIABLE, "{}"), type=Faults)
+    if faults.base_model_error:
+        raise BaseModelError(faults.base_model_error)
+    for step in range(5):
+        progress("loading weights", step, 5)
+        time.sleep(faults.load_ms / 5000)
+    if faults.load_error and _is_due(faults):
+        raise RuntimeError(faults.load_error)
+    vocab_size, context = _read_base_model(welcome.base_model)
+    return FakeEngine(welcome.engine, welcome.checkpoints_base, vocab_size=vocab_size, context=context, faults=faults)
+
+
+def _read_base_model(folder: str) -> tuple[int, int]:
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except OSError:
+        return VOCAB_SIZE, CONTEXT
+    return config["vocab_size"], config["max_position_embeddings"]
+
+
+class FakeEngine:
+    """Implements `worker.engine_api.Engine`. Checkpoints are files under `checkpoints_base` ("" keeps them in
+    memory)."""
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        checkpoints_base: str = "",
+        *,
+        vocab_size: int = VOCAB_SIZE,
+        context: int = CONTEXT,
+        faults: Faults | None = None,
+    ):
+        self.config = config or EngineConfig()
+        self.faults = faults or Faults()
+        self.num_commands = 0
+        self._vocab_size = vocab_size
+        self._context = min(context, self.config.max_context_length or context)
+        self._checkpoints_base = checkpoints_base
+        #: checkpoints by key, when there is no folder for them
+        self.files: dict[str, bytes] = {}
+        self._training: dict[int, _Adapter] = {}
+        self._samplers: dict[int, _Adapter] = {}
+        #: admitted, in order; the first `num_sequences_max` of them are running
+        self._sequences: collections.OrderedDict[int, _Sequence] = collections.OrderedDict()
+
+    def info(self) -> EngineInfo:
+        lengths = self.config.train_row_lengths or tuple(
+            sorted({min(length, self._context) for length in (*ROW_LENGTHS, self._context)})
+        )
+        tokens = self.config.train_micro_batch_tokens or max(MICRO_BATCH_TOKENS, lengths[-1])
+        rows = self.config.train_micro_batch_size
+        return EngineInfo(
+            vocab_size=self._vocab_size,
+            max_context_length=self._context,
+            row_shapes=tuple((rows or max(1, tokens // length), length) for length in lengths),
+            row_length_preferred=lengths[-1],
+            target_tokens_k=(1, 8, 128),
+            num_training_slots=self.config.max_lora_adapters,
+            num_sampler_slots=self.config.max_sampler_adapters,
+            max_lora_rank=self.config.max_lora_rank,
+            num_sequences_max=self.config.sample_max_num_sequences,
+            decode_steps=self.config.decode_steps or 8,
+            prefill_tokens=self.config.prefill_chunk_tokens or 1024,
+            adapter_bytes=5 * 4 * FEATURES,
+        )
+
+    @property
+    def num_compilations(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._sequences.clear()
+
+    def execute(self, command: Command, tensors: Sequence[np.ndarray]) -> Pending:
+        self.num_commands += 1
+        self._misbehave()
+        reply = self._run(command, tensors)
+
+        def pending() -> Reply:
+            if self.faults.command_ms:
+                time.sleep(self.faults.command_ms / 1000)
+            return reply
+
+        return pending
+
+    def _misbehave(self) -> None:
+        faults, number = self.faults, self.num_commands
+        if number not in (faults.stall_at, faults.crash_at, faults.error_at, faults.user_error_at) or not _is_due(
+            faults
+        ):
+            return
+        if number == faults.stall_at:
+            time.sleep(faults.stall_ms / 1000)
+        if number == faults.crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == faults.error_at:
+            raise RuntimeError("the fake engine was told to fail")
+        if number == faults.user_error_at:
+            raise EngineError("the fake engine was told to fail this command")
+
+    def _run(self, command: Command, tensors: Sequence[np.ndarray]) -> Reply:
+        match command:
+            case CreateAdapter(slot=slot):
+                self._training[slot] = _Adapter()
+            case ReleaseAdapter(slot=slot):
+                self._training.pop(slot, None)
+            case LoadAdapter(slot=slot, key=key, optimizer=optimizer):
+                self._training.pop(slot, None)
+                loaded = self._load(key)
+                self._training[slot] = loaded if optimizer else _Adapter(w=loaded.w)
+                return Loaded(step=self._training[slot].step), []
+            case SaveAdapter(slot=slot, key=key, kind=kind):
+                return Saved(size_bytes=self._save(self._adapter(slot), key, kind)), []
+            case LoadSampler(sampler_slot=slot, key=key):
+                self._samplers.pop(slot, None)
+                self._samplers[slot] = self._load(key)
+                return Loaded(step=self._samplers[slot].step), []
+            case TrainMicroBatch():
+                return self._train(command, dict(zip(TRAIN_TENSORS, tensors, strict=True)))
+            case OptimStep(slot=slot, adam=adam):
+                return _optim_step(self._adapter(slot), adam), []
+            case AdmitSequences(sequences=sequences):
+                for spec in sequences:
+                    self._admit(spec, tensors)
+            case CancelSequences(sequence_ids=ids):
+                for sequence_id in ids:
+                    self._sequences.pop(sequence_id, None)
+            case SampleQuantum(decode_steps=decode_steps, prefill_tokens=prefill_tokens):
+                return self._sample(decode_steps, prefill_tokens)
+        return Done(), []
+
+    def _adapter(self, slot: int) -> _Adapter:
+        if slot not in self._training:
+            raise EngineError(f"Training slot {slot} is empty.")
+        return self._training[slot]
+
+    # ---- checkpoints
+
+    def _save(self, adapter: _Adapter, key: str, kind: str) -> int:
+        arrays = {"w": adapter.w, "step": np.int64(adapter.step)}
+        if kind in ("training", "snapshot"):
+            arrays |= {"m": adapter.m, "v": adapter.v}
+        if kind == "snapshot":
+            arrays["grad"] = adapter.grad
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        data = buffer.getvalue()
+        if self._checkpoints_base:
+            _write_atomically(Path(self._checkpoints_base) / key / ADAPTER_FILE, data)
+        else:
+            self.files[key] = data
+        return len(data)
+
+    def _load(self, key: str) -> _Adapter:
+        try:
+            if self._checkpoints_base:
+                data = (Path(self._checkpoints_base) / key / ADAPTER_FILE).read_bytes()
+            else:
+                data = self.files[key]
+        except (OSError, KeyError) as error:
+            raise UnknownCheckpoint(f"There is no checkpoint {key}.") from error
+        try:
+            arrays = dict(np.load(io.BytesIO(data)))
+        except Exception as error:  # numpy and zipfile raise what they like for damaged files
+            raise CorruptedCheckpoint(f"The files of {key} are damaged: {error}") from error
+        step = int(arrays.pop("step"))
+        return _Adapter(**arrays, step=step)
+
+    # ---- training
+
+    def _train(self, command: TrainMicroBatch, inputs: dict[str, np.ndarray]) -> Reply:
+        logprobs = np.zeros(inputs["target_tokens"].shape, np.float32)  # [R, L, K]
+        losses = np.zeros(inputs["tokens"].shape, np.float32)  # [R, L]
+        for row, slot in enumerate(command.slots):
+            if slot >= 0:
+                adapter = self._adapter(slot)
+                row_inputs = {name: array[row] for name, array in inputs.items()}
+                logprobs[row], losses[row], grad = _row_loss(adapter.w, row_inputs)
+                if not command.forward_only:
+                    adapter.grad += grad
+        return Trained(), [logprobs, losses]
+
+    # ---- sampling
+
+    def _admit(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> None:
+        scores = spec.prompt_scores
+        targets = tensors[scores.targets].copy() if scores and scores.targets >= 0 else None
+        self._sequences[spec.sequence_id] = _Sequence(spec, tensors[spec.prompt].copy(), targets)
+
+    def _sample(self, decode_steps: int, prefill_tokens: int) -> Reply:
+        finished: list[FinishedSequence] = []
+        progress: list[tuple[int, int]] = []
+        tensors: list[np.ndarray] = []
+        running = list(self._sequences.values())[: self.config.sample_max_num_sequences]
+        budget = prefill_tokens
+        for sequence in running:
+            chunk = min(budget, len(sequence.prompt) - sequence.prefilled)
+            sequence.prefilled += chunk
+            budget -= chunk
+            if sequence.prefilled < len(sequence.prompt):
+                if chunk:
+                    progress.append((sequence.spec.sequence_id, chunk))
+                continue
+            num_before = len(sequence.tokens)
+            stop_reason = self._decode(sequence, decode_steps)
+            progress.append((sequence.spec.sequence_id, chunk + len(sequence.tokens) - num_before))
+            if stop_reason:
+                del self._sequences[sequence.spec.sequence_id]
+                finished.append(self._finish(sequence, stop_reason, tensors))
+        num_running = sum(sequence.prefilled == len(sequence.prompt) for sequence in self._sequences.values())
+        result = Sampled(
+            finished=tuple(finished),
+            progress=tuple(progress),
+            num_running=num_running,
+            num_waiting=len(self._sequences) - num_running,
+            num_prefilled_tokens=prefill_tokens - budget,
+        )
+        return result, tensors
+
+    def _decode(self, sequence: _Sequence, decode_steps: int) -> str | None:
+        """Append up to `decode_steps` tokens; the reason, when one of them was the last."""
+        spec = sequence.spec
+        for _ in range(decode_steps):
+            if len(sequence.tokens) >= spec.max_tokens:
+                return "length"
+            token = self._next_token(sequence)
+            sequence.tokens.append(token)
+            if token in spec.stop_token_ids or _ends_with(sequence.tokens, spec.stop_strings):
+                return "stop"
+        return "length" if len(sequence.tokens) >= spec.max_tokens else None
+
+    def _next_token(self, sequence: _Sequence) -> int:
+        spec = sequence.spec
+        previous = sequence.tokens[-1] if sequence.tokens else int(sequence.prompt[-1])
+        random = (spec.seed, spec.sample_index, len(sequence.tokens)) if spec.temperature > 0 else ()
+        return _hash_of(previous, int(np.argmax(self._weights(spec))), *random) % self._vocab_size
+
+    def _weights(self, spec: SequenceSpec) -> np.ndarray:
+        if spec.sampler_slot == BASE_SLOT:
+            return np.zeros(FEATURES, np.float32)
+        if spec.sampler_slot not in self._samplers:
+            raise EngineError(f"Sampler slot {spec.sampler_slot} is empty.")
+        return self._samplers[spec.sampler_slot].w
+
+    def _finish(self, sequence: _Sequence, stop_reason: str, tensors: list[np.ndarray]) -> FinishedSequence:
+        def add(array: np.ndarray) -> int:
+            tensors.append(array)
+            return len(tensors) - 1
+
+        spec, w = sequence.spec, self._weights(sequence.spec)
+        tokens = np.array(sequence.tokens, np.int32)
+        before = np.concatenate([sequence.prompt[-1:], tokens[:-1]]) if len(tokens) else tokens
+        indices = {"tokens": add(tokens), "logprobs": add(_logprobs(w, before, tokens))}
+        if spec.topk_logprobs:
+            ids, values = self._topk(w, before, spec.topk_logprobs)
+            indices |= {"topk_token_ids": add(ids), "topk_logprobs": add(values)}
+        if spec.prompt_scores:
+            scores = self._score_prompt(spec.prompt_scores, w, sequence.prompt, sequence.targets)
+            indices |= {name: add(array) for name, array in scores.items()}
+        return FinishedSequence(
+            sequence_id=spec.sequence_id,
+            stop_reason=stop_reason,  # type: ignore[arg-type]
+            **indices,
+        )
+
+    def _topk(self, w: np.ndarray, before: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best tokens after each of `before`: int32 and float32 [T, k], best first."""
+        vocabulary = np.arange(self._vocab_size, dtype=np.int32)
+        values = np.stack([_logprobs(w, np.full_like(vocabulary, token), vocabulary) for token in before]) \
+            if len(before) else np.zeros((0, self._vocab_size), np.float32)  # fmt: skip
+        ids = np.argsort(-values, axis=1, kind="stable")[:, :k].astype(np.int32)
+        return ids, np.take_along_axis(values, ids, axis=1)
+
+    def _score_prompt(
+        self, scores: PromptScores, w: np.ndarray, prompt: np.ndarray, targets: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        first = max(1, len(prompt) - scores.last_n) if scores.last_n else 1
+        found: dict[str, np.ndarray] = {}
+        if scores.logprobs:
+            logprobs = np.full(len(prompt), np.nan, np.float32)
+            logprobs[first:] = _logprobs(w, prompt[first - 1 : -1], prompt[first:])
+            found["prompt_logprobs"] = logprobs
+        if scores.topk:
+            ids = np.zeros((len(prompt), scores.topk), np.int32)
+            values = np.full((len(prompt), scores.topk), NOT_SCORED, np.float32)
+            ids[first:], values[first:] = self._topk(w, prompt[first - 1 : -1], scores.topk)
+            found |= {"prompt_topk_token_ids": ids, "prompt_topk_logprobs": values}
+        if targets is not None:
+            values = _logprobs(w, np.repeat(prompt[:-1, None], targets.shape[1], axis=1), targets)
+            found["target_logprobs"] = np.where(targets >= 0, values, np.float32(0.0))
+        if scores.alt_tokens_k:
+            ids, values = self._topk(w, prompt[:-1], scores.alt_tokens_k)
+            found |= {"alt_token_ids": ids, "alt_logprobs": values}
+        return found
+
+
+# ---- the mathematics
+
+
+def _base(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """b(previous, token) in [-2, 2): a hash that is the same on every machine."""
+    mixed = (before.astype(np.uint32) * np.uint32(2654435761)) ^ (tokens.astype(np.uint32) * np.uint32(2246822519))
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= np.uint32(2654435761)
+    return ((mixed >> np.uint32(8)).astype(np.float32) / np.float32(2**24) - np.float32(0.5)) * np.float32(4)
+
+
+def _logprobs(w: np.ndarray, before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """log sigmoid(b + w[class]), float32 in the shape of `tokens`."""
+    return (-np.logaddexp(np.float32(0), -(_base(before, tokens) + w[tokens % FEATURES]))).astype(np.float32)
+
+
+def _row_loss(w: np.ndarray, row: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(logprobs [L, K], losses [L], gradient of w [FEATURES]) of one packed row."""
+    used = row["segment_ids"] > 0  # [L]
+    targets = row["target_tokens"]  # [L, K]
+    before = np.repeat(row["tokens"][:, None], targets.shape[1], axis=1)
+    logprobs = np.where(used[:, None], _logprobs(w, before, targets), np.float32(0.0))
+    cross_entropy = (row["loss_fn"] == LOSS_FNS.index("cross_entropy"))[:, None]
+    ratio = np.exp(np.minimum(logprobs - row["logprobs"][:, None], np.float32(20.0)))
+    advantages = row["advantages"][:, None]
+    # Every loss but the first is the policy gradient here: -ratio · advantage.
+    terms = np.where(cross_entropy, -row["weights"] * logprobs, -ratio * advantages * (row["weights"] != 0))
+    slopes = np.where(cross_entropy, -row["weights"], -ratio * advantages * (row["weights"] != 0))  # d term / d logprob
+    terms, slopes = np.where(used[:, None], terms, 0.0), np.where(used[:, None], slopes, 0.0)
+    slopes = slopes * (1.0 - np.exp(logprobs))  # d log sigmoid(x) / dx = 1 - sigmoid(x)
+    grad = np.bincount((targets % FEATURES).ravel(), weights=slopes.ravel(), minlength=FEATURES)
+    return logprobs, terms.sum(axis=1).astype(np.float32), grad.astype(np.float32)
+
+
+def _optim_step(adapter: _Adapter, adam: AdamParams) -> Result:
+    """torch.optim.AdamW on the adapter's numbers."""
+    grad = adapter.grad.copy()
+    adapter.grad[:] = 0.0
+    norm = float(np.linalg.norm(grad))
+    if not np.isfinite(norm):
+        raise NonFiniteGradients()
+    if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
+        grad *= np.float32(adam.grad_clip_norm / norm)
+    adapter.step += 1
+    adapter.m = np.float32(adam.beta1) * adapter.m + np.float32(1 - adam.beta1) * grad
+    adapter.v = np.float32(adam.beta2) * adapter.v + np.float32(1 - adam.beta2) * grad * grad
+    m_hat = adapter.m / np.float32(1 - adam.beta1**adapter.step)
+    v_hat = adapter.v / np.float32(1 - adam.beta2**adapter.step)
+    step = m_hat / (np.sqrt(v_hat) + np.float32(adam.eps)) + np.float32(adam.weight_decay) * adapter.w
+    adapter.w = (adapter.w - np.float32(adam.learning_rate) * step).astype(np.float32)
+    return Stepped(metrics={"grad_norm": norm}, step=adapter.step)
+
+
+def _hash_of(*numbers: int) -> int:
+    state = 0xCBF29CE484222325
+    for number in numbers:
+        state = ((state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 29
+    return state >> 16
+
+
+def _ends_with(tokens: Sequence[int], stop_strings: Sequence[str]) -> bool:
+    """Here, a token below 256 is the character with that number; others are none."""
+    if not stop_strings:
+        return False
+    text = "".join(chr(token) for token in tokens if token < 256)
+    return tokens[-1] < 256 and any(text.endswith(stop) for stop in stop_strings)
+
+
+def _is_due(faults: Faults) -> bool:
+    if not faults.once_file:
+        return True
+    try:
+        os.close(os.open(faults.once_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)

@@ -1,0 +1,139 @@
+"""The worker process: `python -m tx_async.worker.main`, spawned by the server or by `tx-async worker`.
+
+One life of one engine. What ends it is the exit code (`exit_codes.py`); why, in one line, is the last line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+
+from tx_async.dispatch.dealer import Dealer, Detached
+from tx_async.errors import ConfigError, TxError, WorkerRefused
+from tx_async.worker.exit_codes import ExitCode
+from tx_async.worker.worker import CreateEngine, Worker
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ENGINE = "tx_async.engine.engine:create"
+TOKEN_VARIABLE = "TX_WORKER_TOKEN"
+PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=options.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s {options.name}.{options.process_id} %(name)s: %(message)s",
+    )
+    token = options.token or os.environ.get(TOKEN_VARIABLE, "")
+    code = run(
+        options.connect, token, options.process_id, options.engine, name=options.name, parent_pid=options.parent_pid
+    )
+    _exit(code)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tx_async.worker.main", description="Run one worker process.")
+    parser.add_argument("--connect", required=True, help="address of the server's worker door, ipc:// or tcp://")
+    parser.add_argument("--token", default="", help=f"shared secret of a tcp door; better set {TOKEN_VARIABLE}")
+    parser.add_argument("--process-id", type=int, default=0, help="this process's place in its mesh")
+    parser.add_argument("--name", default="w0", help="the worker that this process belongs to")
+    parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that makes the engine")
+    parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is no longer our parent")
+    parser.add_argument("--log-level", default="info")
+    return parser.parse_args(arguments)
+
+
+def run(connect: str, token: str, process_id: int, engine: str, *, name: str = "w0", parent_pid: int = 0) -> ExitCode:
+    """Attach, serve, and say how it ended. Must run on the process's main thread (it installs signal handlers)."""
+    if parent_pid:
+        _die_with_parent()
+    try:
+        with Dealer(connect, name=name, process_id=process_id, token=token, parent_pid=parent_pid) as dealer:
+            return _serve(dealer, engine)
+    except ConfigError as error:
+        return _report(ExitCode.CONFIGURATION, error)
+
+
+def _serve(dealer: Dealer, engine: str) -> ExitCode:
+    worker = Worker(dealer, _factory(engine))
+    _stop_on_signals(worker)
+    try:
+        return worker.run()
+    except WorkerRefused as error:
+        return _report(ExitCode.REFUSED, error)
+    except Detached as error:
+        return _report(ExitCode.DETACHED, error)
+    except ConfigError as error:
+        dealer.goodbye(error.message)
+        return _report(ExitCode.CONFIGURATION, error)
+    except Exception as error:
+        logger.critical("this worker cannot go on", exc_info=error)
+        dealer.goodbye(f"{type(error).__name__}: {error}")
+        return _report(ExitCode.CRASHED, error)
+    except SystemExit:
+        dealer.goodbye("stopped while it started")
+        return ExitCode.STOPPED
+
+
+def _factory(engine: str) -> CreateEngine:
+    """The engine's factory, imported when it is called: the server hears of this worker before it imports JAX."""
+
+    def create(welcome, progress):
+        module_name, _, attribute = engine.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"--engine {engine!r} cannot be imported (it must be module:function): {error}"
+            ) from error
+        return factory(welcome, progress)
+
+    return create
+
+
+def _stop_on_signals(worker: Worker) -> None:
+    """Once it serves, a signal lets it finish what is running; before that there is nothing to finish."""
+
+    def handle(number: int, _frame: object) -> None:
+        logger.info("stopping: %s", signal.Signals(number).name)
+        if not worker.is_serving:
+            raise SystemExit
+        worker.dealer.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends this process with the one that spawned it. Elsewhere the dealer's thread looks every
+    half second."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _report(code: ExitCode, error: Exception) -> ExitCode:
+    text = error.message if isinstance(error, TxError) else f"{type(error).__name__}: {error}"
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _exit(code: ExitCode) -> None:
+    """At once: what the accelerator's libraries do at exit may wait for processes that are gone."""
+    logging.shutdown()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Starts worker processes, starts them again when they end, and says why they did.
+
+On the server's side: no JAX here. The server supervises `local_workers` processes; `attach_forever` does the same for
+`tx-async worker` on another host, so that a mesh comes back without an operator wherever its processes run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from tx_async.config import ServerConfig
+from tx_async.dispatch.groups import describe
+from tx_async.dispatch.router import Router
+from tx_async.errors import BaseModelError
+from tx_async.worker.exit_codes import ExitCode
+from tx_async.worker.main import DEFAULT_ENGINE, TOKEN_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+RESTART_DELAY_MIN_S = 0.1
+RESTART_DELAY_MAX_S = 30.0
+"""The delay doubles from one to the other while a worker keeps dying."""
+HEALTHY_AFTER_S = 60.0
+"""A process that lived so long starts again with the shortest delay."""
+LAST_LINE_CHARACTERS_MAX = 500
+FORCED_STOP_S = 10.0
+
+OnExit = Callable[["WorkerProcess", int, str], None]
+"""(process, its pid, what happened)"""
+
+
+class WorkerProcess:
+    """One worker process after another, in one place of one worker group."""
+
+    def __init__(
+        self,
+        connect: str,
+        *,
+        name: str = "w0",
+        process_id: int = 0,
+        engine: str = DEFAULT_ENGINE,
+        environment: Mapping[str, str] | None = None,
+        on_exit: OnExit = lambda process, pid, text: None,
+        log_level: str = "info",
+    ):
+        self.name = name
+        self.process_id = process_id
+        self.num_starts = 0
+        self._command = [
+            sys.executable, "-m", "tx_async.worker.main", "--connect", connect, "--name", name, "--process-id",
+            str(process_id), "--engine", engine, "--parent-pid", str(os.getpid()), "--log-level", log_level,
+        ]  # fmt: skip
+        self._environment = {**os.environ, **(environment or {})}
+        self._on_exit = on_exit
+        self._process: asyncio.subprocess.Process | None = None
+        self._last_line = ""
+        #: why it does not run at the moment; "" while it runs
+        self.exit_text = ""
+        self._is_stopping = False
+
+    def __repr__(self) -> str:
+        return f"<WorkerProcess {self.label} [{self.exit_text or f'pid {self.pid}'} | {self.num_starts} starts]>"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}.{self.process_id}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    async def run(self) -> None:
+        """Keep a process running until `stop`. Raises `BaseModelError` when no process can ever run."""
+        delay_s = RESTART_DELAY_MIN_S
+        while not self._is_stopping:
+            started = time.monotonic()
+            code = await self._live()
+            if self._is_stopping:
+                return
+            if code == ExitCode.CONFIGURATION:
+                raise BaseModelError(self._last_line or None)
+            if time.monotonic() - started > HEALTHY_AFTER_S or code in (ExitCode.STOPPED, ExitCode.DETACHED):
+                delay_s = RESTART_DELAY_MIN_S
+            logger.warning("worker process %s %s; it starts again in %.1f s", self.label, self.exit_text, delay_s)
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RESTART_DELAY_MAX_S)
+
+    async def _live(self) -> int:
+        self._last_line = ""
+        # A session of its own: Ctrl-C reaches the server alone, which then stops its workers in order.
+        process = await asyncio.create_subprocess_exec(
+            *self._command, env=self._environment, stderr=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        self._process, self.exit_text = process, ""
+        self.num_starts += 1
+        try:
+            await self._relay(process)
+            code = await process.wait()
+        finally:
+            if process.returncode is None:
+                await self._kill(process)
+        self.exit_text = _exit_text(code, self._last_line)
+        self._on_exit(self, process.pid, self.exit_text)
+        return code
+
+    async def _relay(self, process: asyncio.subprocess.Process) -> None:
+        """Pass stderr on, line by line, and remember the last one (progress bars end theirs with \\r)."""
+        assert process.stderr is not None
+        rest = ""
+        while chunk := await process.stderr.read(1 << 16):
+            *lines, rest = (rest + chunk.decode(errors="replace").replace("\r", "\n")).split("\n")
+            rest = rest[-LAST_LINE_CHARACTERS_MAX:]
+            self._pass_on(lines)
+        self._pass_on([rest])
+
+    def _pass_on(self, lines: list[str]) -> None:
+        for line in filter(str.strip, lines):
+            self._last_line = line[-LAST_LINE_CHARACTERS_MAX:]
+            print(line, file=sys.stderr)
+
+    async def _kill(self, process: asyncio.subprocess.Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Ask it to end; after `timeout_s`, end it."""
+        self._is_stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), timeout_s)
+        except TimeoutError:
+            logger.warning("worker process %s did not stop within %.1f s and is killed", self.label, timeout_s)
+            await self._kill(process)
+
+
+class Supervisor:
+    """The server's own worker processes. Worker i is process i mod `num_processes` of group w⌊i / num_processes⌋."""
+
+    def __init__(self, config: ServerConfig, router: Router, *, engine: str = DEFAULT_ENGINE):
+        """`router` must have been started: the processes get its address."""
+        self._router = router
+        num_processes = config.backend_config.num_processes
+        self.processes = [
+            WorkerProcess(
+                router.address,
+                name=f"w{index // num_processes}",
+                process_id=index % num_processes,
+                engine=engine,
+                on_exit=self._handle_exit,
+                log_level=config.log_level,
+            )
+            for index in range(config.local_workers)
+        ]
+        self._task: asyncio.Future[list[None]] | None = None
+
+    def __repr__(self) -> str:
+        running = sum(process.pid is not None for process in self.processes)
+        return f"<Supervisor [Processes: {running} running of {len(self.processes)}]>"
+
+    def statistics(self) -> dict[str, float]:
+        return {
+            "worker_processes": sum(process.pid is not None for process in self.processes),
+            "worker_starts": sum(process.num_starts for process in self.processes),
+        }
+
+    async def run(self) -> None:
+        """Until `stop`. Raises `BaseModelError` when a worker cannot ever start; the others are stopped then."""
+        self._task = asyncio.gather(*(process.run() for process in self.processes))
+        try:
+            await self._task
+        finally:
+            await self.stop(0.0)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Leave no process behind."""
+        await asyncio.gather(*(process.stop(timeout_s) for process in self.processes))
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def waiting_for(self) -> list[str]:
+        """What keeps this server's own workers from being ready, for `healthz`."""
+        local = {(process.name, process.process_id) for process in self.processes}
+        lines = [line for process in self.processes if (line := self._why_not_ready(process))]
+        return lines + self._router.waiting_for(without=local)
+
+    def _why_not_ready(self, process: WorkerProcess) -> str | None:
+        worker = f"worker {process.label}"
+        if process.exit_text:
+            return f"{worker} {process.exit_text}"
+        if self._router.is_member_ready(process.name, process.process_id):
+            return None
+        return f"{worker}: {describe(self._router.member_progress(process.name, process.process_id))}"
+
+    def _handle_exit(self, process: WorkerProcess, pid: int, text: str) -> None:
+        self._router.process_exited(process.name, process.process_id, pid, text)
+
+
+def _exit_text(code: int, last_line: str) -> str:
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}" + (f" (last said: {last_line})" if last_line else "")
+    return f"exited with code {code}" + (f": {last_line}" if last_line else "")
+
+
+async def attach_forever(
+    connect: str, token: str, process_id: int, engine: str = DEFAULT_ENGINE, *, name: str = "w0"
+) -> None:
+    """Run a worker by hand (`tx-async worker`): it attaches, and after every loss attaches again, until a signal.
+
+    Raises `BaseModelError` for what no new attempt can change.
+    """
+    process = WorkerProcess(
+        connect, name=name, process_id=process_id, engine=engine, environment={TOKEN_VARIABLE: token} if token else None
+    )
+    loop = asyncio.get_running_loop()
+    stopping: list[asyncio.Task[None]] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: stopping.append(loop.create_task(process.stop(FORCED_STOP_S))))
+    try:
+        await process.run()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        await asyncio.gather(process.stop(FORCED_STOP_S), *stopping)

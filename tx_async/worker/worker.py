@@ -1,0 +1,107 @@
+"""The worker process's loop: the one ordered command stream of this host, from the server to the engine and back.
+
+The main thread issues commands and never waits for the device. Each command's `Pending` goes to the completion
+thread, which waits for the outcomes in the same order and answers; saved adapters wait on threads of their own,
+because files may take long and nobody behind them should.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from tx_async.dispatch.dealer import Dealer, Received
+from tx_async.errors import TxError
+from tx_async.wire.worker import SaveAdapter, Welcome
+from tx_async.worker.engine_api import Engine, Pending, ReportProgress
+from tx_async.worker.exit_codes import ExitCode
+
+logger = logging.getLogger(__name__)
+
+SAVING_THREADS = 2
+UNANSWERED_COMMANDS_MAX = 64
+"""Issued commands whose outcome is still awaited; the server keeps far fewer in flight."""
+
+CreateEngine = Callable[[Welcome, ReportProgress], Engine]
+
+
+class Worker:
+    """One engine, attached by one dealer, for one life: whatever ends it, a new process starts with a new engine."""
+
+    def __init__(self, dealer: Dealer, create_engine: CreateEngine):
+        self.dealer = dealer
+        self.create_engine = create_engine
+        #: issued commands in stream order; None ends the completion thread
+        self._pending: queue.Queue[tuple[int, Pending] | None] = queue.Queue(UNANSWERED_COMMANDS_MAX)
+        #: set by the first fatal error, on any thread; nothing is answered after it
+        self._crash: BaseException | None = None
+        #: False while the engine is being built
+        self.is_serving = False
+
+    def run(self) -> ExitCode:
+        """Attach, serve until told to stop, and say how it ended. Raises `TxError` when it could not begin or go on."""
+        welcome = self.dealer.attach()
+        engine = self.create_engine(welcome, self.dealer.progress)
+        self.dealer.count_compilations = lambda: engine.num_compilations
+        self.dealer.ready(engine.info())
+        self.is_serving = True
+        self._serve(engine)
+        if self._crash:
+            return ExitCode.CRASHED
+        self.dealer.goodbye("stopped")
+        engine.close()
+        return ExitCode.STOPPED
+
+    def _serve(self, engine: Engine) -> None:
+        completions = threading.Thread(target=self._complete_all, name="completions", daemon=True)
+        completions.start()
+        with ThreadPoolExecutor(SAVING_THREADS, thread_name_prefix="saving") as saving:
+            for received in self.dealer.commands():
+                if self._crash:
+                    break
+                self._issue(engine, received, saving)
+            self._pending.put(None)
+            completions.join()
+
+    def _issue(self, engine: Engine, received: Received, saving: ThreadPoolExecutor) -> None:
+        try:
+            pending = engine.execute(received.command, received.tensors)
+        except Exception as error:
+            pending = _raiser(error)
+        if isinstance(received.command, SaveAdapter):
+            saving.submit(self._complete, received.number, pending)
+        else:
+            self._pending.put((received.number, pending))
+
+    def _complete_all(self) -> None:
+        while (item := self._pending.get()) is not None:
+            self._complete(*item)
+
+    def _complete(self, number: int, pending: Pending) -> None:
+        if self._crash:
+            return
+        try:
+            result, tensors = pending()
+            self.dealer.reply(number, result, tensors)
+        except TxError as error:
+            self.dealer.fail(number, error)
+        except Exception as error:
+            self._fail_fatally(number, error)
+
+    def _fail_fatally(self, number: int, error: Exception) -> None:
+        if self._crash:
+            return
+        self._crash = error
+        logger.critical("fatal at command %d", number, exc_info=error)
+        self.dealer.fail(number, error, fatal=True)
+        self.dealer.stop()
+
+
+def _raiser(error: Exception) -> Pending:
+    def pending():
+        raise error
+
+    return pending
