@@ -1,7 +1,7 @@
 """The file of API keys, edited: `tx-async keys`. `api/owner.py` says what its lines look like and reads it.
 
-A key is printed once, when it is made; the file holds its SHA-256. Every change replaces the file as a whole, so that a server
-that reads it meanwhile sees the old file or the new one.
+A key is printed once, when it is made; the file holds its SHA-256. Every change replaces the file as a whole, so that a
+server that reads it meanwhile sees the old file or the new one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ID_DIGITS = 8
 
 
 def add(path: Path, name: str) -> str:
-    """Make a key, register its hash under `name`, and return the key. Raises `ConfigError` when the name is taken or odd."""
+    """Make a key, register its hash under `name`, return the key. Raises `ConfigError` for a taken or odd name."""
     if not name or name != name.strip() or any(char in name for char in "#\r\n"):
         raise ConfigError(f"{name!r} cannot name a key: use one line without '#' and without spaces around it.")
     registry = read_registry(str(path)) if path.exists() else {}
@@ -35,7 +35,7 @@ def listed(path: Path) -> list[tuple[str, str]]:
 
 
 def revoke(path: Path, name_or_id: str) -> str:
-    """Remove one key, named by its name or its id; returns its name. Raises `ConfigError` when none is meant, or several."""
+    """Remove one key by its name or id; returns its name. Raises `ConfigError` when none is meant, or several."""
     registry = read_registry(str(path))
     meant = [digest for digest, name in registry.items() if name_or_id in (name, digest[:ID_DIGITS], digest)]
     if len(meant) != 1:

@@ -1,0 +1,273 @@
+"""`tx-async`: one command per thing that an operator does. Each imports only its own side, so `--help` is instant and
+the server never sees JAX.
+
+What the operator can change (`ConfigError`, an occupied port) is one line on stderr and exit code 2; a traceback is a
+bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tx_async import __version__, config, logs
+from tx_async.config import ServerConfig
+from tx_async.errors import ConfigError
+from tx_async.field_docs import field_docs
+
+EXIT_OPERATOR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except ConfigError as error:
+        print(f"tx-async: {error.message}", file=sys.stderr)
+        return EXIT_OPERATOR
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): point stdout elsewhere, or its flush at exit fails too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="tx-async", description="A self-hosted server for the Tinker API.")
+    top.add_argument("--version", action="version", version=f"tx-async {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_worker(commands)
+    _add_demo(commands)
+    _add_migrate(commands)
+    _add_keys(commands)
+    _add_doctor(commands)
+    _add_schemas(commands)
+    return top
+
+
+# ---- serve
+
+
+def _add_serve(commands: Any) -> None:
+    command = commands.add_parser(
+        "serve",
+        help="start the server",
+        usage="tx-async serve --base-model DIR_OR_HUB_NAME [settings]",
+        description="Start the server and its local workers.",
+    )
+    _add_config_flags(command)
+    command.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from tx_async.serve import serve
+
+    return serve(_load_config(args))
+
+
+def _add_config_flags(command: argparse.ArgumentParser) -> None:
+    """`--config FILE` and one flag per field of `ServerConfig`."""
+    command.add_argument("--config", metavar="FILE", help="TOML file with any of the settings below; flags win over it")
+    group = command.add_argument_group("settings (also TX_… variables and keys of the file)")
+    for field in field_docs(ServerConfig):
+        is_json = isinstance(field.default, msgspec.Struct)
+        shown = "" if is_json or field.default == "" else f" [{field.default}]"
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            metavar="JSON" if is_json else field.type.upper(),
+            help=(field.doc.replace("%", "%%") + shown).strip(),
+        )
+
+
+def _load_config(args: argparse.Namespace) -> ServerConfig:
+    """File < environment < flags, as `config.load` says."""
+    environ = dict(os.environ)
+    if args.config:
+        environ["TX_CONFIG"] = args.config
+    flags = {field: getattr(args, field) for field in ServerConfig.__struct_fields__}
+    return config.load(flags, environ)
+
+
+# ---- worker
+
+
+def _add_worker(commands: Any) -> None:
+    command = commands.add_parser(
+        "worker", help="start a worker by hand", description="Attach this host's devices to a server."
+    )
+    command.add_argument(
+        "--connect", metavar="ADDRESS", required=True, help="the server's worker_address, tcp:// or ipc://"
+    )
+    command.add_argument(
+        "--token", default=os.environ.get("TX_WORKER_TOKEN", ""), help="the server's worker_token [TX_WORKER_TOKEN]"
+    )
+    command.add_argument("--process-id", type=int, default=0, help="place of this host in its mesh, from 0 [0]")
+    command.add_argument(
+        "--engine", default="", metavar="MODULE:FACTORY", help="an engine of your own [the JAX engine]"
+    )
+    command.set_defaults(run=_worker)
+
+
+def _worker(args: argparse.Namespace) -> int:
+    from tx_async.worker.main import main as run_worker
+
+    flags = ["--connect", args.connect, "--process-id", str(args.process_id), "--token", args.token]
+    flags += ["--engine", args.engine] if args.engine else []
+    run_worker(flags)
+    return 0
+
+
+# ---- demo
+
+
+def _add_demo(commands: Any) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="train and sample a tiny model on this machine, in a minute",
+        description="Start a server in a temporary folder, teach a model three phrases of Pig Latin through the real "
+        "SDK, show the answers, clean up. Needs no network, no account and no GPU.",
+    )
+    command.add_argument(
+        "--base-model", default="", metavar="DIR_OR_HUB_NAME", help="train this model [a tiny one, made here]"
+    )
+    command.add_argument("--steps", type=int, default=0, help="training steps [40]")
+    command.add_argument("--learning-rate", type=float, default=0.0, help="[0.005 for the tiny model, else 0.0005]")
+    command.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from tx_async.demo import run
+
+    return run(args.base_model, args.steps, args.learning_rate)
+
+
+# ---- migrate
+
+
+def _add_migrate(commands: Any) -> None:
+    command = commands.add_parser(
+        "migrate", help="bring the journal's schema up to date", description="`serve` does this by itself at its start."
+    )
+    _add_config_flags(command)
+    command.set_defaults(run=_migrate)
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    import asyncio
+
+    return asyncio.run(_migrate_journal(_load_config(args)))
+
+
+async def _migrate_journal(settings: ServerConfig) -> int:
+    from tx_async.journal.factory import open_journal
+
+    if not settings.database_url:
+        settings.data_path.mkdir(parents=True, exist_ok=True)
+    journal = open_journal(settings)
+    records = await journal.open()
+    await journal.close()
+    print(f"The journal has the newest schema and holds {len(records)} records.")
+    return 0
+
+
+# ---- keys
+
+
+def _add_keys(commands: Any) -> None:
+    command = commands.add_parser(
+        "keys", help="API keys: add, list, revoke", description="Edit the file of hashed API keys."
+    )
+    command.add_argument(
+        "--file",
+        default=os.environ.get("TX_API_KEYS_FILE", ""),
+        help="the server's api_keys_file [TX_API_KEYS_FILE, or api_keys in the data directory]",
+    )
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+    add = actions.add_parser("add", help="make a key and print it, once")
+    add.add_argument("name", help="whose key it is")
+    add.set_defaults(run=_keys_add)
+    actions.add_parser("list", help="id and name of every key").set_defaults(run=_keys_list)
+    revoke = actions.add_parser("revoke", help="remove a key; a running server must be restarted")
+    revoke.add_argument("name", help="name or id")
+    revoke.set_defaults(run=_keys_revoke)
+
+
+def _keys_file(args: argparse.Namespace) -> Path:
+    return Path(args.file).expanduser() if args.file else ServerConfig().data_path / "api_keys"
+
+
+def _keys_add(args: argparse.Namespace) -> int:
+    from tx_async import keys
+
+    path = _keys_file(args)
+    print(keys.add(path, args.name))
+    print(
+        f"This key is shown once; its hash is in {path}: start the server with --api-keys-file {path}", file=sys.stderr
+    )
+    return 0
+
+
+def _keys_list(args: argparse.Namespace) -> int:
+    from tx_async import keys
+
+    for key_id, name in keys.listed(_keys_file(args)):
+        print(f"{key_id}  {name}")
+    return 0
+
+
+def _keys_revoke(args: argparse.Namespace) -> int:
+    from tx_async import keys
+
+    print(f"Revoked: {keys.revoke(_keys_file(args), args.name)}. Restart the server, so that it refuses the key.")
+    return 0
+
+
+# ---- doctor, schemas
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look for what would keep the server from running",
+        description="Checks this machine and the settings.",
+    )
+    _add_config_flags(command)
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tx_async.doctor import run
+
+    return run(_load_config(args))
+
+
+def _add_schemas(commands: Any) -> None:
+    command = commands.add_parser(
+        "schemas",
+        help="write the generated files of a checkout anew",
+        description="JSON Schemas, golden messages, the OpenAPI description and the README's tables, from the structs.",
+    )
+    command.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 and a list when a file is stale"
+    )
+    command.set_defaults(run=_schemas)
+
+
+def _schemas(args: argparse.Namespace) -> int:
+    from tx_async.schemas import run
+
+    return run(check=args.check)
+
+
+if __name__ == "__main__":
+    logs.configure("info")
+    sys.exit(main())

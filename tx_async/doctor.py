@@ -1,0 +1,151 @@
+"""`tx-async doctor`: looks for what would keep a server from running here, and says it in plain words.
+
+Each check answers with a `Finding`; none changes anything but for a database, which is opened (and so migrated) as
+`serve` would do. JAX is asked in a process of its own: a broken accelerator driver may take its process down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from tx_async import base_model
+from tx_async.config import ServerConfig
+from tx_async.errors import TxError
+from tx_async.serve import check_exposure
+
+JAX_S = 120
+DISK_BYTES_MIN = 2 * 2**30
+SHARED_MEMORY = Path("/dev/shm")
+
+_ASK_JAX = """
+import json, jax
+devices = jax.devices()
+x = jax.numpy.ones((64, 64)) @ jax.numpy.ones((64, 64))
+print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in devices], float(x[0, 0])]))
+"""
+
+
+class Finding(Struct, frozen=True):
+    state: Literal["ok", "warning", "problem"]
+    text: str
+
+
+def run(config: ServerConfig) -> int:
+    """Print the findings; 1 when one is a problem."""
+    checks: dict[str, Callable[[ServerConfig], Finding]] = {
+        "python": _python,
+        "jax": _jax,
+        "shared memory": _shared_memory,
+        "disk": _disk,
+        "address": _address,
+        "database": _database,
+        "base model": _base_model,
+    }
+    problems = 0
+    for name, check in checks.items():
+        finding = check(config)
+        problems += finding.state == "problem"
+        print(f"{finding.state:8} {name}: {finding.text}", flush=True)
+    print("Nothing stands in the way." if not problems else f"{problems} to solve first.")
+    return 1 if problems else 0
+
+
+def _python(_: ServerConfig) -> Finding:
+    text = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    if platform.system() != "Linux":
+        return Finding("warning", f"{text}: only Linux is tested")
+    return Finding("ok", text)
+
+
+def _jax(_: ServerConfig) -> Finding:
+    try:
+        process = subprocess.run([sys.executable, "-c", _ASK_JAX], capture_output=True, text=True, timeout=JAX_S)
+    except subprocess.TimeoutExpired:
+        return Finding("problem", f"lists no devices within {JAX_S} s: does another process hold the accelerator?")
+    if process.returncode:
+        last_line = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        return Finding("problem", f"cannot run: {last_line}")
+    version, device_platform, kinds, product = json.loads(process.stdout.splitlines()[-1])
+    text = f"{version}, platform {device_platform}: {', '.join(sorted(set(kinds)))} × {len(kinds)}"
+    if product != 64:
+        return Finding("problem", f"{text}, but a 64 × 64 product of ones is {product}, not 64")
+    if device_platform == "cpu" and shutil.which("nvidia-smi"):
+        return Finding("warning", f"{text}; there is an NVIDIA GPU: pip install 'tx-async[gpu]'")
+    return Finding("ok", text)
+
+
+def _shared_memory(config: ServerConfig) -> Finding:
+    if not SHARED_MEMORY.is_dir():
+        return Finding("warning", f"{SHARED_MEMORY} does not exist: tensors travel as frames, which is slower")
+    needed = 2 * config.shared_memory_bytes * max(1, config.local_workers)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        text = (
+            f"{_size(free)} free, up to {_size(needed)} wanted: enlarge {SHARED_MEMORY}, or lower shared_memory_bytes"
+        )
+        return Finding("problem", text)
+    return Finding("ok", f"{_size(free)} free in {SHARED_MEMORY}, up to {_size(needed)} wanted")
+
+
+def _disk(config: ServerConfig) -> Finding:
+    folder = config.data_path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Finding("problem", f"{config.data_path} (data_dir) cannot be written by this user")
+    free = shutil.disk_usage(folder).free
+    text = f"{_size(free)} free for {config.data_path} (data_dir)"
+    return Finding("ok" if free >= DISK_BYTES_MIN else "warning", text)
+
+
+def _address(config: ServerConfig) -> Finding:
+    try:
+        check_exposure(config)
+    except TxError as error:
+        return Finding("problem", error.message)
+    return Finding("ok", f"{config.host}:{config.port}, {'keys' if config.api_keys_file else 'no keys, loopback only'}")
+
+
+def _database(config: ServerConfig) -> Finding:
+    from tx_async.journal.factory import open_journal
+
+    async def count() -> int:
+        journal = open_journal(config)
+        records = await journal.open()
+        await journal.close()
+        return len(records)
+
+    url = config.resolved_database_url
+    shown = url if url.startswith("sqlite") else url.partition("@")[2]
+    if url.startswith("sqlite") and not Path("/" + url.partition("://")[2].lstrip("/")).exists():
+        return Finding("ok", f"{shown} will be made at the first start")
+    try:
+        return Finding("ok", f"{shown} has the newest schema and {asyncio.run(count())} records")
+    except (TxError, OSError) as error:
+        return Finding("problem", str(error))
+
+
+def _base_model(config: ServerConfig) -> Finding:
+    if not config.base_model:
+        return Finding("warning", "none is set; `serve` needs --base-model")
+    try:
+        info = base_model.read(config.base_model, config.model_name, config.backend_config)
+    except TxError as error:
+        return Finding("problem", error.message)
+    text = f"{info.name}, {info.architecture}, vocabulary {info.vocab_size}, context {info.max_context_length}"
+    return Finding("ok", text)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,156 @@
+"""The app under hypercorn on uvloop, in this process: `tx-async serve`.
+
+Hypercorn speaks HTTP; what is decided here is how a server for long polls starts and stops. The port is taken before
+anything else starts, so a second server on it changes nothing. The first SIGINT or SIGTERM stops it, in bounded time:
+open polls get `GRACEFUL_S` to finish, then the app's lifespan drains and takes its snapshots within `shutdown_ms`. A
+second signal ends the process at once. When the app dies of a broken invariant the process stops with exit code 1: the
+journal brings it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import resource
+import signal
+from typing import Any
+
+import uvloop
+from hypercorn.asyncio.run import worker_serve
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.config import Sockets
+from hypercorn.utils import LifespanFailureError, wrap_app
+
+from tx_async import logs
+from tx_async.config import ServerConfig
+from tx_async.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+GRACEFUL_S = 1.0
+"""How long open requests may take to end once the server stops; a client asks again for a poll that was cut."""
+KEEP_ALIVE_S = 120
+BACKLOG = 4096
+HEADERS_BYTES_MAX = 64 * 1024
+STARTUP_S = 600
+"""Recovery of a long journal happens before the server accepts."""
+
+EXIT_BROKEN = 1
+EXIT_SECOND_SIGNAL = 130
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until a signal; returns the exit code. Raises `ConfigError` for what the operator can change."""
+    check_exposure(config)
+    logs.configure(config.log_level)
+    _raise_open_files_limit()
+    settings = _hypercorn_settings(config)
+    sockets = _bind(settings, config)
+
+    from tx_async.app import create_app
+
+    server = _Server(create_app(config), settings, sockets)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(server.run())
+
+
+def check_exposure(config: ServerConfig) -> None:
+    """Whoever reaches the server can use it, so only loopback may do without keys. Raises `ConfigError`."""
+    if config.api_keys_file or is_loopback(config.host):
+        return
+    raise ConfigError(
+        f"host {config.host} can be reached from other machines, so api_keys_file must be set: "
+        "make one with `tx-async keys add NAME`, or listen on 127.0.0.1."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Server:
+    """One run of the app under hypercorn."""
+
+    def __init__(self, app: Any, settings: HypercornConfig, sockets: Sockets):
+        self.app = app
+        self.settings = settings
+        self.sockets = sockets
+        self.stop = asyncio.Event()
+        #: why the app's lifespan ended by itself; None while it is well
+        self.failure: BaseException | None = None
+
+    async def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        app = wrap_app(self._watched_app, self.settings.wsgi_max_body_size, "asgi")
+        try:
+            await worker_serve(app, self.settings, sockets=self.sockets, shutdown_trigger=self.stop.wait)
+        except LifespanFailureError:
+            if self.failure is None:
+                raise
+        if isinstance(self.failure, ConfigError):
+            raise self.failure
+        return EXIT_BROKEN if self.failure else 0
+
+    def _on_signal(self, number: int) -> None:
+        if self.stop.is_set():
+            logger.warning("second signal: ending at once")
+            os._exit(EXIT_SECOND_SIGNAL)
+        logger.info("%s: stopping", signal.Signals(number).name)
+        self.stop.set()
+
+    async def _watched_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        except BaseException as error:
+            self.failure = _innermost(error)
+            if not isinstance(self.failure, ConfigError | asyncio.CancelledError):
+                logger.critical("the server stops: %r", self.failure)
+            raise
+        finally:
+            self.stop.set()
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Task groups wrap what went wrong: the operator wants the error itself."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _hypercorn_settings(config: ServerConfig) -> HypercornConfig:
+    settings = HypercornConfig()
+    settings.bind = [f"{config.host}:{config.port}"]
+    settings.backlog = BACKLOG
+    settings.keep_alive_timeout = KEEP_ALIVE_S
+    settings.keep_alive_max_requests = 2**31
+    settings.graceful_timeout = GRACEFUL_S
+    settings.startup_timeout = STARTUP_S
+    settings.shutdown_timeout = config.shutdown_ms / 1000 + 5
+    settings.h11_max_incomplete_size = HEADERS_BYTES_MAX
+    settings.include_server_header = False
+    settings.errorlog = logging.getLogger("hypercorn")
+    settings.loglevel = config.log_level.upper()
+    return settings
+
+
+def _bind(settings: HypercornConfig, config: ServerConfig) -> Sockets:
+    try:
+        return settings.create_sockets()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"Cannot listen on {config.host}:{config.port}: {error}.") from error
+
+
+def _raise_open_files_limit() -> None:
+    """Every long poll is a connection: allow as many as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
