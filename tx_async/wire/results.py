@@ -1,8 +1,8 @@
 """How requests end, in one canonical form: the scheduler makes these structs, the journal stores their bytes in
 `ResultRecord.payload`, and `api/` turns them into protobuf or JSON, as the client's `Accept` header asks.
 
-`ResultRecord.content` names the form of the payload: "forward_backward" and "sample" are msgpack of the two structs below;
-"json" is a JSON object that goes out as it is; "error" is a JSON `Failure`.
+`ResultRecord.content` names the form of the payload: "forward_backward" and "sample" are msgpack of the two structs
+below; "json" is a JSON object that goes out as it is; "error" is a JSON `Failure`.
 """
 
 from __future__ import annotations

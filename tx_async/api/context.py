@@ -1,0 +1,57 @@
+"""What every handler gets: the server's parts, and the one call that it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.requests import Request
+
+from tx_async.api.links import Links
+from tx_async.api.owner import Owners
+from tx_async.clock import Clock
+from tx_async.config import ServerConfig
+from tx_async.scheduler.interface import SchedulerApi
+
+
+class CheckpointFiles(Protocol):
+    """What downloads need of the storage."""
+
+    async def get(self, key: str) -> bytes: ...
+
+    async def list(self, prefix: str) -> list[str]:
+        """Keys that begin with a prefix."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    scheduler: SchedulerApi
+    config: ServerConfig
+    clock: Clock
+    files: CheckpointFiles
+    owners: Owners
+    links: Links
+    tokenizer_id: str
+    """Folder or hub name that clients load the tokenizer from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    api: Api
+    request: Request
+    owner: str
+    body: bytes = b""
+
+    @property
+    def scheduler(self) -> SchedulerApi:
+        return self.api.scheduler
+
+    def path(self, name: str) -> str:
+        return self.request.path_params[name]
+
+    def query(self, name: str, default: str = "") -> str:
+        return self.request.query_params.get(name, default)
+
+    def header(self, name: str, default: str = "") -> str:
+        return self.request.headers.get(name, default)

@@ -1,0 +1,87 @@
+"""One route as an ASGI application: authenticate, decode, call the handler, encode; and every error as JSON."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tx_async.api import body
+from tx_async.api.context import Api, Call
+from tx_async.api.errors import error_response, internal_error_response, json_response
+from tx_async.errors import TxError
+
+CONTROL_BODY_BYTES_MAX = 2**20
+"""Limit of the bodies that carry no data."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the route table.
+
+    A handler takes the call, and a struct when the endpoint is to decode the body for it; its annotations say which one
+    and what it answers. `request` names the body of handlers that decode it themselves: a struct, or a text about it.
+    """
+
+    method: str
+    path: str
+    handler: Callable[..., Awaitable[Any]]
+    summary: str
+    request: type[msgspec.Struct] | str | None = None
+    public: bool = False
+    """Needs no API key."""
+
+    @property
+    def decodes(self) -> type[msgspec.Struct] | None:
+        """What the endpoint decodes the body to before it calls the handler."""
+        return get_type_hints(self.handler).get("request") if "request" in _parameters(self.handler) else None
+
+    @property
+    def response(self) -> type:
+        return get_type_hints(self.handler)["return"]
+
+
+class Endpoint:
+    def __init__(self, row: Row, api: Api):
+        self.row = row
+        self._api = api
+        self._decodes = row.decodes
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.row.method} {self.row.path}>"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await self._respond(request)
+        except TxError as error:
+            response = error_response(error)
+        except ClientDisconnect:
+            return
+        except Exception:
+            logger.exception("%s %s failed", self.row.method, self.row.path)
+            response = internal_error_response()
+        await response(scope, receive, send)
+
+    async def _respond(self, request: Request) -> Response:
+        owner = "" if self.row.public else self._api.owners.authenticate(request.headers.get("x-api-key"))
+        call = Call(self._api, request, owner)
+        if self._decodes is None:
+            answer = await self.row.handler(call)
+        else:
+            content = await body.read(request, CONTROL_BODY_BYTES_MAX)
+            answer = await self.row.handler(call, body.decode_json(content, self._decodes))
+        return answer if isinstance(answer, Response) else json_response(answer)
+
+
+def _parameters(handler: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(handler).parameters)

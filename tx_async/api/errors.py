@@ -1,0 +1,45 @@
+"""Errors as HTTP: always JSON, never an empty body (the SDK takes an empty 400 for a network glitch and retries)."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tx_async.errors import Category, TxError
+from tx_async.wire.tinker import ErrorBody
+
+RETRY_AFTER_S = 1
+"""What 429 and 503 suggest; the SDK honours up to 60."""
+
+_REASONS = {
+    404: "There is no such route: this server speaks the Tinker API under /api/v1, and GET /api/v1/healthz.",
+    405: "This route exists, but not for this method.",
+}
+_encode = msgspec.json.Encoder().encode
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_encode(value), status, headers, media_type="application/json")
+
+
+def error_response(error: TxError) -> Response:
+    headers = {"retry-after": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
+    return _response(error.status, error.message, error.category, headers)
+
+
+def internal_error_response() -> Response:
+    """For an exception that nobody foresaw: its text stays in the server's log."""
+    return _response(500, "The server failed on this request; its log says why.", "server")
+
+
+async def http_exception_response(request: Request, error: Exception) -> Response:
+    """The router's own 404 and 405."""
+    assert isinstance(error, HTTPException)
+    message = _REASONS.get(error.status_code, str(error.detail))
+    return _response(error.status_code, message, "user", dict(error.headers or {}))
+
+
+def _response(status: int, message: str, category: Category, headers: dict[str, str] | None = None) -> Response:
+    return json_response(ErrorBody(detail=message, category=category), status, headers)

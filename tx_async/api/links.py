@@ -1,0 +1,54 @@
+"""Download links: they carry their own permission, because the programs that follow them send no API key."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+
+import msgspec
+
+from tx_async.errors import NotFound
+
+LINK_LIFETIME_S = 3600
+_SIGNATURE_BYTES = 16
+
+
+class _Permission(msgspec.Struct, frozen=True, array_like=True):
+    checkpoint: str
+    expires_at: float
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Permission).decode
+
+
+class Links:
+    """Signs with a secret of this process: a restart ends all links, and the client asks for new ones."""
+
+    def __init__(self, secret: bytes | None = None):
+        self._secret = secret or secrets.token_bytes(32)
+
+    def token(self, checkpoint: str, expires_at: float) -> str:
+        """Permission to read the files of one checkpoint until `expires_at`, safe in a URL."""
+        text = _encode(_Permission(checkpoint, expires_at))
+        return base64.urlsafe_b64encode(self._sign(text) + text).decode().rstrip("=")
+
+    def checkpoint(self, token: str, now: float) -> str:
+        """The checkpoint that a token permits. Raises `NotFound` for a forged or expired one."""
+        try:
+            data = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+        except (binascii.Error, ValueError):
+            raise NotFound("This download link is not valid.") from None
+        signature, text = data[:_SIGNATURE_BYTES], data[_SIGNATURE_BYTES:]
+        if not hmac.compare_digest(signature, self._sign(text)):
+            raise NotFound("This download link is not valid here; ask for a new one.")
+        permission = _decode(text)
+        if permission.expires_at < now:
+            raise NotFound("This download link has expired; ask for a new one.")
+        return permission.checkpoint
+
+    def _sign(self, text: bytes) -> bytes:
+        return hmac.digest(self._secret, text, hashlib.sha256)[:_SIGNATURE_BYTES]

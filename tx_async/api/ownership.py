@@ -1,0 +1,34 @@
+"""What belongs to another tenant does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
+
+from tx_async.api import validation
+from tx_async.api.context import Call
+from tx_async.errors import NotFound, UnknownCheckpoint
+from tx_async.wire.records import CheckpointRecord
+
+
+class Owned(Protocol):
+    @property
+    def owner(self) -> str: ...
+
+
+R = TypeVar("R", bound=Owned)
+
+
+def owned(records: Mapping[str, R], key: str, owner: str, missing: type[NotFound]) -> R:
+    record = records.get(key)
+    if record is None or record.owner != owner:
+        raise missing()
+    return record
+
+
+def readable_checkpoint(call: Call, path: str) -> CheckpointRecord:
+    """A checkpoint of one's own, or a published one."""
+    checkpoint = call.scheduler.checkpoints.get(validation.tinker_path(path))
+    if checkpoint is None or (checkpoint.owner != call.owner and not checkpoint.public):
+        raise UnknownCheckpoint()
+    return checkpoint

@@ -1,0 +1,73 @@
+"""Client set-up: flags, sessions and what the server can do."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from tx_async.api import validation
+from tx_async.api.context import Call
+from tx_async.api.errors import json_response
+from tx_async.wire import tinker
+from tx_async.wire.ids import new_id
+from tx_async.wire.records import SessionRecord
+
+DYNAMIC_CONFIG_REFRESH_S = 300
+
+
+async def client_config(call: Call) -> tinker.ClientConfigResponse:
+    """Compression is off: on a local network it costs the one event loop more than it saves."""
+    return tinker.ClientConfigResponse(
+        pjwt_auth_enabled=False,
+        proto_compress_fwdbwd=False,
+        parallel_fwdbwd_chunks=True,
+        sample_use_retrieve_futures=False,
+        custom_loss_server_side=False,
+        sample_join_sampling_session=True,
+        create_model_via_load_weights=True,
+    )
+
+
+async def client_dynamic_config(call: Call) -> tinker.ClientDynamicConfigResponse:
+    return tinker.ClientDynamicConfigResponse(
+        refresh_interval_sec=DYNAMIC_CONFIG_REFRESH_S, sample_cancel_enabled=True, sample_cancel_max_batch_size=64
+    )
+
+
+async def create_session(call: Call, request: tinker.CreateSessionRequest) -> tinker.CreateSessionResponse:
+    session = SessionRecord(
+        session_id=new_id("s"),
+        owner=call.owner,
+        created_at=call.api.clock.now(),
+        tags=tuple(request.tags or ()),
+        user_metadata=validation.metadata(request.user_metadata),
+        sdk_version=request.sdk_version or "",
+        project_id=request.project_id,
+        display_name=request.display_name,
+    )
+    await call.scheduler.create_session(session)
+    return tinker.CreateSessionResponse(type="create_session", session_id=session.session_id)
+
+
+async def session_heartbeat(call: Call, request: tinker.SessionHeartbeatRequest) -> tinker.SessionHeartbeatResponse:
+    call.scheduler.heartbeat(call.owner, request.session_id)
+    return tinker.SessionHeartbeatResponse(type="session_heartbeat")
+
+
+async def finish_session(call: Call, request: tinker.FinishSessionRequest) -> tinker.Accepted:
+    await call.scheduler.finish_session(call.owner, call.path("session_id"), request.reason.type, request.detail)
+    return tinker.Accepted()
+
+
+async def get_server_capabilities(call: Call) -> tinker.ServerCapabilitiesResponse:
+    model = call.scheduler.base_model
+    supported = tinker.SupportedModel(
+        model_name=model.name, max_context_length=model.max_context_length, trainable=True, sampleable=True
+    )
+    return tinker.ServerCapabilitiesResponse(supported_models=[supported])
+
+
+async def healthz(call: Call) -> Response:
+    """503 with what is missing until a request could run."""
+    if waiting_for := call.scheduler.waiting_for():
+        return json_response(tinker.HealthResponse(status="starting", waiting_for=waiting_for), 503)
+    return json_response(tinker.HealthResponse(status="ok"))

@@ -1,0 +1,142 @@
+"""forward, forward_backward and optim_step; and how every request of a model's sequence is accepted.
+
+A request whose (model_id, seq_id) is readable but whose content is not takes its place in the sequence as a `Rejected`
+operation: its future fails with the message, and the requests after it do not wait for a seq_id that never comes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from tx_async.api import body, validation
+from tx_async.api.context import Call
+from tx_async.api.models import future
+from tx_async.errors import InvalidRequest, UserError
+from tx_async.wire import datums, operations, protobuf, tinker
+from tx_async.wire.worker import AdamParams
+
+Ids = TypeVar("Ids", bound=tinker.TrainingIds)
+
+
+async def forward_backward(call: Call) -> tinker.UntypedAPIFuture:
+    """Protobuf from SDKs since 0.25, JSON from older ones."""
+    if protobuf.CONTENT_TYPE not in call.header("content-type"):
+        return await submit(call, "ForwardBackward", tinker.ForwardBackwardRequest, _from_json)
+    try:
+        content = await read(call)
+    except body.OversizedBody as error:
+        if (ids := protobuf.peek_ids(error.head)) is None:
+            raise
+        return await _submit(call, _rejected(tinker.TrainingIds(*ids), "ForwardBackward", error))
+    return await _submit(call, await body.compute(_from_protobuf, len(content), call, content))
+
+
+async def forward(call: Call) -> tinker.UntypedAPIFuture:
+    return await submit(call, "ForwardBackward", tinker.ForwardRequest, _forward_from_json)
+
+
+async def optim_step(call: Call) -> tinker.UntypedAPIFuture:
+    return await submit(call, "OptimStep", tinker.OptimStepRequest, _optim_step)
+
+
+Convert = Callable[[Call, Ids], operations.TrainingOperation]
+
+
+async def submit(call: Call, kind: str, request_type: type[Ids], convert: Convert[Ids]) -> tinker.UntypedAPIFuture:
+    """Read a JSON request, convert it and submit it; or submit its rejection."""
+    return await submit_body(call, await read(call), kind, request_type, convert)
+
+
+async def submit_body(
+    call: Call, content: bytes, kind: str, request_type: type[Ids], convert: Convert[Ids]
+) -> tinker.UntypedAPIFuture:
+    return await _submit(call, await body.compute(_decode, len(content), call, content, kind, request_type, convert))
+
+
+async def read(call: Call) -> bytes:
+    return await body.read(call.request, call.api.config.request_body_bytes_max)
+
+
+def ids_of(content: bytes) -> tinker.TrainingIds | None:
+    """From a JSON body with whatever other fault: Python's parser also takes the NaN that JSON does not have."""
+    try:
+        return msgspec.convert(json.loads(content), tinker.TrainingIds)
+    except (ValueError, RecursionError):
+        return None
+
+
+async def _submit(call: Call, operation: operations.TrainingOperation) -> tinker.UntypedAPIFuture:
+    return future(await call.scheduler.submit(call.owner, operation), operation.model_id)
+
+
+def _decode(
+    call: Call, content: bytes, kind: str, request_type: type[Ids], convert: Convert[Ids]
+) -> operations.TrainingOperation:
+    try:
+        return convert(call, body.decode_json(content, request_type))
+    except InvalidRequest as error:
+        if (ids := ids_of(content)) is None:
+            raise
+        return _rejected(ids, kind, error)
+
+
+def _rejected(ids: tinker.TrainingIds, kind: str, error: UserError) -> operations.Rejected:
+    return operations.Rejected(model_id=ids.model_id, seq_id=ids.seq_id, kind=kind, message=error.message)
+
+
+# ---- conversions
+
+
+def _budget(call: Call) -> datums.DenseBudget:
+    return datums.DenseBudget(call.api.config.request_body_bytes_max)
+
+
+def _from_protobuf(call: Call, content: bytes) -> operations.TrainingOperation:
+    message = protobuf.parse_forward_backward(content)
+    try:
+        operation = protobuf.to_forward_backward(message, _budget(call))
+        return validation.forward_backward(operation, call.scheduler.base_model)
+    except InvalidRequest as error:
+        return _rejected(tinker.TrainingIds(message.model_id, message.seq_id), "ForwardBackward", error)
+
+
+def _from_json(call: Call, request: tinker.ForwardBackwardRequest) -> operations.ForwardBackward:
+    content = request.forward_backward_input
+    operation = datums.forward_backward_from_json(request, content, False, _budget(call))
+    return validation.forward_backward(operation, call.scheduler.base_model)
+
+
+def _forward_from_json(call: Call, request: tinker.ForwardRequest) -> operations.ForwardBackward:
+    operation = datums.forward_backward_from_json(request, request.forward_input, True, _budget(call))
+    return validation.forward_backward(operation, call.scheduler.base_model)
+
+
+def _optim_step(call: Call, request: tinker.OptimStepRequest) -> operations.OptimStep:
+    params = validation.adam_params(_adam_params(request))
+    return operations.OptimStep(model_id=request.model_id, seq_id=request.seq_id, adam_params=params)
+
+
+def _adam_params(request: tinker.OptimStepRequest) -> AdamParams:
+    """`adam_params`, or AdamW's under one of its other names."""
+    params = request.adam_params
+    if params is None:
+        other = request.optimizer_params or request.optim_params
+        if other is None:
+            raise InvalidRequest("optim_step needs adam_params.")
+        validation.optimizer_type(_convert(other, tinker.OtherOptimizerParams).type)
+        params = _convert(other, tinker.AdamParams)
+    return AdamParams(**msgspec.structs.asdict(params))
+
+
+Converted = TypeVar("Converted")
+
+
+def _convert(value: object, kind: type[Converted]) -> Converted:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"optimizer_params: {error}.") from None

@@ -1,0 +1,315 @@
+"""Whether a request makes sense for this base model. Pure: an operation in; out the same operation with its defaults
+filled in, or `InvalidRequest` that names what to change.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from tx_async.errors import InvalidRequest
+from tx_async.scheduler.interface import BaseModelInfo
+from tx_async.wire.operations import Datum, ForwardBackward, Sample
+from tx_async.wire.tensors import Tensor
+from tx_async.wire.worker import AdamParams, AdapterConfig
+
+TTL_SECONDS_MIN = 3600
+TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
+METADATA_BYTES_MAX = 64 * 1024
+STOPS_MAX = 256
+STOP_STRING_CHARACTERS_MAX = 1024
+
+_NAME = re.compile(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,127}")
+_KINDS = ("weights", "sampler_weights", "external_weights")
+
+
+# ---- losses
+
+
+class LossSpec(Struct, frozen=True):
+    """What a loss takes besides target_tokens."""
+
+    inputs: dict[str, float | None]
+    """Each with the number that fills in for an absent one; None: required."""
+    config: dict[str, float | None] = {}
+    """Likewise."""
+    optional: frozenset[str] = frozenset()
+    """Inputs that may be absent, and then stay so."""
+
+
+_POLICY: dict[str, float | None] = {"logprobs": None, "advantages": None}
+_CLIPS = frozenset({"clip_low_threshold", "clip_high_threshold"})
+
+LOSSES: dict[str, LossSpec] = {
+    "cross_entropy": LossSpec({"weights": 1.0}),
+    "importance_sampling": LossSpec(_POLICY),
+    "ppo": LossSpec(_POLICY, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, _CLIPS),
+    "cispo": LossSpec(_POLICY, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, _CLIPS),
+    "dro": LossSpec(_POLICY, {"beta": None}),
+    "gspo": LossSpec(
+        _POLICY, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, _CLIPS | {"sequence_ratio_mask"}
+    ),
+}
+
+
+def forward_backward(operation: ForwardBackward, model: BaseModelInfo) -> ForwardBackward:
+    """Complete: every config value present; weights present; float inputs float32; all shapes fit; all tokens known."""
+    loss = LOSSES.get(operation.loss_fn)
+    if loss is None:
+        raise InvalidRequest(f"loss_fn {operation.loss_fn!r} is unknown here; known: {', '.join(LOSSES)}.")
+    if not operation.data:
+        raise InvalidRequest("data is empty: send at least one datum.")
+    config = _loss_fn_config(operation, loss)
+    data = []
+    for index, datum in enumerate(operation.data):
+        try:
+            data.append(_datum(datum, operation.loss_fn, loss, model))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"data[{index}]: {error.message}") from None
+    return msgspec.structs.replace(operation, data=tuple(data), loss_fn_config=config)
+
+
+def _loss_fn_config(operation: ForwardBackward, loss: LossSpec) -> dict[str, float]:
+    given = operation.loss_fn_config
+    if unknown := sorted(set(given) - set(loss.config)):
+        known = ", ".join(loss.config) or "none"
+        raise InvalidRequest(f"loss_fn_config: {operation.loss_fn} takes no {', '.join(unknown)}; known: {known}.")
+    config = {key: given.get(key, default) for key, default in loss.config.items()}
+    complete = {key: value for key, value in config.items() if value is not None}
+    if missing := sorted(set(config) - set(complete)):
+        raise InvalidRequest(f"loss_fn_config: {operation.loss_fn} needs {', '.join(missing)}.")
+    for key, value in complete.items():
+        if math.isnan(value) or (math.isinf(value) and key not in _CLIPS):
+            raise InvalidRequest(f"loss_fn_config: {key} is {value}; it must be a finite number.")
+    _check_clips(complete)
+    return complete
+
+
+def _check_clips(config: Mapping[str, float]) -> None:
+    if config.keys() >= _CLIPS and config["clip_low_threshold"] > config["clip_high_threshold"]:
+        raise InvalidRequest("loss_fn_config: clip_low_threshold is above clip_high_threshold.")
+
+
+def _datum(datum: Datum, loss_fn: str, loss: LossSpec, model: BaseModelInfo) -> Datum:
+    tokens = np.frombuffer(datum.tokens, "<i4")
+    _check_tokens(tokens, "model_input", model)
+    if len(tokens) > model.max_context_length:
+        raise InvalidRequest(
+            f"model_input has {len(tokens)} tokens; the context of {model.name} is {model.max_context_length}."
+        )
+    if "target_tokens" not in datum.loss_fn_inputs:
+        raise InvalidRequest(f"loss_fn_inputs: {loss_fn} needs target_tokens.")
+    targets = datum.loss_fn_inputs["target_tokens"]
+    _check_targets(targets, len(tokens), loss_fn, model)
+    known = {"target_tokens", *loss.inputs, *loss.optional}
+    if unknown := sorted(set(datum.loss_fn_inputs) - known):
+        raise InvalidRequest(
+            f"loss_fn_inputs: {loss_fn} takes no {', '.join(unknown)}; known: {', '.join(sorted(known))}."
+        )
+    inputs = {"target_tokens": targets}
+    for name in sorted(known - {"target_tokens"}):
+        if name in datum.loss_fn_inputs:
+            inputs[name] = _float_input(name, datum.loss_fn_inputs[name], targets.shape)
+        elif (default := loss.inputs.get(name)) is not None:
+            inputs[name] = Tensor.of(np.full(targets.shape, default, np.float32))
+        elif name not in loss.optional:
+            raise InvalidRequest(f"loss_fn_inputs: {loss_fn} needs {name}.")
+    return Datum(datum.tokens, inputs)
+
+
+def _check_targets(targets: Tensor, num_tokens: int, loss_fn: str, model: BaseModelInfo) -> None:
+    if targets.dtype != "int64":
+        raise InvalidRequest(f"target_tokens must be int64, not {targets.dtype}.")
+    if targets.shape[0] != num_tokens:
+        raise InvalidRequest(
+            f"model_input has {num_tokens} tokens, target_tokens {targets.shape[0]}: they must be equal."
+        )
+    if len(targets.shape) == 2:
+        if loss_fn != "cross_entropy":
+            raise InvalidRequest(f"{loss_fn} needs target_tokens of one dimension; only cross_entropy takes [N, K].")
+        if not 1 <= targets.shape[1] <= model.target_tokens_k_max:
+            raise InvalidRequest(
+                f"target_tokens has {targets.shape[1]} targets per token; allowed are 1 to {model.target_tokens_k_max}."
+            )
+    _check_tokens(targets.numpy(), "target_tokens", model)
+
+
+def _float_input(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.shape != shape:
+        raise InvalidRequest(
+            f"{name} has the shape {list(tensor.shape)}, target_tokens {list(shape)}: they must be equal."
+        )
+    values = tensor.numpy()
+    if tensor.dtype != "float32":
+        values = values.astype(np.float32)
+        tensor = Tensor.of(values)
+    if not np.isfinite(values).all() and (name not in _CLIPS or np.isnan(values).any()):
+        raise InvalidRequest(f"{name} has values that are NaN or infinite.")
+    return tensor
+
+
+def _check_tokens(tokens: np.ndarray, what: str, model: BaseModelInfo) -> None:
+    if not tokens.size:
+        raise InvalidRequest(f"{what} is empty.")
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= model.vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise InvalidRequest(
+            f"{what} has the token {wrong}; the vocabulary of {model.name} is 0 to {model.vocab_size - 1}."
+        )
+
+
+# ---- optimizer, adapters
+
+
+def adam_params(params: AdamParams) -> AdamParams:
+    for field in ("learning_rate", "eps", "grad_clip_norm"):
+        value = getattr(params, field)
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidRequest(f"adam_params: {field} is {value}; it must be finite and not negative.")
+    for field in ("beta1", "beta2"):
+        if not 0 <= getattr(params, field) < 1:
+            raise InvalidRequest(f"adam_params: {field} is {getattr(params, field)}; it must lie in [0, 1).")
+    if not math.isfinite(params.weight_decay):
+        raise InvalidRequest(f"adam_params: weight_decay is {params.weight_decay}; it must be finite.")
+    return params
+
+
+def adapter(config: AdapterConfig, model: BaseModelInfo) -> AdapterConfig:
+    if not 1 <= config.rank <= model.max_lora_rank:
+        raise InvalidRequest(f"lora_config: rank is {config.rank}; this server allows 1 to {model.max_lora_rank}.")
+    if not (config.train_attn or config.train_mlp or config.train_unembed):
+        raise InvalidRequest("lora_config: train_attn, train_mlp and train_unembed are all false: nothing would train.")
+    return config
+
+
+def base_model(name: str, model: BaseModelInfo) -> None:
+    if name != model.name:
+        raise InvalidRequest(f"base_model {name!r} is not served here; this server has {model.name!r}.")
+
+
+def optimizer_type(kind: str) -> None:
+    if kind != "adamw":
+        raise InvalidRequest(f"The optimizer {kind!r} is not supported here; use adamw.")
+
+
+def seed(value: int | None) -> int | None:
+    """Any 64-bit number, signed or not, folded into [0, 2^63)."""
+    if value is None:
+        return None
+    if not -(2**63) <= value < 2**64:
+        raise InvalidRequest(f"seed is {value}; it must fit 64 bits.")
+    return value & (2**63 - 1)
+
+
+# ---- checkpoints, sessions
+
+
+def checkpoint_name(name: str) -> str:
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise InvalidRequest(
+            f"The checkpoint name {name[:200]!r} is not allowed: use 1 to 128 letters, digits and . _ + = @ - "
+            "(no leading dot, no two dots in a row, no slash)."
+        )
+    return name
+
+
+def ttl_seconds(value: int | None) -> int | None:
+    if value is not None and not TTL_SECONDS_MIN <= value <= TTL_SECONDS_MAX:
+        raise InvalidRequest(f"ttl_seconds is {value}; allowed are {TTL_SECONDS_MIN} to {TTL_SECONDS_MAX}, or null.")
+    return value
+
+
+def tinker_path(path: str) -> str:
+    """`tinker://<run>/<kind>/<name>`, as the SDK parses it."""
+    parts = path.removeprefix("tinker://").split("/")
+    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in _KINDS or not (parts[0] and parts[2]):
+        raise InvalidRequest(
+            f"{path[:200]!r} is no checkpoint path: that is tinker://<training run>/<{'|'.join(_KINDS)}>/<name>."
+        )
+    return path
+
+
+def metadata(value: dict[str, Any] | None) -> dict[str, Any]:
+    """Anything that can be stored and given back."""
+    try:
+        size = len(msgspec.msgpack.encode(value or {}))
+    except (OverflowError, UnicodeError, RecursionError):
+        raise InvalidRequest(
+            "user_metadata holds a number beyond 64 bits, or text that is not valid Unicode."
+        ) from None
+    if size > METADATA_BYTES_MAX:
+        raise InvalidRequest(f"user_metadata takes {size} bytes; allowed are {METADATA_BYTES_MAX}.")
+    return value or {}
+
+
+# ---- sampling
+
+
+def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int) -> Sample:
+    prompt = np.frombuffer(operation.prompt, "<i4")
+    _check_tokens(prompt, "prompt", model)
+    if len(prompt) + 1 > model.max_context_length:
+        raise InvalidRequest(
+            f"prompt has {len(prompt)} tokens; the context, completion included, is {model.max_context_length}."
+        )
+    _check_range("num_samples", operation.num_samples, 1, num_samples_max)
+    _check_sampling_params(operation)
+    _check_stops(operation, model)
+    for field in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        _check_range(field, getattr(operation, field), 0, min(model.target_tokens_k_max, model.vocab_size))
+    if operation.prompt_logprobs_last_n:
+        if not operation.prompt_logprobs:
+            raise InvalidRequest("prompt_logprobs_last_n needs prompt_logprobs.")
+        _check_range("prompt_logprobs_last_n", operation.prompt_logprobs_last_n, 1, len(prompt) - 1)
+    if operation.target_prompt_logprobs is not None:
+        _check_prompt_targets(operation.target_prompt_logprobs, len(prompt), model)
+    return operation
+
+
+def _check_sampling_params(operation: Sample) -> None:
+    if operation.max_tokens is not None and operation.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {operation.max_tokens}; it must be at least 1, or absent.")
+    if not (math.isfinite(operation.temperature) and operation.temperature >= 0):
+        raise InvalidRequest(f"temperature is {operation.temperature}; it must be finite and not negative.")
+    if not 0 < operation.top_p <= 1:
+        raise InvalidRequest(f"top_p is {operation.top_p}; it must lie in (0, 1].")
+    if operation.top_k != -1 and operation.top_k < 1:
+        raise InvalidRequest(f"top_k is {operation.top_k}; it must be at least 1, or -1 for no limit.")
+
+
+def _check_stops(operation: Sample, model: BaseModelInfo) -> None:
+    if len(operation.stop_strings) + len(operation.stop_token_ids) > STOPS_MAX:
+        raise InvalidRequest(f"stop has more than {STOPS_MAX} entries.")
+    for text in operation.stop_strings:
+        if not 1 <= len(text) <= STOP_STRING_CHARACTERS_MAX:
+            raise InvalidRequest(f"A stop string must have 1 to {STOP_STRING_CHARACTERS_MAX} characters.")
+    for token in operation.stop_token_ids:
+        if not 0 <= token < model.vocab_size:
+            raise InvalidRequest(
+                f"stop has the token {token}; the vocabulary of {model.name} is 0 to {model.vocab_size - 1}."
+            )
+
+
+def _check_prompt_targets(targets: Tensor, num_tokens: int, model: BaseModelInfo) -> None:
+    if len(targets.shape) != 2 or targets.shape[0] != num_tokens - 1:
+        raise InvalidRequest(
+            f"target_prompt_logprobs has the shape {list(targets.shape)}; this prompt needs [{num_tokens - 1}, K]."
+        )
+    _check_range("target_prompt_logprobs: K", targets.shape[1], 1, model.target_tokens_k_max)
+    cells = targets.numpy()
+    if cells.size and not (cells.min() >= -1 and cells.max() < model.vocab_size):
+        raise InvalidRequest(
+            f"target_prompt_logprobs has tokens outside 0 to {model.vocab_size - 1} (and -1 for none)."
+        )
+
+
+def _check_range(field: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise InvalidRequest(f"{field} is {value}; allowed are {lowest} to {highest}.")

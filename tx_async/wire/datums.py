@@ -1,0 +1,137 @@
+"""Training data in its canonical form: every encoding of tokens and tensors becomes dense little-endian bytes.
+
+Only the form is checked here (sizes, dtypes, sparse indices); whether the numbers make sense is `api/validation.py`'s.
+Errors name the field and are `InvalidRequest`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tx_async.errors import InvalidRequest
+from tx_async.wire import tinker
+from tx_async.wire.operations import Datum, ForwardBackward
+from tx_async.wire.tensors import Tensor
+
+TENSOR_RANK_MAX = 2
+
+
+class DenseBudget:
+    """Bytes that the sparse tensors of one request may still unfold to: a few bytes of CSR can describe a terabyte."""
+
+    def __init__(self, bytes_max: int):
+        self.bytes_left = bytes_max
+
+    def take(self, num_bytes: int) -> None:
+        self.bytes_left -= num_bytes
+        if self.bytes_left < 0:
+            raise InvalidRequest(
+                "The sparse tensors of this request are too large when unfolded: send fewer datums at once."
+            )
+
+
+def tensor_of(values: np.ndarray, shape: Sequence[int]) -> Tensor:
+    """A dense tensor from flat values; no shape means one axis."""
+    dimensions = tuple(shape) or (values.size,)
+    _check_shape(dimensions)
+    if math.prod(dimensions) != values.size:
+        raise InvalidRequest(f"shape {list(dimensions)} does not fit {values.size} values.")
+    return Tensor.of(values.reshape(dimensions))
+
+
+def densify(
+    values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: Sequence[int], budget: DenseBudget, fill: int = 0
+) -> np.ndarray:
+    """A 2-D array from compressed sparse rows; cells that are not listed hold `fill`."""
+    dimensions = tuple(shape)
+    _check_shape(dimensions)
+    if len(dimensions) != 2:
+        raise InvalidRequest(f"a sparse tensor needs a shape of two dimensions, not {list(dimensions)}.")
+    rows, columns = dimensions
+    if crow.size != rows + 1:
+        raise InvalidRequest(f"sparse_crow_indices has {crow.size} entries; {rows} rows need {rows + 1}.")
+    if crow[0] != 0 or crow[-1] != values.size or np.any(np.diff(crow) < 0):
+        raise InvalidRequest(f"sparse_crow_indices must rise from 0 to the number of values, {values.size}.")
+    if col.size != values.size:
+        raise InvalidRequest(f"sparse_col_indices has {col.size} entries for {values.size} values.")
+    if col.size and (col.min() < 0 or col.max() >= columns):
+        raise InvalidRequest(f"sparse_col_indices must lie in [0, {columns}).")
+    budget.take(rows * columns * values.itemsize)
+    row_of_value = np.repeat(np.arange(rows), np.diff(crow))
+    dense = np.full(dimensions, fill, values.dtype)
+    dense[row_of_value, col] = values
+    return dense
+
+
+def from_bytes(data: bytes, dtype: str, what: str) -> np.ndarray:
+    """A view on little-endian bytes."""
+    if len(data) % np.dtype(dtype).itemsize:
+        raise InvalidRequest(f"{what}: {len(data)} bytes are no whole number of {dtype} values.")
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+
+
+def from_numbers(numbers: Sequence[float], dtype: str) -> np.ndarray:
+    """Numbers of a JSON tensor; int64 ones must be whole."""
+    array = np.asarray(numbers, np.float64)
+    if dtype == "float32":
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32)
+    if not np.all(np.abs(array) < 2.0**63):
+        raise InvalidRequest("an int64 tensor has values that are no 64-bit integers.")
+    whole = array.astype(np.int64)
+    if np.any(whole != array):
+        raise InvalidRequest("an int64 tensor has values that are not whole numbers.")
+    return whole
+
+
+# ---- the JSON forms
+
+
+def text_tokens(model_input: tinker.ModelInput) -> bytes:
+    """int32 tokens of a prompt; only text here."""
+    tokens: list[int] = []
+    for chunk in model_input.chunks:
+        if chunk.type != "encoded_text":
+            raise InvalidRequest(f"model_input has a chunk of type {chunk.type!r}; this model takes encoded_text only.")
+        if chunk.tokens is None:
+            raise InvalidRequest("model_input has an encoded_text chunk without tokens.")
+        tokens += chunk.tokens
+    return np.asarray(tokens, "<i4").tobytes()
+
+
+def array_from_json(data: tinker.TensorData, budget: DenseBudget, fill: int = 0) -> np.ndarray:
+    values = from_numbers(data.data, data.dtype)
+    if data.sparse_crow_indices is None and data.sparse_col_indices is None:
+        return tensor_of(values, data.shape or ()).numpy()
+    crow = np.asarray(data.sparse_crow_indices or (), np.int64)
+    col = np.asarray(data.sparse_col_indices or (), np.int64)
+    return densify(values, crow, col, data.shape or (), budget, fill)
+
+
+def forward_backward_from_json(
+    ids: tinker.TrainingIds, content: tinker.ForwardBackwardInput, forward_only: bool, budget: DenseBudget
+) -> ForwardBackward:
+    return ForwardBackward(
+        model_id=ids.model_id,
+        seq_id=ids.seq_id,
+        data=tuple(_datum_from_json(datum, f"data[{i}]", budget) for i, datum in enumerate(content.data)),
+        loss_fn=content.loss_fn,
+        loss_fn_config=content.loss_fn_config or {},
+        forward_only=forward_only,
+    )
+
+
+def _datum_from_json(datum: tinker.DatumJson, where: str, budget: DenseBudget) -> Datum:
+    try:
+        inputs = {name: Tensor.of(array_from_json(data, budget)) for name, data in datum.loss_fn_inputs.items()}
+        return Datum(text_tokens(datum.model_input), inputs)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error.message}") from None
+
+
+def _check_shape(dimensions: tuple[int, ...]) -> None:
+    if len(dimensions) > TENSOR_RANK_MAX or any(size < 0 for size in dimensions):
+        raise InvalidRequest(f"shape {list(dimensions)} is not supported: tensors have one or two dimensions.")
