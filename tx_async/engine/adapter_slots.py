@@ -8,7 +8,6 @@ Every change replaces the stacks (donated, so in place); a slot that is created 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -68,6 +67,12 @@ def write_state(state: TrainingState, slot: Array, one: TrainingState) -> Traini
     return TrainingState(*stacks, state.step.at[slot].set(one.step))
 
 
+def load_weights(state: TrainingState, slot: Array, weights: LoraWeights) -> TrainingState:
+    """A slot with these weights; moments, step and gradients are zero."""
+    empty = jax.tree.map(jnp.zeros_like, read_state(state, slot))
+    return write_state(state, slot, empty._replace(weights=weights))
+
+
 # ---- a new adapter
 
 
@@ -89,15 +94,14 @@ class Creation(NamedTuple):
 
 def create_adapter(targets: Targets, state: TrainingState, slot: Array, creation: Creation) -> TrainingState:
     """Clear a slot and put a new adapter in it: A ~ U(±1/√in), B = 0, everything else zero."""
-    empty = jax.tree.map(jnp.zeros_like, read_state(state, slot))
+    shapes = read_slot(state.weights, slot)
     weights = {
         stack: {
-            name: _new_pair(f"{stack}.{name}", target, creation, *empty.weights[stack][name])
-            for name, target in names.items()
+            name: _new_pair(f"{stack}.{name}", target, creation, *shapes[stack][name]) for name, target in names.items()
         }
         for stack, names in targets.items()
     }
-    return write_state(state, slot, empty._replace(weights=weights))
+    return load_weights(state, slot, weights)
 
 
 def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Array) -> tuple[Array, Array]:
@@ -111,7 +115,7 @@ def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Ar
         return jax.random.uniform(jax.random.fold_in(key, index), a.shape[:-1], jnp.float32, -bound, bound)
 
     live = (rank < creation.rank) & creation.groups[target.group]
-    return jnp.where(live, jax.vmap(column, out_axes=-1)(rank), 0.0), b
+    return jnp.where(live, jax.vmap(column, out_axes=-1)(rank), 0.0), jnp.zeros_like(b)
 
 
 # ---- between slots and files: an adapter at its own rank, on the host
@@ -119,20 +123,27 @@ def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Ar
 
 def trim(weights: LoraWeights, rank: int) -> LoraWeights:
     """The first `rank` columns of A and rows of B: all that is not padding."""
-    return _pairs(weights, lambda a, b: (np.asarray(a)[..., :rank], np.asarray(b)[..., :rank, :]))
+    return {
+        stack: {name: (np.asarray(a)[..., :rank], np.asarray(b)[..., :rank, :]) for name, (a, b) in names.items()}
+        for stack, names in weights.items()
+    }
 
 
-def pad(weights: LoraWeights, rank: int) -> LoraWeights:
-    def widen(x: Any, axis: int) -> np.ndarray:
-        width = [(0, 0)] * x.ndim
-        width[axis] = (0, rank - x.shape[axis])
-        return np.pad(np.asarray(x, np.float32), width)
+def pad(targets: Targets, weights: LoraWeights, rank: int) -> LoraWeights:
+    """The inverse of `trim`: zeros for missing ranks, and for matrices that `weights` lacks."""
 
-    return _pairs(weights, lambda a, b: (widen(a, -1), widen(b, -2)))
+    def widen(shape: jax.ShapeDtypeStruct, x: np.ndarray | None) -> np.ndarray:
+        wide = np.zeros(shape.shape, np.float32)
+        if x is not None:
+            wide[tuple(slice(n) for n in x.shape)] = x
+        return wide
 
+    def pair(stack: str, name: str, shapes: tuple[Any, Any]) -> tuple[Any, Any]:
+        a, b = weights.get(stack, {}).get(name, (None, None))
+        return widen(shapes[0], a), widen(shapes[1], b)  # type: ignore[arg-type]
 
-def _pairs(weights: LoraWeights, change: Callable[[Any, Any], tuple[Any, Any]]) -> LoraWeights:
-    return {stack: {name: change(*ab) for name, ab in names.items()} for stack, names in weights.items()}
+    shapes = jax.eval_shape(lambda: read_slot(init_weights(targets, 1, rank), jnp.int32(0)))
+    return {stack: {name: pair(stack, name, ab) for name, ab in names.items()} for stack, names in shapes.items()}
 
 
 def lora_scale(rank: int) -> float:

@@ -62,5 +62,5 @@ def row_batch(
         assert arrays[name].shape == expected.shape, f"{name} is {arrays[name].shape}, not {expected.shape}"
         assert arrays[name].dtype == expected.dtype, f"{name} is {arrays[name].dtype}, not {expected.dtype}"
     for name in ("tokens", "target_tokens"):
-        assert 0 <= arrays[name].min() and arrays[name].max() < vocab_size, f"{name} outside of the vocabulary"
+        assert arrays[name].min() >= 0 and arrays[name].max() < vocab_size, f"{name} outside of the vocabulary"
     return RowBatch(**arrays)

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tx_async import base_model
 from tx_async.engine import adapter_slots, batch, compilation, optimizer, train
-from tx_async.engine.adapter_slots import Creation, SamplerSlots
+from tx_async.engine.adapter_slots import Creation, SamplerSlots, TrainingState, pad
 from tx_async.engine.batch import RowBatch, row_batch
+from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.optimizer import Adam, StepOutcome
-from tx_async.errors import EngineError, NonFiniteGradients, TxError
+from tx_async.errors import EngineError, InvalidRequest, NonFiniteGradients, TxError
 from tx_async.models.load import load_model
 from tx_async.wire import worker as wire
 from tx_async.wire.worker import EngineConfig, EngineInfo, Welcome
@@ -72,6 +74,7 @@ class JaxEngine:
         #: LORA_ALPHA / rank of each training slot; 0 where nothing was created yet.
         self.scales = np.zeros(self.num_slots + 1, np.float32)
         self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank)
+        self.checkpoints = Checkpoints(checkpoints_base, model, config.max_lora_rank, writes=jax.process_index() == 0)
         self._programs = _programs(self)
 
     def __repr__(self) -> str:
@@ -122,8 +125,14 @@ class JaxEngine:
                 return self._optim_step(command)
             case wire.CreateAdapter():
                 return self._create_adapter(command)
+            case wire.LoadAdapter():
+                return self._load_adapter(command)
             case wire.ReleaseAdapter():
                 return _done
+            case wire.SaveAdapter():
+                return self._save_adapter(command)
+            case wire.LoadSampler():
+                return self._load_sampler(command)
             case _:
                 raise EngineError(f"This engine cannot run {type(command).__name__}.")
 
@@ -151,6 +160,45 @@ class JaxEngine:
         creation = Creation.of(command.config)
         self.training = self._programs["create_adapter"](self.training, np.int32(command.slot), creation)
         return _done
+
+    # ---- checkpoints
+
+    def _load_adapter(self, command: wire.LoadAdapter) -> Pending:
+        saved = self.checkpoints.load(command.key)
+        check_same(command.key, saved.config, command.config)
+        self.scales[command.slot] = adapter_slots.lora_scale(command.config.rank)
+        slot = np.int32(command.slot)
+        if command.optimizer:
+            state = self._whole_state(command.key, saved)
+            self.training = self._programs["load_state"](self.training, slot, state)
+            return partial(_loaded, state.step)
+        self.training = self._programs["load_weights"](self.training, slot, saved.weights)
+        return partial(_loaded, 0)
+
+    def _whole_state(self, key: str, saved: SavedAdapter) -> TrainingState:
+        if saved.m is None or saved.v is None:
+            raise InvalidRequest(f"The checkpoint {key} holds no optimizer state: load its weights only.")
+        gradients = saved.gradients or pad(self.targets, {}, self.config.max_lora_rank)
+        return TrainingState(saved.weights, saved.m, saved.v, gradients, jnp.asarray(saved.step, jnp.int32))
+
+    def _save_adapter(self, command: wire.SaveAdapter) -> Pending:
+        slot = np.int32(command.slot)
+        if command.kind in ("training", "snapshot"):
+            state: TrainingState = self._programs["read_state"](self.training, slot)
+            gradients = state.gradients if command.kind == "snapshot" else None
+            saved = SavedAdapter(command.kind, command.config, state.weights, state.m, state.v, gradients, state.step)
+        else:
+            weights = self._programs["read_weights"](self.training.weights, slot)
+            saved = SavedAdapter(command.kind, command.config, weights)
+        self.checkpoints.keep(command.key, saved)
+        return lambda: (wire.Saved(size_bytes=self.checkpoints.write(command.key, saved, command.metadata)), [])
+
+    def _load_sampler(self, command: wire.LoadSampler) -> Pending:
+        saved = self.checkpoints.load(command.key)
+        slot = command.sampler_slot
+        self.samplers.weights = self._programs["load_sampler"](self.samplers.weights, np.int32(slot), saved.weights)
+        self.samplers.scale[slot] = adapter_slots.lora_scale(saved.config.rank)
+        return partial(_loaded, 0)
 
 
 def row_shapes(config: EngineConfig, context: int, platform: str) -> tuple[tuple[int, int], ...]:
@@ -180,8 +228,15 @@ def train_program(rows: int, length: int, k: int, forward_only: bool) -> str:
 def _programs(engine: JaxEngine) -> dict[str, Program]:
     """Every program of the training half. Shapes and names are all known here."""
     slot = np.int32(0)
+    state = engine.training
+    one = jax.eval_shape(adapter_slots.read_state, state, slot)
     listed = [
         *_train_programs(engine),
+        Program("read_state", adapter_slots.read_state, (state, slot)),
+        Program("read_weights", adapter_slots.read_slot, (state.weights, slot)),
+        Program("load_state", adapter_slots.write_state, (state, slot, one), donate=(0,)),
+        Program("load_weights", adapter_slots.load_weights, (state, slot, one.weights), donate=(0,)),
+        Program("load_sampler", adapter_slots.write_slot, (engine.samplers.weights, slot, one.weights), donate=(0,)),
         Program("optim_step", optimizer.optim_step, (engine.training, slot, Adam.of(wire.AdamParams())), donate=(0,)),
         Program(
             "create_adapter",
@@ -218,6 +273,10 @@ def _stepped(outcome: StepOutcome, learning_rate: float) -> Reply:
         raise NonFiniteGradients()
     metrics = {"grad_norm": float(norm), "learning_rate": learning_rate, "step": float(step)}
     return wire.Stepped(metrics=metrics, step=int(step)), []
+
+
+def _loaded(step: Any) -> Reply:
+    return wire.Loaded(step=int(step)), []
 
 
 def _done() -> Reply:

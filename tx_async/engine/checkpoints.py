@@ -1,0 +1,189 @@
+"""Adapters as files, and those that were written or read lately in memory.
+
+    adapter_config.json, adapter_model.safetensors    the weights, as PEFT reads them: every kind
+    optimizer.safetensors                             training, snapshot: `m.<PEFT name>`, `v.<PEFT name>`
+    gradients.safetensors                             snapshot: accumulated since the last optimizer step
+    metadata.json                                     kind, AdapterConfig, step; sizes and hashes; written last
+
+A saved adapter is kept here from the moment its command runs, so what loads it next waits for no file. What is kept is immutable,
+as checkpoints are. A crash while files are written leaves no metadata.json, hence no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from tx_async.engine.adapter_slots import pad, trim
+from tx_async.errors import CorruptedCheckpoint, InvalidRequest
+from tx_async.layers.lora import LoraWeights
+from tx_async.models.peft import from_peft, to_peft
+from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
+from tx_async.storage.store import Store
+from tx_async.wire.worker import AdapterConfig
+
+CACHE_BYTES_MAX = 2 * 2**30
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+OPTIMIZER = "optimizer.safetensors"
+GRADIENTS = "gradients.safetensors"
+
+
+@dataclass
+class SavedAdapter:
+    """One adapter at the stack's rank (padded): device arrays right after it was read from a slot, host arrays later."""
+
+    kind: str
+    config: AdapterConfig
+    weights: LoraWeights
+    m: LoraWeights | None = None
+    v: LoraWeights | None = None
+    gradients: LoraWeights | None = None
+    step: Any = 0
+
+    def to_host(self) -> None:
+        """Wait for the device and take the arrays off it."""
+        self.weights, self.m, self.v, self.gradients = jax.tree.map(
+            np.asarray, (self.weights, self.m, self.v, self.gradients)
+        )
+        self.step = int(self.step)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves((self.weights, self.m, self.v, self.gradients)))
+
+
+class Checkpoints:
+    """`cached` is shared by the command thread and the threads that write files: every access holds the lock."""
+
+    def __init__(
+        self, base: str, model: Any, max_rank: int, writes: bool = True, cache_bytes_max: int = CACHE_BYTES_MAX
+    ):
+        """writes: False on all but one host of a mesh."""
+        self.store = Store(base)
+        self.model, self.max_rank, self.writes, self.cache_bytes_max = model, max_rank, writes, cache_bytes_max
+        self._lock = threading.Lock()
+        #: newest use last; `_num_bytes` is the sum over it
+        self._cached: OrderedDict[str, SavedAdapter] = OrderedDict()
+        self._num_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"<Checkpoints {self.store.base} [{len(self._cached)} cached, {self._num_bytes >> 20} MiB]>"
+
+    # ---- save
+
+    def keep(self, key: str, adapter: SavedAdapter) -> None:
+        """From now on `load(key)` returns this adapter, until newer ones need its memory."""
+        with self._lock:
+            self._drop(key)
+            self._cached[key] = adapter
+            self._num_bytes += adapter.num_bytes
+            while self._num_bytes > self.cache_bytes_max and len(self._cached) > 1:
+                self._drop(next(iter(self._cached)))
+
+    def write(self, key: str, adapter: SavedAdapter, metadata: Mapping[str, str]) -> int:
+        """Make `adapter` durable under `key`. Returns bytes. Raises `StorageError`; the key has no checkpoint then."""
+        try:
+            adapter.to_host()
+            files = self._files(adapter)
+            if self.writes:
+                write_checkpoint_sync(self.store, key, files, {**metadata, **_description(adapter)})
+            return sum(len(data) for data in files.values())
+        except BaseException:
+            with self._lock:
+                self._drop(key)
+            raise
+
+    def _files(self, adapter: SavedAdapter) -> dict[str, bytes]:
+        tensors, peft_config = to_peft(self.model, trim(adapter.weights, adapter.config.rank), adapter.config)
+        files = {ADAPTER: save_safetensors(tensors, {"format": "pt"}), ADAPTER_CONFIG: json.dumps(peft_config).encode()}
+        if adapter.m is not None and adapter.v is not None:
+            moments = {**self._named("m.", adapter.m, adapter.config), **self._named("v.", adapter.v, adapter.config)}
+            files[OPTIMIZER] = save_safetensors(moments)
+        if adapter.gradients is not None:
+            files[GRADIENTS] = save_safetensors(self._named("", adapter.gradients, adapter.config))
+        return files
+
+    def _named(self, prefix: str, weights: LoraWeights, config: AdapterConfig) -> dict[str, np.ndarray]:
+        tensors, _ = to_peft(self.model, trim(weights, config.rank), config)
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    # ---- load
+
+    def load(self, key: str) -> SavedAdapter:
+        """From memory, else from its files. Raises `UnknownCheckpoint`, `CorruptedCheckpoint`, `InvalidRequest`."""
+        with self._lock:
+            if key in self._cached:
+                self._cached.move_to_end(key)
+                return self._cached[key]
+        adapter = self._read(key)
+        self.keep(key, adapter)
+        return adapter
+
+    def _read(self, key: str) -> SavedAdapter:
+        metadata, files = read_checkpoint_sync(self.store, key)
+        if ADAPTER not in files or ADAPTER_CONFIG not in files:
+            raise CorruptedCheckpoint(f"The checkpoint {key} holds no adapter ({ADAPTER_CONFIG} and {ADAPTER}).")
+        try:
+            peft_config, tensors = json.loads(files[ADAPTER_CONFIG]), load_safetensors(files[ADAPTER])
+        except (ValueError, SafetensorError) as error:
+            raise CorruptedCheckpoint(f"The checkpoint {key} cannot be read: {error}") from error
+        weights, config = from_peft(self.model, tensors, peft_config)
+        if config.rank > self.max_rank:
+            raise InvalidRequest(
+                f"The checkpoint {key} has rank {config.rank}; this server's maximum is {self.max_rank}."
+            )
+        _check_finite(key, weights)
+        config = msgspec.convert(metadata["adapter"], AdapterConfig) if "adapter" in metadata else config
+        adapter = SavedAdapter(
+            metadata.get("kind", "external"), config, self._padded(weights), step=metadata.get("step", 0)
+        )
+        if OPTIMIZER in files:
+            moments = load_safetensors(files[OPTIMIZER])
+            adapter.m, adapter.v = (self._from_named(moments, name, peft_config) for name in ("m.", "v."))
+        if GRADIENTS in files:
+            adapter.gradients = self._from_named(load_safetensors(files[GRADIENTS]), "", peft_config)
+        return adapter
+
+    def _from_named(self, tensors: dict[str, np.ndarray], prefix: str, peft_config: dict[str, Any]) -> LoraWeights:
+        mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return self._padded(from_peft(self.model, mine, peft_config)[0])
+
+    def _padded(self, weights: Any) -> LoraWeights:
+        return pad(self.model.lora_targets(), weights, self.max_rank)
+
+    def _drop(self, key: str) -> None:
+        adapter = self._cached.pop(key, None)
+        if adapter is not None:
+            self._num_bytes -= adapter.num_bytes
+
+
+def check_same(key: str, saved: AdapterConfig, wanted: AdapterConfig) -> None:
+    """Raises `InvalidRequest` unless a checkpoint's adapter has the shape of the one that is to hold it."""
+    if saved.rank != wanted.rank:
+        raise InvalidRequest(f"The checkpoint {key} has rank {saved.rank}, this model has rank {wanted.rank}.")
+    for flag in ("train_attn", "train_mlp", "train_unembed"):
+        if getattr(saved, flag) != getattr(wanted, flag):
+            raise InvalidRequest(
+                f"The checkpoint {key} was trained with {flag}={getattr(saved, flag)}, this model has {getattr(wanted, flag)}."
+            )
+
+
+def _description(adapter: SavedAdapter) -> dict[str, Any]:
+    return {"kind": adapter.kind, "adapter": msgspec.to_builtins(adapter.config), "step": adapter.step}
+
+
+def _check_finite(key: str, weights: Any) -> None:
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(weights)):
+        raise InvalidRequest(f"The checkpoint {key} holds weights that are NaN or infinite.")
