@@ -20,7 +20,8 @@ ARCHITECTURES = (
 
 
 def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
-    """Read a folder, or a hub name through `huggingface_hub`. Raises `BaseModelError` that says what is wrong with it."""
+    """Read a folder, or a hub name through `huggingface_hub`. Raises `BaseModelError` that says what is wrong with
+    it."""
     if not base_model:
         raise BaseModelError("No base model is configured: set TX_BASE_MODEL or --base-model to a folder or hub name.")
     folder = resolve(base_model)
@@ -29,7 +30,9 @@ def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
         raise BaseModelError(f"{folder} has no config.json: it is not the folder of a Hugging Face model.")
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in ARCHITECTURES:
-        raise BaseModelError(f"{base_model}: architecture {architecture} is not supported; known: {', '.join(ARCHITECTURES)}.")
+        raise BaseModelError(
+            f"{base_model}: architecture {architecture} is not supported; known: {', '.join(ARCHITECTURES)}."
+        )
     check_weights(folder)
     limit = int(config["max_position_embeddings"])
     return BaseModelInfo(
@@ -44,7 +47,8 @@ def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
 
 
 def resolve(base_model: str) -> Path:
-    """The folder with the model's configuration; a hub name is downloaded (its small files only) or found in the cache."""
+    """The folder with the model's configuration; a hub name is downloaded (its small files only) or found in the
+    cache."""
     path = Path(base_model).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -85,7 +89,9 @@ def _check_safetensors(path: Path) -> None:
             raise BaseModelError(f"{path} is no safetensors file: {error}") from error
     ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
     if size != 8 + header_bytes + max(ends, default=0):
-        raise BaseModelError(f"{path} is truncated: {size} bytes, its header announces {8 + header_bytes + max(ends, default=0)}.")
+        raise BaseModelError(
+            f"{path} is truncated: {size} bytes, its header announces {8 + header_bytes + max(ends, default=0)}."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

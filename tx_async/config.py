@@ -1,4 +1,5 @@
-"""Configuration of the server: one frozen struct; file (TOML) < environment (`TX_…`) < flags. Unknown keys are refused by name."""
+"""Configuration of the server: one frozen struct; file (TOML) < environment (`TX_…`) < flags. Unknown keys are
+refused by name."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     local_workers: int = 1
     """Workers that the server spawns and supervises; 0 = all are started by hand."""
     worker_address: str = ""
-    """Where workers from outside attach, for example `tcp://0.0.0.0:7001`; empty = only workers on this host, through a socket file."""
+    """Where workers from outside attach, for example `tcp://0.0.0.0:7001`; empty = only workers on this host, through
+    a socket file."""
     worker_token: str = ""
     """Shared secret that a worker over tcp must prove."""
     worker_heartbeat_interval_ms: int = 1_000
@@ -69,6 +71,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A session without heartbeat for so long has ended: its queued samples are cancelled."""
     result_retention_s: int = 24 * 3600
     """Results that can be fetched again, after they were first ready."""
+    result_cache_bytes: int = 256 * 2**20
+    """Newest results kept in memory; older ones are read from the journal."""
     session_retention_s: int = 30 * 24 * 3600
     snapshot_every_steps: int = 16
     """Optimizer steps between two snapshots of a model."""
@@ -104,8 +108,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> ServerConfig:
     """The configuration from all sources.
 
-    `TX_CONFIG` names a TOML file; `TX_<FIELD>` sets a field (`TX_BACKEND_CONFIG` as JSON); `flags` holds parsed values and
-    wins. Raises `ConfigError` naming the key and its source.
+    `TX_CONFIG` names a TOML file; `TX_<FIELD>` sets a field (`TX_BACKEND_CONFIG` as JSON); `flags` holds parsed
+    values and wins. Raises `ConfigError` naming the key and its source.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
@@ -134,7 +138,9 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     fields = {f"TX_{field.name.upper()}": field.name for field in msgspec.structs.fields(ServerConfig)}
     unknown = sorted(name for name in environ if name.startswith("TX_") and name not in fields and name != "TX_CONFIG")
     if unknown:
-        raise ConfigError(f"Unknown setting in the environment: {', '.join(unknown)}. Known: {', '.join(sorted(fields))}.")
+        raise ConfigError(
+            f"Unknown setting in the environment: {', '.join(unknown)}. Known: {', '.join(sorted(fields))}."
+        )
     return {fields[name]: value for name, value in environ.items() if name in fields}
 
 

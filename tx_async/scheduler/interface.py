@@ -28,7 +28,8 @@ class StillPending(Struct, frozen=True):
 
 
 class BaseModelInfo(Struct, frozen=True, kw_only=True):
-    """What the API must know of the base model to validate a request; read from its files, before any worker is ready."""
+    """What the API must know of the base model to validate a request; read from its files, before any worker is
+    ready."""
 
     name: str
     path: str
@@ -73,7 +74,8 @@ class SchedulerApi(Protocol):
     async def create_sampler(
         self, owner: str, session_id: str, sampling_session_seq_id: int, base_model: str | None, model_path: str | None
     ) -> SamplerRecord:
-        """Idempotent by (session, sequence number); `Conflict` with other content. `model_path` may name any checkpoint kind."""
+        """Idempotent by (session, sequence number); `Conflict` with other content. `model_path` may name any
+        checkpoint kind."""
         ...
 
     async def join_sampler(self, owner: str, sampler_id: str) -> int:
@@ -81,10 +83,11 @@ class SchedulerApi(Protocol):
         ...
 
     async def submit(self, owner: str, operation: Operation) -> RequestRecord:
-        """Accept an operation. The same key returns the first request; `Conflict` with another body. `Overloaded`: try later.
+        """Accept an operation. The same key returns the first request; `Conflict` with another body. `Overloaded`:
+        try later.
 
-        An operation that is refused only because of live state (an unknown checkpoint, a rank that does not fit) is accepted
-        all the same and fails through its result, so that its seq_id counts as used.
+        An operation that is refused only because of live state (an unknown checkpoint, a rank that does not fit) is
+        accepted all the same and fails through its result, so that its seq_id counts as used.
         """
         ...
 

@@ -1,6 +1,6 @@
 """What clients ask for, in one canonical form: `api/` decodes every encoding and SDK generation into these structs, the
-journal stores their msgpack, and replay starts from them. Everything that does not depend on live state is validated before
-one is made; past `api/` their fields are believed.
+journal stores their msgpack, and replay starts from them. Everything that does not depend on live state is validated
+before one is made; past `api/` their fields are believed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tx_async.wire.worker import AdamParams, AdapterConfig
 
 
 class Datum(Struct, frozen=True, array_like=True):
-    """One training sequence. `tokens` is int32 little-endian; loss inputs are dense ([T] or [T, K], float32 or int64)."""
+    """One training sequence. `tokens` is int32 little-endian; loss inputs are dense ([T] or [T, K], float32 or
+    int64)."""
 
     tokens: bytes
     loss_fn_inputs: dict[str, Tensor]
@@ -62,9 +63,11 @@ class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SaveWeights(Struct, tag=True, frozen=True, kw_only=True):
-    """kind "weights": training checkpoint; "sampler_weights": immutable sampler version; "external_weights": PEFT export.
+    """kind "weights": training checkpoint; "sampler_weights": immutable sampler version; "external_weights": PEFT
+    export.
 
-    `name` is None for an ephemeral sampler (save_weights_and_get_sampling_client), which then has a sampling session id.
+    `name` is None for an ephemeral sampler (save_weights_and_get_sampling_client), which then has a sampling session
+    id.
     """
 
     model_id: str
@@ -120,8 +123,9 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Rejected(Struct, tag=True, frozen=True, kw_only=True):
-    """A training request with an invalid content. A refused submit would burn its seq_id and leave a gap that nobody fills
-    (section 0.4 of the contract), so it is accepted, takes its place in the order, and fails there with this message."""
+    """A training request with an invalid content. A refused submit would burn its seq_id and leave a gap that nobody
+    fills (section 0.4 of the contract), so it is accepted, takes its place in the order, and fails there with this
+    message."""
 
     model_id: str
     seq_id: int

@@ -30,8 +30,15 @@ class SessionRecord(Struct, tag="session", frozen=True, kw_only=True):
         return self.session_id
 
 
+class Snapshot(Struct, frozen=True, array_like=True):
+    """Everything of a training run after all of its operations up to `seq_id`."""
+
+    key: str
+    seq_id: int
+
+
 class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
-    """A training run. Its state is the snapshot (or its creation) plus the journaled operations after `snapshot_seq_id`."""
+    """A training run. Its state is its newest snapshot (or its creation) plus the journaled operations after that."""
 
     model_id: str
     session_id: str
@@ -41,13 +48,14 @@ class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
     created_at: float
     user_metadata: dict = {}
     created_from: str | None = None
-    """tinker:// path, for a model created from a checkpoint."""
+    """Storage key, for a model created from a checkpoint."""
+    created_from_path: str | None = None
+    """The tinker:// path that its creator named."""
     created_with_optimizer: bool = False
     last_request_at: float = 0.0
-    snapshot_key: str | None = None
-    snapshot_seq_id: int = 0
-    """Every operation up to this seq_id is contained in the snapshot."""
-    snapshot_number: int = 0
+    snapshots: tuple[Snapshot, ...] = ()
+    """Newest first. Bodies of operations are kept from the oldest one on, so that a damaged snapshot costs a longer
+    replay."""
     status: Literal["live", "unloaded", "corrupted", "copy"] = "live"
 
     @property
@@ -66,6 +74,8 @@ class SamplerRecord(Struct, tag="sampler", frozen=True, kw_only=True):
     model_path: str | None = None
     storage_key: str | None = None
     """Where the adapter's files are; None samples the base model."""
+    inflight_model_id: str | None = None
+    """Set for a session that follows the inflight saves of a training run: its `storage_key` moves on with them."""
     num_clones: int = 0
 
     @property
@@ -94,7 +104,8 @@ class RequestRecord(Struct, tag="request", frozen=True, kw_only=True):
 
 
 class ResultRecord(Struct, tag="result", frozen=True, kw_only=True):
-    """How a request ended. `payload` is the wire form of its content type; clients may fetch it again until it expires."""
+    """How a request ended. `payload` is the wire form of its content type; clients may fetch it again until it
+    expires."""
 
     request_id: str
     finished_at: float

@@ -1,9 +1,9 @@
 """Server ⇄ worker: a closed world of messages.
 
-Arrays never travel inside these structs: a message that has any lists them as `tensors`, and they follow in that order, in
-shared memory or as frames. Commands of one worker group are numbered without gaps from 1 after each `Welcome`; every host of
-a mesh receives the same ones and runs them in that order. All index spaces (slots, sequence ids) belong to the scheduler:
-a worker obeys them and invents none.
+Arrays never travel inside these structs: a message that has any lists them as `tensors`, and they follow in that
+order, in shared memory or as frames. Commands of one worker group are numbered without gaps from 1 after each
+`Welcome`; every host of a mesh receives the same ones and runs them in that order. All index spaces (slots, sequence
+ids) belong to the scheduler: a worker obeys them and invents none.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     """Folder or hub name of the base model."""
     engine: EngineConfig
     checkpoints_base: str
+    process_id: int = 0
+    """This worker's place in its mesh, 0 … `engine.num_processes` - 1."""
     heartbeat_interval_ms: int
     lease_ms: int
     inbox: str = ""
@@ -117,6 +119,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     max_context_length: int
     row_shapes: tuple[tuple[int, int], ...]
     """(rows, row_length) of every training micro-batch, ascending by length: no other shape is ever sent."""
+    row_length_preferred: int
+    """Sequences that fit are packed into rows of this length; longer ones get the next length that holds them."""
     target_tokens_k: tuple[int, ...]
     """Sizes of the last axis of `target_tokens` that micro-batches may have, ascending; the first is 1."""
     num_training_slots: int
@@ -204,8 +208,8 @@ class TrainMicroBatch(Struct, tag=True, frozen=True, kw_only=True):
     """One packed micro-batch; its gradients join the accumulators of its rows' slots, in row order. Result: `Trained`.
 
     Tensors, for a shape (R, L) of `EngineInfo.row_shapes` and K of `EngineInfo.target_tokens_k`, in this order
-    (`TRAIN_TENSORS`): tokens, positions, segment_ids (0 = padding; 1, 2, … per row), loss_fn (index in `LOSS_FNS`) as int32
-    [R, L]; target_tokens int32 [R, L, K]; weights float32 [R, L, K]; logprobs, advantages, clip_low_threshold,
+    (`TRAIN_TENSORS`): tokens, positions, segment_ids (0 = padding; 1, 2, … per row), loss_fn (index in `LOSS_FNS`) as
+    int32 [R, L]; target_tokens int32 [R, L, K]; weights float32 [R, L, K]; logprobs, advantages, clip_low_threshold,
     clip_high_threshold, sequence_ratio_mask, beta as float32 [R, L].
     """
 
@@ -247,8 +251,8 @@ class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
 class SaveAdapter(Struct, tag=True, frozen=True, kw_only=True):
     """Write a slot under `key`, atomically. Result: `Saved`, sent when the files are durable.
 
-    kind "training": A, B, m, v, step. "snapshot": the same and the accumulated gradients. "sampler" and "external": a PEFT
-    adapter (adapter_config.json + adapter_model.safetensors).
+    kind "training": A, B, m, v, step. "snapshot": the same and the accumulated gradients. "sampler" and "external": a
+    PEFT adapter (adapter_config.json + adapter_model.safetensors).
     """
 
     slot: int
@@ -273,7 +277,8 @@ class PromptScores(Struct, frozen=True, kw_only=True):
     last_n: int = 0
     """Score only the last n positions (0 = all)."""
     targets: int = -1
-    """Index in the command's tensors of an int32 [P-1, K] array of candidate tokens (-1 = none; cells of -1 give 0.0)."""
+    """Index in the command's tensors of an int32 [P-1, K] array of candidate tokens (-1 = none; cells of -1 give
+    0.0)."""
     alt_tokens_k: int = 0
 
 
@@ -313,8 +318,8 @@ class CancelSequences(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SampleQuantum(Struct, tag=True, frozen=True, kw_only=True):
-    """Prefill at most `prefill_tokens` prompt tokens, then decode at most `decode_steps` tokens of every active sequence.
-    Result: `Sampled`."""
+    """Prefill at most `prefill_tokens` prompt tokens, then decode at most `decode_steps` tokens of every active
+    sequence. Result: `Sampled`."""
 
     decode_steps: int
     prefill_tokens: int
@@ -429,7 +434,8 @@ FromWorker = Hello | Progress | Ready | Heartbeat | CommandFinished | CommandFai
 
 
 def command_digest(number: int, command: Command, tensors: SequenceOf[TensorSpec]) -> str:
-    """Sixteen hex digits over the number, the command and the shapes of its tensors: equal on every host, or the mesh stops."""
+    """Sixteen hex digits over the number, the command and the shapes of its tensors: equal on every host, or the mesh
+    stops."""
     state = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
     state.update(msgspec.msgpack.encode(command))
     state.update(msgspec.msgpack.encode(list(tensors)))

@@ -1,0 +1,113 @@
+"""The composition root: `hypercorn tx_async.app:app` serves; `create_app(config)` is what the command line uses.
+
+At start: read the base model's description, open the journal (it migrates and takes the lease), recover the live state from it,
+open the doors for workers, spawn the local ones. A server that cannot start says why in one line and ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+from starlette.applications import Starlette
+
+from tx_async import base_model as base_models
+from tx_async import config as configuration
+from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
+from tx_async.config import ServerConfig
+from tx_async.dispatch.events import Event
+from tx_async.dispatch.router import Router
+from tx_async.journal.factory import open_journal
+from tx_async.scheduler.scheduler import Scheduler
+from tx_async.storage.store import Store
+from tx_async.worker.supervisor import DEFAULT_ENGINE, Supervisor
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """All actors of the process, started and stopped together."""
+
+    def __init__(self, config: ServerConfig, engine: str = DEFAULT_ENGINE):
+        self.config = config
+        self._engine = engine
+        self.scheduler: Scheduler | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Scheduler]:
+        """Serve while the context is open. An actor that dies of a broken invariant ends the context with its error."""
+        config = self.config
+        base_model = await anyio.to_thread.run_sync(
+            base_models.read, config.base_model, config.base_model_name, config.backend_config
+        )
+        store = Store(config.resolved_checkpoints_base)
+        journal = open_journal(config)
+        records = await journal.open()
+        router = Router(config, self._on_event)
+        try:
+            await router.start()
+            supervisor = Supervisor(config, router, engine=self._engine)
+            scheduler = self.scheduler = Scheduler(
+                config,
+                base_model,
+                journal,
+                records,
+                send=router.send,
+                delete_files=store.delete_prefix,
+                worker_status=supervisor.waiting_for,
+            )
+            async with anyio.create_task_group() as actors:
+                for actor in (scheduler.run, router.run, supervisor.run, journal.supervise):
+                    actors.start_soon(actor, name=actor.__qualname__)
+                yield scheduler
+                await scheduler.stop(config.shutdown_ms / 1000)
+                await supervisor.stop(config.shutdown_ms / 1000)
+                actors.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await router.stop()
+                await journal.close()
+
+    def _on_event(self, event: Event) -> None:
+        assert self.scheduler is not None
+        self.scheduler.on_event(event)
+
+
+def create_app(config: ServerConfig | None = None, engine: str = DEFAULT_ENGINE) -> Starlette:
+    """The ASGI application. Without `config`, it is read from `TX_…` variables and TX_CONFIG when the server starts."""
+    app = Starlette(lifespan=_lifespan, exception_handlers=EXCEPTION_HANDLERS)
+    app.router.redirect_slashes = False
+    app.state.config = config
+    app.state.engine = engine
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    config = app.state.config or configuration.load()
+    server = Server(config, app.state.engine)
+    started = False
+    try:
+        async with server.running() as scheduler:
+            app.router.routes.extend(create_routes(scheduler, config, Store(config.resolved_checkpoints_base)))
+            started = True
+            yield
+    except BaseException as error:
+        if started:
+            # The ASGI server would go on without its actors: end the process, the journal brings it back.
+            _log.critical("The server stops: %s", _reason(error))
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or repr(error)
+
+
+app = create_app()

@@ -1,0 +1,50 @@
+"""Who is next: deficit round robin between flows, weighted shares between training and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
+
+
+class FairQueue(Generic[Key]):
+    """Least-served-first over flows, in tokens: deficit round robin's guarantee without its rounds.
+
+    A flow that was idle starts level with the least served busy one: it may not save up a claim to a burst.
+    """
+
+    def __init__(self):
+        #: flow -> tokens charged to it, on a scale shared by all flows
+        self._charged: dict[Key, float] = {}
+
+    def order(self, busy: Iterable[Key]) -> list[Key]:
+        """The flows that have work, least served first. Flows that have none are forgotten."""
+        busy = list(busy)
+        known = [self._charged[key] for key in busy if key in self._charged]
+        level = min(known, default=0.0)
+        self._charged = {key: self._charged.get(key, level) - level for key in busy}
+        return sorted(busy, key=self._charged.__getitem__)
+
+    def charge(self, key: Key, tokens: float) -> None:
+        if key in self._charged:
+            self._charged[key] += tokens
+
+
+class Shares:
+    """Two classes of work share the device's time by weight; an idle class leaves its share to the other."""
+
+    def __init__(self, weights: dict[str, float]):
+        self._weights = weights
+        self._used = dict.fromkeys(weights, 0.0)
+
+    def order(self, has_work: Callable[[str], bool]) -> list[str]:
+        busy = [name for name in self._weights if has_work(name)]
+        level = min((self._used[name] for name in busy), default=0.0)
+        for name in self._used:
+            # Idle time is not credit: an idle class comes back level with the busy one.
+            self._used[name] = self._used[name] - level if name in busy else 0.0
+        return sorted(busy, key=self._used.__getitem__)
+
+    def charge(self, name: str, cost: float) -> None:
+        self._used[name] += cost / self._weights[name]

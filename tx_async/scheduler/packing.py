@@ -1,0 +1,123 @@
+"""Sequences into rows, rows into micro-batches.
+
+A request's rows are a function of that request alone (and of the engine's short list of row lengths), so neither its
+numbers nor their order can depend on who else is there. Only whole rows of other requests ever join a micro-batch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec import Struct
+
+from tx_async.wire.operations import Datum, ForwardBackward
+from tx_async.wire.worker import LOSS_FNS, EngineInfo
+
+DEFAULT_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
+"""Section 14 of the wire contract: clip_low_threshold, clip_high_threshold, as bounds of the ratio itself."""
+
+
+class Segment(Struct, frozen=True, array_like=True):
+    """One datum's place in a row."""
+
+    datum: int
+    offset: int
+    length: int
+
+
+class Row(Struct, frozen=True):
+    length: int
+    segments: tuple[Segment, ...]
+
+
+class PackedRequest(Struct, frozen=True):
+    rows: tuple[Row, ...]
+    targets_per_token: int
+    """K of the micro-batches that hold these rows: a member of `EngineInfo.target_tokens_k`."""
+
+
+def pack(operation: ForwardBackward, info: EngineInfo) -> PackedRequest:
+    """First-fit decreasing into rows of the preferred length; each row then shrinks to the shortest that holds it."""
+    lengths = [length for _, length in info.row_shapes]
+    sizes = [datum.num_tokens for datum in operation.data]
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    capacity = round_up(min(sum(sizes), info.row_length_preferred), lengths)
+    bins: list[list[Segment]] = []
+    free: list[int] = []
+    for i in order:
+        place = next((b for b, space in enumerate(free) if space >= sizes[i]), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            free.append(max(capacity, round_up(sizes[i], lengths)))
+        offset = sum(segment.length for segment in bins[place])
+        bins[place].append(Segment(i, offset, sizes[i]))
+        free[place] -= sizes[i]
+    rows = tuple(Row(round_up(sum(s.length for s in segments), lengths), tuple(segments)) for segments in bins)
+    widest = max(_targets(datum).shape[1] for datum in operation.data)
+    return PackedRequest(rows, round_up(widest, info.target_tokens_k))
+
+
+def round_up(value: int, choices: Sequence[int]) -> int:
+    """The smallest choice (ascending) that is at least `value`; `api/` has refused anything above the largest."""
+    index = bisect_left(choices, value)
+    assert index < len(choices), f"{value} exceeds every one of {choices}"
+    return choices[index]
+
+
+def fill(operations: Sequence[tuple[ForwardBackward, Row] | None], length: int, k: int) -> list[np.ndarray]:
+    """The tensors of a micro-batch (`TRAIN_TENSORS`) from its rows; None is an unused row."""
+    shape = (len(operations), length)
+    ints = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "loss_fn")}
+    wide = {"target_tokens": np.zeros((*shape, k), np.int32), "weights": np.zeros((*shape, k), np.float32)}
+    names = (
+        "logprobs",
+        "advantages",
+        "clip_low_threshold",
+        "clip_high_threshold",
+        "sequence_ratio_mask",
+        "beta",
+    )
+    floats = {name: np.zeros(shape, np.float32) for name in names}
+    arrays = ints | wide | floats
+    for r, entry in enumerate(operations):
+        if entry is not None:
+            operation, row = entry
+            for number, segment in enumerate(row.segments, start=1):
+                at = {
+                    name: array[r, segment.offset : segment.offset + segment.length] for name, array in arrays.items()
+                }
+                _fill_segment(at, operation, operation.data[segment.datum], number)
+    return list(arrays.values())
+
+
+def _fill_segment(at: dict[str, np.ndarray], operation: ForwardBackward, datum: Datum, number: int) -> None:
+    inputs, config = datum.loss_fn_inputs, operation.loss_fn_config
+    at["tokens"][:] = np.frombuffer(datum.tokens, np.int32)
+    at["positions"][:] = np.arange(datum.num_tokens)
+    at["segment_ids"][:] = number
+    at["loss_fn"][:] = LOSS_FNS.index(operation.loss_fn)
+    targets = _targets(datum)
+    at["target_tokens"][:, : targets.shape[1]] = targets
+    # Without weights, cross_entropy counts each position once; the other losses do not read them.
+    weights = inputs["weights"].numpy().reshape(targets.shape) if "weights" in inputs else np.float32(1)
+    at["weights"][:, : targets.shape[1]] = weights
+    low, high = DEFAULT_THRESHOLDS.get(operation.loss_fn, (0.0, 0.0))
+    defaults = {
+        "clip_low_threshold": config.get("clip_low_threshold", low),
+        "clip_high_threshold": config.get("clip_high_threshold", high),
+        "sequence_ratio_mask": 1.0,
+        "beta": config.get("beta", 0.0),
+        "logprobs": 0.0,
+        "advantages": 0.0,
+    }
+    for name, default in defaults.items():
+        at[name][:] = inputs[name].numpy() if name in inputs else default
+
+
+def _targets(datum: Datum) -> np.ndarray:
+    """[T, K]"""
+    targets = datum.loss_fn_inputs["target_tokens"].numpy()
+    return targets.reshape(datum.num_tokens, -1)
