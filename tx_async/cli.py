@@ -16,12 +16,13 @@ from typing import Any
 
 import msgspec
 
-from tx_async import __version__, config, logs
+from tx_async import __version__, config
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.field_docs import field_docs
 
 EXIT_OPERATOR = 2
+_CONFIG_FLAGS = tuple("--" + name.replace("_", "-") for name in ServerConfig.__struct_fields__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +53,29 @@ def parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_schemas(commands)
     return top
+
+
+def command_docs() -> list[tuple[str, str, str]]:
+    """(command, what it does, its own flags) of every command; the README's table and its test."""
+    docs = []
+    for name, command, summary in _commands_of(parser()):
+        options = [flag for action in command._actions for flag in action.option_strings if flag.startswith("--")]
+        takes_settings = set(_CONFIG_FLAGS) <= set(options)
+        hidden = {"--help", *(_CONFIG_FLAGS if takes_settings else ())}
+        own = [f"`{flag}`" for flag in options if flag not in hidden] + ["every setting"] * takes_settings
+        docs.append((f"`tx-async {name}`", summary, ", ".join(own)))
+    return docs
+
+
+def _commands_of(top: argparse.ArgumentParser) -> list[tuple[str, argparse.ArgumentParser, str]]:
+    """Every command and every action of one, by its full name."""
+    found = []
+    for group in (action for action in top._actions if isinstance(action, argparse._SubParsersAction)):
+        summaries = {choice.dest: choice.help or "" for choice in group._choices_actions}
+        for name, command in group.choices.items():
+            found.append((name, command, summaries[name]))
+            found += [(f"{name} {action}", *rest) for action, *rest in _commands_of(command)]
+    return found
 
 
 # ---- serve
@@ -269,5 +293,4 @@ def _schemas(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    logs.configure("info")
     sys.exit(main())

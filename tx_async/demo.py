@@ -53,7 +53,7 @@ def run(base_model: str = "", steps: int = 0, learning_rate: float = 0.0) -> int
     """The demo; 0 when all three answers are right. Raises `ConfigError` when it cannot run here."""
     if importlib.util.find_spec("tinker") is None:
         raise ConfigError("The demo uses the Tinker SDK, which is not installed: pip install 'tx-async[demo]'.")
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print("[bold]tx_async demo[/]: teach a model Pig Latin through the Tinker SDK, on this machine only\n")
     with tempfile.TemporaryDirectory(prefix="tx_async-demo-") as folder:
         model = base_model or _make_tiny_model(console, Path(folder) / "model")
@@ -99,9 +99,9 @@ def _train_and_sample(
     )
     with tinker.ServiceClient(base_url=server.base_url, api_key=API_KEY) as client, progress:
         task = progress.add_task("training", total=steps, loss=float("nan"))
-        trainer = client.create_lora_training_client(base_model=model, rank=32, seed=1)
+        trainer = client.create_lora_training_client(base_model=model, rank=32, seed=1).result()
         losses = train(trainer, steps, learning_rate, lambda loss: progress.update(task, advance=1, loss=loss))
-        sampler = trainer.save_weights_and_get_sampling_client(name="pig-latin")
+        sampler = trainer.save_weights_and_get_sampling_client(name="pig-latin").result()
         return losses, [sample(sampler, trainer.get_tokenizer(), *example) for example in EXAMPLES]
 
 

@@ -1,0 +1,68 @@
+"""What every test shares: JAX on the CPU with one compilation cache, tokenizers without network, no stray settings."""
+
+import faulthandler
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Before anything imports JAX, transformers or the SDK: they read these once.
+for _name in [name for name in os.environ if name.startswith(("TX_", "TINKER_"))]:
+    del os.environ[_name]
+os.environ |= {
+    "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TINKER_TELEMETRY": "0",
+}
+
+import pytest  # noqa: E402
+
+TEST_S = 300
+"""A test that takes longer hangs: it fails with the stack of every thread."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    faulthandler.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    has_torch = importlib.util.find_spec("torch") is not None
+    on_gpu = os.environ["JAX_PLATFORMS"] != "cpu"
+    for item in items:
+        if "torch" in item.keywords and not has_torch:
+            item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+        if "gpu" in item.keywords and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: set JAX_PLATFORMS=cuda"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A guard by alarm signal: it costs nothing, and also ends a test that blocks the event loop."""
+
+    def give_up(_number: int, _frame: object) -> None:
+        faulthandler.dump_traceback()
+        pytest.fail(f"did not end within {TEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(TEST_S)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 of two layers with a byte-level tokenizer. Read-only: all tests share it."""
+    from tx_async.testing.models import make_qwen3
+
+    return make_qwen3(tmp_path_factory.mktemp("models") / "qwen3-tiny")
