@@ -51,6 +51,7 @@ _LOST = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,  # asyncpg's own: the connection is closed
+    asyncpg.InternalClientError,  # asyncpg's own: the server ended the session between two queries
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
@@ -59,6 +60,8 @@ _LOST = (
     asyncpg.SerializationError,
 )
 """The database or the way to it is gone for a while: connecting again may help."""
+_BROKEN_SESSION = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""Nobody knows what state the session is in: it is ended, and with it whatever it was about to do."""
 _UNSTORABLE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError, TypeError)
 """The rows themselves cannot be stored (a NUL in a key). asyncpg's client-side DataError is an InterfaceError, too."""
 
@@ -124,8 +127,12 @@ class PostgresDriver:
         async def write() -> None:
             async with self._writing:
                 writer = await self._connected()
-                async with writer.transaction():
-                    await _write(writer, transaction)
+                try:
+                    async with writer.transaction():
+                        await _write(writer, transaction)
+                except _BROKEN_SESSION:
+                    writer.terminate()
+                    raise
 
         # A commit whose answer was lost is written again: upserts and deletions by key end in the same state.
         await self._persist(write, "written")

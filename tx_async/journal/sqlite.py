@@ -238,7 +238,8 @@ def _give_back_free_pages(connection: sqlite3.Connection) -> None:
     try:
         (free,) = connection.execute("PRAGMA freelist_count").fetchone()
         if free > FREE_PAGES_MAX:
-            connection.execute(f"PRAGMA incremental_vacuum({FREE_PAGES_MAX})").fetchall()
+            # A script, because this pragma is stepped once a page, which `execute` does not do.
+            connection.executescript(f"PRAGMA incremental_vacuum({FREE_PAGES_MAX})")
     except sqlite3.Error:
         # The commit before this is durable: a full disk is the next commit's to report.
         _roll_back(connection)
