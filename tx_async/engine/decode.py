@@ -1,0 +1,331 @@
+"""Sampling: sequences are admitted, prefilled, decoded in quanta, and leave.
+
+`quantum` first finishes the host's part of the quantum before it (which needs that one's tokens), then schedules, then only
+dispatches: the device works while the caller goes on. So the host's state is a function of the command stream alone, and all
+that lives on the device between two quanta are the page pools. `Pending` waits for the tokens, on another thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from tx_async.engine import decode_programs as programs
+from tx_async.engine.compilation import Program
+from tx_async.engine.decode_batches import (
+    PREFILL_ROWS,
+    Piece,
+    Tile,
+    batch_sizes,
+    bucket,
+    decode_batch,
+    empty_scores,
+    prefill_batch,
+    prefill_calls,
+    score_batches,
+)
+from tx_async.engine.decode_programs import STOP_TOKENS_MAX, Adapters, Decoded
+from tx_async.engine.kv_cache import CacheLayout, Pools, copy_pages, token_bytes
+from tx_async.engine.prefix_cache import PageKeys, PrefixCache
+from tx_async.engine.prompt_scores import PromptScoring, Scores
+from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
+from tx_async.engine.stops import StopStrings, load_decoder
+from tx_async.errors import InvalidRequest
+from tx_async.layers.lora import LoraWeights
+from tx_async.wire.worker import EngineConfig, FinishedSequence, Sampled, SequenceSpec
+from tx_async.worker.engine_api import Pending, Reply
+
+DECODE_STEPS = 8
+PREFILL_TOKENS = 1024
+CACHE_BYTES = 1 << 30
+"""Size of the KV cache where nothing better is known."""
+
+
+@dataclass
+class Quantum:
+    """A quantum that was dispatched. `reply` is set when the host's part of it is done."""
+
+    schedule: Schedule
+    progress: dict[int, int]
+    decoded: Decoded | None = None
+    scored: list[tuple[list[Piece], tuple[Array, ...]]] = field(default_factory=list)
+    reply: Reply | None = None
+
+
+class SamplingEngine:
+    """Owner of the KV cache and of every sequence. One thread calls `admit`, `cancel` and `quantum`, in stream order."""
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        config: EngineConfig,
+        context: int,
+        folder: str,
+        lora_weights: LoraWeights,
+        lora_scale: Array,
+    ):
+        """context: most tokens of prompt and completion; folder: of the base model (its tokenizer finds stop strings)."""
+        self.model, self.params, self.context, self.folder = model, params, context, folder
+        self.num_sequences_max = config.sample_max_num_sequences
+        self.decode_steps = config.decode_steps or DECODE_STEPS
+        self.prefill_tokens = config.prefill_chunk_tokens or PREFILL_TOKENS
+        dtype = jax.tree.leaves(params)[0].dtype
+        self.layout = CacheLayout.plan(_cache_tokens(model, dtype, config, context), config.kv_page_size, context)
+        #: page pools on the device; replaced by every dispatch
+        self.pools: Pools = self.layout.new_pools(model, dtype)
+        self.sequences = Sequences(
+            PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache), self.num_sequences_max
+        )
+        self._num_admitted = 0
+        #: the newest quantum: all before it are settled
+        self._last: Quantum | None = None
+        self._lock = threading.RLock()
+        self._batch_sizes = batch_sizes(self.num_sequences_max)
+        self._adapters = Adapters(lora_weights, lora_scale, np.zeros(lora_scale.shape[0], np.int32), np.int32(0))  # type: ignore[arg-type]
+        self.programs = {program.name: program for program in self._list_programs()}
+
+    def __repr__(self) -> str:
+        return f"<SamplingEngine {self.sequences!r}>"
+
+    # ---- commands
+
+    def admit(self, specs: Sequence[SequenceSpec], tensors: Sequence[np.ndarray]) -> None:
+        """Queue sequences; `tensors` are only read now. Raises `InvalidRequest` before it queued any."""
+        samples = [self._sample(spec, tensors) for spec in specs]
+        with self._lock:
+            for sample in samples:
+                self.sequences.admit(sample)
+
+    def cancel(self, sequence_ids: Iterable[int]) -> None:
+        with self._lock:
+            self._settle_last()
+            self.sequences.cancel(sequence_ids)
+
+    def quantum(self, decode_steps: int, prefill_tokens: int, lora_weights: LoraWeights, lora_scale: Array) -> Pending:
+        """Dispatch one quantum."""
+        steps = min(decode_steps or self.decode_steps, self.decode_steps)
+        with self._lock:
+            self._settle_last()
+            schedule = self.sequences.schedule(steps, max(prefill_tokens, self.layout.page_size))
+            quantum = Quantum(schedule, _prefill_progress(schedule))
+            self._prefill(quantum, lora_weights, lora_scale)
+            self._copy_pages(schedule.copies)
+            self._decode(quantum, steps, lora_weights, lora_scale)
+            self._last = quantum
+        return partial(self._wait, quantum)
+
+    def _sample(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> Sample:
+        prompt = tensors[spec.prompt]
+        if not 1 <= len(prompt) < self.context:
+            raise InvalidRequest(f"A prompt of {len(prompt)} tokens does not fit a context of {self.context}.")
+        tokens = prompt.tolist()
+        self._num_admitted += 1
+        return Sample(
+            order=self._num_admitted,
+            spec=spec,
+            prompt_key=prompt_key(spec, prompt),
+            num_prompt=len(tokens),
+            limit=min(len(tokens) + max(1, spec.max_tokens), self.context),
+            tokens=tokens,
+            keys=PageKeys(spec.adapter_version, self.layout.page_size),
+            stops=StopStrings(spec.stop_strings, load_decoder(self.folder), tokens) if spec.stop_strings else None,
+            scoring=_scoring(spec, tensors, len(tokens)),
+        )
+
+    # ---- dispatch
+
+    def _prefill(self, quantum: Quantum, lora_weights: LoraWeights, lora_scale: Array) -> None:
+        tile_tokens = self.layout.page_size
+        for tiles in prefill_calls(quantum.schedule.prefill, tile_tokens):
+            rows = bucket(PREFILL_ROWS, len(tiles))
+            batch = prefill_batch(tiles, rows, tile_tokens, self.layout)
+            adapters = self._active(batch.adapter, lora_weights, lora_scale)
+            hidden, self.pools = self.programs[f"prefill {rows}"](self.params, adapters, self.pools, batch)
+            self._score(quantum, tiles, rows, hidden, adapters)
+
+    def _score(self, quantum: Quantum, tiles: Sequence[Tile], rows: int, hidden: Array, adapters: Adapters) -> None:
+        for pieces, batch in score_batches(tiles, self.layout.page_size):
+            scores = self.programs[f"score {rows}"](self.params, adapters, hidden, batch)
+            quantum.scored.append((pieces, scores))
+
+    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        if not copies:
+            return
+        pairs = np.zeros((2, self.num_sequences_max), np.int32)
+        pairs[:, : len(copies)] = np.array(copies, np.int32).T
+        self.pools = self.programs["copy pages"](self.pools, pairs[0], pairs[1])
+
+    def _decode(self, quantum: Quantum, steps: int, lora_weights: LoraWeights, lora_scale: Array) -> None:
+        samples = quantum.schedule.decoding
+        if not samples:
+            return
+        rows = bucket(self._batch_sizes, len(samples))
+        batch = decode_batch(samples, rows, self.layout)
+        adapters = self._active(batch.adapter, lora_weights, lora_scale)
+        program = self.programs[f"decode {rows}"]
+        quantum.decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
+
+    def _active(self, row_adapter: Any, lora_weights: LoraWeights, lora_scale: Array) -> Adapters:
+        used = np.unique(row_adapter)
+        used = used[used >= 0]
+        active = np.zeros(lora_scale.shape[0], np.int32)
+        active[: len(used)] = used
+        return Adapters(lora_weights, lora_scale, active, np.int32(len(used)))  # type: ignore[arg-type]
+
+    # ---- the host's part, once the tokens are there
+
+    def _wait(self, quantum: Quantum) -> Reply:
+        if quantum.reply is None and quantum.decoded is not None:
+            jax.block_until_ready(quantum.decoded)  # before the lock: `admit` must not wait for the device
+        with self._lock:
+            if quantum.reply is None:
+                self._settle(quantum)
+            assert quantum.reply is not None
+            return quantum.reply
+
+    def _settle_last(self) -> None:
+        if self._last is not None and self._last.reply is None:
+            self._settle(self._last)
+
+    def _settle(self, quantum: Quantum) -> None:
+        for pieces, arrays in quantum.scored:
+            _store_scores(pieces, Scores(*(np.asarray(array) for array in arrays)))
+        finished: list[FinishedSequence] = []
+        tensors: list[np.ndarray] = []
+        if quantum.decoded is not None:
+            out = _fetch(quantum.decoded, quantum.schedule.decoding)
+            for row, sample in enumerate(quantum.schedule.decoding):
+                reason = self._extend(sample, row, out, quantum.progress)
+                if reason:
+                    finished.append(_finished(sample, reason, tensors))
+                    self.sequences.finish(sample)
+        num_decoding = self.sequences.num_decoding
+        quantum.reply = (
+            Sampled(
+                finished=tuple(finished),
+                progress=tuple(quantum.progress.items()),
+                num_running=num_decoding,
+                num_waiting=len(self.sequences.running) - num_decoding + len(self.sequences.waiting),
+                num_prefilled_tokens=sum(segment.stop - segment.start for segment in quantum.schedule.prefill),
+                num_preempted=quantum.schedule.num_preempted,
+            ),
+            tensors,
+        )
+
+    def _extend(self, sample: Sample, row: int, out: Decoded, progress: dict[int, int]) -> str | None:
+        """Take a row's new tokens; -> why the sequence ends, if it does."""
+        count = int(out.count[row])
+        tokens = out.tokens[:count, row].tolist()
+        count, reason = _ending(sample, tokens)
+        sample.tokens.extend(tokens[:count])
+        sample.num_computed = len(sample.tokens) - 1
+        sample.logprobs.extend(out.logprobs[:count, row].tolist())
+        if k := sample.spec.topk_logprobs:
+            sample.topk.append(
+                (np.array(out.topk_token_ids[:count, row, :k]), np.array(out.topk_logprobs[:count, row, :k]))
+            )
+        progress[sample.spec.sequence_id] = progress.get(sample.spec.sequence_id, 0) + count
+        return reason
+
+    # ---- programs
+
+    def _list_programs(self) -> Iterator[Program]:
+        """Every program of the sampling half: no input ever needs another one."""
+        state = (self.params, self._adapters, self.pools)
+        scores = empty_scores()
+        for rows in self._batch_sizes:
+            function = partial(programs.decode, self.model, self.layout, self.decode_steps)
+            batch = decode_batch([], rows, self.layout)
+            yield Program(f"decode {rows}", function, (*state, batch, np.int32(0)), donate=(2,))
+        for rows in PREFILL_ROWS:
+            tile_tokens = self.layout.page_size
+            batch = prefill_batch([], rows, tile_tokens, self.layout)
+            yield Program(
+                f"prefill {rows}", partial(programs.prefill, self.model, self.layout), (*state, batch), donate=(2,)
+            )
+            hidden = jax.ShapeDtypeStruct((rows * tile_tokens, self.model.hidden_size), self.params["embed"].dtype)
+            yield Program(f"score {rows}", programs.score, (self.params, self._adapters, hidden, scores))
+        pages = np.zeros(self.num_sequences_max, np.int32)
+        yield Program(
+            "copy pages", partial(copy_pages, num_pages=self.layout.num_pages), (self.pools, pages, pages), donate=(0,)
+        )
+
+
+def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:
+    if config.kv_cache_tokens:
+        return config.kv_cache_tokens
+    return min(config.sample_max_num_sequences * context, CACHE_BYTES // token_bytes(model, dtype))
+
+
+def _scoring(spec: SequenceSpec, tensors: Sequence[np.ndarray], num_prompt: int) -> PromptScoring | None:
+    wanted = spec.prompt_scores
+    if wanted is None:
+        return None
+    return PromptScoring(wanted, num_prompt, np.array(tensors[wanted.targets]) if wanted.targets >= 0 else None)
+
+
+def _prefill_progress(schedule: Schedule) -> dict[int, int]:
+    progress: dict[int, int] = {}
+    for segment in schedule.prefill:
+        sequence_id = segment.sample.spec.sequence_id
+        progress[sequence_id] = progress.get(sequence_id, 0) + segment.stop - segment.start
+    return progress
+
+
+def _fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
+    """On the host; the candidates only if somebody wants them."""
+    tokens, logprobs, count = (np.asarray(array) for array in (decoded.tokens, decoded.logprobs, decoded.count))
+    if any(sample.spec.topk_logprobs for sample in samples):
+        return Decoded(tokens, logprobs, np.asarray(decoded.topk_token_ids), np.asarray(decoded.topk_logprobs), count)  # type: ignore[arg-type]
+    return Decoded(tokens, logprobs, decoded.topk_token_ids, decoded.topk_logprobs, count)  # type: ignore[arg-type]
+
+
+def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:
+    """-> (how many of the new tokens stay, why it ends with them)."""
+    stop_ids = sample.spec.stop_token_ids
+    count = len(tokens)
+    if len(stop_ids) > STOP_TOKENS_MAX:
+        count = next((n for n, token in enumerate(tokens, 1) if token in stop_ids), count)
+    completed = sample.stops.feed(tokens[:count]) if sample.stops else None
+    if completed is not None:
+        return completed, "stop"
+    if count and tokens[count - 1] in stop_ids:
+        return count, "stop"
+    return count, "length" if len(sample.tokens) + count >= sample.limit else None
+
+
+def _store_scores(pieces: Sequence[Piece], scores: Scores) -> None:
+    for piece in pieces:
+        rows = slice(piece.first, piece.first + piece.count)
+        piece.scoring.store(piece.start, Scores(*(array[rows] for array in vars(scores).values())))
+
+
+def _finished(sample: Sample, reason: Any, tensors: list[np.ndarray]) -> FinishedSequence:
+    """Describe a sequence that ended, appending its arrays to the message's."""
+
+    def add(array: np.ndarray) -> int:
+        tensors.append(array)
+        return len(tensors) - 1
+
+    fields: dict[str, int] = {}
+    if sample.spec.topk_logprobs:
+        fields["topk_token_ids"] = add(np.concatenate([ids for ids, _ in sample.topk]))
+        fields["topk_logprobs"] = add(np.concatenate([logprobs for _, logprobs in sample.topk]))
+    if sample.scoring:
+        fields |= {name: add(array) for name, array in sample.scoring.results().items()}
+    return FinishedSequence(
+        sequence_id=sample.spec.sequence_id,
+        stop_reason=reason,
+        tokens=add(np.array(sample.tokens[sample.num_prompt :], np.int32)),
+        logprobs=add(np.array(sample.logprobs, np.float32)),
+        num_cached_tokens=sample.num_cached,
+        **fields,
+    )

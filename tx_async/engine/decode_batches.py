@@ -1,0 +1,165 @@
+"""From sequences to the arrays that the sampling programs take: every shape is one of a short list, the rest is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tx_async.engine.decode_programs import STOP_TOKENS_MAX, DecodeBatch, PrefillBatch, ScoreBatch, seed_words
+from tx_async.engine.kv_cache import CacheLayout
+from tx_async.engine.prompt_scores import PromptScoring
+from tx_async.engine.sampler import TOPK_MAX
+from tx_async.engine.sequences import Sample, Segment
+from tx_async.wire.worker import BASE_SLOT
+
+SCORE_ROWS = 128
+"""Prompt positions that one scoring call handles."""
+BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+PREFILL_ROWS = (4, 16, 64)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One row of a prefill call: tokens [start, stop) of a sequence."""
+
+    sample: Sample
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive positions of one prompt within a scoring call: its rows `first` … `first + count`."""
+
+    scoring: PromptScoring
+    start: int
+    first: int
+    count: int
+
+
+def batch_sizes(num_sequences_max: int) -> tuple[int, ...]:
+    return (*(size for size in BATCHES if size < num_sequences_max), num_sequences_max)
+
+
+def bucket(sizes: Sequence[int], count: int) -> int:
+    return next(size for size in sizes if size >= count)
+
+
+def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[list[Tile]]:
+    """Tiles in order, as few calls as possible. A tile may read what tiles before it, in the same call too, have written."""
+    tiles = [
+        Tile(segment.sample, start, min(start + tile_tokens, segment.stop))
+        for segment in segments
+        for start in range(segment.start, segment.stop, tile_tokens)
+    ]
+    for first in range(0, len(tiles), PREFILL_ROWS[-1]):
+        yield tiles[first : first + PREFILL_ROWS[-1]]
+
+
+def page_tables(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> np.ndarray:
+    tables = np.zeros((rows, layout.table_pages), np.int32)
+    for row, sample in enumerate(samples):
+        tables[row, : len(sample.pages)] = sample.pages
+    return tables
+
+
+def prefill_batch(tiles: Sequence[Tile], rows: int, tile_tokens: int, layout: CacheLayout) -> PrefillBatch:
+    tokens = np.zeros((rows, tile_tokens), np.int32)
+    start = np.zeros(rows, np.int32)
+    adapter = np.full(rows, BASE_SLOT, np.int32)
+    for row, tile in enumerate(tiles):
+        tokens[row, : tile.stop - tile.start] = tile.sample.tokens[tile.start : tile.stop]
+        start[row] = tile.start
+        adapter[row] = tile.sample.spec.sampler_slot
+    tables = page_tables([tile.sample for tile in tiles], rows, layout)
+    return PrefillBatch(tokens, start, np.arange(rows) < len(tiles), adapter, tables)  # type: ignore[arg-type]
+
+
+def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> DecodeBatch:
+    specs = [sample.spec for sample in samples]
+
+    def column(values: Sequence, dtype: type, unused: float = 0) -> np.ndarray:
+        array = np.full(rows, unused, dtype)
+        array[: len(samples)] = values
+        return array
+
+    stops = np.full((rows, STOP_TOKENS_MAX), -1, np.int32)
+    seeds = np.zeros((rows, 2), np.uint32)
+    for row, spec in enumerate(specs):
+        listed = spec.stop_token_ids[:STOP_TOKENS_MAX]
+        stops[row, : len(listed)] = listed
+        seeds[row] = seed_words(spec.seed)
+    return DecodeBatch(
+        token=column([sample.tokens[-1] for sample in samples], np.int32),
+        position=column([len(sample.tokens) - 1 for sample in samples], np.int32),
+        remaining=column([sample.limit - len(sample.tokens) for sample in samples], np.int32),
+        adapter=column([spec.sampler_slot for spec in specs], np.int32, BASE_SLOT),
+        temperature=column([spec.temperature for spec in specs], np.float32),
+        top_k=column([spec.top_k for spec in specs], np.int32),
+        top_p=column([spec.top_p for spec in specs], np.float32, 1.0),
+        seed=seeds,
+        sample_index=column([spec.sample_index for spec in specs], np.int32),
+        stop_tokens=stops,
+        tables=page_tables(samples, rows, layout),
+        any_topk=np.bool_(any(spec.topk_logprobs for spec in specs)),
+    )  # type: ignore[arg-type]
+
+
+def score_batches(tiles: Sequence[Tile], tile_tokens: int) -> Iterator[tuple[list[Piece], ScoreBatch]]:
+    """Whatever of these tiles somebody wants scored, SCORE_ROWS positions at a time."""
+    batch, pieces, filled = empty_scores(), [], 0
+    for row, tile in enumerate(tiles):
+        scoring = tile.sample.scoring
+        if scoring is None:
+            continue
+        start = max(tile.start, scoring.next)
+        stop = min(tile.stop, scoring.num_prompt - 1)
+        scoring.next = max(scoring.next, stop)
+        while start < stop:
+            count = min(stop - start, SCORE_ROWS - filled)
+            _fill_scores(batch, filled, tile.sample, scoring, start, count, row * tile_tokens + start - tile.start)
+            pieces.append(Piece(scoring, start, filled, count))
+            start, filled = start + count, filled + count
+            if filled == SCORE_ROWS:
+                yield pieces, batch
+                batch, pieces, filled = empty_scores(), [], 0
+    if pieces:
+        yield pieces, batch
+
+
+def empty_scores() -> ScoreBatch:
+    rows = SCORE_ROWS
+    zeros = lambda: np.zeros(rows, np.int32)  # noqa: E731
+    return ScoreBatch(
+        row=zeros(),
+        adapter=np.full(rows, BASE_SLOT, np.int32),
+        next_token=zeros(),
+        targets=np.full((rows, TOPK_MAX), -1, np.int32),
+        temperature=np.zeros(rows, np.float32),
+        seed=np.zeros((rows, 2), np.uint32),
+        sample_index=zeros(),
+        position=zeros(),
+        any_topk=np.zeros((), np.bool_),
+        any_alt=np.zeros((), np.bool_),
+    )  # type: ignore[arg-type]
+
+
+def _fill_scores(
+    batch: ScoreBatch, first: int, sample: Sample, scoring: PromptScoring, start: int, count: int, row: int
+) -> None:
+    """Positions start … start + count, whose hidden states begin at `row`, become rows `first` … of the batch."""
+    rows = slice(first, first + count)
+    arrays: dict[str, np.ndarray] = batch._asdict()  # type: ignore[assignment]
+    arrays["row"][rows] = np.arange(row, row + count)
+    arrays["adapter"][rows] = sample.spec.sampler_slot
+    arrays["next_token"][rows] = sample.tokens[start + 1 : start + count + 1]
+    arrays["temperature"][rows] = sample.spec.temperature
+    arrays["seed"][rows] = seed_words(sample.spec.seed)
+    arrays["sample_index"][rows] = sample.spec.sample_index
+    arrays["position"][rows] = np.arange(start + 1, start + count + 1)
+    if scoring.targets is not None:
+        arrays["targets"][rows, : scoring.targets.shape[1]] = scoring.targets[start : start + count]
+    arrays["any_topk"] |= scoring.wanted.topk > 0
+    arrays["any_alt"] |= scoring.wanted.alt_tokens_k > 0

@@ -1,0 +1,208 @@
+"""The device programs of sampling: prefill, prompt scores, decode. Pure functions of arrays, one compilation per shape.
+
+Every row is a function of its own tokens, adapter and random stream. Rows that are not used have remaining = 0 (decode),
+alive = False (prefill): they compute something, write to the null page, and nobody looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tx_async.engine.kv_cache import CacheLayout, DecodeAttention, PagedAttention, Pools
+from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
+from tx_async.layers.lora import LoraActive, LoraWeights, layer_slice
+
+STOP_TOKENS_MAX = 16
+"""Stop tokens that the device knows per row; further ones are found by the host a quantum later."""
+
+
+class Adapters(NamedTuple):
+    """The sampler slots, and which of them this batch uses."""
+
+    weights: LoraWeights
+    scale: Array
+    active: Array
+    num_active: Array
+
+    def for_rows(self, row_adapter: Array) -> LoraActive:
+        return LoraActive(self.weights, self.scale, self.active, self.num_active, row_adapter)
+
+
+class PrefillBatch(NamedTuple):
+    tokens: Array
+    """int32 [R, L]"""
+    start: Array
+    """int32 [R]: position of each row's first token, a multiple of the page size."""
+    alive: Array
+    """bool [R]"""
+    adapter: Array
+    """int32 [R]: sampler slot, -1 = none."""
+    tables: Array
+    """int32 [R, table_pages]"""
+
+
+class ScoreBatch(NamedTuple):
+    row: Array
+    """int32 [T]: index in the flat hidden states of a prefill."""
+    adapter: Array
+    next_token: Array
+    targets: Array
+    """int32 [T, TOPK_MAX], -1 = none."""
+    temperature: Array
+    seed: Array
+    """uint32 [T, 2]"""
+    sample_index: Array
+    position: Array
+    """int32 [T]: of the token that is scored."""
+    any_topk: Array
+    any_alt: Array
+
+
+class DecodeBatch(NamedTuple):
+    token: Array
+    """int32 [B]: the last token of each sequence."""
+    position: Array
+    """int32 [B]: where that token stands."""
+    remaining: Array
+    """int32 [B]: tokens that it may still sample; 0 for an unused row."""
+    adapter: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    seed: Array
+    """uint32 [B, 2]"""
+    sample_index: Array
+    stop_tokens: Array
+    """int32 [B, STOP_TOKENS_MAX], -1 = none."""
+    tables: Array
+    """int32 [B, table_pages]"""
+    any_topk: Array
+    """bool: somebody wants the likeliest candidates of each step."""
+
+
+class Decoded(NamedTuple):
+    """First axis: steps. A row's entries are valid up to its count."""
+
+    tokens: Array
+    logprobs: Array
+    topk_token_ids: Array
+    """int32 [steps, B, topk]"""
+    topk_logprobs: Array
+    count: Array
+    """int32 [B]: tokens sampled."""
+
+
+def prefill(
+    model: Any, layout: CacheLayout, params: Any, adapters: Adapters, pools: Pools, batch: PrefillBatch
+) -> tuple[Array, Pools]:
+    """Write the rows' keys and values; -> (hidden [R * L, D], pools)."""
+    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
+    attend = PagedAttention(layout, batch.tables, positions, batch.alive)
+    hidden, pools = model.forward(params, adapters.for_rows(batch.adapter), batch.tokens, positions, attend, pools)
+    return hidden.reshape(-1, hidden.shape[-1]), pools
+
+
+def score(
+    params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """Log-probabilities of the next tokens [T], top-k ids and log-probabilities, targets', alternatives' ids and theirs."""
+    logits = unembed(params, adapters.for_rows(batch.adapter), hidden[batch.row])
+    lse = logsumexp(logits)
+    topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
+    alternatives = jax.lax.cond(
+        batch.any_alt, _alternatives, lambda logits, batch: jnp.zeros_like(batch.targets), logits, batch
+    )
+
+    def of(tokens: Array) -> Array:
+        return jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=1) - lse[:, None]
+
+    return (
+        of(batch.next_token[:, None])[:, 0],
+        topk_ids,
+        topk_logprobs,
+        of(batch.targets),
+        alternatives,
+        of(alternatives),
+    )
+
+
+def _alternatives(logits: Array, batch: ScoreBatch) -> Array:
+    keys = stream_key(batch.seed, batch.sample_index)
+    keys = jax.vmap(lambda key, i: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), i)))(
+        keys, batch.position
+    )
+    return draw_many(logits, batch.temperature, keys, batch.targets.shape[1])
+
+
+def decode(
+    model: Any,
+    layout: CacheLayout,
+    max_steps: int,
+    params: Any,
+    adapters: Adapters,
+    pools: Pools,
+    batch: DecodeBatch,
+    num_steps: Array,
+) -> tuple[Decoded, Pools]:
+    """At most `num_steps` ≤ max_steps tokens for every row; ends early when every row has ended."""
+    rows = batch.token.shape[0]
+    lora = adapters.for_rows(batch.adapter)
+    choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index))
+    topk = min(TOPK_MAX, params["head"].shape[1])
+    out = Decoded(
+        tokens=jnp.zeros((max_steps, rows), jnp.int32),
+        logprobs=jnp.zeros((max_steps, rows)),
+        topk_token_ids=jnp.zeros((max_steps, rows, topk), jnp.int32),
+        topk_logprobs=jnp.zeros((max_steps, rows, topk)),
+        count=jnp.zeros(rows, jnp.int32),
+    )
+
+    def step(state):
+        i, token, alive, pools, out = state
+        position = batch.position + out.count
+        attend = DecodeAttention(layout, batch.tables, position[:, None], alive)
+        hidden, pools = model.forward(params, lora, token[:, None], position[:, None], attend, pools)
+        logits = unembed(params, lora, hidden[:, 0])
+        drawn, logprob = sample(logits, choices, position + 1)
+        topk_ids, topk_logprobs = _topk(logits, logsumexp(logits), batch.any_topk) if topk else (0, 0)
+        token = jnp.where(alive, drawn, token)
+        out = Decoded(
+            tokens=out.tokens.at[i].set(token),
+            logprobs=out.logprobs.at[i].set(logprob),
+            topk_token_ids=out.topk_token_ids.at[i].set(topk_ids),
+            topk_logprobs=out.topk_logprobs.at[i].set(topk_logprobs),
+            count=out.count + alive,
+        )
+        stopped = jnp.any(token[:, None] == batch.stop_tokens, axis=1)
+        return i + 1, token, alive & ~stopped & (out.count < batch.remaining), pools, out
+
+    def goes_on(state) -> Array:
+        return (state[0] < num_steps) & jnp.any(state[2])
+
+    state = (jnp.int32(0), batch.token, batch.remaining > 0, pools, out)
+    _, _, _, pools, out = jax.lax.while_loop(goes_on, step, state)
+    return out, pools
+
+
+def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
+    """hidden [B, D] -> logits fp32 [B, V]; the adapter's part in fp32, as in training."""
+    logits = jnp.einsum("bd,dv->bv", hidden, params["head"], preferred_element_type=jnp.float32)
+    (delta,) = lora.deltas(layer_slice(lora.weights["head"]), ("head",), hidden[:, None].astype(jnp.float32))
+    return logits + delta[:, 0]
+
+
+def _topk(logits: Array, lse: Array, wanted: Array) -> tuple[Array, Array]:
+    k = min(TOPK_MAX, logits.shape[1])
+    nothing = (jnp.zeros((logits.shape[0], k)), jnp.zeros((logits.shape[0], k), jnp.int32))
+    values, ids = jax.lax.cond(wanted, lambda: tuple(jax.lax.top_k(logits, k)), lambda: nothing)
+    return ids, values - lse[:, None]
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """Any integer seed as (low word, high word)."""
+    return np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32)

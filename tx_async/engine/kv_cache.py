@@ -1,0 +1,162 @@
+"""The paged KV cache on the device, and attention over it.
+
+A pool holds the keys (or values, or MLA's latents) of every layer: [layers * pages, page_size, heads, features]; page p of
+layer l is row `l * num_pages + p`. A sequence owns a list of page numbers, the same in every layer; its token at position i
+lies in its page i // page_size. Page 0 is the null page: unused rows write there and nobody reads it unmasked.
+
+Attention reads a sequence's pages in chunks at absolute positions and combines them by an online softmax in fp32. The number
+of chunks is data, so context length is never a shape; a chunk that lies wholly behind a row's end changes none of its bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Pools = dict[str, Array]
+NULL_PAGE = 0
+CHUNK_TOKENS = 128
+"""Keys that one turn of the attention loop reads."""
+
+MASKED = -1e30
+
+
+class CachedModel(Protocol):
+    """What the cache must know of a model."""
+
+    @property
+    def cache_layers(self) -> int: ...
+
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, int]]: ...
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Sizes of the cache, fixed at start."""
+
+    num_pages: int
+    page_size: int
+    table_pages: int
+    """Width of a page table: pages of the longest context, rounded up to whole chunks."""
+    chunk_pages: int
+
+    @classmethod
+    def plan(cls, cache_tokens: int, page_size: int, max_context_length: int) -> CacheLayout:
+        """At least one sequence of the longest context always fits."""
+        chunk_pages = max(1, CHUNK_TOKENS // page_size)
+        context_pages = -(-max_context_length // page_size)
+        return cls(
+            num_pages=1 + max(-(-cache_tokens // page_size), context_pages),
+            page_size=page_size,
+            table_pages=-(-context_pages // chunk_pages) * chunk_pages,
+            chunk_pages=chunk_pages,
+        )
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def new_pools(self, model: CachedModel, dtype: Any) -> Pools:
+        lead = (model.cache_layers * self.num_pages, self.page_size)
+        return {name: jnp.zeros((*lead, *shape), dtype) for name, shape in model.cache_shapes.items()}
+
+
+def token_bytes(model: CachedModel, dtype: Any) -> int:
+    """Bytes that one token occupies over all layers."""
+    features = sum(heads * width for heads, width in model.cache_shapes.values())
+    return model.cache_layers * features * jnp.dtype(dtype).itemsize
+
+
+class PagedAttention:
+    """`Attend` of a prefill: each row holds tokens from a page boundary on; rows of one sequence may stand in one call."""
+
+    def __init__(self, layout: CacheLayout, tables: Array, positions: Array, alive: Array):
+        """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write."""
+        self.layout = layout
+        self.tables = tables
+        self.positions = positions
+        self.alive = alive
+        chunk_tokens = layout.chunk_pages * layout.page_size
+        self.num_chunks = jnp.max(jnp.where(alive, positions[:, -1], 0)) // chunk_tokens + 1
+
+    def __call__(
+        self, cache: Pools, layer: Array, q: Array, k: Array, v: Array | None, scale: float, v_features: int = 0
+    ) -> tuple[Array, Pools]:
+        new = {"k": k} if v is None else {"k": k, "v": v}
+        cache = {name: self.write(cache[name], layer, new[key]) for name, key in zip(cache, new, strict=True)}
+        return self.attend(list(cache.values()), layer, q, scale, v_features), cache
+
+    def write(self, pool: Array, layer: Array, new: Array) -> Array:
+        """Whole pages: what stands behind a row's last token is overwritten before anything unmasks it."""
+        R, L = new.shape[:2]
+        page_size = self.layout.page_size
+        first = self.positions[:, 0] // page_size
+        columns = first[:, None] + jnp.arange(L // page_size)
+        pages = jnp.take_along_axis(self.tables, columns, axis=1, mode="clip")
+        pages = jnp.where(self.alive[:, None], pages, NULL_PAGE) + layer * self.layout.num_pages
+        return pool.at[pages.reshape(-1)].set(_finite(new).reshape(-1, page_size, *new.shape[2:]))
+
+    def attend(self, pools: list[Array], layer: Array, q: Array, scale: float, v_features: int) -> Array:
+        R, L, H, D = q.shape
+        kv_heads = pools[0].shape[2]
+        q = q.reshape(R, L, kv_heads, H // kv_heads, D)
+        chunk = partial(self._chunk, pools, layer, q, scale, v_features)
+        features = v_features or pools[1].shape[3]
+        shape = (R, kv_heads, L, H // kv_heads)
+        start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, features)))
+        _, total, out = jax.lax.fori_loop(0, self.num_chunks, chunk, start)
+        out = out / jnp.maximum(total, 1e-30)[..., None]
+        return out.transpose(0, 2, 1, 3, 4).reshape(R, L, H, features).astype(q.dtype)
+
+    def _chunk(self, pools: list[Array], layer: Array, q: Array, scale: float, v_features: int, c: Array, carry):
+        top, total, out = carry
+        keys, values = self._read(pools, layer, c, v_features)
+        scores = jnp.einsum("rlhgd,rchd->rhlgc", q, keys, preferred_element_type=jnp.float32) * scale
+        positions = c * keys.shape[1] + jnp.arange(keys.shape[1])
+        seen = (positions <= self.positions[..., None])[:, None, :, None]  # (R, 1, L, 1, C)
+        scores = jnp.where(seen, scores, MASKED)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+        keep = jnp.exp(top - new_top)
+        added = jnp.einsum(
+            "rhlgc,rchd->rhlgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return new_top, total * keep + weights.sum(-1), out * keep[..., None] + added
+
+    def _read(self, pools: list[Array], layer: Array, c: Array, v_features: int) -> tuple[Array, Array]:
+        """Keys and values of chunk c: [R, chunk_tokens, heads, features] each."""
+        width = self.layout.chunk_pages
+        pages = jax.lax.dynamic_slice_in_dim(self.tables, c * width, width, axis=1) + layer * self.layout.num_pages
+        chunks = [pool[pages].reshape(pages.shape[0], -1, *pool.shape[2:]) for pool in pools]
+        return (chunks[0], chunks[0][..., :v_features]) if len(chunks) == 1 else (chunks[0], chunks[1])
+
+
+class DecodeAttention(PagedAttention):
+    """`Attend` of a decode step: one token per row, anywhere in its page."""
+
+    def write(self, pool: Array, layer: Array, new: Array) -> Array:
+        page_size = self.layout.page_size
+        position = self.positions[:, 0]
+        pages = jnp.take_along_axis(self.tables, position[:, None] // page_size, axis=1, mode="clip")[:, 0]
+        pages = jnp.where(self.alive, pages, NULL_PAGE) + layer * self.layout.num_pages
+        return pool.at[pages, position % page_size].set(_finite(new[:, 0]))
+
+
+def _finite(x: Array) -> Array:
+    """A masked weight is an exact zero, but 0 × NaN is NaN: what one tenant leaves in a page must never be that."""
+    return jnp.nan_to_num(x)
+
+
+def copy_pages(pools: Pools, sources: Array, targets: Array, num_pages: int) -> Pools:
+    """Copy pages in every layer. sources, targets int32 [n]; unused entries are 0 -> 0."""
+
+    def copy(pool: Array) -> Array:
+        layers = jnp.arange(pool.shape[0] // num_pages)[:, None] * num_pages
+        return pool.at[layers + targets].set(pool[layers + sources])
+
+    return {name: copy(pool) for name, pool in pools.items()}

@@ -1,0 +1,246 @@
+"""From logits to tokens: greedy, temperature, top-k, top-p, one row independent of the others.
+
+The vocabulary is laid out as [segments, lanes] (token = segment * num_lanes + lane), so every reduction over it runs along
+contiguous lanes. Nothing is sorted: top-k and top-p are thresholds found by bisection over the ordered bits of fp32, exact to
+the last token, and a draw inverts the cumulative distribution in two steps, lane then segment, with two uniforms per row.
+
+Order as in transformers: temperature, top-k, top-p. Ties at the k-th place all stay; ties at the edge of top-p stay from the
+lowest token on, as many as p needs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+SEGMENTS = 128
+TOPK_MAX = 128
+"""Most candidates that are reported per position."""
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy."""
+
+LOWEST_KEY = jnp.iinfo(jnp.int32).min
+
+
+class Choices(NamedTuple):
+    """How each row samples."""
+
+    temperature: Array
+    """[B] fp32"""
+    top_k: Array
+    """[B] int32; below 1 = no limit"""
+    top_p: Array
+    """[B] fp32"""
+    key: Array
+    """[B, 2] uint32: `stream_key` of the row."""
+
+
+class _Threshold(NamedTuple):
+    """The tokens that stay: keys above `key`, and among its equals those up to token `last`."""
+
+    key: Array
+    last: Array
+
+
+def stream_key(seed: Array, sample_index: Array) -> Array:
+    """uint32 [B, 2] (low word, high word), int32 [B] -> [B, 2]: the random stream of a sample, fold_in(seed, sample_index)."""
+
+    def one(words: Array, index: Array) -> Array:
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(words[::-1]), index))
+
+    return jax.vmap(one)(seed, sample_index)
+
+
+def sample(logits: Array, choices: Choices, position: Array) -> tuple[Array, Array]:
+    """logits fp32 [B, V], position [B] of the token to draw -> (tokens int32 [B], log-probabilities of the plain model [B])."""
+    z = _lanes(logits)
+    top = z.max((1, 2))
+    greedy = _first_index(z == top[:, None, None])
+    tokens = jax.lax.cond(
+        jnp.any(choices.temperature >= GREEDY_BELOW),
+        lambda: jnp.where(choices.temperature >= GREEDY_BELOW, _draw(z, top, greedy, choices, position), greedy),
+        lambda: greedy,
+    )
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return tokens, chosen - top - jnp.log(_total(jnp.exp(z - top[:, None, None])))
+
+
+def logsumexp(logits: Array) -> Array:
+    """[B, V] -> [B], summed in the order of `sample`."""
+    z = _lanes(logits)
+    top = z.max((1, 2))
+    return top + jnp.log(_total(jnp.exp(z - top[:, None, None])))
+
+
+def draw_many(logits: Array, temperature: Array, keys: Array, k: int) -> Array:
+    """k independent draws with replacement per row at its temperature: [B, V], [B], uint32 [B, 2] -> int32 [B, k]."""
+    z = _lanes(logits)
+    top = z.max((1, 2))
+    weights = jnp.exp((z - top[:, None, None]) / jnp.maximum(temperature, GREEDY_BELOW)[:, None, None])
+    by_lane = weights.sum(1)
+    u = jax.vmap(lambda key: jax.random.uniform(jax.random.wrap_key_data(key), (2, k)))(keys)
+    greedy = _first_index(z == top[:, None, None])
+
+    def draw_one(uniforms: Array) -> Array:
+        lane = _invert(by_lane, uniforms[:, 0])
+        column = jnp.take_along_axis(weights, lane[:, None, None], axis=2)[:, :, 0]
+        return _token(z, column, lane, uniforms[:, 1], greedy)
+
+    tokens = jax.lax.map(draw_one, jnp.moveaxis(u, 2, 0)).T
+    return jnp.where((temperature >= GREEDY_BELOW)[:, None], tokens, greedy[:, None])
+
+
+def _draw(z: Array, top: Array, greedy: Array, choices: Choices, position: Array) -> Array:
+    temperature = jnp.maximum(choices.temperature, GREEDY_BELOW)
+    limit = _threshold(z, top, temperature, choices)
+    weights = jnp.where(_kept(z, limit), _weights(z, top, temperature), 0.0)
+    u = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), i), (2,)))(
+        choices.key, position
+    )
+    by_lane = weights.sum(1)
+    lane = _invert(by_lane, u[:, 0])
+    column = jnp.take_along_axis(weights, lane[:, None, None], axis=2)[:, :, 0]
+    return _token(z, column, lane, u[:, 1], greedy)
+
+
+def _token(z: Array, column: Array, lane: Array, u: Array, greedy: Array) -> Array:
+    """The token of a lane whose weights over the segments are `column`; the likeliest one where rounding left no weight."""
+    segment = _invert(column, u)
+    weight = jnp.take_along_axis(column, segment[:, None], axis=1)[:, 0]
+    return jnp.where(weight > 0, segment * z.shape[2] + lane, greedy)
+
+
+def _invert(weights: Array, u: Array) -> Array:
+    """First index whose cumulative weight exceeds u · total: [B, n], [B] -> int32 [B]."""
+    cumulative = jnp.cumsum(weights, axis=1)
+    passed = cumulative <= u[:, None] * cumulative[:, -1:]
+    return jnp.minimum(passed.sum(1), weights.shape[1] - 1).astype(jnp.int32)
+
+
+# ---- top-k and top-p
+
+
+def _threshold(z: Array, top: Array, temperature: Array, choices: Choices) -> _Threshold:
+    vocab = z.shape[1] * z.shape[2]
+    k_active = (choices.top_k >= 1) & (choices.top_k < vocab) & (choices.temperature >= GREEDY_BELOW)
+    p_active = (choices.top_p < 1.0) & (choices.temperature >= GREEDY_BELOW)
+    everything = jnp.full(top.shape, LOWEST_KEY, jnp.int32)
+    kth = jax.lax.cond(jnp.any(k_active), lambda: _kth_key(z, top, choices.top_k, k_active), lambda: everything)
+    no_limit = _Threshold(kth, jnp.full_like(kth, vocab))
+    return jax.lax.cond(
+        jnp.any(p_active), lambda: _nucleus(z, top, temperature, choices.top_p, p_active, no_limit), lambda: no_limit
+    )
+
+
+def _kth_key(z: Array, top: Array, k: Array, active: Array) -> Array:
+    """The largest key (or one that splits at the same place) that at least k tokens reach."""
+    keys = _ordered_bits(z)
+
+    def enough(key: Array) -> tuple[Array, Array]:
+        count = (keys >= key[:, None, None]).sum(1).sum(1)
+        return count >= k, count == k
+
+    return _bisect(enough, top, active)
+
+
+def _nucleus(z: Array, top: Array, temperature: Array, p: Array, active: Array, inside: _Threshold) -> _Threshold:
+    """The smallest set of likeliest tokens whose share of the weight inside `inside` is at least p."""
+    keys = _ordered_bits(z)
+    weights = jnp.where(keys >= inside.key[:, None, None], _weights(z, top, temperature), 0.0)
+    needed = p * _total(weights)
+
+    def enough(key: Array) -> tuple[Array, Array]:
+        return _total(jnp.where(keys >= key[:, None, None], weights, 0.0)) >= needed, jnp.zeros_like(active)
+
+    key = jnp.where(active, jnp.maximum(_bisect(enough, top, active), inside.key), inside.key)
+    ties = keys == key[:, None, None]
+    above = _total(jnp.where(keys > key[:, None, None], weights, 0.0))
+    each = jnp.where(ties, weights, 0.0).max((1, 2))
+    num_ties = ties.sum(1).sum(1)
+    num_kept = jnp.clip(jnp.ceil((needed - above) / jnp.maximum(each, 1e-38)), 1, num_ties).astype(jnp.int32)
+    return _Threshold(key, jnp.where(active, _nth_index(ties, num_kept, num_ties), inside.last))
+
+
+def _bisect(enough, top: Array, active: Array) -> Array:
+    """Largest key for which `enough` (key -> holds, exactly) holds; it always holds for the lowest and never above `top`."""
+
+    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = state
+        middle = _middle(low, high)
+        holds, exactly = enough(middle)
+        holds = holds | (middle == low)
+        low = jnp.where(holds, middle, low)
+        high = jnp.where(holds & ~exactly, high, middle)
+        return low, jnp.where(exactly, low, high)
+
+    low = jnp.full(top.shape, LOWEST_KEY, jnp.int32)
+    high = jnp.where(active, _ordered_bits(top) + 1, low)
+    return jax.lax.while_loop(lambda state: jnp.any(_middle(*state) != state[0]), body, (low, high))[0]
+
+
+def _nth_index(mask: Array, n: Array, count: Array) -> Array:
+    """Index of the n-th set token (1-based) of each row; the whole vocabulary where n reaches the count."""
+    vocab = mask.shape[1] * mask.shape[2]
+    index = _token_index(mask.shape[1], mask.shape[2])
+
+    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = state
+        middle = (low + high) // 2
+        holds = (mask & (index <= middle[:, None, None])).sum(1).sum(1) >= n
+        return jnp.where(holds, low, middle + 1), jnp.where(holds, middle, high)
+
+    low = jnp.where(n < count, 0, vocab)
+    high = jnp.full_like(low, vocab)
+    return jax.lax.while_loop(lambda state: jnp.any(state[0] < state[1]), body, (low, high))[0]
+
+
+# ---- over the vocabulary
+
+
+def _lanes(logits: Array) -> Array:
+    """[B, V] -> [B, segments, lanes]; tokens that do not exist are -inf."""
+    batch, vocab = logits.shape
+    lanes = -(-vocab // SEGMENTS)
+    if lanes * SEGMENTS != vocab:
+        logits = jnp.pad(logits, ((0, 0), (0, lanes * SEGMENTS - vocab)), constant_values=-jnp.inf)
+    return logits.reshape(batch, SEGMENTS, lanes)
+
+
+def _total(x: Array) -> Array:
+    return x.sum(1).sum(1)
+
+
+def _weights(z: Array, top: Array, temperature: Array) -> Array:
+    return jnp.exp((z - top[:, None, None]) / temperature[:, None, None])
+
+
+def _kept(z: Array, limit: _Threshold) -> Array:
+    keys, key = _ordered_bits(z), limit.key[:, None, None]
+    index = _token_index(z.shape[1], z.shape[2])
+    return (keys > key) | ((keys == key) & (index <= limit.last[:, None, None]))
+
+
+def _first_index(mask: Array) -> Array:
+    """Lowest token of each row's mask; 0 for an empty one (a row of NaN)."""
+    index = _token_index(mask.shape[1], mask.shape[2])
+    beyond = mask.shape[1] * mask.shape[2]
+    first = jnp.where(mask, index, beyond).min(1).min(1)
+    return jnp.where(first == beyond, 0, first).astype(jnp.int32)
+
+
+def _token_index(segments: int, lanes: int) -> Array:
+    return jnp.arange(segments * lanes, dtype=jnp.int32).reshape(segments, lanes)
+
+
+def _ordered_bits(x: Array) -> Array:
+    """int32 that order as the floats do."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+
+
+def _middle(low: Array, high: Array) -> Array:
+    """Floor of the mean, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)

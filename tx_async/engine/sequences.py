@@ -1,0 +1,268 @@
+"""Which sequences wait, which run, and what the next quantum does for each: the host's side of continuous batching.
+
+Pure bookkeeping, a function of the calls and their order: no clock, no device. `schedule` decides, `decode.py` dispatches.
+A sequence waits, then is prefilled (all of its tokens but the last one, in chunks that begin at page boundaries), then
+decodes: a decode step computes the last token and samples the next. When pages run out the youngest running sequence goes
+back to the head of the queue; its tokens are kept, so it continues where it was.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tx_async.engine.prefix_cache import PageKeys, PrefixCache
+from tx_async.engine.prompt_scores import PromptScoring
+from tx_async.engine.stops import StopStrings
+from tx_async.wire.worker import SequenceSpec
+
+PromptKey = tuple[str, bytes]
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sequence, from admission to its end."""
+
+    order: int
+    """Place in the line: lower is older."""
+    spec: SequenceSpec
+    prompt_key: PromptKey
+    num_prompt: int
+    limit: int
+    """Tokens, prompt included, at which it ends."""
+    tokens: list[int]
+    keys: PageKeys
+    stops: StopStrings | None = None
+    scoring: PromptScoring | None = None
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    """Tokens whose keys and values are in `pages`; one fewer than all of them while it decodes."""
+    num_cached: int = 0
+    """Prompt tokens that it found in the prefix cache when it was first admitted."""
+    was_admitted: bool = False
+    logprobs: list[float] = field(default_factory=list)
+    topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def num_to_prefill(self) -> int:
+        return len(self.tokens) - 1 - self.num_computed
+
+    @property
+    def scoring_start(self) -> int | None:
+        """First position whose hidden state must still be computed for its prompt scores."""
+        return None if self.scoring is None or self.scoring.is_planned else self.scoring.next
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of a sequence that one quantum prefills; start is a multiple of the page size."""
+
+    sample: Sample
+    start: int
+    stop: int
+
+
+@dataclass
+class Schedule:
+    """What a quantum does, in this order."""
+
+    prefill: list[Segment] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source page, target page)"""
+    decoding: list[Sample] = field(default_factory=list)
+    num_preempted: int = 0
+
+
+class Sequences:
+    """Owner of every sequence between admission and end, and of their pages."""
+
+    def __init__(self, cache: PrefixCache, num_running_max: int):
+        self.cache = cache
+        self.num_running_max = num_running_max
+        #: oldest first; disjoint from `running`
+        self.waiting: deque[Sample] = deque()
+        #: by order, oldest first: prefilling or decoding; only these own pages
+        self.running: list[Sample] = []
+        #: running sequences of each prompt, oldest first
+        self._by_prompt: dict[PromptKey, list[Sample]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Sequences [{len(self.running)} running, {len(self.waiting)} waiting | {self.cache!r}]>"
+
+    @property
+    def num_decoding(self) -> int:
+        return sum(sample.num_to_prefill == 0 for sample in self.running)
+
+    def admit(self, sample: Sample) -> None:
+        self.waiting.append(sample)
+
+    def cancel(self, sequence_ids: Iterable[int]) -> None:
+        ids = set(sequence_ids)
+        self.waiting = deque(sample for sample in self.waiting if sample.spec.sequence_id not in ids)
+        for sample in [sample for sample in self.running if sample.spec.sequence_id in ids]:
+            self.finish(sample)
+
+    def finish(self, sample: Sample) -> None:
+        """It leaves; what it computed stays findable in the prefix cache."""
+        self._register(sample, min(sample.num_computed, len(sample.tokens)))
+        self.cache.release(sample.pages)
+        sample.pages = []
+        self.running.remove(sample)
+        mates = self._by_prompt[sample.prompt_key]
+        mates.remove(sample)
+        if not mates:
+            del self._by_prompt[sample.prompt_key]
+
+    # ---- one quantum
+
+    def schedule(self, decode_steps: int, prefill_tokens: int) -> Schedule:
+        """Decide a quantum. Afterwards `num_computed` counts what its prefill will have computed."""
+        schedule = Schedule()
+        self._reserve(decode_steps, schedule)
+        budget = self._continue_prefill(prefill_tokens, schedule)
+        if not schedule.num_preempted:
+            self._admit_waiting(decode_steps, budget, schedule)
+        schedule.decoding = [sample for sample in self.running if sample.num_to_prefill == 0]
+        return schedule
+
+    def _reserve(self, decode_steps: int, schedule: Schedule) -> None:
+        """Pages for the next tokens of everyone who runs; the youngest gives way."""
+        for sample in list(self.running):
+            if not sample.pages:  # preempted a moment ago
+                continue
+            while (pages := self.cache.allocate(self._missing(sample, decode_steps))) is None:
+                victim = self.running[-1]
+                self._preempt(victim)
+                schedule.num_preempted += 1
+                if victim is sample:
+                    break
+            else:
+                sample.pages.extend(pages)
+
+    def _preempt(self, sample: Sample) -> None:
+        self.finish(sample)
+        sample.num_computed = 0
+        self.waiting.appendleft(sample)
+
+    def _continue_prefill(self, budget: int, schedule: Schedule) -> int:
+        """Prompts that are under way, oldest first; none takes more than half of a quantum that another one needs too."""
+        unfinished = [sample for sample in self.running if sample.num_to_prefill]
+        for sample in unfinished:
+            contested = len(unfinished) > 1 or self._has_room
+            budget -= self._prefill(sample, self._share(budget, contested), schedule)
+        return budget
+
+    def _admit_waiting(self, decode_steps: int, budget: int, schedule: Schedule) -> None:
+        skipped: list[Sample] = []
+        while self._has_room:
+            sample = self.waiting.popleft()
+            if self._leader_under_way(sample):
+                skipped.append(sample)
+                continue
+            if not self._start(sample, decode_steps, budget, schedule):
+                skipped.append(sample)
+                break
+            budget -= self._prefill(sample, self._share(budget, self._has_room), schedule)
+        self.waiting.extendleft(reversed(skipped))
+
+    @property
+    def _has_room(self) -> bool:
+        """Somebody waits, and may run."""
+        return bool(self.waiting) and len(self.running) < self.num_running_max
+
+    def _share(self, budget: int, contested: bool) -> int:
+        return max(0, budget // 2 if contested and budget >= 8 * self.cache.page_size else budget)
+
+    def _leader_under_way(self, sample: Sample) -> bool:
+        """Its prompt is being computed for a sequence before it: wait, and share the pages."""
+        if not self.cache.enabled or sample.scoring_start is not None:
+            return False
+        return any(mate.num_computed < mate.num_prompt - 1 for mate in self._by_prompt.get(sample.prompt_key, ()))
+
+    def _start(self, sample: Sample, decode_steps: int, budget: int, schedule: Schedule) -> bool:
+        """Give a sequence its pages, shared ones first. False when there is no room or nothing left to prefill it with."""
+        pages = self.cache.match(sample.keys.upto(sample.tokens, self._cacheable(sample)))
+        matched = len(pages) * self.cache.page_size
+        source = self._tail_source(sample, len(pages))
+        remaining = 0 if source is not None else len(sample.tokens) - 1 - matched
+        # Everyone who runs may need a page soon: without that room the newcomer would only be preempted again.
+        needed = self._missing(sample, decode_steps) - len(pages)
+        if needed + len(self.running) > self.cache.num_available or (remaining and not budget):
+            self.cache.release(pages)
+            return False
+        fresh = self.cache.allocate(needed) or []
+        if source is not None:
+            schedule.copies.append((source, fresh[0]))
+            matched = len(sample.tokens) - 1
+        self._run(sample, pages + fresh, matched)
+        return True
+
+    def _run(self, sample: Sample, pages: list[int], num_computed: int) -> None:
+        sample.pages, sample.num_computed = pages, num_computed
+        if not sample.was_admitted:
+            sample.was_admitted, sample.num_cached = True, num_computed
+        place = sum(other.order < sample.order for other in self.running)
+        self.running.insert(place, sample)
+        self._by_prompt.setdefault(sample.prompt_key, []).append(sample)
+
+    def _cacheable(self, sample: Sample) -> int:
+        """Tokens that may come from the cache: not the last one, and none whose hidden state is still wanted."""
+        start = sample.scoring_start
+        return len(sample.tokens) - 1 if start is None else min(start, len(sample.tokens) - 1)
+
+    def _tail_source(self, sample: Sample, num_matched: int) -> int | None:
+        """The page of a running twin that holds the prompt's last, partial page."""
+        tail = sample.num_prompt - 1
+        if not self.cache.enabled or sample.num_generated or sample.scoring_start is not None:
+            return None
+        if tail % self.cache.page_size == 0 or num_matched != tail // self.cache.page_size:
+            return None
+        for mate in self._by_prompt.get(sample.prompt_key, ()):
+            if mate.num_computed >= tail:
+                return mate.pages[num_matched]
+        return None
+
+    def _prefill(self, sample: Sample, share: int, schedule: Schedule) -> int:
+        """Plan the next chunk of a prompt; -> its tokens."""
+        start, end = sample.num_computed, len(sample.tokens) - 1
+        stop = end if end - start <= share else start + share // self.cache.page_size * self.cache.page_size
+        if stop <= start:
+            return 0
+        schedule.prefill.append(Segment(sample, start, stop))
+        sample.num_computed = stop
+        self._register(sample, stop)
+        return stop - start
+
+    def _register(self, sample: Sample, num_tokens: int) -> None:
+        for page, key in zip(sample.pages, sample.keys.upto(sample.tokens, num_tokens), strict=False):
+            self.cache.register(page, key)
+
+    def _missing(self, sample: Sample, decode_steps: int) -> int:
+        """Pages that it lacks for its tokens and `decode_steps` more."""
+        needed = min(len(sample.tokens) + decode_steps, sample.limit)
+        return max(0, -(-needed // self.cache.page_size) - len(sample.pages))
+
+    def check(self) -> None:
+        """Assert every invariant; tests call it after each change."""
+        self.cache.check(sample.pages for sample in self.running)
+        assert len(self.running) <= self.num_running_max
+        orders = [sample.order for sample in self.running]
+        assert orders == sorted(set(orders))
+        assert not any(sample.pages for sample in self.waiting)
+        mates = sorted(sample.order for group in self._by_prompt.values() for sample in group)
+        assert mates == orders
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield from self.running
+        yield from self.waiting
+
+
+def prompt_key(spec: SequenceSpec, prompt: Sequence[int] | np.ndarray) -> PromptKey:
+    return spec.adapter_version, np.asarray(prompt, np.int32).tobytes()

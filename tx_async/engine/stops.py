@@ -1,0 +1,52 @@
+"""Stop strings: found in the text as tokens arrive, across token boundaries and inside multi-byte characters.
+
+A sequence stops after the first token with which the decoded completion contains one of its strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+Decode = Callable[[Sequence[int]], str]
+
+CONTEXT_TOKENS = 4
+"""Tokens of the prompt that the first decoded one may merge with (a leading space, for example)."""
+INCOMPLETE = "\ufffd"
+
+
+class StopStrings:
+    """Watches one completion. Only as many of its last tokens are decoded again as a stop string could reach back."""
+
+    def __init__(self, strings: Sequence[str], decode: Decode, prompt: Sequence[int]):
+        self._strings = strings
+        self._decode = decode
+        #: tokens that surely hold a stop string but for its last character: a token has at least one byte, a character at most four
+        self._reach = 4 * max(map(len, strings)) + 4
+        #: a few tokens of the prompt, then the completion's last `_reach` to 2 * `_reach`
+        self._window = [int(token) for token in prompt[-CONTEXT_TOKENS:]]
+        #: characters of the window's text that are the prompt's
+        self._skip = len(decode(self._window).rstrip(INCOMPLETE))
+
+    def feed(self, tokens: Sequence[int]) -> int | None:
+        """Append tokens; -> how many of them it takes to complete a stop string, or None."""
+        if self._completes(tokens):
+            return next(n for n in range(1, len(tokens) + 1) if self._completes(tokens[:n]))
+        self._window.extend(tokens)
+        if len(self._window) > 2 * self._reach:
+            self._window, self._skip = self._window[-self._reach :], 0
+        return None
+
+    def _completes(self, tokens: Sequence[int]) -> bool:
+        text = self._decode([*self._window, *tokens])
+        return any(text.find(string, self._skip) >= 0 for string in self._strings)
+
+
+@cache
+def load_decoder(folder: str) -> Decode:
+    """The base model's tokenizer, loaded at the first stop string: most workloads never need it."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
