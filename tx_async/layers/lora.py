@@ -12,9 +12,10 @@ Two ways to apply them, one interface (`deltas`):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,29 @@ class LoraTarget:
     num_experts: int = 0
 
 
+RowFunction = Callable[[Array, Array, Array, Array], Array]
+"""(A [in, rank], B [rank, out], scale [], x [L, …]) of one row -> [L, …]."""
+
+
+class ExpertLora(NamedTuple):
+    """One layer's adapters of its experts, for `layers/moe.py`."""
+
+    weights: LayerLora
+    """name -> (A [adapters, experts, in, rank], B [adapters, experts, rank, out])."""
+    scale: Array
+    """[adapters] fp32."""
+    row_adapter: Array | None
+    """[R] int32, -1 = none; None where the adapter axis is the row axis."""
+
+
 class Lora(Protocol):
     weights: LoraWeights
+
+    def of_experts(self, layer: LayerLora) -> ExpertLora: ...
+
+    def per_row(self, ab: tuple[Array, Array], function: RowFunction, x: Array) -> Array:
+        """`function` of each row with its adapter's matrices, zeros for rows without: for what is no plain (x A) B."""
+        ...
 
     def deltas(self, layer: LayerLora, names: tuple[str, ...], x: Array) -> list[Array]:
         """x [R, L, in] -> for each name [R, L, out] in x's dtype. Names that the layer does not have give zeros of no cost."""
@@ -51,6 +73,13 @@ class LoraRows:
     weights: LoraWeights
     scale: Array
     """[R] fp32: LORA_ALPHA / rank of the row's adapter."""
+
+    def of_experts(self, layer: LayerLora) -> ExpertLora:
+        return ExpertLora(layer, self.scale, None)
+
+    def per_row(self, ab: tuple[Array, Array], function: RowFunction, x: Array) -> Array:
+        a, b = (w.astype(x.dtype) for w in ab)
+        return jax.vmap(function)(a, b, self.scale, x)
 
     def deltas(self, layer: LayerLora, names: tuple[str, ...], x: Array) -> list[Array]:
         return [self._delta(layer[name], x) for name in names]
@@ -77,6 +106,19 @@ class LoraActive:
     num_active: Array
     row_adapter: Array
     """[R] int32: adapter of each row; -1 = none."""
+
+    def of_experts(self, layer: LayerLora) -> ExpertLora:
+        return ExpertLora(layer, self.scale, self.row_adapter)
+
+    def per_row(self, ab: tuple[Array, Array], function: RowFunction, x: Array) -> Array:
+        def add_one(i: Array, total: Array) -> Array:
+            adapter = self.active[i]
+            a, b = (jax.lax.dynamic_index_in_dim(w, adapter, keepdims=False).astype(x.dtype) for w in ab)
+            mine = (self.row_adapter == adapter).reshape(-1, *[1] * (total.ndim - 1))
+            return jnp.where(mine, jax.vmap(partial(function, a, b, self.scale[adapter]))(x), total)
+
+        one = jax.eval_shape(function, ab[0][0], ab[1][0], self.scale[0], x[0])
+        return jax.lax.fori_loop(0, self.num_active, add_one, jnp.zeros((x.shape[0], *one.shape), x.dtype))
 
     def deltas(self, layer: LayerLora, names: tuple[str, ...], x: Array) -> list[Array]:
         def add_one(i: Array, totals: list[Array]) -> list[Array]:

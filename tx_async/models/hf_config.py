@@ -24,7 +24,7 @@ def need(config: Config, key: str) -> Any:
     return config[key]
 
 
-def common(config: Config, rope_dim: int, default_eps: float = 1e-6) -> dict[str, Any]:
+def common(config: Config, rope_dim: int) -> dict[str, Any]:
     """Fields of `Decoder` that all families spell alike, after the checks that all share."""
     only(config, "hidden_act", "silu", "swish")
     only(config, "use_sliding_window", False, None)
@@ -38,7 +38,7 @@ def common(config: Config, rope_dim: int, default_eps: float = 1e-6) -> dict[str
         "hidden_size": need(config, "hidden_size"),
         "num_layers": need(config, "num_hidden_layers"),
         "max_position_embeddings": need(config, "max_position_embeddings"),
-        "rms_norm_eps": config.get("rms_norm_eps", default_eps),
+        "rms_norm_eps": need(config, "rms_norm_eps"),
         "tied": bool(config.get("tie_word_embeddings", False)),
         "rope": rope.from_hf(config, rope_dim),
     }

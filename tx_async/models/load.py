@@ -24,13 +24,18 @@ from tx_async.errors import BaseModelError
 from tx_async.layers.weights import Weight
 from tx_async.models import tensor_files
 from tx_async.models.decoder import Decoder, Params
+from tx_async.models.deepseek_v3 import DeepseekV3
 from tx_async.models.llama import Llama
 from tx_async.models.qwen3 import Qwen3
+from tx_async.models.qwen3_moe import Qwen3Moe
 from tx_async.models.tensor_files import StoredTensor
 
-MODELS: dict[str, type[Qwen3] | type[Llama]] = {
-    "Qwen3ForCausalLM": Qwen3,
-    "LlamaForCausalLM": Llama,
+MODELS: dict[str, Callable[[dict[str, Any]], Decoder]] = {
+    "Qwen3ForCausalLM": Qwen3.from_hf,
+    "Qwen3MoeForCausalLM": Qwen3Moe.from_hf,
+    "LlamaForCausalLM": Llama.from_hf,
+    "DeepseekV3ForCausalLM": DeepseekV3.from_hf,
+    "Glm4MoeLiteForCausalLM": DeepseekV3.from_hf,
 }
 CHUNK_BYTES = 32 * 2**20
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
@@ -74,7 +79,7 @@ def from_config(config: dict[str, Any]) -> Decoder:
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in MODELS:
         raise BaseModelError(f"architecture {architecture} is not supported; known: {', '.join(MODELS)}.")
-    return MODELS[architecture].from_hf(config)
+    return MODELS[architecture](config)
 
 
 def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | None = None) -> Params:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,14 +94,14 @@ def from_peft(
     Raises `InvalidRequest` naming a feature, module or shape that has no counterpart here.
     """
     _refuse_unsupported(adapter_config)
-    pairs = _pairs(model, tensors)
+    pairs = _pairs(model, tensors, adapter_config)
     targets = list(_targets(model))
     unknown = sorted(set(pairs) - {module for _, _, target in targets for module in target.hf_names})
     if unknown:
         raise InvalidRequest(f"The adapter adapts modules that this model does not: {', '.join(unknown[:5])}.")
     if not pairs:
         raise InvalidRequest("The adapter holds no LoRA weights.")
-    rank = max(a.shape[0] for a, _ in pairs.values())
+    rank = max(pair.a.shape[0] for pair in pairs.values())
     groups = {target.group for _, _, target in targets if any(module in pairs for module in target.hf_names)}
     config = AdapterConfig(
         rank=rank, train_attn="attn" in groups, train_mlp="mlp" in groups, train_unembed="unembed" in groups
@@ -109,27 +109,25 @@ def from_peft(
     weights: AdapterWeights = {stack: {} for stack in model.lora_targets()}
     for stack, name, target in targets:
         if _trained(config, target):
-            weights[stack][name] = _stacked(target, pairs, adapter_config, rank)
+            weights[stack][name] = _stacked(target, pairs, rank)
     return weights, config
 
 
-def _stacked(
-    target: LoraTarget, pairs: dict[str, tuple[np.ndarray, np.ndarray]], adapter_config: dict[str, Any], rank: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _stacked(target: LoraTarget, pairs: dict[str, Pair], rank: int) -> tuple[np.ndarray, np.ndarray]:
     shapes = _shapes(target, rank)
     stacked_a, stacked_b = (np.zeros(shape, np.float32) for shape in shapes)
     flat_a, flat_b = (w.reshape(-1, *w.shape[-2:]) for w in (stacked_a, stacked_b))
     for i, module in enumerate(target.hf_names):
         if module not in pairs:
             continue
-        a, b = pairs[module]
+        a, b, scale = pairs[module]
         if a.shape[1] != target.in_features or b.shape[0] != target.out_features or a.shape[0] != b.shape[1]:
             raise InvalidRequest(
                 f"The adapter's {module} has A {list(a.shape)} and B {list(b.shape)}: it is of another model."
             )
         own = a.shape[0]
         flat_a[i, :, :own] = a.T
-        flat_b[i, :own] = b.T * np.float32(_scale(adapter_config, module, own) * rank / LORA_ALPHA)
+        flat_b[i, :own] = b.T * np.float32(scale * rank / LORA_ALPHA)
     return stacked_a, stacked_b
 
 
@@ -165,18 +163,73 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _pairs(model: Decoder, tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """module -> (A [rank, in], B [out, rank])."""
+class Pair(NamedTuple):
+    """One module's adapter as PEFT applies it: y += x Aᵀ Bᵀ · scale."""
+
+    a: np.ndarray
+    """[rank, in]."""
+    b: np.ndarray
+    """[out, rank]."""
+    scale: float
+
+
+def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[str, Any]) -> dict[str, Pair]:
+    """module -> its pair, fused experts taken apart."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.lora_([AB])(?:\.default)?\.weight", name)
         if not match:
             raise InvalidRequest(f"The adapter holds {name}, which is no LoRA weight.")
         halves.setdefault(match[1], {})[match[2]] = np.asarray(tensor, np.float32)
+    pairs: dict[str, Pair] = {}
     for module, pair in halves.items():
         if len(pair) != 2:
             raise InvalidRequest(f"The adapter holds only half of {module}: lora_{next(iter(pair))}.")
-    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+        a, b = pair["A"], pair["B"]
+        if re.search(r"\.experts(\.base_layer)*$", module):
+            pairs |= unfused(model, module, a, b, adapter_config)
+        else:
+            pairs[module] = Pair(a, b, _scale(adapter_config, module, a.shape[0]))
+    return pairs
+
+
+def unfused(
+    model: Decoder, module: str, a: np.ndarray, b: np.ndarray, adapter_config: dict[str, Any]
+) -> dict[str, Pair]:
+    """Adapters of transformers 5's fused expert parameters, per expert and projection.
+
+    PEFT wraps the parameters of `mlp.experts` in one another, so the name does not tell which one a tensor belongs to, but
+    the shapes do. A is [experts · rank, in], B is [out, rank · experts], experts varying slowest in A and fastest in B. The
+    fused gate_up_proj has one A for both halves; where B is block diagonal (PEFT made it from two adapters), each half has
+    its own ranks.
+    """
+    experts = module.split(".base_layer")[0]
+    targets = [t for _, _, t in _targets(model) if any(name.startswith(f"{experts}.") for name in t.hf_names)]
+    if not targets:
+        raise InvalidRequest(f"The adapter adapts {experts}, which this model does not have.")
+    gate, down, count = targets[0], targets[-1], targets[0].num_experts
+    a, b = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).transpose(2, 0, 1)
+    shape = (a.shape[2], b.shape[1])
+    if shape == (down.in_features, down.out_features):
+        halves = {"down_proj": (a, b)}
+        scale = _scale(adapter_config, f"{experts}.down_proj", a.shape[1])
+    elif shape == (gate.in_features, 2 * gate.out_features):
+        halves = dict(zip(("gate_proj", "up_proj"), _split(a, b), strict=True))
+        scale = _scale(adapter_config, f"{experts}.gate_up_proj", a.shape[1])
+    else:
+        raise InvalidRequest(f"The adapter's {module} maps {shape[0]} to {shape[1]} features: it is of another model.")
+    return {
+        f"{experts}.{e}.{name}": Pair(a[e], b[e], scale) for name, (a, b) in halves.items() for e in range(count)
+    }
+
+
+def _split(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A [E, R, in], B [E, 2F, R] of a fused gate_up_proj -> those of gate and of up."""
+    features, rank = b.shape[1] // 2, b.shape[2] // 2
+    blocks = not b[:, :features, rank:].any() and not b[:, features:, :rank].any()
+    for i in range(2):
+        ranks = slice(i * rank, (i + 1) * rank) if blocks and rank else slice(None)
+        yield a[:, ranks], b[:, i * features : (i + 1) * features, ranks]
 
 
 def _targets(model: Decoder) -> Iterator[tuple[str, str, LoraTarget]]:

@@ -37,6 +37,51 @@ LLAMA_TINY: dict[str, Any] = QWEN3_TINY | {
     "mlp_bias": False,
 }
 
+QWEN3_MOE_TINY: dict[str, Any] = QWEN3_TINY | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+DEEPSEEK_V3_TINY: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "rope_interleave": True,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "eos_token_id": 256,
+    "torch_dtype": "float32",
+}
+
 
 def make_qwen3(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
     """Write a random Qwen3 (QWEN3_TINY with `overrides`) and a tokenizer into `folder`."""
@@ -46,6 +91,16 @@ def make_qwen3(folder: str | Path, seed: int = 0, tokenizer: bool = True, **over
 def make_llama(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
     """Write a random Llama (LLAMA_TINY with `overrides`) and a tokenizer into `folder`."""
     return make_model(folder, LLAMA_TINY | overrides, seed, tokenizer)
+
+
+def make_qwen3_moe(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
+    """Write a random Qwen3 MoE (QWEN3_MOE_TINY with `overrides`) and a tokenizer into `folder`."""
+    return make_model(folder, QWEN3_MOE_TINY | overrides, seed, tokenizer)
+
+
+def make_deepseek_v3(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
+    """Write a random DeepSeek V3 (DEEPSEEK_V3_TINY with `overrides`) and a tokenizer into `folder`."""
+    return make_model(folder, DEEPSEEK_V3_TINY | overrides, seed, tokenizer)
 
 
 def make_model(folder: str | Path, config: dict[str, Any], seed: int = 0, tokenizer: bool = True) -> Path:

@@ -1,0 +1,165 @@
+"""Mixture of experts: a router, gated SiLU experts with LoRA on each, and shared experts that every token visits.
+
+On a mesh each device computes the assignments of its own experts (`expert` axis) with its share of their features
+(`tensor` axis) for its own rows (`fsdp` axis), and the results are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from tx_async.layers.block import LayerWeights, Run
+from tx_async.layers.grouped import (
+    Dispatch,
+    block_shape,
+    dispatch,
+    frozen_grouped_matmul,
+    grouped_matmul,
+    rearrange,
+)
+from tx_async.layers.lora import ExpertLora, LayerLora
+from tx_async.layers.mlp import GatedMlp
+from tx_async.layers.router import SigmoidRouter, SoftmaxRouter
+from tx_async.layers.weights import Dim, Stack, Weight
+
+NAMES = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class MoeMlp:
+    hidden_size: int
+    intermediate_size: int
+    """Of one expert."""
+    router: SoftmaxRouter | SigmoidRouter
+    shared: GatedMlp | None = None
+
+    def weights(self, stack: Stack) -> Iterator[Weight]:
+        hidden, inner = Dim(self.hidden_size, "embed"), Dim(self.intermediate_size, "mlp")
+        yield from self.router.weights(stack)
+        for name, dims in zip(NAMES, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
+            yield stack.experts(name, f"mlp.experts.{{}}.{name}_proj", dims, self.router.num_experts)
+        if self.shared:
+            yield from self.shared.weights(stack)
+
+    def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
+        experts, weights = self.router(w, x)
+        matrices = {name: w[name] for name in NAMES}
+        lora = run.lora.of_experts({name: adapters[name] for name in NAMES if name in adapters})
+        if run.mesh is None:
+            out = routed(matrices, lora, x, experts, weights)
+        else:
+            out = self._on_mesh(run.mesh, matrices, lora, x, experts, weights)
+        return out + self.shared(run, w, adapters, x) if self.shared else out
+
+    def _on_mesh(
+        self, mesh: Mesh, w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array
+    ) -> Array:
+        cuts = _Cuts(
+            rows="fsdp" if x.shape[0] % mesh.shape["fsdp"] == 0 else None,
+            experts="expert" if self.router.num_experts % mesh.shape["expert"] == 0 else None,
+            features="tensor" if self.intermediate_size % mesh.shape["tensor"] == 0 else None,
+        )
+        specs = (cuts.weights(), cuts.lora(lora), *[PartitionSpec(cuts.rows)] * 3)
+        body = partial(_routed_here, cuts, tuple(mesh.axis_names), specs)
+        local = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(cuts.rows))
+        return local(w, lora, x, experts, weights)
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Mesh axis that cuts each kind of axis here, None where it does not divide."""
+
+    rows: str | None
+    experts: str | None
+    features: str | None
+
+    def weights(self) -> dict[str, PartitionSpec]:
+        return {name: PartitionSpec(self.experts, *self._matrix(name)) for name in NAMES}
+
+    def lora(self, lora: ExpertLora) -> ExpertLora:
+        """Specs in the places of arrays."""
+        adapters = self.rows if lora.row_adapter is None else None
+        lead = (adapters, self.experts)
+        pairs: Any = {
+            name: (PartitionSpec(*lead, self._matrix(name)[0], None), PartitionSpec(*lead, None, self._matrix(name)[1]))
+            for name in lora.weights
+        }
+        row_adapter: Any = None if lora.row_adapter is None else PartitionSpec(self.rows)
+        return ExpertLora(pairs, PartitionSpec(adapters), row_adapter)  # type: ignore[arg-type]
+
+    def _matrix(self, name: str) -> tuple[str | None, str | None]:
+        return (self.features, None) if name == "down" else (None, self.features)
+
+
+def _routed_here(
+    cuts: _Cuts,
+    axes: tuple[str, ...],
+    specs: Any,
+    w: LayerWeights,
+    lora: ExpertLora,
+    x: Array,
+    experts: Array,
+    weights: Array,
+) -> Array:
+    """`routed` on one device: with its own experts and features, for its own rows."""
+    if cuts.experts:
+        experts = experts - jax.lax.axis_index(cuts.experts) * w["gate"].shape[0]
+        specs = (*specs[:3], PartitionSpec(cuts.rows, cuts.experts), specs[4])
+    inputs = jax.tree.map(partial(_vary, axes), specs, (w, lora, x, experts, weights))
+    out = routed(*inputs)
+    for axis in axes:
+        if axis in (cuts.experts, cuts.features):
+            out = jax.lax.psum(out, axis)
+        elif axis != cuts.rows:
+            out = jax.lax.pmean(out, axis)  # equal on all of them: this only says so
+    return out
+
+
+def _vary(axes: tuple[str, ...], spec: PartitionSpec, x: Array) -> Array:
+    """Mark x as varying along every axis, so that the arithmetic need not know which it is cut along."""
+    missing = tuple(axis for axis in axes if axis not in spec)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def routed(w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array) -> Array:
+    """The experts' part. w: gate, up [E, D, F], down [E, F, D]; x [R, L, D]; experts int32, weights fp32 [R, L, k]; out
+    [R, L, D]. Experts outside of [0, E) contribute nothing."""
+    (R, L, D), k, num_experts = x.shape, experts.shape[-1], w["gate"].shape[0]
+    blocks = block_shape(L * k, num_experts)
+    plan = dispatch(experts.reshape(R, L * k), num_experts, blocks)
+    repeated = jnp.broadcast_to(x[:, :, None], (R, L, k, D)).reshape(R, L * k, D)
+    inputs = rearrange(repeated, plan.source, plan.slot).reshape(-1, blocks[1], D)
+    out = _expert_mlp(w, lora, plan, inputs)
+    out = rearrange(out.reshape(R, -1, D), plan.slot, plan.source).reshape(R, L, k, D)
+    return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)
+
+
+def _expert_mlp(w: LayerWeights, lora: ExpertLora, plan: Dispatch, x: Array) -> Array:
+    """x [N, B, D] of all rows' blocks -> [N, B, D]."""
+    expert, used = plan.expert.reshape(-1), plan.used.reshape(-1)
+    R, per_row = plan.expert.shape
+    rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
+    adapter = jnp.repeat(rows, per_row)
+
+    def project(name: str, x: Array) -> Array:
+        y = frozen_grouped_matmul(x, expert, used, w[name])
+        return y + _expert_delta(lora, name, x, expert, adapter, used) if name in lora.weights else y
+
+    return project("down", jax.nn.silu(project("gate", x)) * project("up", x))
+
+
+def _expert_delta(lora: ExpertLora, name: str, x: Array, expert: Array, adapter: Array, used: Array) -> Array:
+    """(x A) B · scale with the A and B of each block's adapter and expert; zeros for rows without an adapter."""
+    a, b = (m.astype(x.dtype) for m in lora.weights[name])  # [adapters, E, in, rank], [adapters, E, rank, out]
+    group, used = adapter * a.shape[1] + expert, used & (adapter >= 0)
+    low = grouped_matmul(x, group, used, a.reshape(-1, *a.shape[2:]))
+    low = (low * lora.scale[adapter][:, None, None]).astype(x.dtype)
+    return grouped_matmul(low, group, used, b.reshape(-1, *b.shape[2:]))
