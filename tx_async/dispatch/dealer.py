@@ -71,6 +71,8 @@ from tx_async.wire.worker import (
 logger = logging.getLogger(__name__)
 
 HELLO_INTERVAL_S = 1.0
+UNSENT_RETRY_S = 0.02
+"""Between two attempts to send while there is no connection, or its queue is full."""
 WAITING_LOG_INTERVAL_S = 10.0
 PARENT_POLL_S = 0.5
 FORCED_EXIT_S = 2.0
@@ -306,32 +308,36 @@ class Dealer:
         started = next_log = time.monotonic()
         next_beat = 0.0
         while not self._is_closing:
-            poller.poll(int(1000 * min(PARENT_POLL_S, self._heartbeat_s / 2)))
             self._clear_wake()
             self._receive_all()
-            self._send_all()
+            is_stuck = not self._send_all()
             now = time.monotonic()
             if now >= next_beat:
-                next_beat = now + self._heartbeat_s
-                self._beat()
+                is_stuck = not self._beat()
+                next_beat = now + (UNSENT_RETRY_S if is_stuck else self._heartbeat_s)
             if not self._is_attached and now >= next_log + WAITING_LOG_INTERVAL_S:
                 next_log = now
                 logger.warning("waiting for the server at %s since %.0f s: it does not run there, or has another token",
                                self.connect, now - started)  # fmt: skip
             self._watch(now)
+            poller.poll(int(1000 * (UNSENT_RETRY_S if is_stuck else min(PARENT_POLL_S, self._heartbeat_s / 2))))
         self._send_all()
 
     def _clear_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_reader, 4096)
 
-    def _beat(self) -> None:
+    def _beat(self) -> bool:
         message = Heartbeat(num_compilations=self.count_compilations()) if self._is_attached else self._hello
-        self._send(_Outgoing(message))
+        return self._send(_Outgoing(message))
 
-    def _send_all(self) -> None:
-        while self._outgoing and self._send(self._outgoing[0]):
+    def _send_all(self) -> bool:
+        """False when something could not be sent."""
+        while self._outgoing:
+            if not self._send(self._outgoing[0]):
+                return False
             self._outgoing.popleft()
+        return True
 
     def _send(self, outgoing: _Outgoing) -> bool:
         parts: list = [encode(EnvelopeFromWorker(outgoing.message, outgoing.block))]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
@@ -69,6 +70,8 @@ MESSAGES_PER_TURN_MAX = 256
 """Messages that are read before other tasks of the event loop get their turn."""
 CLOSE_LINGER_MS = 200
 GROUPS_MAX = 256
+WORKER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+LEASE_HEARTBEATS_MIN = 3
 
 Peer = tuple[str, bytes]
 """Which door ("ipc" or "tcp"), and the connection's name there."""
@@ -146,6 +149,12 @@ class Router:
 
     async def start(self) -> None:
         """Open the doors. Raises `ConfigError` when an address cannot be bound, or would let anybody in."""
+        config = self.config
+        if config.worker_lease_ms < LEASE_HEARTBEATS_MIN * config.worker_heartbeat_interval_ms:
+            raise ConfigError(
+                f"worker_lease_ms ({config.worker_lease_ms}) must be at least {LEASE_HEARTBEATS_MIN} times "
+                f"worker_heartbeat_interval_ms ({config.worker_heartbeat_interval_ms})."
+            )
         self._failure = asyncio.get_running_loop().create_future()
         self._runtime = self._runtime or RuntimeDirectory()
         self._context = zmq.Context(io_threads=1)
@@ -360,7 +369,7 @@ class Router:
             self._handle(peer, envelope, payload)
         except MalformedMessage as error:
             self._counts["malformed_messages"] += 1
-            logger.warning("malformed message over %s: %s", peer[0], error)
+            logger.debug("malformed message over %s: %s", peer[0], error)
             if known := self._peers.get(peer):
                 self._lose(known[0], f"{known[1]} sent a malformed message: {error}")
 
@@ -401,7 +410,7 @@ class Router:
     def _attach(self, peer: Peer, hello: Hello) -> None:
         if reason := self._why_refused(peer, hello):
             self._counts["workers_refused"] += 1
-            logger.warning("worker %s, process %d (pid %d on %s) was refused: %s",
+            logger.warning("worker %r, process %d (pid %d on %r) was refused: %s",
                            hello.name, hello.process_id, hello.pid, hello.host, reason)  # fmt: skip
             self._post(peer, Refused(reason))
             return
@@ -425,6 +434,8 @@ class Router:
             )
         if peer[0] == "tcp" and not tokens_equal(hello.token, self.config.worker_token):
             return "The token is wrong."
+        if not WORKER_NAME.fullmatch(hello.name):
+            return "A worker's name has 1 to 64 letters, digits, dots, dashes and underscores."
         if not hello.capabilities:
             return "This worker has no capability."
         num_processes = self._num_processes(hello)
@@ -567,11 +578,11 @@ class Router:
         lease_s, interval_s = self.config.worker_lease_ms / 1000, self.config.worker_heartbeat_interval_ms / 1000
         for peer, (group, member) in list(self._peers.items()):
             silent_s = now - member.last_heard
-            if peer not in self._peers or silent_s <= 1.5 * interval_s:
+            if peer not in self._peers:
                 continue
             if silent_s > lease_s:
                 self._lose(group, f"{member} has been silent for {silent_s:.1f} s")
-            elif not self._post(peer, Heartbeat()):
+            elif silent_s > 1.5 * interval_s and not self._post(peer, Heartbeat()):
                 self._lose(group, f"the connection to {member} is gone")
 
     def _tick(self) -> None:

@@ -12,7 +12,6 @@ full, or a machine without the memory for it, is no error: `write` returns None,
 from __future__ import annotations
 
 import bisect
-import contextlib
 import mmap
 import os
 import threading
@@ -77,12 +76,12 @@ class ArenaWriter:
         self.path = str(path)
         self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         size = os.fstat(self._file).st_size
-        self._map = mmap.mmap(self._file, size)
+        #: None when closed. Views do not keep a mapping from being closed, they keep it alive: so it is only ever let
+        # go lf._map: mmap.mmap | None = mmap.mmap(self._file, size)
         self._allocator = Allocator(size)
         #: bytes from the start that the system has promised us; beyond them, writing could end in SIGBUS
         self._reserved_bytes = 0
         self._lock = threading.Lock()
-        self._closed = False
 
     def __repr__(self) -> str:
         used = f"{self._allocator.used_bytes} of {self._allocator.size} used, {self._reserved_bytes} reserved"
@@ -95,13 +94,14 @@ class ArenaWriter:
     def write(self, arrays: Sequence[np.ndarray], offsets: Sequence[int], num_bytes: int) -> Block | None:
         """Copy a block of tensors in. None when there is no room: send it as a frame."""
         with self._lock:
-            start = None if self._closed else self._allocator.allocate(num_bytes)
+            mapping = self._map
+            start = self._allocator.allocate(num_bytes) if mapping else None
             if start is not None and not self._reserve(start + num_bytes):
                 self._allocator.free(start)
                 start = None
         if start is None:
             return None
-        write_block(self._map, start, arrays, offsets)
+        write_block(mapping, start, arrays, offsets)
         return Block(start, num_bytes)
 
     def free(self, offset: int) -> bool:
@@ -122,11 +122,10 @@ class ArenaWriter:
 
     def close(self) -> None:
         with self._lock:
-            if self._closed:
+            if self._map is None:
                 return
-            self._closed = True
             os.close(self._file)
-        _close(self._map)
+            self._map = None
 
 
 class ArenaReader:
@@ -135,19 +134,15 @@ class ArenaReader:
     def __init__(self, path: str | Path):
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            self._map = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+            self._map: mmap.mmap | None = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
         finally:
             os.close(descriptor)
 
     def read(self, block: Block, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
         """Views that stay readable as long as they exist, and stay meaningful until the block is released."""
+        assert self._map is not None, "the arena is closed"
         return read_block(self._map, block, specs)
 
     def close(self) -> None:
-        _close(self._map)
-
-
-def _close(mapping: mmap.mmap) -> None:
-    # Views that are still held keep the mapping alive; it goes with the last of them.
-    with contextlib.suppress(BufferError):
-        mapping.close()
+        """Views that are still held keep the memory; it goes with the last of them."""
+        self._map = None

@@ -35,7 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
     code = run(
-        options.connect, token, options.process_id, options.engine, name=options.name, parent_pid=options.parent_pid
+        options.connect,
+        token,
+        options.process_id,
+        options.engine,
+        name=options.name,
+        parent_pid=options.parent_pid,
+        capabilities=frozenset(options.capabilities.split(",")),
     )
     _exit(code)
 
@@ -47,17 +53,29 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--process-id", type=int, default=0, help="this process's place in its mesh")
     parser.add_argument("--name", default="w0", help="the worker that this process belongs to")
     parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that makes the engine")
+    parser.add_argument("--capabilities", default="train,sample", help="what the engine can do: train, sample, or both")
     parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is no longer our parent")
     parser.add_argument("--log-level", default="info")
     return parser.parse_args(arguments)
 
 
-def run(connect: str, token: str, process_id: int, engine: str, *, name: str = "w0", parent_pid: int = 0) -> ExitCode:
+def run(
+    connect: str,
+    token: str,
+    process_id: int,
+    engine: str,
+    *,
+    name: str = "w0",
+    parent_pid: int = 0,
+    capabilities: frozenset[str] = frozenset({"train", "sample"}),
+) -> ExitCode:
     """Attach, serve, and say how it ended. Must run on the process's main thread (it installs signal handlers)."""
     if parent_pid:
         _die_with_parent()
     try:
-        with Dealer(connect, name=name, process_id=process_id, token=token, parent_pid=parent_pid) as dealer:
+        with Dealer(
+            connect, name=name, process_id=process_id, token=token, parent_pid=parent_pid, capabilities=capabilities
+        ) as dealer:
             return _serve(dealer, engine)
     except ConfigError as error:
         return _report(ExitCode.CONFIGURATION, error)

@@ -63,7 +63,10 @@ class WorkerProcess:
         self._last_line = ""
         #: why it does not run at the moment; "" while it runs
         self.exit_text = ""
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
+        #: set unless `run` is running
+        self._ended = asyncio.Event()
+        self._ended.set()
 
     def __repr__(self) -> str:
         return f"<WorkerProcess {self.label} [{self.exit_text or f'pid {self.pid}'} | {self.num_starts} starts]>"
@@ -78,18 +81,26 @@ class WorkerProcess:
 
     async def run(self) -> None:
         """Keep a process running until `stop`. Raises `BaseModelError` when no process can ever run."""
+        self._ended.clear()
+        try:
+            await self._live_again_and_again()
+        finally:
+            self._ended.set()
+
+    async def _live_again_and_again(self) -> None:
         delay_s = RESTART_DELAY_MIN_S
-        while not self._is_stopping:
+        while not self._stopping.is_set():
             started = time.monotonic()
             code = await self._live()
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             if code == ExitCode.CONFIGURATION:
                 raise BaseModelError(self._last_line or None)
             if time.monotonic() - started > HEALTHY_AFTER_S or code in (ExitCode.STOPPED, ExitCode.DETACHED):
                 delay_s = RESTART_DELAY_MIN_S
             logger.warning("worker process %s %s; it starts again in %.1f s", self.label, self.exit_text, delay_s)
-            await asyncio.sleep(delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
             delay_s = min(2 * delay_s, RESTART_DELAY_MAX_S)
 
     async def _live(self) -> int:
@@ -100,6 +111,8 @@ class WorkerProcess:
         )
         self._process, self.exit_text = process, ""
         self.num_starts += 1
+        if self._stopping.is_set():  # it was told to stop while it started
+            process.kill()
         try:
             await self._relay(process)
             code = await process.wait()
@@ -132,17 +145,17 @@ class WorkerProcess:
 
     async def stop(self, timeout_s: float) -> None:
         """Ask it to end; after `timeout_s`, end it."""
-        self._is_stopping = True
+        self._stopping.set()
         process = self._process
-        if process is None or process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), timeout_s)
-        except TimeoutError:
-            logger.warning("worker process %s did not stop within %.1f s and is killed", self.label, timeout_s)
-            await self._kill(process)
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), timeout_s)
+            except TimeoutError:
+                logger.warning("worker process %s did not stop within %.1f s and is killed", self.label, timeout_s)
+                await self._kill(process)
+        await self._ended.wait()
 
 
 class Supervisor:
@@ -163,7 +176,6 @@ class Supervisor:
             )
             for index in range(config.local_workers)
         ]
-        self._task: asyncio.Future[list[None]] | None = None
 
     def __repr__(self) -> str:
         running = sum(process.pid is not None for process in self.processes)
@@ -176,19 +188,18 @@ class Supervisor:
         }
 
     async def run(self) -> None:
-        """Until `stop`. Raises `BaseModelError` when a worker cannot ever start; the others are stopped then."""
-        self._task = asyncio.gather(*(process.run() for process in self.processes))
+        """Until `stop`. Raises `BaseModelError` when a worker cannot ever start; no process is left then, or when
+        cancelled."""
+        tasks = [asyncio.create_task(process.run(), name=process.label) for process in self.processes]
         try:
-            await self._task
+            await asyncio.gather(*tasks)
         finally:
             await self.stop(0.0)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def stop(self, timeout_s: float) -> None:
         """Leave no process behind."""
         await asyncio.gather(*(process.stop(timeout_s) for process in self.processes))
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     def waiting_for(self) -> list[str]:
         """What keeps this server's own workers from being ready, for `healthz`."""
