@@ -76,8 +76,8 @@ class ArenaWriter:
         self.path = str(path)
         self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         size = os.fstat(self._file).st_size
-        #: None when closed. Views do not keep a mapping from being closed, they keep it alive: so it is only ever let
-        # go lf._map: mmap.mmap | None = mmap.mmap(self._file, size)
+        #: None when closed. Nobody calls its `close`: numpy's views would not prevent it, and then read what is gone
+        self._map: mmap.mmap | None = mmap.mmap(self._file, size)
         self._allocator = Allocator(size)
         #: bytes from the start that the system has promised us; beyond them, writing could end in SIGBUS
         self._reserved_bytes = 0
