@@ -47,7 +47,7 @@ ONLY = {
     "scheduler/interface": WIRE,
     "worker/engine_api": WIRE,
     "layers": ("tx_async.layers", *WIRE),
-    "engine/sharding": WIRE,
+    "engine/sharding": ("tx_async.layers", "tx_async.models", *WIRE),
 }
 
 

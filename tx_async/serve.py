@@ -81,6 +81,7 @@ class _Server:
         self.settings = settings
         self.sockets = sockets
         self.stop = asyncio.Event()
+        self.is_signalled = False
         #: why the app's lifespan ended by itself; None while it is well
         self.failure: BaseException | None = None
 
@@ -98,9 +99,12 @@ class _Server:
         return EXIT_BROKEN if self.failure else 0
 
     def _on_signal(self, number: int) -> None:
-        if self.stop.is_set():
+        if self.failure:
+            return  # the app's own way to end the process, and it is ending
+        if self.is_signalled:
             logger.warning("second signal: ending at once")
             os._exit(EXIT_SECOND_SIGNAL)
+        self.is_signalled = True
         logger.info("%s: stopping", signal.Signals(number).name)
         self.stop.set()
 
@@ -120,10 +124,15 @@ class _Server:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """Task groups wrap what went wrong: the operator wants the error itself."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+    """Task groups and hypercorn wrap what went wrong: the operator wants the error itself."""
+    while True:
+        match error:
+            case BaseExceptionGroup(exceptions=[inner]):
+                error = inner
+            case LifespanFailureError(__context__=BaseException() as inner):
+                error = inner
+            case _:
+                return error
 
 
 def _hypercorn_settings(config: ServerConfig) -> HypercornConfig:

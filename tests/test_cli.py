@@ -1,0 +1,259 @@
+"""The command line: what the operator can change is one line and exit code 2; a server starts and stops cleanly."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tx_async import cli, keys, serve
+from tx_async.api.owner import Owners, hash_key, read_registry
+from tx_async.config import ServerConfig
+from tx_async.errors import ConfigError, Unauthorized
+from tx_async.testing.server import free_port, running_server
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tx_async.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environ)
+
+
+# ---- what the operator got wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "named"),
+    [
+        (["serve"], {}, "--base-model"),
+        (["serve", "--base-model", "/nowhere/model"], {}, "/nowhere/model"),
+        (["serve", "--base-model", "/", "--port", "99999"], {}, "99999"),
+        (["serve", "--backend-config", '{"max_lora_rnk": 1}'], {}, "max_lora_rnk"),
+        (["serve", "--host", "0.0.0.0"], {}, "api_keys_file"),
+        (["serve", "--log-level", "loud"], {}, "loud"),
+        (["serve", "--config", "/nowhere/tx.toml"], {}, "/nowhere/tx.toml"),
+        (["serve"], {"TX_PROT": "80"}, "TX_PROT"),
+        (["serve", "--database-url", "mysql://x"], {}, "database_url"),
+        (["keys", "--file", "/nowhere/keys", "list"], {}, "/nowhere/keys"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(arguments, environ, named, tiny_qwen3, tmp_path):
+    if "--database-url" in arguments:
+        arguments = [*arguments, "--base-model", str(tiny_qwen3)]
+    if arguments[0] == "serve" and "--port" not in arguments:
+        arguments = [*arguments, "--port", str(free_port())]
+    done = run(*arguments, TX_DATA_DIR=str(tmp_path), **environ)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("tx-async: ")
+    assert named in last_line
+
+
+def test_an_occupied_port_is_named_before_anything_starts(tiny_qwen3, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--base-model", str(tiny_qwen3), "--port", str(port), "--data-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_commands_and_flags_are_refused_by_argparse():
+    assert run("sevre").returncode == 2
+    assert "--prot" in run("serve", "--prot", "80").stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")),
+        *((host, False) for host in ("0.0.0.0", "::", "192.168.1.1", "example.org", "")),
+    ],
+)
+def test_only_loopback_may_do_without_keys(host, is_loopback):
+    assert serve.is_loopback(host) == is_loopback
+    serve.check_exposure(ServerConfig(host=host, api_keys_file="/some/file"))
+    if not is_loopback:
+        with pytest.raises(ConfigError, match="api_keys_file"):
+            serve.check_exposure(ServerConfig(host=host))
+
+
+# ---- flags
+
+
+def test_every_setting_is_a_flag_and_reaches_the_config():
+    args = cli.parser().parse_args(["serve", "--base-model", "m", "--long-poll-ms", "7", "--train-share", "0.5"])
+    config = cli._load_config(args)
+    assert (config.base_model, config.long_poll_ms, config.train_share) == ("m", 7, 0.5)
+    text = cli.parser().format_help() + "".join(flags for _, _, flags in cli.command_docs())
+    assert "every setting" in text
+
+
+def test_the_flags_of_similar_servers_keep_their_names():
+    flags = ["--base-model", "m", "--host", "::1", "--port", "1", "--backend-config", '{"max_lora_adapters": 4}']
+    flags += ["--checkpoints-base", "/c", "--database-url", "sqlite:////d"]
+    config = cli._load_config(cli.parser().parse_args(["serve", *flags]))
+    assert (config.host, config.port, config.backend_config.max_lora_adapters) == ("::1", 1, 4)
+    assert (config.checkpoints_base, config.database_url) == ("/c", "sqlite:////d")
+
+
+# ---- keys
+
+
+def test_a_key_is_shown_once_and_only_its_hash_is_kept(tmp_path):
+    file = tmp_path / "keys"
+    done = run("keys", "--file", str(file), "add", "alice")
+    key = done.stdout.strip()
+    assert key.startswith("tml-")
+    assert key not in file.read_text()
+    assert read_registry(str(file)) == {hash_key(key): "alice"}
+    assert file.stat().st_mode & 0o077 == 0
+    assert run("keys", "--file", str(file), "list").stdout == f"{hash_key(key)[:8]}  alice\n"
+    assert "alice" in run("keys", "--file", str(file), "revoke", "alice").stdout
+    assert read_registry(str(file)) == {}
+
+
+def test_a_revoked_key_is_refused_and_the_others_are_not(tmp_path):
+    file = tmp_path / "keys"
+    alice, bob = keys.add(file, "alice"), keys.add(file, "bob")
+    keys.revoke(file, hash_key(alice)[: keys.ID_DIGITS])
+    owners = Owners(read_registry(str(file)))
+    assert owners.authenticate(bob)
+    with pytest.raises(Unauthorized):
+        owners.authenticate(alice)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a#b", " a"])
+def test_a_name_that_the_file_cannot_hold_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError):
+        keys.add(tmp_path / "keys", name)
+    assert not (tmp_path / "keys").exists()
+
+
+def test_a_taken_name_and_an_unknown_one_are_refused(tmp_path):
+    keys.add(tmp_path / "keys", "alice")
+    with pytest.raises(ConfigError, match="alice"):
+        keys.add(tmp_path / "keys", "alice")
+    with pytest.raises(ConfigError, match="0 keys called 'bob'"):
+        keys.revoke(tmp_path / "keys", "bob")
+    assert [name for _, name in keys.listed(tmp_path / "keys")] == ["alice"]
+
+
+# ---- migrate, doctor, schemas
+
+
+def test_migrate_makes_the_journal_and_serve_would_find_it(tmp_path):
+    done = run("migrate", "--data-dir", str(tmp_path / "data"))
+    assert "0 records" in done.stdout, done.stderr
+    assert (tmp_path / "data/tx_async.db").exists()
+    assert run("migrate", "--data-dir", str(tmp_path / "data")).returncode == 0
+
+
+def test_doctor_finds_nothing_wrong_with_a_good_machine(tiny_qwen3, tmp_path):
+    done = run("doctor", "--base-model", str(tiny_qwen3), "--data-dir", str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert "Qwen3ForCausalLM" in done.stdout
+    assert "platform cpu" in done.stdout
+
+
+def test_doctor_says_what_is_wrong(tmp_path):
+    done = run("doctor", "--base-model", str(tmp_path), "--host", "0.0.0.0", "--shared-memory-bytes", str(2**60))
+    assert done.returncode == 1
+    problems = [line for line in done.stdout.splitlines() if line.startswith("problem")]
+    assert len(problems) == 3
+    assert "config.json" in done.stdout and "api_keys_file" in done.stdout and "shared_memory_bytes" in done.stdout
+
+
+# ---- a running server
+
+
+def test_ctrl_c_stops_everything_within_seconds_and_leaves_nothing_behind(tiny_qwen3, tmp_path):
+    shared_before = _shared_memory()
+    with running_server(tiny_qwen3, data_dir=tmp_path) as server:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        assert len(family) > 1
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 15
+    assert not [process for process in family if _is_alive(process)]
+    assert _shared_memory() <= shared_before
+    assert not [path for path in tmp_path.rglob("*") if path.is_socket()]
+    assert "Traceback" not in server.log()
+
+
+def test_a_worker_ends_when_its_server_is_killed_and_the_next_start_cleans_up(tiny_qwen3, tmp_path):
+    shared_before = _shared_memory()
+    with running_server(tiny_qwen3, data_dir=tmp_path) as server:
+        workers = psutil.Process(server.pid).children(recursive=True)
+        server.kill()
+        psutil.wait_procs(workers, timeout=15)
+        assert not [process for process in workers if _is_alive(process)]
+        server.start()
+        server.wait_ready()
+    assert _shared_memory() <= shared_before
+
+
+def test_sigterm_while_it_starts_stops_it_too(tiny_qwen3, tmp_path):
+    with running_server(tiny_qwen3, data_dir=tmp_path, ready=False) as server:
+        server.wait_accepting()
+        family = psutil.Process(server.pid).children(recursive=True)
+        assert server.process
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(15) == 0
+        psutil.wait_procs(family, timeout=5)
+        assert not [process for process in family if _is_alive(process)]
+
+
+def test_without_a_worker_healthz_says_what_is_missing(tiny_qwen3, tmp_path):
+    with running_server(tiny_qwen3, data_dir=tmp_path, local_workers=0, ready=False) as server:
+        server.wait_accepting()
+        status, answer = server.get("/api/v1/healthz")
+        assert status == 503
+        assert any("worker" in reason for reason in answer["waiting_for"])
+
+
+def test_a_worker_started_by_hand_attaches(tiny_qwen3, tmp_path):
+    address, token = f"tcp://127.0.0.1:{free_port()}", "a-token-that-nobody-guesses"
+    environ = {"TX_WORKER_TOKEN": token}
+    with running_server(
+        tiny_qwen3, data_dir=tmp_path, local_workers=0, worker_address=address, environ=environ, ready=False
+    ) as server:
+        command = [sys.executable, "-m", "tx_async.cli", "worker", "--connect", address]
+        with subprocess.Popen(command, env=os.environ | environ, stderr=subprocess.DEVNULL) as worker:
+            server.wait_ready(60)
+            worker.send_signal(signal.SIGINT)
+            assert worker.wait(15) == 0
+
+
+def test_hypercorn_serves_the_app_as_any_other(tiny_qwen3, tmp_path):
+    port = free_port()
+    environ = {"TX_BASE_MODEL": str(tiny_qwen3), "TX_DATA_DIR": str(tmp_path), "TX_LOCAL_WORKERS": "0"}
+    command = [sys.executable, "-m", "hypercorn", "-k", "uvloop", "-b", f"127.0.0.1:{port}", "tx_async.app:app"]
+    with subprocess.Popen(command, env=os.environ | environ, stderr=subprocess.DEVNULL) as server:
+        _wait_for_port(port)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(15) == 0
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
