@@ -1,13 +1,20 @@
-"""Attention for packed rows: plain softmax attention, fp32 statistics, never across segments.
+"""Attention for packed rows: exact softmax attention, fp32 statistics, never across segments.
 
-Models call an `Attend`; they do not know whether keys come from the same row (training, `packed`) or from a paged cache
-(sampling, `engine/kv_cache.py`).
+Models call an `Attend`; they do not know whether keys come from the same row (training, `PackedAttention`) or from a paged
+cache (sampling, `engine/kv_cache.py`).
+
+`PackedAttention` goes block by block, as FlashAttention does (arXiv 2205.14135, 2307.08691): scores of a whole row never exist,
+the backward pass computes them again from the saved log-sum-exp. A block of queries meets only key blocks between the start of
+its first segment and itself. How many that are is data: a row of short sequences costs what the sequences cost, one program
+serves all.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -31,20 +38,153 @@ class PackedAttention:
     """Causal attention inside each segment of a row; needs no cache."""
 
     def __init__(self, positions: Array, segment_ids: Array):
-        """positions, segment_ids: int32 [R, L]; segment 0 is padding."""
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        self.mask = same & (positions[:, :, None] >= positions[:, None, :])  # (R, L, L)
+        """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding."""
+        self.positions, self.segment_ids = positions, segment_ids
 
     def __call__(
         self, cache: Cache, layer: Array, q: Array, k: Array, v: Array | None, scale: float, v_features: int = 0
     ) -> tuple[Array, Cache]:
         v = k[..., :v_features] if v is None else v
-        R, L, H, D = q.shape
-        groups = H // k.shape[2]
-        q = q.reshape(R, L, k.shape[2], groups, D)
-        scores = jnp.einsum("rlhgd,rmhd->rhglm", q, k, preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(self.mask[:, None, None], scores, -1e30)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        weights = (weights / weights.sum(-1, keepdims=True)).astype(v.dtype)
-        out = jnp.einsum("rhglm,rmhd->rlhgd", weights, v)
-        return out.reshape(R, L, H, v.shape[-1]), cache
+        return packed_attention(q, k, v, self.positions, self.segment_ids, scale), cache
+
+
+class _Blocks(NamedTuple):
+    """A row in n blocks of B positions; the G query heads of a key head stand side by side."""
+
+    q: Array
+    """[n, R, Hkv, G * B, Dk]"""
+    k: Array
+    """[n, R, Hkv, B, Dk]"""
+    v: Array
+    positions: Array
+    """[n, R, B]"""
+    segments: Array
+    first: Array
+    """[n]: the first key block that each query block needs."""
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    blocks: _Blocks
+    out: Array
+    """[n, R, Hkv, G * B, Dv]"""
+    lse: Array
+    """fp32 [n, R, Hkv, G * B]: log of the sum of the exponentiated scores."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def packed_attention(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float) -> Array:
+    """q [R, L, H, Dk], k [R, L, Hkv, Dk], v [R, L, Hkv, Dv] -> [R, L, H, Dv]"""
+    return _forward(q, k, v, positions, segment_ids, scale)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float) -> tuple[Array, _Saved]:
+    x = _blocks(q, k, v, positions, segment_ids)
+    _, (out, lse) = jax.lax.scan(lambda _, i: (None, _attend_from(x, i, scale)), None, jnp.arange(x.q.shape[0]))
+    return _rows(out, q.shape[1], q.shape[2]), _Saved(x, out, lse)
+
+
+def _attend_from(x: _Blocks, i: Array, scale: float) -> tuple[Array, Array]:
+    """One block of queries over its keys, the diagonal block first: there every query meets at least itself."""
+
+    def one(j: Array, highest: Array | None = None) -> tuple[Array, Array, Array]:
+        scores = _scores(x, i, j, scale)
+        top = scores.max(-1) if highest is None else jnp.maximum(highest, scores.max(-1))
+        weights = jnp.exp(scores - top[..., None])
+        return top, weights.sum(-1), _dot("rhqk,rhkd->rhqd", weights.astype(x.v.dtype), x.v[j])
+
+    def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = so_far
+        new_top, more, further = one(i - 1 - step, top)
+        shrink = jnp.exp(top - new_top)
+        return new_top, total * shrink + more, out * shrink[..., None] + further
+
+    top, total, out = jax.lax.fori_loop(0, i - x.first[i], add, one(i))
+    return (out / total[..., None]).astype(x.v.dtype), top + jnp.log(total)
+
+
+def _backward(scale: float, saved: _Saved, dout: Array) -> tuple[Array | None, ...]:
+    x = saved.blocks
+    length, num_heads = dout.shape[1:3]
+    dout = _queries(dout, x.k.shape[2], x.k.shape[3])
+    delta = jnp.sum(dout.astype(jnp.float32) * saved.out.astype(jnp.float32), -1)  # (n, R, Hkv, G * B)
+
+    def pair(i: Array, j: Array) -> tuple[Array, Array, Array]:
+        weights = jnp.exp(_scores(x, i, j, scale) - saved.lse[i][..., None])
+        dweights = _dot("rhqd,rhkd->rhqk", dout[i], x.v[j])
+        dscores = (weights * (dweights - delta[i][..., None]) * scale).astype(x.k.dtype)
+        dq = _dot("rhqk,rhkd->rhqd", dscores, x.k[j])
+        dk = _dot("rhqk,rhqd->rhkd", dscores, x.q[i])
+        return dq, dk, _dot("rhqk,rhqd->rhkd", weights.astype(dout.dtype), dout[i])
+
+    def one_query_block(dkv: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
+        def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            j = i - step
+            dq, dk, dv = pair(i, j)
+            return so_far[0] + dq, so_far[1].at[j].add(dk), so_far[2].at[j].add(dv)
+
+        dq = jnp.zeros(x.q.shape[1:], jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(0, i - x.first[i] + 1, add, (dq, *dkv))
+        return (dk, dv), dq
+
+    zeros = (jnp.zeros(x.k.shape, jnp.float32), jnp.zeros(x.v.shape, jnp.float32))
+    (dk, dv), dq = jax.lax.scan(one_query_block, zeros, jnp.arange(x.q.shape[0]))
+    dq, dk, dv = (_rows(d, length, h) for d, h in ((dq, num_heads), (dk, dk.shape[2]), (dv, dv.shape[2])))
+    return dq.astype(x.q.dtype), dk.astype(x.k.dtype), dv.astype(x.v.dtype), None, None
+
+
+packed_attention.defvjp(_forward, _backward)
+
+
+def _scores(x: _Blocks, i: Array, j: Array, scale: float) -> Array:
+    """fp32 [R, Hkv, G * B, B]: queries of block i by keys of block j; what may not be seen is very low."""
+    scores = _dot("rhqd,rhkd->rhqk", x.q[i], x.k[j]) * scale
+    seen = x.segments[i][:, :, None] == x.segments[j][:, None, :]
+    seen &= x.positions[i][:, :, None] >= x.positions[j][:, None, :]
+    size = seen.shape[-1]
+    grouped = scores.reshape(*scores.shape[:2], -1, size, size)
+    return jnp.where(seen[:, None, None], grouped, -1e30).reshape(scores.shape)
+
+
+def _dot(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array) -> _Blocks:
+    """A last block that is not full is filled up with padding."""
+    size = min(_block_size(), q.shape[1])
+    numbers = [_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids)]
+    keys, values = (jnp.einsum("rnbhd->nrhbd", _split(x, size)) for x in (k, v))
+    starts = jnp.arange(numbers[0].shape[0]) * size
+    # Positions count from the start of their segment; min: all rows go through the same blocks.
+    first = jnp.min((starts[:, None] - numbers[0][:, :, 0]) // size, axis=1)
+    return _Blocks(_queries(q, k.shape[2], size), keys, values, *numbers, jnp.maximum(first, 0))
+
+
+def _queries(x: Array, num_kv_heads: int, size: int) -> Array:
+    """[R, L, H, D] -> [n, R, Hkv, G * B, D]"""
+    x = _split(x, size)
+    x = x.reshape(*x.shape[:3], num_kv_heads, -1, x.shape[-1])
+    x = jnp.einsum("rnbhgd->nrhgbd", x)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _rows(x: Array, length: int, num_heads: int) -> Array:
+    """[n, R, Hkv, G * B, D] -> [R, L, H, D]"""
+    n, rows, kv_heads = x.shape[:3]
+    x = x.reshape(n, rows, kv_heads, num_heads // kv_heads, -1, x.shape[-1])
+    x = jnp.einsum("nrhgbd->rnbhgd", x)
+    return x.reshape(rows, -1, num_heads, x.shape[-1])[:, :length]
+
+
+def _split(x: Array, size: int) -> Array:
+    """[R, L, ...] -> [R, n, B, ...], zeros at the end."""
+    rows, length = x.shape[:2]
+    x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(rows, -1, size, *x.shape[2:])
+
+
+def _block_size() -> int:
+    """Small blocks skip more and stay in a core's cache; an accelerator wants fewer, larger products."""
+    return 64 if jax.default_backend() == "cpu" else 512

@@ -20,6 +20,8 @@ from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 AdapterWeights = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
 """stack -> name -> (A [layers(, experts), in, rank], B [layers(, experts), rank, out]), fp32."""
 PREFIX = "base_model.model."
+BASE_TENSORS = ("lm_head.weight", "lm_head.base_layer.weight", "model.embed_tokens.weight")
+"""PEFT saves the base model's own with adapters that adapt the unembedding."""
 LINEAR_LEAVES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -177,6 +179,8 @@ def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[
     """module -> its pair, fused experts taken apart."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
+        if name.removeprefix(PREFIX) in BASE_TENSORS:
+            continue
         match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.lora_([AB])(?:\.default)?\.weight", name)
         if not match:
             raise InvalidRequest(f"The adapter holds {name}, which is no LoRA weight.")

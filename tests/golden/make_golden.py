@@ -1,0 +1,32 @@
+"""Store the reference logits of transformers for every case of `tx_async.testing.parity`.
+
+    python tests/golden/make_golden.py
+
+Needs torch. Weights and tokens come from seeds, so only logits are stored: the last positions of each sequence, fp32.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import transformers
+
+from tx_async.testing import parity
+from tx_async.testing.models import make_model
+
+GOLDEN = Path(__file__).with_name("logits.npz")
+
+
+def main() -> None:
+    golden = {}
+    for case, seed in parity.cases_with_seeds():
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(folder, case.config, seed, tokenizer=False)
+            logits = parity.reference_logits(Path(folder), parity.tokens_of(case, seed))
+        golden[parity.golden_name(case, seed)] = logits[0, -parity.STORED_POSITIONS :]
+    np.savez_compressed(GOLDEN, **golden)
+    print(f"{len(golden)} sequences of transformers {transformers.__version__}, {GOLDEN.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The configurations whose numbers must equal transformers', and the few lines that run them here and there.
+
+Used by `tests/models/`, by the script that stores the reference values, and by whoever doubts a port of a model of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tx_async.layers.attention import PackedAttention
+from tx_async.layers.lora import Lora, LoraRows, layer_slice
+from tx_async.models.decoder import Decoder, Params
+from tx_async.models.peft import AdapterWeights, adapter_shapes
+from tx_async.testing.models import DEEPSEEK_V3_TINY, LLAMA_TINY, QWEN3_MOE_TINY, QWEN3_TINY
+from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
+
+SEEDS = (0, 1)
+STORED_POSITIONS = 6
+"""Last positions of a sequence whose logits the golden files hold."""
+
+
+class Case(NamedTuple):
+    name: str
+    config: dict[str, Any]
+    length: int = 40
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_DEEPSEEK_YARN = _YARN | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_GLM = {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1}
+
+
+
+def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+CASES = (
+    Case("qwen3", QWEN3_TINY),
+    Case("qwen3_tied", QWEN3_TINY | {"tie_word_embeddings": True}),
+    Case("qwen3_bias", QWEN3_TINY | {"attention_bias": True}),
+    Case("qwen3_default_head_dim", _without(QWEN3_TINY, "head_dim")),
+    Case("qwen3_linear", QWEN3_TINY | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    Case("qwen3_yarn", QWEN3_TINY | {"rope_scaling": _YARN}, 100),
+    Case("qwen3_yarn_factor", QWEN3_TINY | {"rope_scaling": _YARN | {"attention_factor": 1.3, "truncate": False}}, 100),
+    Case("qwen3_rope_parameters", QWEN3_TINY | {"rope_theta": None, "rope_parameters": _YARN | {"rope_theta": 5e5}}, 100),
+    Case("llama", LLAMA_TINY),
+    Case("llama_llama3", LLAMA_TINY | {"rope_theta": 5e5, "rope_scaling": _LLAMA3}, 100),
+    Case("llama_tied", LLAMA_TINY | {"tie_word_embeddings": True}),
+    Case("llama_biases", LLAMA_TINY | {"attention_bias": True, "mlp_bias": True}),
+    Case("llama_no_groups", _without(LLAMA_TINY, "head_dim", "num_key_value_heads")),
+    Case("qwen3_moe", QWEN3_MOE_TINY),
+    Case("qwen3_moe_top3", _without(QWEN3_MOE_TINY, "head_dim") | {"norm_topk_prob": False, "num_experts_per_tok": 3}),
+    Case("qwen3_moe_sparse_step", QWEN3_MOE_TINY | {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    Case("qwen3_moe_mlp_only", QWEN3_MOE_TINY | {"num_hidden_layers": 4, "mlp_only_layers": [0, 2]}),
+    Case("deepseek", DEEPSEEK_V3_TINY),
+    Case("deepseek_plain_q", DEEPSEEK_V3_TINY | {"q_lora_rank": None, "first_k_dense_replace": 0}),
+    Case("deepseek_yarn", DEEPSEEK_V3_TINY | {"rope_scaling": _DEEPSEEK_YARN}, 100),
+    Case("deepseek_yarn_mscale", DEEPSEEK_V3_TINY | {"rope_scaling": _DEEPSEEK_YARN | {"mscale": 0.7}}, 100),
+    Case("deepseek_halves", DEEPSEEK_V3_TINY | {"rope_interleave": False, "attention_bias": True}),
+    Case("deepseek_routing", DEEPSEEK_V3_TINY | {"n_shared_experts": 2, "norm_topk_prob": False, "topk_group": 3}),
+    Case("deepseek_scaling", DEEPSEEK_V3_TINY | {"routed_scaling_factor": 1.0, "first_k_dense_replace": 2}),
+    Case("glm4_moe_lite", DEEPSEEK_V3_TINY | _GLM),
+)
+FAMILIES = tuple(case for case in CASES if case.name in ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek"))
+
+
+def tokens_of(case: Case, seed: int, rows: int = 1) -> np.ndarray:
+    """int32 [rows, length]."""
+    shape = (rows, case.length)
+    return np.random.default_rng([seed, 7]).integers(0, case.config["vocab_size"], shape).astype(np.int32)
+
+
+def no_lora(model: Decoder, rows: int) -> LoraRows:
+    return LoraRows({stack.name: {} for stack in model.stacks}, jnp.zeros(rows))
+
+
+def logits(model: Decoder, params: Params, tokens: Array, lora: Lora | None = None) -> Array:
+    """One segment per row: [R, L] -> fp32 [R, L, V], the adapted unembedding included."""
+    R, L = tokens.shape
+    lora = lora or no_lora(model, R)
+    positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (R, L))
+    attend = PackedAttention(positions, jnp.ones_like(positions))
+    hidden, _ = model.forward(params, lora, jnp.asarray(tokens), positions, attend)
+    out = (hidden @ params["head"]).astype(jnp.float32)
+    if head := lora.weights.get("head"):
+        out = out + lora.deltas(layer_slice(head), ("head",), hidden)[0]
+    return out
+
+
+def random_adapter(model: Decoder, config: AdapterConfig, seed: int = 0) -> AdapterWeights:
+    """A and B that both matter, so that a wrong name or scale shows."""
+    rng = np.random.default_rng([seed, 11])
+
+    def matrix(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) * np.float32(0.5 * shape[-2] ** -0.5)
+
+    shapes = adapter_shapes(model, config)
+    return {s: {n: (matrix(a), matrix(b)) for n, (a, b) in targets.items()} for s, targets in shapes.items()}
+
+
+def rows_of(adapter: AdapterWeights, config: AdapterConfig, rows: int) -> LoraRows:
+    """The same adapter for every row."""
+    weights: Any = jax.tree.map(lambda w: jnp.repeat(jnp.asarray(w)[:, None], rows, axis=1), adapter)
+    return LoraRows(weights, jnp.full(rows, LORA_ALPHA / config.rank))
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    """‖a − b‖ / ‖b‖."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def reference_model(folder: Path) -> Any:
+    """The folder in transformers, fp32, on plain attention and expert loops."""
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    options = {"attn_implementation": "eager"}
+    if "experts" in (folder / "config.json").read_text():
+        options["experts_implementation"] = "eager"
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def reference_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return reference_model(folder)(torch.tensor(tokens)).logits.numpy()
+
+
+def golden_name(case: Case, seed: int) -> str:
+    return f"{case.name}/{seed}"
+
+
+def cases_with_seeds() -> Iterator[tuple[Case, int]]:
+    return ((case, seed) for case in CASES for seed in SEEDS)
+
