@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,14 +15,22 @@ from tx_async.config import ServerConfig
 from tx_async.scheduler.interface import SchedulerApi
 
 
+class StoredFile(Protocol):
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 class CheckpointFiles(Protocol):
-    """What downloads need of the storage."""
+    """What downloads need of `storage.store.Store`."""
 
-    async def get(self, key: str) -> bytes: ...
-
-    async def list(self, prefix: str) -> list[str]:
-        """Keys that begin with a prefix."""
+    async def list(self, prefix: str) -> Sequence[StoredFile]:
+        """Everything below `prefix/`, sorted by key."""
         ...
+
+    def stream(self, key: str) -> AsyncIterator[bytes]: ...
 
 
 @dataclass(frozen=True, slots=True)

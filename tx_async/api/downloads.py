@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from tx_async.api.context import Call
+from tx_async.api.context import Call, StoredFile
 from tx_async.api.links import LINK_LIFETIME_S
 from tx_async.api.rest import own_checkpoint, timestamp
 from tx_async.errors import NotFound, UnknownCheckpoint
@@ -18,7 +18,7 @@ from tx_async.wire.records import CheckpointRecord
 async def external_weights_urls(call: Call) -> tinker.ExternalWeightsUrlsResponse:
     checkpoint = own_checkpoint(call)
     base, expires_at = _link(call, "external_weights", checkpoint)
-    urls = {name: f"{base}/{name}" for name in await _file_names(call, checkpoint)}
+    urls = {name: f"{base}/{name}" for name in await _files(call, checkpoint)}
     return tinker.ExternalWeightsUrlsResponse(urls=urls, expires=timestamp(expires_at))
 
 
@@ -31,16 +31,17 @@ async def archive_url(call: Call) -> Response:
 async def external_weights_file(call: Call) -> Response:
     checkpoint = _permitted(call)
     name = call.path("file")
-    if name not in await _file_names(call, checkpoint):
+    file = (await _files(call, checkpoint)).get(name)
+    if file is None:
         raise NotFound(f"The checkpoint has no file {name[:200]!r}.")
-    content = await call.api.files.get(f"{checkpoint.storage_key}/{name}")
-    return Response(content, media_type="application/octet-stream")
+    headers = {"content-length": str(file.num_bytes)}
+    return StreamingResponse(call.api.files.stream(file.key), headers=headers, media_type="application/octet-stream")
 
 
 async def archive(call: Call) -> Response:
     checkpoint = _permitted(call)
-    names = await _file_names(call, checkpoint)
-    return StreamingResponse(_tar(call, checkpoint, names), media_type="application/x-tar")
+    files = await _files(call, checkpoint)
+    return StreamingResponse(_tar(call, checkpoint, files), media_type="application/x-tar")
 
 
 def _permitted(call: Call) -> CheckpointRecord:
@@ -58,18 +59,18 @@ def _link(call: Call, route: str, checkpoint: CheckpointRecord) -> tuple[str, fl
     return f"{str(call.request.base_url).rstrip('/')}/api/v1/{route}/{token}", expires_at
 
 
-async def _file_names(call: Call, checkpoint: CheckpointRecord) -> list[str]:
-    prefix = f"{checkpoint.storage_key}/"
-    return sorted(key.removeprefix(prefix) for key in await call.api.files.list(prefix))
+async def _files(call: Call, checkpoint: CheckpointRecord) -> dict[str, StoredFile]:
+    """By path relative to the checkpoint."""
+    prefix = checkpoint.storage_key
+    return {file.key.removeprefix(f"{prefix}/"): file for file in await call.api.files.list(prefix)}
 
 
-async def _tar(call: Call, checkpoint: CheckpointRecord, names: list[str]) -> AsyncIterator[bytes]:
-    """One file in memory at a time."""
-    for name in names:
-        content = await call.api.files.get(f"{checkpoint.storage_key}/{name}")
+async def _tar(call: Call, checkpoint: CheckpointRecord, files: dict[str, StoredFile]) -> AsyncIterator[bytes]:
+    for name, file in files.items():
         entry = tarfile.TarInfo(name)
-        entry.size, entry.mtime = len(content), int(checkpoint.created_at)
+        entry.size, entry.mtime = file.num_bytes, int(checkpoint.created_at)
         yield entry.tobuf()
-        yield content
-        yield bytes(-len(content) % tarfile.BLOCKSIZE)
+        async for piece in call.api.files.stream(file.key):
+            yield piece
+        yield bytes(-file.num_bytes % tarfile.BLOCKSIZE)
     yield bytes(2 * tarfile.BLOCKSIZE)

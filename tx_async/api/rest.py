@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
@@ -30,27 +31,36 @@ T = TypeVar("T")
 
 async def list_training_runs(call: Call) -> tinker.TrainingRunsResponse:
     """Most recently used first."""
-    project_id = call.query("project_id")
-    models = [model for model in call.scheduler.models.values() if may_read_run(call, model)]
+    checkpoints, scope, project_id = _by_run(call), access_scope(call), call.query("project_id")
+    models = [m for m in call.scheduler.models.values() if _may_read(call, m, scope, checkpoints[m.model_id])]
     if project_id:
         models = [model for model in models if _project_of(call, model) == project_id]
     models.sort(key=lambda model: (model.last_request_at or model.created_at, model.model_id), reverse=True)
     page, cursor = paginate(call, models, limit_default=20)
-    return tinker.TrainingRunsResponse(training_runs=[_training_run(call, model) for model in page], cursor=cursor)
+    runs = [_training_run(model, checkpoints[model.model_id]) for model in page]
+    return tinker.TrainingRunsResponse(training_runs=runs, cursor=cursor)
 
 
 async def get_training_run(call: Call) -> tinker.TrainingRun:
     model = call.scheduler.models.get(call.path("run"))
-    if model is None or not may_read_run(call, model):
+    checkpoints, scope = _by_run(call)[call.path("run")], access_scope(call)
+    if model is None or not _may_read(call, model, scope, checkpoints):
         raise UnknownModel("This training run does not exist here.")
-    return _training_run(call, model)
+    return _training_run(model, checkpoints)
 
 
-def may_read_run(call: Call, model: ModelRecord) -> bool:
+def _by_run(call: Call) -> defaultdict[str, list[CheckpointRecord]]:
+    """The checkpoints that the caller may read, by run: one pass for all runs of an answer."""
+    found: defaultdict[str, list[CheckpointRecord]] = defaultdict(list)
+    for checkpoint in call.scheduler.checkpoints.values():
+        if checkpoint.owner == call.owner or checkpoint.public:
+            found[checkpoint.model_id].append(checkpoint)
+    return found
+
+
+def _may_read(call: Call, model: ModelRecord, scope: str, checkpoints: Sequence[CheckpointRecord]) -> bool:
     """One's own; with access_scope=accessible also runs with a published checkpoint."""
-    if model.owner == call.owner:
-        return True
-    return access_scope(call) == "accessible" and any(checkpoint.public for checkpoint in _of_run(call, model.model_id))
+    return model.owner == call.owner or (scope == "accessible" and bool(checkpoints))
 
 
 def access_scope(call: Call) -> str:
@@ -60,8 +70,7 @@ def access_scope(call: Call) -> str:
     return scope
 
 
-def _training_run(call: Call, model: ModelRecord) -> tinker.TrainingRun:
-    checkpoints = [c for c in _of_run(call, model.model_id) if c.owner == call.owner or c.public]
+def _training_run(model: ModelRecord, checkpoints: Sequence[CheckpointRecord]) -> tinker.TrainingRun:
     return tinker.TrainingRun(
         training_run_id=model.model_id,
         base_model=model.base_model,
@@ -74,10 +83,6 @@ def _training_run(call: Call, model: ModelRecord) -> tinker.TrainingRun:
         last_sampler_checkpoint=_newest(checkpoints, "sampler_weights"),
         user_metadata=text_metadata(model.user_metadata),
     )
-
-
-def _of_run(call: Call, model_id: str) -> list[CheckpointRecord]:
-    return [checkpoint for checkpoint in call.scheduler.checkpoints.values() if checkpoint.model_id == model_id]
 
 
 def _newest(checkpoints: Iterable[CheckpointRecord], kind: str) -> tinker.Checkpoint | None:
@@ -96,7 +101,7 @@ def _project_of(call: Call, model: ModelRecord) -> str | None:
 async def list_checkpoints(call: Call) -> tinker.CheckpointsResponse:
     """Of one run, newest first."""
     model = owned(call.scheduler.models, call.path("run"), call.owner, UnknownModel)
-    return tinker.CheckpointsResponse(checkpoints=[checkpoint_info(c) for c in _sorted(_of_run(call, model.model_id))])
+    return tinker.CheckpointsResponse(checkpoints=[checkpoint_info(c) for c in _sorted(_by_run(call)[model.model_id])])
 
 
 async def list_user_checkpoints(call: Call) -> tinker.CheckpointsResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import datetime
 
 import msgspec
 
@@ -52,8 +53,8 @@ async def search_sessions(call: Call, request: tinker.SessionSearchRequest) -> t
         return tinker.SessionSearchResponse(sessions=[])
     found = [session for session in _newest_first(call) if _matches(session, request)]
     if request.cursor is not None:
-        last = (request.cursor.last_created_at.timestamp(), request.cursor.last_session_id)
-        found = [session for session in found if (session.created_at, session.session_id) < last]
+        last = (request.cursor.last_created_at, request.cursor.last_session_id)
+        found = [session for session in found if _age(session) < last]
     page = found[: request.limit]
     counts, sizes = _checkpoints_by_session(call)
     cursor = None
@@ -70,7 +71,12 @@ def _own_session(call: Call) -> SessionRecord:
 
 def _newest_first(call: Call) -> list[SessionRecord]:
     mine = (session for session in call.scheduler.sessions.values() if session.owner == call.owner)
-    return sorted(mine, key=lambda session: (session.created_at, session.session_id), reverse=True)
+    return sorted(mine, key=_age, reverse=True)
+
+
+def _age(session: SessionRecord) -> tuple[datetime, str]:
+    """The order of sessions, in the microseconds that a cursor can hold."""
+    return timestamp(session.created_at), session.session_id
 
 
 def _matches(session: SessionRecord, request: tinker.SessionSearchRequest) -> bool:

@@ -8,7 +8,7 @@ idempotency, `seq_id` order, long polls) and computes results by rules that a te
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -64,17 +64,23 @@ FAKE_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"\0" *
 R = TypeVar("R")
 
 
+class MemoryFile(msgspec.Struct, frozen=True):
+    key: str
+    num_bytes: int
+
+
 class MemoryFiles:
     """Storage of checkpoint files in a dict."""
 
     def __init__(self):
         self.content: dict[str, bytes] = {}
 
-    async def get(self, key: str) -> bytes:
-        return self.content[key]
+    async def list(self, prefix: str) -> list[MemoryFile]:
+        keys = sorted(key for key in self.content if key.startswith(f"{prefix}/"))
+        return [MemoryFile(key, len(self.content[key])) for key in keys]
 
-    async def list(self, prefix: str) -> list[str]:
-        return sorted(key for key in self.content if key.startswith(prefix))
+    async def stream(self, key: str) -> AsyncIterator[bytes]:
+        yield self.content[key]
 
 
 @dataclass

@@ -514,7 +514,7 @@ class SessionStatusQuery(Request):
 
 
 class SessionSearchCursor(Struct):
-    last_created_at: datetime
+    last_created_at: Annotated[datetime, Meta(tz=True)]
     last_session_id: str
 
 

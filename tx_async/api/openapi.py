@@ -1,0 +1,75 @@
+"""OpenAPI 3.1 from the route table: `generate()` is what `schemas/openapi.json` holds, and a test compares the two."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from tx_async.api.endpoint import Row
+from tx_async.api.routes import ROUTES
+from tx_async.wire import tinker
+
+_REFERENCE = "#/components/schemas/{name}"
+
+
+def generate() -> dict[str, Any]:
+    structs = {kind for row in ROUTES for kind in (_request_struct(row), row.response) if _is_struct(kind)}
+    named = sorted(structs | {tinker.ErrorBody}, key=lambda kind: kind.__name__)
+    schemas, components = msgspec.json.schema_components(named, ref_template=_REFERENCE)
+    of = dict(zip(named, schemas, strict=True))
+    paths: dict[str, Any] = {}
+    for row in ROUTES:
+        path = re.sub(r":path}", "}", row.path)
+        paths.setdefault(path, {})[row.method.lower()] = _operation(row, of)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "tx_async", "version": "1", "description": "The Tinker API, self-hosted."},
+        "components": {
+            "schemas": dict(sorted(components.items())),
+            "securitySchemes": {"apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}},
+        },
+        "paths": dict(sorted(paths.items())),
+    }
+
+
+def render() -> bytes:
+    """The file's bytes."""
+    return msgspec.json.format(msgspec.json.encode(generate(), order="deterministic"), indent=1) + b"\n"
+
+
+def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "operationId": row.handler.__name__,
+        "summary": row.summary,
+        "responses": {
+            "200": {"description": "OK"} | _content(row.response, schema_of),
+            "default": {"description": "An error"} | _content(tinker.ErrorBody, schema_of),
+        },
+    }
+    if parameters := re.findall(r"{(\w+)(?::path)?}", row.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
+        ]
+    if isinstance(row.request, str):
+        content = {"application/x-protobuf": {}, "application/json": {}}
+        operation["requestBody"] = {"description": row.request, "content": content}
+    elif struct := _request_struct(row):
+        operation["requestBody"] = {"required": True} | _content(struct, schema_of)
+    if not row.public:
+        operation["security"] = [{"apiKey": []}]
+    return operation
+
+
+def _content(kind: Any, schema_of: dict[Any, Any]) -> dict[str, Any]:
+    """Handlers that answer a raw response choose its form by the request."""
+    return {"content": {"application/json": {"schema": schema_of[kind]}}} if _is_struct(kind) else {}
+
+
+def _request_struct(row: Row) -> Any:
+    return row.request if _is_struct(row.request) else row.decodes
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
