@@ -1,9 +1,9 @@
 """Adapters on the device: training slots and sampler slots, two stacks that share nothing.
 
-A slot's index is an axis of every array (`[layers, slots, in, rank]`), so which adapter a program touches is data. Ranks below
-the stack's are padded with zeros, as are the matrices of a group that is not trained. They stay zero: A = 0 makes B's gradient
-zero and the other way round, and the optimizer takes no step where its moment is zero.
-Every change replaces the stacks (donated, so in place); a slot that is created or loaded is overwritten whole.
+A slot's index is an axis of every array (`[layers, slots, in, rank]`), so which adapter a program touches is data.
+Ranks below the stack's are padded with zeros, as are the matrices of a group that is not trained. They stay zero: A =
+0 makes B's gradient zero and the other way round, and the optimizer takes no step where its moment is zero. Every
+change replaces the stacks (donated, so in place); a slot that is created or loaded is overwritten whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from tx_async.layers.lora import LoraTarget, LoraWeights, init_weights
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 Targets = dict[str, dict[str, LoraTarget]]
+HostWeights = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
+"""One adapter as `LoraWeights`, without the adapter axis."""
 
 
 class TrainingState(NamedTuple):
@@ -58,13 +60,14 @@ def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWei
 
 
 def read_state(state: TrainingState, slot: Array) -> TrainingState:
-    stacks = (read_slot(stack, slot) for stack in state[:4])
-    return TrainingState(*stacks, state.step[slot])
+    weights, m, v, gradients = (read_slot(stack, slot) for stack in state[:4])
+    return TrainingState(weights, m, v, gradients, state.step[slot])
 
 
 def write_state(state: TrainingState, slot: Array, one: TrainingState) -> TrainingState:
-    stacks = (write_slot(stack, slot, adapter) for stack, adapter in zip(state[:4], one[:4], strict=True))
-    return TrainingState(*stacks, state.step.at[slot].set(one.step))
+    pairs = zip(state[:4], one[:4], strict=True)
+    weights, m, v, gradients = (write_slot(stack, slot, adapter) for stack, adapter in pairs)
+    return TrainingState(weights, m, v, gradients, state.step.at[slot].set(one.step))
 
 
 def load_weights(state: TrainingState, slot: Array, weights: LoraWeights) -> TrainingState:
@@ -105,7 +108,9 @@ def create_adapter(targets: Targets, state: TrainingState, slot: Array, creation
 
 
 def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Array) -> tuple[Array, Array]:
-    """Each column of A has a key of its own, so a value depends on seed, target and position: not on slot or maximum rank."""
+    """Each column of A has a key of its own, so a value depends on seed, target and position: not on slot or maximum
+    rank.
+    """
     key = jax.random.fold_in(jax.random.key(creation.seed[0]), creation.seed[1])
     key = jax.random.fold_in(key, crc32(path.encode()))
     rank = jnp.arange(a.shape[-1])
@@ -121,7 +126,7 @@ def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Ar
 # ---- between slots and files: an adapter at its own rank, on the host
 
 
-def trim(weights: LoraWeights, rank: int) -> LoraWeights:
+def trim(weights: LoraWeights, rank: int) -> HostWeights:
     """The first `rank` columns of A and rows of B: all that is not padding."""
     return {
         stack: {name: (np.asarray(a)[..., :rank], np.asarray(b)[..., :rank, :]) for name, (a, b) in names.items()}
@@ -129,7 +134,7 @@ def trim(weights: LoraWeights, rank: int) -> LoraWeights:
     }
 
 
-def pad(targets: Targets, weights: LoraWeights, rank: int) -> LoraWeights:
+def pad(targets: Targets, weights: HostWeights, rank: int) -> HostWeights:
     """The inverse of `trim`: zeros for missing ranks, and for matrices that `weights` lacks."""
 
     def widen(shape: jax.ShapeDtypeStruct, x: np.ndarray | None) -> np.ndarray:

@@ -5,8 +5,8 @@
     gradients.safetensors                             snapshot: accumulated since the last optimizer step
     metadata.json                                     kind, AdapterConfig, step; sizes and hashes; written last
 
-A saved adapter is kept here from the moment its command runs, so what loads it next waits for no file. What is kept is immutable,
-as checkpoints are. A crash while files are written leaves no metadata.json, hence no checkpoint.
+A saved adapter is kept here from the moment its command runs, so what loads it next waits for no file. What is kept
+is immutable, as checkpoints are. A crash while files are written leaves no metadata.json, hence no checkpoint.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from tx_async.engine.adapter_slots import pad, trim
+from tx_async.engine.adapter_slots import HostWeights, pad, trim
 from tx_async.errors import CorruptedCheckpoint, InvalidRequest
-from tx_async.layers.lora import LoraWeights
 from tx_async.models.peft import from_peft, to_peft
 from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
 from tx_async.storage.store import Store
@@ -42,14 +41,16 @@ GRADIENTS = "gradients.safetensors"
 
 @dataclass
 class SavedAdapter:
-    """One adapter at the stack's rank (padded): device arrays right after it was read from a slot, host arrays later."""
+    """One adapter at the stack's rank (padded): device arrays right after it was read from a slot, host arrays
+    later.
+    """
 
     kind: str
     config: AdapterConfig
-    weights: LoraWeights
-    m: LoraWeights | None = None
-    v: LoraWeights | None = None
-    gradients: LoraWeights | None = None
+    weights: Any
+    m: Any = None
+    v: Any = None
+    gradients: Any = None
     step: Any = 0
 
     def to_host(self) -> None:
@@ -115,7 +116,7 @@ class Checkpoints:
             files[GRADIENTS] = save_safetensors(self._named("", adapter.gradients, adapter.config))
         return files
 
-    def _named(self, prefix: str, weights: LoraWeights, config: AdapterConfig) -> dict[str, np.ndarray]:
+    def _named(self, prefix: str, weights: Any, config: AdapterConfig) -> dict[str, np.ndarray]:
         tensors, _ = to_peft(self.model, trim(weights, config.rank), config)
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
@@ -156,11 +157,11 @@ class Checkpoints:
             adapter.gradients = self._from_named(load_safetensors(files[GRADIENTS]), "", peft_config)
         return adapter
 
-    def _from_named(self, tensors: dict[str, np.ndarray], prefix: str, peft_config: dict[str, Any]) -> LoraWeights:
+    def _from_named(self, tensors: dict[str, np.ndarray], prefix: str, peft_config: dict[str, Any]) -> HostWeights:
         mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         return self._padded(from_peft(self.model, mine, peft_config)[0])
 
-    def _padded(self, weights: Any) -> LoraWeights:
+    def _padded(self, weights: Any) -> HostWeights:
         return pad(self.model.lora_targets(), weights, self.max_rank)
 
     def _drop(self, key: str) -> None:
@@ -176,7 +177,7 @@ def check_same(key: str, saved: AdapterConfig, wanted: AdapterConfig) -> None:
     for flag in ("train_attn", "train_mlp", "train_unembed"):
         if getattr(saved, flag) != getattr(wanted, flag):
             raise InvalidRequest(
-                f"The checkpoint {key} was trained with {flag}={getattr(saved, flag)}, this model has {getattr(wanted, flag)}."
+                f"The checkpoint {key} has {flag}={getattr(saved, flag)}, this model has {getattr(wanted, flag)}."
             )
 
 

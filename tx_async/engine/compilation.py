@@ -1,7 +1,8 @@
 """Programs: each compiled once, for shapes that are known when the engine starts, and counted.
 
-A `Program` holds its executable itself. Called with any other shape it fails instead of compiling another one, so "no input
-compiles anything new" holds by construction; `CompilationCounter` counts what XLA compiled in this process, whoever asked for it.
+A `Program` holds its executable itself. Called with any other shape it fails instead of compiling another one, so "no
+input compiles anything new" holds by construction; `CompilationCounter` counts what XLA compiled in this process,
+whoever asked for it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class CompilationCounter:
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILE_EVENT:
             self.count += 1
 
@@ -50,7 +51,9 @@ class Program:
     """A function, compiled at its first call or by `compile`, for the one set of shapes in `arguments`."""
 
     def __init__(self, name: str, function: Callable[..., Any], arguments: Sequence[Any], donate: tuple[int, ...] = ()):
-        """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is reused."""
+        """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is
+        reused.
+        """
         self.name = name
         self._function = jax.jit(function, donate_argnums=donate)
         self._shapes = jax.tree.map(_shape, tuple(arguments))

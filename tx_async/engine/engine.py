@@ -1,7 +1,7 @@
 """The engine: the base model and every adapter on the device, driven by one ordered stream of commands.
 
-`Engine.execute` changes host-side state and issues device work; it waits for nothing. The returned `Pending` waits, on another
-thread. Training lives here; sampling in `decode.py`; each program in the file of what it computes.
+`Engine.execute` changes host-side state and issues device work; it waits for nothing. The returned `Pending` waits,
+on another thread. Training lives here; sampling in `decode.py`; each program in the file of what it computes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class JaxEngine:
         self._programs = _programs(self)
 
     def __repr__(self) -> str:
-        return f"<JaxEngine [{np.count_nonzero(self.scales)}/{self.num_slots} training slots | {self.num_compilations} compiled]>"
+        used = np.count_nonzero(self.scales)
+        return f"<JaxEngine [{used}/{self.num_slots} training slots used | {self.num_compilations} programs compiled]>"
 
     def info(self) -> EngineInfo:
         return EngineInfo(
@@ -202,7 +203,9 @@ class JaxEngine:
 
 
 def row_shapes(config: EngineConfig, context: int, platform: str) -> tuple[tuple[int, int], ...]:
-    """One row per micro-batch on CPU: every row meets the same kernels whatever its neighbours are, so no bit depends on them."""
+    """One row per micro-batch on CPU: every row meets the same kernels whatever its neighbours are, so no bit depends
+    on them.
+    """
     lengths = config.train_row_lengths or _doubling(context)
     tokens = config.train_micro_batch_tokens or (0 if platform == "cpu" else 4096)
     rows: Callable[[int], int] = lambda length: config.train_micro_batch_size or max(1, tokens // length)  # noqa: E731

@@ -1,8 +1,10 @@
-"""Unembedding, log-probabilities, loss and their gradients, chunk by chunk: `[tokens, vocab]` of a whole row never exists.
+"""Unembedding, log-probabilities, loss and their gradients, chunk by chunk: `[tokens, vocab]` of a whole row never
+exists.
 
-Every loss but one is pointwise, so a chunk's derivative by its logits is known as soon as its logits are: the pass that computes
-the loss also computes the gradients by hidden states and adapter. Nothing is computed twice, nothing of the size of the
-vocabulary is kept. gspo needs a mean over its sequence first: rows that hold it get one more pass, log-probabilities only.
+Every loss but one is pointwise, so a chunk's derivative by its logits is known as soon as its logits are: the pass
+that computes the loss also computes the gradients by hidden states and adapter. Nothing is computed twice, nothing of
+the size of the vocabulary is kept. gspo needs a mean over its sequence first: rows that hold it get one more pass,
+log-probabilities only.
 """
 
 from __future__ import annotations
@@ -139,7 +141,9 @@ def _loss_inputs(batch: RowBatch, log_sequence_ratio: Array) -> LossInputs:
 
 
 def _split(tree):
-    """[R, L, ...] leaves -> [chunks, R, C, ...]; a last chunk that is not full is padded with zeros, which are not valid."""
+    """[R, L, ...] leaves -> [chunks, R, C, ...]; a last chunk that is not full is padded with zeros, which are not
+    valid.
+    """
 
     def split(x: Array) -> Array:
         rows, length = x.shape[:2]

@@ -1,8 +1,8 @@
 """The losses of the Tinker API, with their derivatives. All are sums: nothing is normalised.
 
-Notation of the functions: `lp` = log-probability of the target token under the current policy, `q` = the sampler's, `A` = the
-advantage, `r = exp(lp - q)` = the ratio. A pointwise loss returns (term, d term / d lp) of one position, elementwise.
-Which loss a position has is data (`loss_fn`), so one program serves every mix.
+Notation of the functions: `lp` = log-probability of the target token under the current policy, `q` = the sampler's,
+`A` = the advantage, `r = exp(lp - q)` = the ratio. A pointwise loss returns (term, d term / d lp) of one position,
+elementwise. Which loss a position has is data (`loss_fn`), so one program serves every mix.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def _first_of(slope: Array, k: int) -> Array:
 
 
 def log_sequence_ratios(lp: Array, q: Array, mask: Array, segment_ids: Array) -> Array:
-    """gspo's log s: per segment the mean of lp - q over positions with mask != 0, given back to each position. All [R, L].
+    """gspo's log s: per segment the mean of lp - q over positions with mask != 0, given back to each position. All
+    [R, L].
 
     Summed by segment, never through products with a mask. A sequence without marked positions has log s = 0.
     """

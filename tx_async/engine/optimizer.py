@@ -1,8 +1,9 @@
-"""torch.optim.AdamW, exactly: decoupled weight decay, eps outside the root, bias correction; fp32, for one adapter at a time.
+"""torch.optim.AdamW, exactly, in fp32 and for one adapter at a time: decoupled weight decay, eps outside the root.
 
-    g ← g · min(1, grad_clip_norm / (‖g‖ + 1e-6))                    torch.nn.utils.clip_grad_norm_, when grad_clip_norm > 0
+    g ← g · min(1, grad_clip_norm / (‖g‖ + 1e-6))       as torch.nn.utils.clip_grad_norm_, when grad_clip_norm > 0
     w ← w (1 - lr·weight_decay)
-    m ← m + (1 - β1)(g - m)          v ← β2 v + (1 - β2) g²
+    m ← m + (1 - β1)(g - m)
+    v ← β2 v + (1 - β2) g²
     w ← w - lr/(1 - β1^t) · m / (√v / √(1 - β2^t) + eps)
 
 Where m = 0 no step is taken, also when eps = 0: padding stays zero, and 0/0 does not arise.

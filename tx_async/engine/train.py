@@ -1,7 +1,9 @@
-"""One training micro-batch: forward, loss, backward, and its gradients added to the adapters of its rows, in one program.
+"""One training micro-batch: forward, loss, backward, and its gradients added to the adapters of its rows, in one
+program.
 
-Rows bring their adapters with them: A and B are gathered per row, gradients come out per row, and row after row is added to its
-slot's sum. No product with a mask ever joins two rows, so what is in one (NaN included) cannot reach another.
+Rows bring their adapters with them: A and B are gathered per row, gradients come out per row, and row after row is
+added to its slot's sum. No product with a mask ever joins two rows, so what is in one (NaN included) cannot reach
+another.
 """
 
 from __future__ import annotations

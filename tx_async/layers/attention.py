@@ -1,12 +1,12 @@
 """Attention for packed rows: exact softmax attention, fp32 statistics, never across segments.
 
-Models call an `Attend`; they do not know whether keys come from the same row (training, `PackedAttention`) or from a paged
-cache (sampling, `engine/kv_cache.py`).
+Models call an `Attend`; they do not know whether keys come from the same row (training, `PackedAttention`) or from a
+paged cache (sampling, `engine/kv_cache.py`).
 
-`PackedAttention` goes block by block, as FlashAttention does (arXiv 2205.14135, 2307.08691): scores of a whole row never exist,
-the backward pass computes them again from the saved log-sum-exp. A block of queries meets only key blocks between the start of
-its first segment and itself. How many that are is data: a row of short sequences costs what the sequences cost, one program
-serves all.
+`PackedAttention` goes block by block, as FlashAttention does (arXiv 2205.14135, 2307.08691): scores of a whole row
+never exist, the backward pass computes them again from the saved log-sum-exp. A block of queries meets only key
+blocks between the start of its first segment and itself. How many that are is data: a row of short sequences costs
+what the sequences cost, one program serves all.
 """
 
 from __future__ import annotations
@@ -154,12 +154,12 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
 def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array) -> _Blocks:
     """A last block that is not full is filled up with padding."""
     size = min(_block_size(), q.shape[1])
-    numbers = [_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids)]
+    positions, segments = (_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids))
     keys, values = (jnp.einsum("rnbhd->nrhbd", _split(x, size)) for x in (k, v))
-    starts = jnp.arange(numbers[0].shape[0]) * size
+    starts = jnp.arange(len(positions)) * size
     # Positions count from the start of their segment; min: all rows go through the same blocks.
-    first = jnp.min((starts[:, None] - numbers[0][:, :, 0]) // size, axis=1)
-    return _Blocks(_queries(q, k.shape[2], size), keys, values, *numbers, jnp.maximum(first, 0))
+    first = jnp.min((starts[:, None] - positions[:, :, 0]) // size, axis=1)
+    return _Blocks(_queries(q, k.shape[2], size), keys, values, positions, segments, jnp.maximum(first, 0))
 
 
 def _queries(x: Array, num_kv_heads: int, size: int) -> Array:
