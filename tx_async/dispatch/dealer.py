@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import zmq
@@ -70,11 +71,14 @@ from tx_async.wire.worker import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 HELLO_INTERVAL_S = 1.0
 UNSENT_RETRY_S = 0.02
 """Between two attempts to send while there is no connection, or its queue is full."""
 WAITING_LOG_INTERVAL_S = 10.0
 PARENT_POLL_S = 0.5
+SIGNAL_POLL_S = 0.2
 FORCED_EXIT_S = 2.0
 """Time to end by itself after the server or the mesh is lost; what is running then has nobody who waits for it."""
 DETACHED_EXIT_CODE = 4
@@ -189,7 +193,7 @@ class Dealer:
     def attach(self) -> Welcome:
         """Wait for the server, for as long as it takes. Raises `WorkerRefused`, or `Detached` after `stop`."""
         self._thread.start()
-        answer = self._welcome.get()
+        answer = _get(self._welcome)
         if isinstance(answer, TxError):
             raise answer
         return answer
@@ -208,7 +212,7 @@ class Dealer:
     def receive(self) -> Received | None:
         """The next command; None when there will be no more. Raises `Detached`, and `StreamDiverged` when it is not
         the one that every other process of the mesh gets."""
-        item = self._incoming.get()
+        item = _get(self._incoming)
         if isinstance(item, _Ended):
             if item.error:
                 raise item.error
@@ -404,3 +408,10 @@ class Dealer:
         if self._force_exit_at == float("inf"):
             self._force_exit_at = time.monotonic() + FORCED_EXIT_S
             self.stop(error)
+
+
+def _get(items: queue.SimpleQueue[T]) -> T:
+    """The next item. A signal that comes just before a thread begins to wait is handled when it wakes: so it does."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return items.get(timeout=SIGNAL_POLL_S)

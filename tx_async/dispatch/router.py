@@ -392,7 +392,7 @@ class Router:
                 member.info = info
                 self._handle_ready(group)
             case Goodbye(reason=reason):
-                self._lose(group, f"{member} left: {reason}" if reason else f"{member} left")
+                self._lose(group, f"{member} left: {reason}" if reason else f"{member} left", logging.INFO)
             case Hello():
                 pass  # It repeats itself until it hears the answer, which is on its way.
 
@@ -599,11 +599,11 @@ class Router:
         if known := self._peers.get(peer):
             self._lose(known[0], f"the connection to {known[1]} is gone")
 
-    def _lose(self, group: Group, reason: str) -> None:
+    def _lose(self, group: Group, reason: str, level: int = logging.WARNING) -> None:
         """The group's processes share one mesh, so they fail as one: every other process is told to start again."""
         if self._groups.get(group.name) is not group:
             return
-        logger.warning("worker %s is lost: %s", group.name, reason)
+        logger.log(level, "worker %s is lost: %s", group.name, reason)
         for member in group.members.values():
             self._post((member.transport, member.identity), Refused(f"worker {group.name} starts again: {reason}"))
         self._forget(group)

@@ -433,6 +433,7 @@ def _logprobs(w: np.ndarray, before: np.ndarray, tokens: np.ndarray) -> np.ndarr
     return (-np.logaddexp(np.float32(0), -(_base(before, tokens) + w[tokens % FEATURES]))).astype(np.float32)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # a tenant's NaN and infinity are its own affair
 def _row_loss(w: np.ndarray, row: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(logprobs [L, K], losses [L], gradient of w [FEATURES]) of one packed row."""
     used = row["segment_ids"] > 0  # [L]
@@ -455,7 +456,7 @@ def _optim_step(adapter: _Adapter, adam: AdamParams) -> Result:
     """torch.optim.AdamW on the adapter's numbers."""
     grad = adapter.grad.copy()
     adapter.grad[:] = 0.0
-    norm = float(np.linalg.norm(grad))
+    norm = float(np.linalg.norm(grad.astype(np.float64)))
     if not np.isfinite(norm):
         raise NonFiniteGradients()
     if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
