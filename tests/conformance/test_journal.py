@@ -43,7 +43,7 @@ def new_driver(request: pytest.FixtureRequest, tmp_path: Path) -> NewDriver:
     url = request.getfixturevalue("postgres_url")
     from tx_async.journal.postgres import PostgresDriver
 
-    return lambda: PostgresDriver(url)
+    return lambda: PostgresDriver(url, lease_wait_s=0.5)
 
 
 @pytest.fixture

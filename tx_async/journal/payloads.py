@@ -20,7 +20,8 @@ from tx_async.journal.transaction import checksum
 
 BODY_INLINE_BYTES_MAX = 64 * 1024
 """Larger bodies get a file of their own."""
-WRITERS = 4
+WRITERS = min(4, os.cpu_count() or 1)
+"""Threads that write bodies: enough to keep a disk busy, too few to crowd out the event loop."""
 
 _log = logging.getLogger(__name__)
 

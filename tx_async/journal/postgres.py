@@ -71,8 +71,9 @@ _log = logging.getLogger(__name__)
 class PostgresDriver:
     """`Driver` on a database."""
 
-    def __init__(self, url: str, *, reconnect_s_max: float = RECONNECT_S_MAX):
+    def __init__(self, url: str, *, reconnect_s_max: float = RECONNECT_S_MAX, lease_wait_s: float = LEASE_WAIT_S):
         self._url = url
+        self._lease_wait_s = lease_wait_s
         self._reconnect_s_max = reconnect_s_max
         self._holder = Holder.this_process()
         #: the session that holds the advisory lock; None while it is lost
@@ -245,8 +246,8 @@ class PostgresDriver:
     # ---- the lease
 
     async def _take_lease(self, writer: asyncpg.Connection) -> None:
-        """Raises `LeaseHeld` when another session keeps the lock for `LEASE_WAIT_S`."""
-        give_up_at = time.monotonic() + LEASE_WAIT_S
+        """Raises `LeaseHeld` when another session keeps the lock for `lease_wait_s`."""
+        give_up_at = time.monotonic() + self._lease_wait_s
         while not await writer.fetchval("SELECT pg_try_advisory_lock($1, hashtext(current_schema()))", LOCK_CLASS):
             if time.monotonic() > give_up_at:
                 raise held(_without_password(self._url), await _read_holder(writer))
@@ -316,11 +317,17 @@ async def _write(writer: asyncpg.Connection, transaction: Transaction) -> None:
 
 async def _write_bodies(writer: asyncpg.Connection, bodies: dict[str, bytes]) -> None:
     checksums = await asyncio.to_thread(lambda: [checksum(body) for body in bodies.values()])
-    await writer.executemany(
-        "INSERT INTO request_body (key, num_bytes, checksum, body) VALUES ($1, $2, $3, $4) ON CONFLICT (key) DO UPDATE "
-        "SET num_bytes = excluded.num_bytes, checksum = excluded.checksum, body = excluded.body",
-        [(key, len(body), digest, body) for (key, body), digest in zip(bodies.items(), checksums, strict=True)],
-    )
+    # One by one: the event loop gets a turn after each body, which `executemany` would copy into one message.
+    for (key, body), digest in zip(bodies.items(), checksums, strict=True):
+        await writer.execute(
+            "INSERT INTO request_body (key, num_bytes, checksum, body) VALUES ($1, $2, $3, $4) "
+            "ON CONFLICT (key) DO UPDATE "
+            "SET num_bytes = excluded.num_bytes, checksum = excluded.checksum, body = excluded.body",
+            key,
+            len(body),
+            digest,
+            body,
+        )
 
 
 async def _read_holder(connection: asyncpg.Connection) -> Holder | None:
@@ -349,6 +356,7 @@ def _name(error: BaseException) -> str:
 
 
 def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
+    """For messages. The query goes, too: it may hold a password as well."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
     credentials, at, place = rest.rpartition("@")
     return f"{scheme}://{credentials.partition(':')[0]}{at}{place}"
