@@ -290,6 +290,19 @@ async def test_a_fatal_error_loses_the_worker(server):
     dealer.close()
 
 
+async def test_a_worker_that_only_samples_stands_beside_a_mesh_that_is_not_complete():
+    async with running_server(backend_config=EngineConfig(num_processes=2)) as server:
+        half, _ = await server.attach(process_id=1)
+        sampler, _ = await server.attach(name="external", capabilities=frozenset({"sample"}))
+        half.ready(INFO)
+        sampler.ready(INFO)
+        assert await server.event(WorkerReady) == WorkerReady("external", INFO, frozenset({"sample"}))
+        assert server.router.waiting_for() == ["worker w0.0: not attached"]
+        assert server.router.send("external", ReleaseAdapter(slot=0)) == 1
+        half.close()
+        sampler.close()
+
+
 # ---- the door
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import uvloop
 
 from tx_async.config import ServerConfig
 from tx_async.dispatch.events import BatchFailed, BatchFinished, WorkerLost, WorkerProgress
@@ -203,6 +204,18 @@ async def test_a_stop_while_starting_leaves_no_process(config, monkeypatch):
         started = time.monotonic()
         await running.supervisor.stop(5.0)
         assert time.monotonic() - started < 2.0 and is_gone(pid)
+
+
+def test_it_runs_under_uvloop_as_well(config):
+    async def serve():
+        async with running_dispatch(config) as running:
+            await running.ready()
+            tensors = [np.arange(50_000, dtype=np.float32)]
+            for _ in range(200):
+                assert isinstance(await running.call(NOTHING, tensors), BatchFinished)
+            return pids(running)[0]
+
+    assert is_gone(uvloop.run(serve()))
 
 
 # ---- a mesh of two processes

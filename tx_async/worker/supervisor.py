@@ -80,7 +80,7 @@ class WorkerProcess:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     async def run(self) -> None:
-        """Keep a process running until `stop`. Raises `BaseModelError` when no process can ever run."""
+        """Keep a process running until `stop`. Raises `BaseModelError` when the first one finds that none can ever run."""
         self._ended.clear()
         try:
             await self._live_again_and_again()
@@ -94,7 +94,8 @@ class WorkerProcess:
             code = await self._live()
             if self._stopping.is_set():
                 return
-            if code == ExitCode.CONFIGURATION:
+            # At the first start this is the operator's to change. Later it has worked before, and may work again.
+            if code == ExitCode.CONFIGURATION and self.num_starts == 1:
                 raise BaseModelError(self._last_line or None)
             if time.monotonic() - started > HEALTHY_AFTER_S or code in (ExitCode.STOPPED, ExitCode.DETACHED):
                 delay_s = RESTART_DELAY_MIN_S
