@@ -80,7 +80,7 @@ class WorkerProcess:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     async def run(self) -> None:
-        """Keep a process running until `stop`. Raises `BaseModelError` when the first one finds that none can ever run."""
+        """Keep a process running until `stop`. Raises `BaseModelError` when the first finds that none can run."""
         self._ended.clear()
         try:
             await self._live_again_and_again()
