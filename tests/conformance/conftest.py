@@ -47,7 +47,7 @@ class PostgresServer:
         process.wait(30)
 
     def start(self) -> None:
-        """Waits until it answers. Recovery syncs every file, which on a busy disk outlasts the library's own patience."""
+        """Waits until it answers. On a busy disk recovery outlasts the library's own patience."""
         for _ in range(60):
             with contextlib.suppress(subprocess.SubprocessError):
                 self._server.ensure_postgres_running()
