@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,6 +24,8 @@ TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 METADATA_BYTES_MAX = 64 * 1024
 STOPS_MAX = 256
 STOP_STRING_CHARACTERS_MAX = 1024
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,127}")
 _KINDS = ("weights", "sampler_weights", "external_weights")
@@ -66,13 +68,23 @@ def forward_backward(operation: ForwardBackward, model: BaseModelInfo) -> Forwar
     if not operation.data:
         raise InvalidRequest("data is empty: send at least one datum.")
     config = _loss_fn_config(operation, loss)
-    data = []
-    for index, datum in enumerate(operation.data):
+    data = _each(operation.data, lambda datum: _datum(datum, operation.loss_fn, loss, model))
+    try:
+        _check_values(data, model)
+    except InvalidRequest:
+        _each(data, lambda datum: _check_values((datum,), model))  # says which one it is
+        raise
+    return msgspec.structs.replace(operation, data=data, loss_fn_config=config)
+
+
+def _each(data: Sequence[Datum], function: Callable[[Datum], T]) -> tuple[T, ...]:
+    results = []
+    for index, datum in enumerate(data):
         try:
-            data.append(_datum(datum, operation.loss_fn, loss, model))
+            results.append(function(datum))
         except InvalidRequest as error:
             raise InvalidRequest(f"data[{index}]: {error.message}") from None
-    return msgspec.structs.replace(operation, data=tuple(data), loss_fn_config=config)
+    return tuple(results)
 
 
 def _loss_fn_config(operation: ForwardBackward, loss: LossSpec) -> dict[str, float]:
@@ -97,29 +109,30 @@ def _check_clips(config: Mapping[str, float]) -> None:
 
 
 def _datum(datum: Datum, loss_fn: str, loss: LossSpec, model: BaseModelInfo) -> Datum:
-    tokens = np.frombuffer(datum.tokens, "<i4")
-    _check_tokens(tokens, "model_input", model)
-    if len(tokens) > model.max_context_length:
+    """With its defaults; names and shapes are checked, values are not yet."""
+    if not datum.num_tokens:
+        raise InvalidRequest("model_input is empty.")
+    if datum.num_tokens > model.max_context_length:
         raise InvalidRequest(
-            f"model_input has {len(tokens)} tokens; the context of {model.name} is {model.max_context_length}."
+            f"model_input has {datum.num_tokens} tokens; the context of {model.name} is {model.max_context_length}."
         )
-    if "target_tokens" not in datum.loss_fn_inputs:
-        raise InvalidRequest(f"loss_fn_inputs: {loss_fn} needs target_tokens.")
-    targets = datum.loss_fn_inputs["target_tokens"]
-    _check_targets(targets, len(tokens), loss_fn, model)
-    known = {"target_tokens", *loss.inputs, *loss.optional}
-    if unknown := sorted(set(datum.loss_fn_inputs) - known):
-        raise InvalidRequest(
-            f"loss_fn_inputs: {loss_fn} takes no {', '.join(unknown)}; known: {', '.join(sorted(known))}."
-        )
+    given = datum.loss_fn_inputs
+    known = loss.inputs.keys() | loss.optional
+    if unknown := sorted(given.keys() - known - {"target_tokens"}):
+        listed = ", ".join(sorted({"target_tokens", *known}))
+        raise InvalidRequest(f"loss_fn_inputs: {loss_fn} takes no {', '.join(unknown)}; known: {listed}.")
+    if missing := [
+        name for name in ("target_tokens", *loss.inputs) if name not in given and loss.inputs.get(name) is None
+    ]:
+        raise InvalidRequest(f"loss_fn_inputs: {loss_fn} needs {', '.join(missing)}.")
+    targets = given["target_tokens"]
+    _check_targets(targets, datum.num_tokens, loss_fn, model)
     inputs = {"target_tokens": targets}
-    for name in sorted(known - {"target_tokens"}):
-        if name in datum.loss_fn_inputs:
-            inputs[name] = _float_input(name, datum.loss_fn_inputs[name], targets.shape)
-        elif (default := loss.inputs.get(name)) is not None:
-            inputs[name] = Tensor.of(np.full(targets.shape, default, np.float32))
-        elif name not in loss.optional:
-            raise InvalidRequest(f"loss_fn_inputs: {loss_fn} needs {name}.")
+    for name in sorted(known):
+        if name in given:
+            inputs[name] = _float_input(name, given[name], targets.shape)
+        elif name in loss.inputs:
+            inputs[name] = Tensor.of(np.full(targets.shape, loss.inputs[name], np.float32))
     return Datum(datum.tokens, inputs)
 
 
@@ -127,9 +140,7 @@ def _check_targets(targets: Tensor, num_tokens: int, loss_fn: str, model: BaseMo
     if targets.dtype != "int64":
         raise InvalidRequest(f"target_tokens must be int64, not {targets.dtype}.")
     if targets.shape[0] != num_tokens:
-        raise InvalidRequest(
-            f"model_input has {num_tokens} tokens, target_tokens {targets.shape[0]}: they must be equal."
-        )
+        raise InvalidRequest(f"model_input has {num_tokens} tokens, target_tokens {targets.shape[0]}: make them equal.")
     if len(targets.shape) == 2:
         if loss_fn != "cross_entropy":
             raise InvalidRequest(f"{loss_fn} needs target_tokens of one dimension; only cross_entropy takes [N, K].")
@@ -137,21 +148,32 @@ def _check_targets(targets: Tensor, num_tokens: int, loss_fn: str, model: BaseMo
             raise InvalidRequest(
                 f"target_tokens has {targets.shape[1]} targets per token; allowed are 1 to {model.target_tokens_k_max}."
             )
-    _check_tokens(targets.numpy(), "target_tokens", model)
 
 
 def _float_input(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tensor.shape != shape:
         raise InvalidRequest(
-            f"{name} has the shape {list(tensor.shape)}, target_tokens {list(shape)}: they must be equal."
+            f"{name} has the shape {list(tensor.shape)}, target_tokens {list(shape)}: make them equal."
         )
-    values = tensor.numpy()
-    if tensor.dtype != "float32":
-        values = values.astype(np.float32)
-        tensor = Tensor.of(values)
+    return tensor if tensor.dtype == "float32" else Tensor.of(tensor.numpy().astype(np.float32))
+
+
+def _check_values(data: Sequence[Datum], model: BaseModelInfo) -> None:
+    """Of all datums at once: a thousand small arrays would cost a thousand times the call."""
+    _check_tokens(np.frombuffer(b"".join([datum.tokens for datum in data]), "<i4"), "model_input", model)
+    for name in sorted({name for datum in data for name in datum.loss_fn_inputs}):
+        tensors = [datum.loss_fn_inputs[name] for datum in data if name in datum.loss_fn_inputs]
+        content = b"".join([tensor.data for tensor in tensors])
+        if name == "target_tokens":
+            _check_tokens(np.frombuffer(content, "<i8"), name, model)
+        else:
+            _check_finite(np.frombuffer(content, "<f4"), name)
+
+
+def _check_finite(values: np.ndarray, name: str) -> None:
+    """Clip thresholds may be infinite: no bound."""
     if not np.isfinite(values).all() and (name not in _CLIPS or np.isnan(values).any()):
         raise InvalidRequest(f"{name} has values that are NaN or infinite.")
-    return tensor
 
 
 def _check_tokens(tokens: np.ndarray, what: str, model: BaseModelInfo) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.tensors import Tensor
 
 TENSOR_RANK_MAX = 2
+ITEM_BYTES = {"float32": 4, "int64": 8}
 
 
 class DenseBudget:
@@ -33,13 +35,14 @@ class DenseBudget:
             )
 
 
-def tensor_of(values: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """A dense tensor from flat values; no shape means one axis."""
-    dimensions = tuple(shape) or (values.size,)
+def dense(data: bytes, dtype: Literal["float32", "int64"], shape: Sequence[int]) -> Tensor:
+    """A tensor from little-endian bytes, which are not looked at; no shape means one axis."""
+    num_values, remainder = divmod(len(data), ITEM_BYTES[dtype])
+    dimensions = tuple(shape) or (num_values,)
     _check_shape(dimensions)
-    if math.prod(dimensions) != values.size:
-        raise InvalidRequest(f"shape {list(dimensions)} does not fit {values.size} values.")
-    return Tensor.of(values.reshape(dimensions))
+    if remainder or math.prod(dimensions) != num_values:
+        raise InvalidRequest(f"shape {list(dimensions)} does not fit {len(data)} bytes of {dtype}.")
+    return Tensor(dtype, dimensions, data)
 
 
 def densify(
@@ -61,9 +64,9 @@ def densify(
         raise InvalidRequest(f"sparse_col_indices must lie in [0, {columns}).")
     budget.take(rows * columns * values.itemsize)
     row_of_value = np.repeat(np.arange(rows), np.diff(crow))
-    dense = np.full(dimensions, fill, values.dtype)
-    dense[row_of_value, col] = values
-    return dense
+    cells = np.full(dimensions, fill, values.dtype)
+    cells[row_of_value, col] = values
+    return cells
 
 
 def from_bytes(data: bytes, dtype: str, what: str) -> np.ndarray:
@@ -105,7 +108,7 @@ def text_tokens(model_input: tinker.ModelInput) -> bytes:
 def array_from_json(data: tinker.TensorData, budget: DenseBudget, fill: int = 0) -> np.ndarray:
     values = from_numbers(data.data, data.dtype)
     if data.sparse_crow_indices is None and data.sparse_col_indices is None:
-        return tensor_of(values, data.shape or ()).numpy()
+        return dense(values.tobytes(), data.dtype, data.shape or ()).numpy()
     crow = np.asarray(data.sparse_crow_indices or (), np.int64)
     col = np.asarray(data.sparse_col_indices or (), np.int64)
     return densify(values, crow, col, data.shape or (), budget, fill)
@@ -133,5 +136,5 @@ def _datum_from_json(datum: tinker.DatumJson, where: str, budget: DenseBudget) -
 
 
 def _check_shape(dimensions: tuple[int, ...]) -> None:
-    if len(dimensions) > TENSOR_RANK_MAX or any(size < 0 for size in dimensions):
+    if len(dimensions) > TENSOR_RANK_MAX or min(dimensions, default=0) < 0:
         raise InvalidRequest(f"shape {list(dimensions)} is not supported: tensors have one or two dimensions.")

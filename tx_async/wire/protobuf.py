@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import resources
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from tx_async.errors import InvalidRequest
-from tx_async.wire.datums import DenseBudget, densify, from_bytes, tensor_of
+from tx_async.wire.datums import DenseBudget, dense, densify, from_bytes
 from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.results import ForwardBackwardResult, SampleResult, TopkLogprobs
 from tx_async.wire.tensors import Tensor
@@ -35,7 +35,7 @@ ForwardBackwardRequest = message_class("ForwardBackwardRequest")
 ForwardBackwardOutput = message_class("ForwardBackwardOutput")
 SampleResponse = message_class("SampleResponse")
 
-_DTYPE_NAMES = {1: "float32", 2: "int64"}
+_DTYPE_NAMES: dict[int, Literal["float32", "int64"]] = {1: "float32", 2: "int64"}
 _DTYPE_NUMBERS = {"float32": 1, "int64": 2, "int32": 3, "bfloat16": 4}
 _STOP_REASONS = {"stop": 0, "length": 1}
 
@@ -129,7 +129,7 @@ def _tensor(tensor: Any, name: str, budget: DenseBudget) -> Tensor:
         raise InvalidRequest(f"loss_fn_inputs[{name!r}] must be float32 or int64.")
     try:
         if tensor.WhichOneof("encoding") != "sparse_csr":
-            return tensor_of(from_bytes(tensor.dense, dtype, "dense"), tensor.shape)
+            return dense(tensor.dense, dtype, tensor.shape)
         csr = tensor.sparse_csr
         crow = from_bytes(csr.crow_indices, "int64", "crow_indices")
         col = from_bytes(csr.col_indices, "int64", "col_indices")

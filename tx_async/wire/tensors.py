@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal
 
 import numpy as np
 from msgspec import Struct
 
 DType = Literal["float32", "int64", "int32", "uint32", "uint64", "bfloat16", "bool"]
+
+
+@cache
+def _dtype_name(dtype: np.dtype) -> DType:
+    """NumPy takes longer to spell a dtype than to copy a small array."""
+    return str(dtype)  # type: ignore[return-value]
 
 
 class Tensor(Struct, frozen=True, array_like=True):
@@ -24,7 +31,7 @@ class Tensor(Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
-        return cls(dtype=str(array.dtype), shape=array.shape, data=array.tobytes())  # type: ignore[arg-type]
+        return cls(_dtype_name(array.dtype), array.shape, array.tobytes())
 
 
 class TensorSpec(Struct, frozen=True, array_like=True):
@@ -39,4 +46,4 @@ class TensorSpec(Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, array: np.ndarray) -> TensorSpec:
-        return cls(dtype=str(array.dtype), shape=array.shape)  # type: ignore[arg-type]
+        return cls(_dtype_name(array.dtype), array.shape)
