@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 
 from tx_async.layers.lora import LoraTarget, LoraWeights, init_weights
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
@@ -37,9 +38,14 @@ class TrainingState(NamedTuple):
     """int32: optimizer steps taken."""
 
 
-def zeros(targets: Targets, num_slots: int, rank: int) -> TrainingState:
-    m, v, g, w = (init_weights(targets, num_slots, rank) for _ in range(4))
-    return TrainingState(w, m, v, g, jnp.zeros(num_slots, jnp.int32))
+def zeros(targets: Targets, num_slots: int, rank: int, sharding: Sharding | None = None) -> TrainingState:
+    """sharding: of every array; None is the default device."""
+
+    def make() -> TrainingState:
+        weights, m, v, gradients = (init_weights(targets, num_slots, rank) for _ in range(4))
+        return TrainingState(weights, m, v, gradients, jnp.zeros(num_slots, jnp.int32))
+
+    return jax.jit(make, out_shardings=sharding)()
 
 
 def slot_bytes(targets: Targets, rank: int) -> int:
@@ -108,9 +114,7 @@ def create_adapter(targets: Targets, state: TrainingState, slot: Array, creation
 
 
 def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Array) -> tuple[Array, Array]:
-    """Each column of A has a key of its own, so a value depends on seed, target and position: not on slot or maximum
-    rank.
-    """
+    """Each column of A has its own key: a value depends on seed, target and place, not on slot or maximum rank."""
     key = jax.random.fold_in(jax.random.key(creation.seed[0]), creation.seed[1])
     key = jax.random.fold_in(key, crc32(path.encode()))
     rank = jnp.arange(a.shape[-1])
@@ -156,9 +160,14 @@ def lora_scale(rank: int) -> float:
 
 
 class SamplerSlots:
-    """Adapter versions that are sampled: immutable while loaded, one scale per slot."""
+    """Adapter versions that are sampled. Both fields are replaced, never changed: running quanta may read them."""
 
-    def __init__(self, targets: Targets, num_slots: int, rank: int):
-        self.weights: LoraWeights = init_weights(targets, num_slots, rank)
-        self.scale = np.zeros(num_slots, np.float32)
-        """Host copy is the truth: a slot's scale is data of each quantum."""
+    def __init__(self, targets: Targets, num_slots: int, rank: int, sharding: Sharding | None = None):
+        self.weights: LoraWeights = jax.jit(partial(init_weights, targets, num_slots, rank), out_shardings=sharding)()
+        #: fp32 [slots], on the host: data of each quantum
+        self.scale: Any = np.zeros(num_slots, np.float32)
+
+    def load(self, slot: int, weights: LoraWeights, scale: float) -> None:
+        """`weights`: the stacks with the adapter already in `slot`."""
+        self.weights, self.scale = weights, self.scale.copy()
+        self.scale[slot] = scale

@@ -50,12 +50,20 @@ class CompilationCounter:
 class Program:
     """A function, compiled at its first call or by `compile`, for the one set of shapes in `arguments`."""
 
-    def __init__(self, name: str, function: Callable[..., Any], arguments: Sequence[Any], donate: tuple[int, ...] = ()):
-        """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is
-        reused.
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        donate: tuple[int, ...] = (),
+        out_shardings: Any = None,
+    ):
+        """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is reused.
+
+        out_shardings: as `jax.jit`; None lets the compiler choose, which on a mesh is not what the next call expects.
         """
         self.name = name
-        self._function = jax.jit(function, donate_argnums=donate)
+        self._function = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
         self._shapes = jax.tree.map(_shape, tuple(arguments))
         self._compiled: Any = None
 

@@ -15,16 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tx_async import base_model
 from tx_async.engine import adapter_slots, batch, compilation, optimizer, train
 from tx_async.engine.adapter_slots import Creation, SamplerSlots, TrainingState, pad
 from tx_async.engine.batch import RowBatch, row_batch
 from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
+from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.optimizer import Adam, StepOutcome
-from tx_async.errors import EngineError, InvalidRequest, NonFiniteGradients, TxError
-from tx_async.models.load import load_model
+from tx_async.engine.sharding import make_mesh
+from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
+from tx_async.models.decoder import Decoder
+from tx_async.models.load import fetch, load_model
 from tx_async.wire import worker as wire
 from tx_async.wire.worker import EngineConfig, EngineInfo, Welcome
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
@@ -43,38 +46,39 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     """Load the base model and make every slot. Raises `BaseModelError` and `ConfigError`."""
     config = welcome.engine
     compilation.use_cache(config.compilation_cache_dir)
-    platform = jax.default_backend()
-    dtype = config.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    folder = base_model.resolve(welcome.base_model)
-    model, params = load_model(folder, dtype, progress)
-    engine = JaxEngine(model, params, config, context_length(folder, config), welcome.checkpoints_base)
+    if config.num_processes > 1:
+        jax.distributed.initialize(config.coordinator_address, config.num_processes, welcome.process_id)
+    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    folder = fetch(welcome.base_model)
+    model, params = load_model(folder, dtype, progress, make_mesh(config))
+    engine = JaxEngine(model, params, config, folder, welcome.checkpoints_base)
     if config.compile_ahead:
         engine.compile_ahead(progress)
     return engine
 
 
-def context_length(folder: Path, config: EngineConfig) -> int:
-    limit = base_model.read(str(folder), "", config).max_context_length
-    return (
-        max(config.train_row_lengths) if config.train_row_lengths and max(config.train_row_lengths) < limit else limit
-    )
-
-
 class JaxEngine:
-    """Fields that commands change: `training` (the training slots), `configs`, `samplers`."""
+    """Commands change `training`, `scales`, `samplers`, and what `checkpoints` and `sampling` own."""
 
-    def __init__(self, model: Any, params: Any, config: EngineConfig, context: int, checkpoints_base: str):
+    def __init__(self, model: Decoder, params: Any, config: EngineConfig, folder: Path, checkpoints_base: str):
+        """folder: of the base model."""
         self._counter = CompilationCounter()
-        self.model, self.params, self.config, self.context = model, params, config, context
+        self.model, self.params, self.config = model, params, config
+        self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.targets: adapter_slots.Targets = model.lora_targets()
+        #: of adapters and results: every device has them whole; None without a mesh
+        self.replicated = NamedSharding(model.mesh, PartitionSpec()) if model.mesh else None
         self.num_slots = config.max_lora_adapters
-        self.row_shapes = row_shapes(config, context, jax.default_backend())
+        self.row_shapes = row_shapes(config, self.context, jax.default_backend())
         #: One slot more than adapters: the last one takes the gradients of unused rows.
-        self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank)
+        self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank, self.replicated)
         #: LORA_ALPHA / rank of each training slot; 0 where nothing was created yet.
         self.scales = np.zeros(self.num_slots + 1, np.float32)
-        self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank)
         self.checkpoints = Checkpoints(checkpoints_base, model, config.max_lora_rank, writes=jax.process_index() == 0)
+        self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.replicated)
+        self.sampling = SamplingEngine(
+            model, params, config, self.context, str(folder), self.samplers.weights, self.samplers.scale
+        )
         self._programs = _programs(self)
 
     def __repr__(self) -> str:
@@ -92,8 +96,8 @@ class JaxEngine:
             num_sampler_slots=self.config.max_sampler_adapters,
             max_lora_rank=self.config.max_lora_rank,
             num_sequences_max=self.config.sample_max_num_sequences,
-            decode_steps=self.config.decode_steps,
-            prefill_tokens=self.config.prefill_chunk_tokens,
+            decode_steps=self.sampling.decode_steps,
+            prefill_tokens=self.sampling.prefill_tokens,
             num_devices=jax.device_count(),
             platform=jax.default_backend(),
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
@@ -107,10 +111,12 @@ class JaxEngine:
         self._counter.close()
 
     def compile_ahead(self, progress: ReportProgress) -> None:
-        for done, program in enumerate(self._programs.values()):
-            progress(f"compiling {program.name}", done, len(self._programs))
+        """Every program of both halves, now."""
+        programs = [*self._programs.values(), *self.sampling.programs.values()]
+        for done, program in enumerate(programs):
+            progress("compiling", done, len(programs))
             program.compile()
-        progress("compiling", len(self._programs), len(self._programs))
+        progress("compiling", len(programs), len(programs))
 
     def execute(self, command: wire.Command, tensors: Sequence[np.ndarray]) -> Pending:
         try:
@@ -134,8 +140,15 @@ class JaxEngine:
                 return self._save_adapter(command)
             case wire.LoadSampler():
                 return self._load_sampler(command)
-            case _:
-                raise EngineError(f"This engine cannot run {type(command).__name__}.")
+            case wire.AdmitSequences():
+                self.sampling.admit(command.sequences, tensors)
+                return _done
+            case wire.CancelSequences():
+                self.sampling.cancel(command.sequence_ids)
+                return _done
+            case wire.SampleQuantum():
+                steps, prefill = command.decode_steps, command.prefill_tokens
+                return self.sampling.quantum(steps, prefill, self.samplers.weights, self.samplers.scale)
 
     # ---- training
 
@@ -167,19 +180,19 @@ class JaxEngine:
     def _load_adapter(self, command: wire.LoadAdapter) -> Pending:
         saved = self.checkpoints.load(command.key)
         check_same(command.key, saved.config, command.config)
-        self.scales[command.slot] = adapter_slots.lora_scale(command.config.rank)
         slot = np.int32(command.slot)
         if command.optimizer:
             state = self._whole_state(command.key, saved)
             self.training = self._programs["load_state"](self.training, slot, state)
-            return partial(_loaded, state.step)
-        self.training = self._programs["load_weights"](self.training, slot, saved.weights)
-        return partial(_loaded, 0)
+        else:
+            self.training = self._programs["load_weights"](self.training, slot, saved.weights)
+        self.scales[command.slot] = adapter_slots.lora_scale(command.config.rank)
+        return partial(_loaded, saved.step if command.optimizer else 0)
 
     def _whole_state(self, key: str, saved: SavedAdapter) -> TrainingState:
         if saved.m is None or saved.v is None:
             raise InvalidRequest(f"The checkpoint {key} holds no optimizer state: load its weights only.")
-        gradients = saved.gradients or pad(self.targets, {}, self.config.max_lora_rank)
+        gradients: Any = saved.gradients or pad(self.targets, {}, self.config.max_lora_rank)
         return TrainingState(saved.weights, saved.m, saved.v, gradients, jnp.asarray(saved.step, jnp.int32))
 
     def _save_adapter(self, command: wire.SaveAdapter) -> Pending:
@@ -197,16 +210,15 @@ class JaxEngine:
     def _load_sampler(self, command: wire.LoadSampler) -> Pending:
         saved = self.checkpoints.load(command.key)
         slot = command.sampler_slot
-        self.samplers.weights = self._programs["load_sampler"](self.samplers.weights, np.int32(slot), saved.weights)
-        self.samplers.scale[slot] = adapter_slots.lora_scale(saved.config.rank)
+        weights = self._programs["load_sampler"](self.samplers.weights, np.int32(slot), saved.weights)
+        self.samplers.load(slot, weights, adapter_slots.lora_scale(saved.config.rank))
         return partial(_loaded, 0)
 
 
 def row_shapes(config: EngineConfig, context: int, platform: str) -> tuple[tuple[int, int], ...]:
-    """One row per micro-batch on CPU: every row meets the same kernels whatever its neighbours are, so no bit depends
-    on them.
-    """
-    lengths = config.train_row_lengths or _doubling(context)
+    """(rows, length), ascending. On CPU one row each: it meets the same kernels whatever its neighbours are."""
+    configured = [length for length in config.train_row_lengths if length < context]
+    lengths = (*configured, context) if configured else _doubling(context)
     tokens = config.train_micro_batch_tokens or (0 if platform == "cpu" else 4096)
     rows: Callable[[int], int] = lambda length: config.train_micro_batch_size or max(1, tokens // length)  # noqa: E731
     return tuple((rows(length), length) for length in sorted(lengths))
@@ -230,39 +242,36 @@ def train_program(rows: int, length: int, k: int, forward_only: bool) -> str:
 
 def _programs(engine: JaxEngine) -> dict[str, Program]:
     """Every program of the training half. Shapes and names are all known here."""
-    slot = np.int32(0)
-    state = engine.training
+    state, slot = engine.training, np.int32(0)
     one = jax.eval_shape(adapter_slots.read_state, state, slot)
+    adam, creation = Adam.of(wire.AdamParams()), Creation.of(wire.AdapterConfig(rank=1))
+    create_adapter = partial(adapter_slots.create_adapter, engine.targets)
+    program = partial(Program, out_shardings=engine.replicated)
     listed = [
         *_train_programs(engine),
-        Program("read_state", adapter_slots.read_state, (state, slot)),
-        Program("read_weights", adapter_slots.read_slot, (state.weights, slot)),
-        Program("load_state", adapter_slots.write_state, (state, slot, one), donate=(0,)),
-        Program("load_weights", adapter_slots.load_weights, (state, slot, one.weights), donate=(0,)),
-        Program("load_sampler", adapter_slots.write_slot, (engine.samplers.weights, slot, one.weights), donate=(0,)),
-        Program("optim_step", optimizer.optim_step, (engine.training, slot, Adam.of(wire.AdamParams())), donate=(0,)),
-        Program(
-            "create_adapter",
-            partial(adapter_slots.create_adapter, engine.targets),
-            (engine.training, slot, Creation.of(wire.AdapterConfig(rank=1))),
-            donate=(0,),
-        ),
+        program("optim_step", optimizer.optim_step, (state, slot, adam), donate=(0,)),
+        program("create_adapter", create_adapter, (state, slot, creation), donate=(0,)),
+        program("read_state", adapter_slots.read_state, (state, slot)),
+        program("read_weights", adapter_slots.read_slot, (state.weights, slot)),
+        program("load_state", adapter_slots.write_state, (state, slot, one), donate=(0,)),
+        program("load_weights", adapter_slots.load_weights, (state, slot, one.weights), donate=(0,)),
+        program("load_sampler", adapter_slots.write_slot, (engine.samplers.weights, slot, one.weights), donate=(0,)),
     ]
     return {program.name: program for program in listed}
 
 
 def _train_programs(engine: JaxEngine) -> Iterator[Program]:
-    state = engine.training
+    state, program = engine.training, partial(Program, out_shardings=engine.replicated)
     for rows, length in engine.row_shapes:
         remat = engine.config.gradient_checkpointing or rows * length > REMAT_TOKENS
         for k in TARGETS_PER_TOKEN:
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
-            yield Program(
+            yield program(
                 train_program(rows, length, k, forward_only=True),
                 partial(train.forward, engine.model),
                 (engine.params, state.weights, of_batch),
             )
-            yield Program(
+            yield program(
                 train_program(rows, length, k, forward_only=False),
                 partial(train.forward_backward, engine.model, remat),
                 (engine.params, state.weights, state.gradients, of_batch),
