@@ -1,1 +1,1 @@
-
+"""HTTP in, validated structs out, and back. One file per resource; it owns no state."""
