@@ -1,0 +1,174 @@
+"""Every loss against its formula in float64 NumPy, its derivative against finite differences of that."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tx_async.engine import head
+from tx_async.engine.batch import RowBatch
+from tx_async.engine.losses import LossInputs, log_sequence_ratios, loss_terms
+from tx_async.wire.worker import LOSS_FNS
+
+LENGTH, RANK, HIDDEN, VOCAB = 50, 3, 8, 40
+
+
+def reference(name: str, lp: np.ndarray, x: dict[str, np.ndarray], frozen_lp: np.ndarray) -> np.ndarray:
+    """Section 14 of the wire contract, position by position. frozen_lp: the values that stop-gradients see."""
+    q, advantages, low, high = (x[n] for n in ("logprobs", "advantages", "clip_low_threshold", "clip_high_threshold"))
+    if name == "cross_entropy":
+        return -(x["weights"] * lp).sum(-1)
+    lp, frozen_lp = lp[..., 0], frozen_lp[..., 0]
+    ratio = np.exp(lp - q)
+    match name:
+        case "importance_sampling":
+            return -ratio * advantages
+        case "ppo":
+            return -np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
+        case "cispo":
+            return -np.clip(np.exp(frozen_lp - q), low, high) * lp * advantages
+        case "dro":
+            return -(lp * advantages - 0.5 * x["beta"] * (lp - q) ** 2)
+    ratio = sequence_ratio(frozen_lp, x) * np.exp(lp - frozen_lp)
+    return -np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
+
+
+def sequence_ratio(lp: np.ndarray, x: dict[str, np.ndarray]) -> np.ndarray:
+    ratios = np.ones_like(lp)
+    for row in range(len(lp)):
+        for number in set(x["segment_ids"][row]):
+            mine = x["segment_ids"][row] == number
+            marked = mine & (x["sequence_ratio_mask"][row] != 0)
+            ratios[row, mine] = np.exp(np.mean(lp[row, marked] - x["logprobs"][row, marked])) if marked.any() else 1.0
+    return ratios
+
+
+def random_inputs(seed: int, k: int, rows: int = 2) -> dict[str, np.ndarray]:
+    """Weights and advantages of any sign and size; three segments and padding in each row."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, LENGTH)
+    return {
+        "weights": rng.standard_normal((*shape, k)) * 10.0 ** rng.integers(-2, 3, (*shape, k)),
+        "logprobs": -3 + 0.4 * rng.standard_normal(shape),
+        "advantages": rng.standard_normal(shape) * 10.0 ** rng.integers(-2, 3, shape),
+        "clip_low_threshold": rng.uniform(0.5, 0.9, shape),
+        "clip_high_threshold": rng.uniform(1.1, 1.5, shape),
+        "sequence_ratio_mask": rng.integers(0, 2, shape).astype(float),
+        "beta": rng.uniform(0.01, 1, shape),
+        "segment_ids": np.repeat([[1, 2, 3, 0]], rows, 0).repeat([20, 10, 15, 5], axis=1),
+    }
+
+
+def loss_inputs(name: str, x: dict[str, np.ndarray], lp: np.ndarray) -> LossInputs:
+    f32 = {key: jnp.asarray(value, jnp.float32) for key, value in x.items()}
+    ratios = log_sequence_ratios(
+        jnp.asarray(lp[..., 0], jnp.float32), f32["logprobs"], f32["sequence_ratio_mask"], jnp.asarray(x["segment_ids"])
+    )
+    shared = {key: f32[key] for key in LossInputs._fields if key in f32}
+    loss_fn = jnp.full(x["logprobs"].shape, LOSS_FNS.index(name))
+    return LossInputs(loss_fn=loss_fn, valid=jnp.asarray(x["segment_ids"] > 0), log_sequence_ratio=ratios, **shared)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", LOSS_FNS)
+def test_each_loss_and_its_derivative_match_the_formula(name, k):
+    x = random_inputs(seed=LOSS_FNS.index(name), k=k)
+    lp = -3 + 0.4 * np.random.default_rng(7).standard_normal((2, LENGTH, k))
+    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+    valid = x["segment_ids"] > 0
+    np.testing.assert_allclose(terms, np.where(valid, reference(name, lp, x, lp), 0), rtol=2e-5, atol=1e-5)
+    step = 1e-6
+    for target in range(k):
+        up, down = (lp + sign * step * np.eye(k)[target] for sign in (1, -1))
+        slope = (reference(name, up, x, lp) - reference(name, down, x, lp)) / (2 * step)
+        np.testing.assert_allclose(slopes[..., target], np.where(valid, slope, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_ratio_on_its_bound_passes_its_gradient():
+    """As torch's clamp and minimum do: with the ratio exactly 1 and bounds that are 1, nothing is cut off."""
+    x = {key: np.ones((1, 1)) for key in random_inputs(0, 1)} | {"weights": np.ones((1, 1, 1))}
+    x["segment_ids"] = np.ones((1, 1), int)
+    terms, slopes = loss_terms(jnp.ones((1, 1, 1)), loss_inputs("ppo", x, np.ones((1, 1, 1))))
+    assert terms[0, 0] == -1 and slopes[0, 0, 0] == -1
+
+
+def test_what_stands_in_padding_does_not_count():
+    x = random_inputs(3, 1)
+    padding = x["segment_ids"] == 0
+    for value in (np.nan, np.inf):
+        dirty = {key: np.where(padding, value, v) if v.ndim == 2 and v.dtype == float else v for key, v in x.items()}
+        for name in LOSS_FNS:
+            lp = np.full((2, LENGTH, 1), -3.0)
+            terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, dirty, lp))
+            assert (terms[padding] == 0).all() and (slopes[padding] == 0).all()
+            assert np.isfinite(terms).all() and np.isfinite(slopes).all()
+
+
+def test_a_mix_of_losses_in_one_row_is_each_loss_alone():
+    x = random_inputs(5, 2)
+    lp = -3 + np.random.default_rng(8).standard_normal((2, LENGTH, 2))
+    mixed = loss_inputs("ppo", x, lp)
+    loss_fn = np.random.default_rng(9).integers(0, len(LOSS_FNS), (2, LENGTH))
+    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), mixed._replace(loss_fn=jnp.asarray(loss_fn)))
+    for index, name in enumerate(LOSS_FNS):
+        mine = loss_fn == index
+        alone = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+        assert (terms[mine] == alone[0][mine]).all() and (slopes[mine] == alone[1][mine]).all()
+
+
+# ---- the unembedding with its loss
+
+
+def row_batch(name: str, x: dict[str, np.ndarray], targets: np.ndarray) -> RowBatch:
+    f32 = {key: jnp.asarray(value, jnp.float32) for key, value in x.items() if key != "segment_ids"}
+    ints = {"segment_ids": jnp.asarray(x["segment_ids"], jnp.int32), "target_tokens": jnp.asarray(targets, jnp.int32)}
+    nothing = jnp.zeros(targets.shape[:2], jnp.int32)
+    rows = {"slots": jnp.zeros(2, jnp.int32), "scale": jnp.array([4.0, 2.0])}
+    loss_fn = jnp.full(targets.shape[:2], LOSS_FNS.index(name))
+    return RowBatch(tokens=nothing, positions=nothing, loss_fn=loss_fn, **rows, **ints, **f32)
+
+
+def total_loss(name, x, targets, hidden, w, a, b, scale, frozen=None):
+    """float64, the whole [L, V] at once. -> (log-probabilities of the targets, sum of the loss)"""
+    logits = hidden @ w + (hidden @ a) @ b * scale[:, None, None]
+    lse = np.log(np.exp(logits).sum(-1, keepdims=True))
+    lp = np.take_along_axis(logits - lse, targets, -1)
+    terms = reference(name, lp, x, lp if frozen is None else frozen)
+    return lp, np.where(x["segment_ids"] > 0, terms, 0).sum()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", LOSS_FNS)
+def test_the_chunked_head_gives_the_gradients_of_the_whole(name, k, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_TOKENS", 14)  # seven positions a row: the last of eight chunks is not full
+    rng = np.random.default_rng(11)
+    x = random_inputs(12, k)
+    x["weights"] /= 100
+    hidden, w = rng.standard_normal((2, LENGTH, HIDDEN)), rng.standard_normal((HIDDEN, VOCAB))
+    a, b = rng.standard_normal((2, HIDDEN, RANK)), 0.1 * rng.standard_normal((2, RANK, VOCAB))
+    targets = rng.integers(0, VOCAB, (2, LENGTH, k))
+    targets[0, :5] = targets[0, :5, :1]  # the same target several times
+    batch = row_batch(name, x, targets)
+    unembedding = head.Unembedding(*(jnp.asarray(v, jnp.float32) for v in (w, a, b)), batch.scale)
+    run = jax.jit(head.forward_backward)
+    logprobs, losses, gradients = run(jnp.asarray(hidden, jnp.float32), unembedding, batch)
+
+    scale = np.asarray(batch.scale, float)
+    lp, total = total_loss(name, x, targets, hidden, w, a, b, scale)
+    valid = (x["segment_ids"] > 0)[..., None]
+    np.testing.assert_allclose(logprobs, np.where(valid, lp, 0), atol=2e-5)
+    np.testing.assert_allclose(np.sum(losses, dtype=float), total, rtol=1e-4)
+    only_forward = jax.jit(head.forward)(jnp.asarray(hidden, jnp.float32), unembedding, batch)
+    np.testing.assert_allclose(only_forward[0], logprobs, atol=1e-6)
+    np.testing.assert_allclose(only_forward[1], losses, rtol=1e-5, atol=1e-5)
+
+    arguments = {"hidden": hidden, "a": a, "b": b}
+    for argument, value in arguments.items():
+        direction = rng.standard_normal(value.shape)
+        step = 1e-6
+        shifted = (arguments | {argument: value + sign * step * direction} for sign in (1, -1))
+        up, down = (
+            total_loss(name, x, targets, v["hidden"], w, v["a"], v["b"], scale, frozen=lp)[1] for v in shifted
+        )
+        found = (np.asarray(getattr(gradients, argument), float) * direction).sum()
+        np.testing.assert_allclose(found, (up - down) / (2 * step), rtol=2e-3, atol=2e-3)
