@@ -167,8 +167,6 @@ def test_the_chunked_head_gives_the_gradients_of_the_whole(name, k, monkeypatch)
         direction = rng.standard_normal(value.shape)
         step = 1e-6
         shifted = (arguments | {argument: value + sign * step * direction} for sign in (1, -1))
-        up, down = (
-            total_loss(name, x, targets, v["hidden"], w, v["a"], v["b"], scale, frozen=lp)[1] for v in shifted
-        )
+        up, down = (total_loss(name, x, targets, v["hidden"], w, v["a"], v["b"], scale, frozen=lp)[1] for v in shifted)
         found = (np.asarray(getattr(gradients, argument), float) * direction).sum()
         np.testing.assert_allclose(found, (up - down) / (2 * step), rtol=2e-3, atol=2e-3)

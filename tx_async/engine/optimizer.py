@@ -33,6 +33,7 @@ class Adam(NamedTuple):
     learning_rate: np.float32
     decay: np.float32
     """1 - learning_rate · weight_decay"""
+    beta1: np.float32
     one_minus_beta1: np.float32
     beta2: np.float32
     one_minus_beta2: np.float32
@@ -46,6 +47,7 @@ class Adam(NamedTuple):
         values = (
             params.learning_rate,
             1 - params.learning_rate * params.weight_decay,
+            params.beta1,
             1 - params.beta1,
             params.beta2,
             1 - params.beta2,
@@ -87,7 +89,8 @@ def _adamw(old: TrainingState, norm: Array, adam: Adam) -> TrainingState:
 
     def update(w: Array, m: Array, v: Array, g: Array) -> tuple[Array, Array, Array]:
         g = g * clip
-        m = m + adam.one_minus_beta1 * (g - m)
+        # torch's lerp has these two forms, each exact at its end.
+        m = jnp.where(adam.beta1 > 0.5, m + adam.one_minus_beta1 * (g - m), g - adam.beta1 * (g - m))
         v = adam.beta2 * v + adam.one_minus_beta2 * (g * g)
         move = jnp.where(m == 0, 0.0, m / (jnp.sqrt(v) / correction2 + adam.eps))
         return w * adam.decay - step_size * move, m, v

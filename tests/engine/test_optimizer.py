@@ -1,0 +1,174 @@
+"""AdamW against torch's, and what one slot's step may never do: touch another, wake padding, take a step that is not finite."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tx_async.engine.adapter_slots import TrainingState, read_state
+from tx_async.engine.optimizer import Adam, global_norm, optim_step
+from tx_async.testing.engine_bench import assert_same_bits
+from tx_async.wire.worker import AdamParams
+
+SLOTS = 3
+STEP = jax.jit(optim_step)
+
+CASES = {
+    "tinker's defaults": AdamParams(),
+    "everything at once": AdamParams(
+        learning_rate=0.02, beta1=0.8, beta2=0.999, eps=1e-6, weight_decay=0.3, grad_clip_norm=0.7
+    ),
+    "beta2 near one": AdamParams(learning_rate=1e-3, beta2=0.9999, eps=1e-8),
+    "no momentum": AdamParams(learning_rate=1e-3, beta1=0.0, beta2=0.0, eps=1e-8),
+}
+GOLDEN = {
+    "tinker's defaults": [-0.100252934, 0.20012292, 0.50023377],
+    "everything at once": [-0.15432838, 0.20632349, 0.5397311],
+    "beta2 near one": [-0.10253691, 0.2012244, 0.5023134],
+    "no momentum": [-0.10300001, 0.199, 0.50299996],
+}
+"""torch 2.13: float32 parameters [-0.1, 0.2, 0.5] after three steps with `GRADIENTS`."""
+GRADIENTS = np.array([[0.5, -1.0, -2.0], [0.1, 0.3, -0.2], [3.0, 1.0, -0.001]], np.float32)
+
+
+def state_with(weights: np.ndarray, gradients: np.ndarray) -> TrainingState:
+    """The same vector in A of every slot; B is a second leaf of zeros."""
+
+    def stacks(values: np.ndarray):
+        a = jnp.asarray(np.broadcast_to(values, (1, SLOTS, 1, len(values))))
+        return {"layers": {"q": (a, jnp.zeros((1, SLOTS, 2, 2)))}}
+
+    zeros = [stacks(np.zeros_like(weights)) for _ in range(2)]
+    return TrainingState(stacks(weights), *zeros, stacks(gradients), jnp.zeros(SLOTS, jnp.int32))
+
+
+def with_gradients(state: TrainingState, gradients: np.ndarray) -> TrainingState:
+    return state._replace(gradients=state_with(gradients, gradients).gradients)
+
+
+def steps(adam: AdamParams, weights: np.ndarray, gradients: np.ndarray, slot: int = 1):
+    state, outcome = state_with(weights, gradients[0]), None
+    for gradient in gradients:
+        state, outcome = STEP(with_gradients(state, gradient), jnp.int32(slot), Adam.of(adam))
+    return state, outcome
+
+
+def vector(stack) -> np.ndarray:
+    return np.asarray(stack["layers"]["q"][0][0, 1, 0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_end_where_torch_ends(case):
+    state, outcome = steps(CASES[case], np.array([-0.1, 0.2, 0.5], np.float32), GRADIENTS)
+    np.testing.assert_allclose(vector(state.weights), GOLDEN[case], rtol=2e-6)
+    assert outcome.taken and outcome.step == 3
+    np.testing.assert_allclose(outcome.grad_norm, np.linalg.norm(GRADIENTS[-1]), rtol=1e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", CASES)
+def test_a_hundred_steps_follow_torch(case):
+    import torch
+
+    adam = CASES[case]
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(64).astype(np.float32)
+    gradients = (rng.standard_normal((100, 64)) * 10.0 ** rng.integers(-6, 3, (100, 64))).astype(np.float32)
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+    )
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient)
+        if adam.grad_clip_norm:
+            torch.nn.utils.clip_grad_norm_([parameter], adam.grad_clip_norm)
+        optimizer.step()
+    state, _ = steps(adam, start, gradients)
+    np.testing.assert_allclose(vector(state.weights), parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+    moments = optimizer.state[parameter]
+    np.testing.assert_allclose(vector(state.m), moments["exp_avg"].numpy(), rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(vector(state.v), moments["exp_avg_sq"].numpy(), rtol=1e-4, atol=1e-12)
+
+
+def test_beta2_of_0_999_is_not_rounded_to_one():
+    """1 - 0.999 in fp32 is 5e-5 off, and in bf16 it is zero: the first step shows it."""
+    adam = AdamParams(learning_rate=1.0, beta2=0.999, eps=0.0)
+    state, _ = steps(adam, np.zeros(2, np.float32), np.array([[1e-3, -7.0]], np.float32))
+    np.testing.assert_allclose(vector(state.weights), [-1, 1], rtol=1e-6)
+    np.testing.assert_allclose(vector(state.v), [1e-9, 0.049], rtol=1e-6)
+
+
+def test_a_step_touches_one_slot_and_clears_its_gradients():
+    before = state_with(np.ones(4, np.float32), np.ones(4, np.float32))
+    after, _ = STEP(before, jnp.int32(1), Adam.of(CASES["everything at once"]))
+    for other in (0, 2):
+        assert_same_bits(read_state(before, jnp.int32(other)), read_state(after, jnp.int32(other)))
+    assert (vector(after.gradients) == 0).all() and (vector(after.weights) < 1).all()
+
+
+def test_without_gradients_moments_decay_and_weight_decay_applies():
+    adam = AdamParams(learning_rate=0.1, weight_decay=0.5, beta1=0.9, beta2=0.95)
+    state, _ = steps(adam, np.ones(2, np.float32), np.array([[1.0, -1.0], [0.0, 0.0]], np.float32))
+    np.testing.assert_allclose(vector(state.m), [0.09, -0.09], rtol=1e-6)
+    fresh, outcome = steps(adam, np.ones(2, np.float32), np.zeros((1, 2), np.float32))
+    np.testing.assert_allclose(vector(fresh.weights), 0.95, rtol=1e-6)
+    assert outcome.taken and outcome.grad_norm == 0
+
+
+@pytest.mark.parametrize(
+    "adam",
+    [
+        AdamParams(eps=0.0, weight_decay=0.1),
+        AdamParams(eps=0.0, beta1=0.0, beta2=0.0),
+        AdamParams(learning_rate=1e4, weight_decay=100.0, grad_clip_norm=1e-20),
+    ],
+)
+def test_what_is_zero_without_gradient_stays_exactly_zero(adam):
+    """Padding of lower ranks, groups that are not trained, and A's gradient while B = 0, also with eps = 0."""
+    gradients = np.tile(np.array([1.0, 0.0, -1.0, 0.0], np.float32), (5, 1))
+    state, outcome = steps(adam, np.array([0.5, 0.0, 0.1, 0.0], np.float32), gradients)
+    assert outcome.taken
+    for stack in (state.weights, state.m, state.v):
+        assert vector(stack)[1] == 0 == vector(stack)[3]
+        assert np.isfinite(vector(stack)).all()
+        assert (np.asarray(stack["layers"]["q"][1]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("gradient", "adam"),
+    [
+        (np.nan, AdamParams()),
+        (np.inf, AdamParams(grad_clip_norm=1.0)),
+        (-np.inf, AdamParams()),
+        (1e30, AdamParams()),  # finite, but its square is not
+        (1.0, AdamParams(learning_rate=1e300)),
+        (1.0, AdamParams(learning_rate=1e30, weight_decay=1e30)),
+    ],
+)
+def test_a_step_that_would_not_be_finite_is_not_taken(gradient, adam):
+    good, _ = steps(AdamParams(), np.ones(3, np.float32), GRADIENTS)
+    bad = with_gradients(good, np.array([1.0, gradient, 1.0], np.float32))
+    after, outcome = STEP(bad, jnp.int32(1), Adam.of(adam))
+    assert not outcome.taken and outcome.step == 3
+    assert (vector(after.gradients) == 0).all()
+    cleared = jax.tree.map(jnp.zeros_like, good.gradients)
+    for slot in map(jnp.int32, range(SLOTS)):
+        kept = read_state(good._replace(gradients=cleared), slot)
+        assert_same_bits(kept, read_state(after._replace(gradients=cleared), slot))
+
+
+def test_the_norm_of_large_gradients_does_not_overflow():
+    tree = {"layers": {"q": (jnp.full((4, 4), 1e30), jnp.full((3,), -2e30))}}
+    np.testing.assert_allclose(global_norm(tree), np.sqrt(16 + 12) * 1e30, rtol=1e-6)
+    assert jax.jit(partial(global_norm))({"layers": {"q": (jnp.zeros(3), jnp.zeros(2))}}) == 0
+
+
+def test_clipping_uses_the_norm_over_all_matrices():
+    state = state_with(np.zeros(2, np.float32), np.array([3.0, 0.0], np.float32))
+    b = jnp.zeros((1, SLOTS, 2, 2)).at[0, :, 0, 0].set(4.0)
+    state = state._replace(gradients={"layers": {"q": (state.gradients["layers"]["q"][0], b)}})
+    after, outcome = STEP(state, jnp.int32(1), Adam.of(AdamParams(beta1=0.0, grad_clip_norm=1.0)))
+    np.testing.assert_allclose(outcome.grad_norm, 5, rtol=1e-6)
+    np.testing.assert_allclose(vector(after.m), [0.6, 0], rtol=1e-6)
