@@ -1,8 +1,4 @@
-"""How parameters and rows lie on the mesh: one table from logical axes to mesh axes.
-
-Mesh axes: `fsdp` holds rows of a batch and a piece of every weight, gathered layer by layer while it computes; `tensor`
-cuts heads, MLP features and the vocabulary; `expert` gives each device some of the experts. All have size 1 by default.
-"""
+"""The mesh of an engine, and its model's parameters on it (the table of axes is `layers/sharding.py`)."""
 
 from __future__ import annotations
 
@@ -10,28 +6,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from tx_async.errors import ConfigError
-from tx_async.layers.weights import Dim, Weight
+from tx_async.layers.sharding import AXES, spec_of
+from tx_async.layers.weights import Weight
 from tx_async.models.decoder import Decoder
 from tx_async.wire.worker import EngineConfig
 
-AXES = ("fsdp", "expert", "tensor")
-
-RULES: dict[str, str] = {
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "experts": "expert",
-}
-"""Logical axis -> mesh axis. An axis whose units the mesh axis does not divide stays whole: `num_kv_heads` < tensor, say."""
-
-
 def make_mesh(config: EngineConfig) -> Mesh | None:
-    """The mesh of all devices, None for a single one. Raises `ConfigError` when the sizes and the devices do not match."""
+    """The mesh of all devices, None for one device alone. Raises `ConfigError` when sizes and devices do not match."""
     sizes = (config.fully_sharded_data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size)
     wanted, devices = int(np.prod(sizes)), jax.devices()
     if wanted == 1 and config.num_processes == 1:
@@ -42,19 +26,6 @@ def make_mesh(config: EngineConfig) -> Mesh | None:
             f"{wanted}, but there are {len(devices)} devices."
         )
     return Mesh(np.array(devices[:wanted]).reshape(sizes), AXES)
-
-
-def spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:
-    """How a leaf is cut: never along its layers."""
-    experts = (Dim(weight.num_experts, "experts"),) if weight.num_experts else ()
-    axes = [_mesh_axis(dim, mesh) for dim in (*experts, *weight.dims)]
-    return PartitionSpec(*((None,) if weight.stack else ()), *axes)
-
-
-def _mesh_axis(dim: Dim, mesh: Mesh) -> str | None:
-    axis = RULES.get(dim.axis) if dim.axis else None
-    divides = axis is not None and (dim.units or dim.size) % mesh.shape[axis] == 0
-    return axis if divides else None
 
 
 def weight_sharding(weight: Weight, mesh: Mesh | None) -> Sharding:

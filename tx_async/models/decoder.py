@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.layers.attention import Attend, Cache
 from tx_async.layers.block import Attention, Mlp, Run
 from tx_async.layers.lora import Lora, LoraTarget
 from tx_async.layers.norm import rms_norm
 from tx_async.layers.rope import Rope
+from tx_async.layers.sharding import gathered_spec_of
 from tx_async.layers.weights import Dim, Stack, Weight
 
 Params = dict[str, Any]
@@ -102,7 +103,7 @@ class Decoder:
         remat: bool = False,
     ) -> tuple[Array, Cache]:
         """tokens, positions int32 [R, L] -> (hidden [R, L, D] after the final norm, cache)."""
-        x, run = params["embed"][tokens], Run(lora, self.rope(positions), attend, self.mesh)
+        x, run = self._by_rows(params["embed"][tokens]), Run(lora, self.rope(positions), attend, self.mesh)
         for segment in self.segments:
             body = partial(self._run_layers, segment, run)
             layers = tuple((jnp.array(s.layers), params[s.name], lora.weights.get(s.name, {})) for s in segment)
@@ -114,10 +115,25 @@ class Decoder:
     ) -> tuple[tuple[Array, Cache], None]:
         x, cache = carry
         for stack, (index, w, adapters) in zip(segment, layers, strict=True):
+            w = self._gathered(stack, w)
             out, cache = self.attention(run, w, adapters, self._norm(x, w["input_norm"]), cache, index)
-            x = x + out
+            x = self._by_rows(x + out)
             x = x + self.mlp_of(stack)(run, w, adapters, self._norm(x, w["post_norm"]))
-        return (x, cache), None
+        return (self._by_rows(x), cache), None
+
+    def _gathered(self, stack: Stack, w: Params) -> Params:
+        """One layer's weights, whole along `fsdp` while it runs."""
+        if self.mesh is None:
+            return w
+        specs = {x.name: gathered_spec_of(x, self.mesh) for x in self.weights if x.stack == stack.name}
+        shardings = {name: NamedSharding(self.mesh, specs[name]) for name in w}
+        return jax.lax.with_sharding_constraint(w, shardings)
+
+    def _by_rows(self, x: Array) -> Array:
+        """Rows stay on their devices, so that weights come to them and not the other way round."""
+        if self.mesh is None or x.shape[0] % self.mesh.shape["fsdp"]:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("fsdp")))
 
     def _norm(self, x: Array, weight: Array) -> Array:
         return rms_norm(x, weight, self.rms_norm_eps)

@@ -60,8 +60,10 @@ def check_quantization(config: Config) -> None:
     quantization = config.get("quantization_config")
     if not quantization:
         return
-    method, fmt = quantization.get("quant_method"), quantization.get("fmt", "e4m3")
-    if method != "fp8" or fmt != "e4m3" or not quantization.get("weight_block_size"):
+    method, blocks = quantization.get("quant_method"), quantization.get("weight_block_size") or ()
+    known = method == "fp8" and quantization.get("fmt", "e4m3") == "e4m3"
+    if not known or len(blocks) != 2 or any(size & (size - 1) for size in blocks):
         raise BaseModelError(
-            f"quantization_config {method!r} in config.json is not supported; only fp8 (e4m3) with weight_block_size is."
+            f"quantization_config {method!r} in config.json is not supported; only fp8 (e4m3) with a weight_block_size "
+            "of powers of two is."
         )

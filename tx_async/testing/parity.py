@@ -107,7 +107,7 @@ def random_adapter(model: Decoder, config: AdapterConfig, seed: int = 0) -> Adap
     rng = np.random.default_rng([seed, 11])
 
     def matrix(shape: tuple[int, ...]) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32) * np.float32(0.5 * shape[-2] ** -0.5)
+        return rng.standard_normal(shape, np.float32) * np.float32(0.25 * shape[-2] ** -0.5)
 
     shapes = adapter_shapes(model, config)
     return {s: {n: (matrix(a), matrix(b)) for n, (a, b) in targets.items()} for s, targets in shapes.items()}

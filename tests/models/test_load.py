@@ -1,0 +1,189 @@
+"""Checkpoints become parameters: streamed, exact, and refused by name when they are not what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tx_async.errors import BaseModelError
+from tx_async.models import load
+from tx_async.models.load import load_model
+from tx_async.testing.models import (
+    DEEPSEEK_V3_TINY,
+    LLAMA_TINY,
+    QWEN3_TINY,
+    make_deepseek_v3,
+    make_llama,
+    make_model,
+    make_qwen3,
+    random_tensors,
+)
+
+
+def equal(params, others) -> None:
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*sliding_attention"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' in config.json lacks 'factor'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq'"),
+        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM"),
+        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+    ],
+)
+def test_what_changes_the_numbers_and_is_not_implemented_is_refused_by_name(change, message):
+    with pytest.raises(BaseModelError, match=message):
+        load.from_config(QWEN3_TINY | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+        ({"topk_method": "greedy"}, "topk_method 'greedy'"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
+        ({"mlp_layer_types": ["dense", "linear", "sparse"]}, "mlp_layer_types"),
+    ],
+)
+def test_deepseek_refuses_other_routers_by_name(change, message):
+    with pytest.raises(BaseModelError, match=message):
+        load.from_config(DEEPSEEK_V3_TINY | change)
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_missing_unknown_and_mis_shaped_tensors_are_refused_by_name(tmp_path):
+    folder, name = make_qwen3(tmp_path, tokenizer=False), "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name][:-1].copy()}))
+    with pytest.raises(BaseModelError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \[127, 64\]"):
+        load_model(folder)
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(BaseModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(folder)
+    rewrite(make_qwen3(tmp_path), lambda tensors: tensors.update({"model.layers.0.extra.weight": np.zeros(3, "f4")}))
+    with pytest.raises(BaseModelError, match=r"does not have: model\.layers\.0\.extra\.weight"):
+        load_model(folder)
+
+
+def test_biases_that_the_config_does_not_announce_are_refused(tmp_path):
+    folder = make_llama(tmp_path, tokenizer=False, attention_bias=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA_TINY))
+    with pytest.raises(BaseModelError, match=r"q_proj\.bias"):
+        load_model(folder)
+
+
+def test_a_truncated_file_and_a_missing_shard_are_named(tmp_path):
+    folder = make_qwen3(tmp_path, tokenizer=False)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BaseModelError, match="truncated"):
+        load_model(folder)
+    path.unlink()
+    with pytest.raises(BaseModelError, match=r"lacks model\.safetensors"):
+        load_model(folder)
+    with pytest.raises(BaseModelError, match=r"no config\.json"):
+        load_model(folder.parent / "..")
+
+
+def test_a_hub_name_that_cannot_be_had_says_so():
+    with pytest.raises(BaseModelError, match="nobody/nothing is neither a folder nor available"):
+        load_model("nobody/nothing")
+
+
+def test_sharded_checkpoints_and_small_chunks_give_the_same_parameters(tmp_path, monkeypatch):
+    _, whole = load_model(make_deepseek_v3(tmp_path / "whole", tokenizer=False))
+    folder = make_deepseek_v3(tmp_path / "cut", tokenizer=False)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    monkeypatch.setattr(load, "CHUNK_BYTES", 3_000)
+    reports = []
+    _, cut = load_model(folder, progress=lambda *report: reports.append(report))
+    equal(cut, whole)
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    assert reports[-1] == ("loading weights", stored, stored)
+    assert [done for _, done, _ in reports] == sorted({done for _, done, _ in reports})
+
+
+def test_tied_models_hold_the_embedding_in_both_directions(tmp_path):
+    folder = make_qwen3(tmp_path, tokenizer=False, tie_word_embeddings=True)
+    _, params = load_model(folder)
+    np.testing.assert_array_equal(params["head"], params["embed"].T)
+    # Some files hold a copy of the tied head: it is passed over, as in transformers.
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((320, 64), "f4")}))
+    equal(load_model(folder)[1], params)
+
+
+def test_layers_of_multi_token_prediction_are_passed_over(tmp_path):
+    folder = make_deepseek_v3(tmp_path, tokenizer=False)
+    _, params = load_model(folder)
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": np.zeros((3, 3), "f4")}))
+    equal(load_model(folder)[1], params)
+
+
+def test_fp8_blocks_are_dequantised(tmp_path):
+    """Blocks of 16 × 16, edges cut; the reference multiplies each block by its scale in numpy."""
+    quantized, plain = {}, {}
+    for name, tensor in random_tensors(DEEPSEEK_V3_TINY).items():
+        if tensor.ndim == 1 or "embed" in name or "lm_head" in name or name.endswith("gate.weight"):
+            quantized[name] = plain[name] = tensor
+            continue
+        blocks = tuple(-(-size // 16) for size in tensor.shape)
+        scale = np.random.default_rng(0).uniform(0.5, 2.0, blocks).astype(np.float32)
+        spread = scale.repeat(16, 0).repeat(16, 1)[: tensor.shape[0], : tensor.shape[1]]
+        quantized[name] = (tensor / spread).astype(ml_dtypes.float8_e4m3fn)
+        quantized[f"{name}_scale_inv"] = scale
+        plain[name] = quantized[name].astype(np.float32) * spread
+    method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    folder = make_model(tmp_path / "fp8", DEEPSEEK_V3_TINY | {"quantization_config": method}, tokenizer=False)
+    save_file(quantized, folder / "model.safetensors", {"format": "pt"})
+    reference = make_model(tmp_path / "plain", DEEPSEEK_V3_TINY, tokenizer=False)
+    save_file(plain, reference / "model.safetensors", {"format": "pt"})
+    equal(load_model(folder)[1], load_model(reference)[1])
+
+
+def test_fp8_without_scales_is_refused(tmp_path):
+    folder, name = make_qwen3(tmp_path, tokenizer=False), "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].astype(ml_dtypes.float8_e4m3fn)}))
+    with pytest.raises(BaseModelError, match="float8_e4m3fn without"):
+        load_model(folder)
+
+
+def test_routers_stay_in_fp32_when_the_model_is_bf16(tmp_path):
+    _, params = load_model(make_deepseek_v3(tmp_path, tokenizer=False), "bfloat16")
+    assert params["moe"]["router"].dtype == params["moe"]["router_bias"].dtype == np.float32
+    assert params["moe"]["gate"].dtype == params["embed"].dtype == ml_dtypes.bfloat16
+
+
+def test_peak_memory_above_the_model_is_a_few_chunks(tmp_path):
+    """Far below the promised one large tensor plus 1 GiB: the largest tensor here has 128 MiB, the model 0.6 GiB."""
+    folder = make_qwen3(
+        tmp_path, tokenizer=False, vocab_size=65536, hidden_size=512, intermediate_size=4096, num_hidden_layers=10
+    )
+    script = Path(__file__).with_name("peak_memory.py")
+    done = subprocess.run([sys.executable, str(script), str(folder)], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["peak"] - found["before"] - found["params"] < 320 * 2**20, found

@@ -1,0 +1,45 @@
+"""How parameters and rows lie on the mesh: one table from logical axes to mesh axes.
+
+Mesh axes: `fsdp` holds rows of a batch and a piece of every weight, gathered layer by layer while it computes; `expert`
+gives each device some of the experts; `tensor` cuts heads, MLP features and the vocabulary.
+"""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh, PartitionSpec
+
+from tx_async.layers.weights import Dim, Weight
+
+AXES = ("fsdp", "expert", "tensor")
+
+RULES: dict[str, str] = {
+    "embed": "fsdp",
+    "experts": "expert",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+"""Logical axis -> mesh axis. An axis whose units the mesh axis does not divide stays whole, as when
+`num_kv_heads` < tensor."""
+
+
+def spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:
+    """How a leaf is stored: never cut along its layers."""
+    return PartitionSpec(*((None,) if weight.stack else ()), *_layer_axes(weight, mesh))
+
+
+def gathered_spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:
+    """How one layer of a leaf is used: whole along `fsdp`."""
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in _layer_axes(weight, mesh)))
+
+
+def _layer_axes(weight: Weight, mesh: Mesh) -> list[str | None]:
+    experts = (Dim(weight.num_experts, "experts"),) if weight.num_experts else ()
+    return [_mesh_axis(dim, mesh) for dim in (*experts, *weight.dims)]
+
+
+def _mesh_axis(dim: Dim, mesh: Mesh) -> str | None:
+    axis = RULES.get(dim.axis) if dim.axis else None
+    divides = axis is not None and (dim.units or dim.size) % mesh.shape[axis] == 0
+    return axis if divides else None
