@@ -101,7 +101,7 @@ def _train_and_sample(
         task = progress.add_task("training", total=steps, loss=float("nan"))
         trainer = client.create_lora_training_client(base_model=model, rank=32, seed=1).result()
         losses = train(trainer, steps, learning_rate, lambda loss: progress.update(task, advance=1, loss=loss))
-        sampler = trainer.save_weights_and_get_sampling_client(name="pig-latin").result()
+        sampler = trainer.save_weights_and_get_sampling_client().result()
         return losses, [sample(sampler, trainer.get_tokenizer(), *example) for example in EXAMPLES]
 
 

@@ -5,6 +5,7 @@ usage: pig_latin.py BASE_URL BASE_MODEL LEARNING_RATE STEPS
 
 import json
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import tinker
@@ -56,9 +57,9 @@ if hasattr(sampling_client, "result"):
 samples = []
 for example in examples:
     prompt = types.ModelInput.from_ints(tokenizer.encode(f"English: {example['input']}\nPig Latin:"))
-    params = types.SamplingParams(max_tokens=20, temperature=0.0, stop=["\n"])
+    params = types.SamplingParams(max_tokens=32, temperature=0.0, stop=["\n"])
     result = sampling_client.sample(prompt=prompt, sampling_params=params, num_samples=8).result()
     samples.append([tokenizer.decode(sequence.tokens).strip() for sequence in result.sequences])
 
 expected = [example["output"] for example in examples]
-print(json.dumps({"sdk": tinker.__version__, "losses": losses, "samples": samples, "expected": expected}))
+print(json.dumps({"sdk": version("tinker"), "losses": losses, "samples": samples, "expected": expected}))

@@ -43,7 +43,7 @@ def learn_a_name(base_url: str, base_model: str, name: str) -> Answer:
             steps.append(trainer.optim_step(tinker.AdamParams(learning_rate=5e-3)))
         for step in steps:
             step.result()
-        sampler = trainer.save_weights_and_get_sampling_client(name=name).result()
+        sampler = trainer.save_weights_and_get_sampling_client().result()
         (sampled,) = set(ask(sampler, tokenizer, num_samples=4))
         return Answer(PROMPT, name, sampled.strip())
 
