@@ -71,6 +71,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A session without heartbeat for so long has ended: its queued samples are cancelled."""
     result_retention_s: int = 24 * 3600
     """Results that can be fetched again, after they were first ready."""
+    results_kept_max: int = 100_000
+    """Results that are kept; beyond that the oldest go before their time."""
     result_cache_bytes: int = 256 * 2**20
     """Newest results kept in memory; older ones are read from the journal."""
     session_retention_s: int = 30 * 24 * 3600

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tx_async.errors import LeaseHeld, StorageError
+from tx_async.errors import LeaseHeld, NotFound, StorageError
 from tx_async.journal.journal import Driver, Journal
 from tx_async.journal.sqlite import SqliteDriver
+from tx_async.journal.transaction import RESULT_INLINE_BYTES_MAX, payload_key
 from tx_async.testing.memory_journal import MemoryDisk, MemoryJournal
 from tx_async.wire.records import (
     CheckpointRecord,
@@ -287,3 +288,27 @@ async def test_commit_that_cannot_be_stored_fails_alone(new_driver: NewDriver):
     journal = Journal(new_driver())
     assert await journal.open() == [session("a"), session("b")]
     await journal.close()
+
+
+@pytest.mark.parametrize("num_bytes", [1, 600, LARGE])
+async def test_results_come_back_whole_but_a_start_reads_only_small_ones(
+    driver: Driver, new_driver: NewDriver, num_bytes: int
+):
+    """Results are kept for a day, in case a client asks again: their payloads must not all be in memory."""
+    result = ResultRecord(request_id="r", finished_at=1.0, content="sample", payload=b"\x01" * num_bytes)
+    await driver.apply([Put(result)])
+    driver = await reopened(driver, new_driver)
+    assert await driver.read_result("r") == result
+    (loaded,) = await driver.load()
+    assert isinstance(loaded, ResultRecord) and len(loaded.payload) <= RESULT_INLINE_BYTES_MAX
+    await driver.close()
+
+
+async def test_a_deleted_result_takes_its_payload_along(driver: Driver):
+    result = ResultRecord(request_id="r", finished_at=1.0, content="sample", payload=bytes(LARGE))
+    await driver.apply([Put(result)])
+    await driver.apply([Delete("result", "r")])
+    with pytest.raises(NotFound):
+        await driver.read_result("r")
+    with pytest.raises(StorageError):
+        await driver.read_body(payload_key("r"))

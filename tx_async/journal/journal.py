@@ -42,7 +42,7 @@ class Driver(Protocol):
         ...
 
     async def load(self) -> list[Record]:
-        """All live records, without bodies; each table in order of insertion."""
+        """All live records, without bodies and without large payloads of results; each table in order of insertion."""
         ...
 
     async def apply(self, changes: Sequence[Change]) -> None:
@@ -55,6 +55,10 @@ class Driver(Protocol):
 
     async def read_body(self, request_id: str) -> bytes:
         """The body put with a `RequestRecord`. Raises `StorageError` when it is gone or damaged."""
+        ...
+
+    async def read_result(self, request_id: str) -> ResultRecord:
+        """A result with its payload. Raises `NotFound` when there is none, `StorageError` when it is damaged."""
         ...
 
     async def lost(self) -> None:
@@ -199,6 +203,10 @@ class Journal:
     async def read_body(self, request_id: str) -> bytes:
         """The body of a request whose commit is durable. Raises `StorageError` when it is gone or damaged."""
         return await self._driver.read_body(request_id)
+
+    async def read_result(self, request_id: str) -> ResultRecord:
+        """A durable result, payload included. Raises `NotFound` when there is none, `StorageError` if damaged."""
+        return await self._driver.read_result(request_id)
 
     async def close(self) -> None:
         """Refuse new commits, make the waiting ones durable, release the lease."""

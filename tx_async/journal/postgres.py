@@ -19,8 +19,8 @@ import asyncpg
 from tx_async.errors import LeaseHeld, StorageError
 from tx_async.journal import migrate
 from tx_async.journal.lease import Holder, held
-from tx_async.journal.transaction import Transaction, checksum, verify
-from tx_async.wire.records import RECORD_TYPES, Change, Record, decode_record
+from tx_async.journal.transaction import Transaction, checksum, read_result, verify
+from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, decode_record
 
 T = TypeVar("T")
 
@@ -144,6 +144,11 @@ class PostgresDriver:
         if row is None:
             raise StorageError(f"The journal has no body of request {request_id} (any more).")
         return verify(request_id, row["body"], row["num_bytes"], row["checksum"])
+
+    async def read_result(self, request_id: str) -> ResultRecord:
+        query = "SELECT record FROM result WHERE key = $1"
+        row = await self._persist(lambda: self._pool.fetchval(query, request_id), "read")
+        return await read_result(request_id, row, self.read_body)
 
     async def lost(self) -> None:
         assert self._lease_lost is not None, "open the driver first"

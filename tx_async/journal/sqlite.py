@@ -18,8 +18,8 @@ from tx_async.errors import StorageError
 from tx_async.journal import migrate
 from tx_async.journal.lease import FileLock, Holder
 from tx_async.journal.payloads import BODY_INLINE_BYTES_MAX, Payloads, sync_folder
-from tx_async.journal.transaction import TableChanges, Transaction, checksum, verify
-from tx_async.wire.records import RECORD_TYPES, Change, Record, decode_record
+from tx_async.journal.transaction import TableChanges, Transaction, checksum, read_result, verify
+from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, decode_record
 
 T = TypeVar("T")
 
@@ -101,6 +101,10 @@ class SqliteDriver:
         num_bytes, expected, body, file = row
         stored = body if file is None else await self._payloads.read(request_id, file)
         return verify(request_id, stored, num_bytes, expected)
+
+    async def read_result(self, request_id: str) -> ResultRecord:
+        row = await self._read(partial(_read_result, request_id))
+        return await read_result(request_id, row, self.read_body)
 
     async def lost(self) -> None:
         """The kernel keeps the lock as long as this process lives: it is never lost."""
@@ -231,6 +235,11 @@ def _body_row(key: str, body: bytes, file: tuple[str, bytes] | None) -> tuple[An
 def _read_body(request_id: str, connection: sqlite3.Connection) -> tuple[int, bytes, bytes, str | None] | None:
     query = "SELECT num_bytes, checksum, body, file FROM request_body WHERE key = ?"
     return connection.execute(query, (request_id,)).fetchone()
+
+
+def _read_result(request_id: str, connection: sqlite3.Connection) -> bytes | None:
+    row = connection.execute("SELECT record FROM result WHERE key = ?", (request_id,)).fetchone()
+    return row[0] if row else None
 
 
 def _give_back_free_pages(connection: sqlite3.Connection) -> None:

@@ -7,13 +7,28 @@ however many changes a transaction carries.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Generic, TypeVar
 
-from tx_async.errors import StorageError
-from tx_async.wire.records import RECORD_TYPES, Change, Delete, DropBody, Put, encode_record, type_of
+import msgspec
+
+from tx_async.errors import NotFound, StorageError
+from tx_async.wire.records import (
+    RECORD_TYPES,
+    Change,
+    Delete,
+    DropBody,
+    Put,
+    ResultRecord,
+    decode_record,
+    encode_record,
+    type_of,
+)
 
 Row = TypeVar("Row")
+
+RESULT_INLINE_BYTES_MAX = 512
+"""Larger payloads of results are stored like bodies of requests, so that a start does not read them."""
 
 
 class TableChanges(Generic[Row]):
@@ -46,6 +61,9 @@ class Transaction:
         match change:
             case Put(record=record, body=body):
                 table = type_of(record)
+                if isinstance(record, ResultRecord) and len(record.payload) > RESULT_INLINE_BYTES_MAX:
+                    self.bodies.put(payload_key(record.key), record.payload)
+                    record = msgspec.structs.replace(record, payload=b"")
                 self.tables[table].put(record.key, encode_record(record))
                 if body is not None:
                     assert table == "request", f"a {table} has no body"
@@ -54,8 +72,26 @@ class Transaction:
                 self.tables[table].delete(key)
                 if table == "request":
                     self.bodies.delete(key)
+                elif table == "result":
+                    self.bodies.delete(payload_key(key))
             case DropBody(request_id=request_id):
                 self.bodies.delete(request_id)
+
+
+def payload_key(request_id: str) -> str:
+    """Key of a result's payload among the bodies; ids of requests have no slash."""
+    return f"result/{request_id}"
+
+
+async def read_result(request_id: str, row: bytes | None, read_body: Callable[[str], Awaitable[bytes]]) -> ResultRecord:
+    """A whole result from its row. Raises `NotFound` when there is none, `StorageError` when its payload is damaged."""
+    if row is None:
+        raise NotFound(f"The journal has no result of request {request_id} (any more).")
+    record = decode_record(row)
+    assert isinstance(record, ResultRecord)
+    if record.payload:
+        return record
+    return msgspec.structs.replace(record, payload=await read_body(payload_key(request_id)))
 
 
 def checksum(body: bytes) -> bytes:

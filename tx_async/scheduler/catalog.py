@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from msgspec import Struct
 
+from tx_async.errors import InvalidRequest, UnknownCheckpoint
 from tx_async.wire.records import (
     Change,
     CheckpointRecord,
@@ -20,6 +23,7 @@ from tx_async.wire.records import (
     ResultRecord,
     SamplerRecord,
     SessionRecord,
+    type_of,
 )
 
 
@@ -41,6 +45,8 @@ class Catalog:
         self.results: dict[str, ResultEntry] = {}
         #: (model_id or sampling_session_id, seq_id) -> request_id: what makes a submission a retry
         self.request_ids: dict[tuple[str, int], str] = {}
+        #: storage key -> how many records need its files
+        self.references: Counter[str] = Counter()
         for record in records:
             self._put(record)
 
@@ -59,45 +65,62 @@ class Catalog:
                 self._delete(change)
 
     def _put(self, record: Record) -> None:
-        match record:
-            case SessionRecord():
-                self.sessions[record.key] = record
-            case ModelRecord():
-                self.models[record.key] = record
-            case SamplerRecord():
-                self.samplers[record.key] = record
-            case CheckpointRecord():
-                self.checkpoints[record.key] = record
-            case RequestRecord():
-                self.requests[record.key] = record
-                self.request_ids[record.subject, record.seq_id] = record.request_id
-            case ResultRecord():
-                self.results[record.key] = ResultEntry(record.finished_at, record.content == "error")
+        if isinstance(record, ResultRecord):
+            self.results[record.key] = ResultEntry(record.finished_at, record.content == "error")
+            return
+        table = self._table_of(type_of(record))
+        self._release(table.get(record.key))
+        table[record.key] = record
+        self.references.update(files_of(record))
+        if isinstance(record, RequestRecord):
+            self.request_ids[record.subject, record.seq_id] = record.request_id
 
     def _delete(self, change: Delete) -> None:
-        match change.table:
-            case "session":
-                self.sessions.pop(change.key, None)
-            case "model":
-                self.models.pop(change.key, None)
-            case "sampler":
-                self.samplers.pop(change.key, None)
-            case "checkpoint":
-                self.checkpoints.pop(change.key, None)
-            case "result":
-                self.results.pop(change.key, None)
-            case "request":
-                if request := self.requests.pop(change.key, None):
-                    self.request_ids.pop((request.subject, request.seq_id), None)
+        if change.table == "result":
+            self.results.pop(change.key, None)
+            return
+        record = self._table_of(change.table).pop(change.key, None)
+        self._release(record)
+        if isinstance(record, RequestRecord):
+            key = (record.subject, record.seq_id)
+            if self.request_ids.get(key) == record.request_id:
+                del self.request_ids[key]
+
+    def _release(self, record: Record | None) -> None:
+        for key in files_of(record) if record is not None else ():
+            self.references[key] -= 1
+            if not self.references[key]:
+                del self.references[key]
+
+    def _table_of(self, name: str) -> dict[str, Any]:
+        return getattr(self, f"{name}s")
 
     def find_request(self, subject: str, seq_id: int) -> RequestRecord | None:
         request_id = self.request_ids.get((subject, seq_id))
         return self.requests[request_id] if request_id else None
 
-    def files_in_use(self, storage_key: str, except_path: str | None = None) -> bool:
-        """Whether a checkpoint, a sampling session, or a run that started from it still needs these files."""
-        return (
-            any(c.storage_key == storage_key and c.path != except_path for c in self.checkpoints.values())
-            or any(s.storage_key == storage_key for s in self.samplers.values())
-            or any(m.created_from == storage_key and not m.snapshots for m in self.models.values())
-        )
+    def find_checkpoint(self, owner: str, path: str, optimizer: bool = False) -> CheckpointRecord:
+        """One's own or a published one. Raises `UnknownCheckpoint`, and `InvalidRequest` when it lacks what is asked
+        for."""
+        checkpoint = self.checkpoints.get(path)
+        if checkpoint is None or (checkpoint.owner != owner and not checkpoint.public):
+            raise UnknownCheckpoint(f"{path}: no such checkpoint. It was never saved, was deleted, or has expired.")
+        if optimizer and checkpoint.kind != "weights":
+            raise InvalidRequest(
+                f"{path} holds no optimizer state: load it without, or load a checkpoint of save_state."
+            )
+        return checkpoint
+
+
+def files_of(record: Record) -> tuple[str, ...]:
+    """Storage keys whose files this record needs; a run's own snapshots are not counted, they belong to it alone."""
+    match record:
+        case CheckpointRecord():
+            return (record.storage_key,)
+        case SamplerRecord(storage_key=str(key)):
+            return (key,)
+        case ModelRecord(created_from=str(key), status="live", dropped_seq_id=0):
+            return (key,)
+        case RequestRecord(storage_key=key) if key:
+            return (key,)
+    return ()

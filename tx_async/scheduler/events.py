@@ -25,6 +25,12 @@ class RequestCancelled(Struct, frozen=True):
     request_id: str
 
 
+class SessionEnded(Struct, frozen=True):
+    """Its client has finished, or was silent for too long: nobody will fetch its samples."""
+
+    session_id: str
+
+
 class WorkerReady(Struct, frozen=True):
     worker_id: str
     info: EngineInfo
@@ -54,10 +60,12 @@ class CommandFailed(Struct, frozen=True):
 
 
 class BodyLoaded(Struct, frozen=True):
-    """The journal returned the body of a request that has to run again; None when it is lost."""
+    """The journal returned the body of a request that has to run (again); None when it is lost."""
 
     request_id: str
     operation: Operation | None
+    message: str = ""
+    """Why it is lost."""
 
 
 class Tick(Struct, frozen=True):
@@ -65,7 +73,15 @@ class Tick(Struct, frozen=True):
 
 
 Fact = (
-    RequestAccepted | RequestCancelled | WorkerReady | WorkerLost | CommandFinished | CommandFailed | BodyLoaded | Tick
+    RequestAccepted
+    | RequestCancelled
+    | SessionEnded
+    | WorkerReady
+    | WorkerLost
+    | CommandFinished
+    | CommandFailed
+    | BodyLoaded
+    | Tick
 )
 
 # ---- instructions
@@ -100,7 +116,7 @@ class FetchBody(Struct, frozen=True):
 
 
 class DeleteFiles(Struct, frozen=True):
-    """Delete a checkpoint's files from storage, once the record that named them is gone from the journal."""
+    """Delete what is stored under a key or prefix, once everything decided before is durable."""
 
     storage_key: str
 

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
 
+QUANTUM_MS_MAX = 500.0
+
 
 class FairQueue(Generic[Key]):
     """Least-served-first over flows, in tokens: deficit round robin's guarantee without its rounds.
@@ -46,5 +48,6 @@ class Shares:
             self._used[name] = self._used[name] - level if name in busy else 0.0
         return sorted(busy, key=self._used.__getitem__)
 
-    def charge(self, name: str, cost: float) -> None:
-        self._used[name] += cost / self._weights[name]
+    def charge(self, name: str, cost_ms: float) -> None:
+        """A quantum that took very long was compiled first, which is nobody's share."""
+        self._used[name] += min(cost_ms, QUANTUM_MS_MAX) / self._weights[name]

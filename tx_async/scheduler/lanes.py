@@ -16,28 +16,41 @@ from tx_async.scheduler.packing import PackedRequest
 from tx_async.wire.operations import ForwardBackward, LoadWeights, Operation, OptimStep
 from tx_async.wire.records import ModelRecord, RequestRecord, Snapshot
 
+REPLAYED_KINDS = (ForwardBackward.__name__, OptimStep.__name__, LoadWeights.__name__)
+"""What a run's state depends on; saves, forward passes and refusals leave it as it is."""
+ALONE_FROM_ATTEMPT = 2
+"""An operation that was running when a worker died so often runs without company: the next death tells who it was."""
+
 
 class Step(Struct, eq=False):
     """One operation of a lane, from its acceptance until a snapshot covers it."""
 
     request: RequestRecord
-    seq_id: int
     operation: Operation | None
     """None when only the journal has the body."""
     finished: bool = False
-    failed: bool = False
+    """Its result was reported."""
     fetching: bool = False
     attempts: int = 0
-    """Times that a worker died while it ran this."""
+    """Times in a row that it was running when a worker died or the engine failed."""
+    failed_in_company: bool = False
+    """A micro-batch that it shared with others failed: it runs alone, so that only the culprit fails."""
 
     # ---- of the current run; cleared by `restart`
     run: int = 0
     """Counts runs: answers to commands of an earlier run are ignored."""
     packed: PackedRequest | None = None
     num_rows_sent: int = 0
+    is_sent: bool = False
+    """All of its commands are in the device's stream."""
     num_outstanding: int = 0
+    """Rows or commands whose answer is awaited."""
     parts: dict[int, Any] = {}
     """What has come back so far: datum index -> (logprobs, loss terms)."""
+
+    @property
+    def seq_id(self) -> int:
+        return self.request.seq_id
 
     @property
     def kind(self) -> str:
@@ -48,16 +61,18 @@ class Step(Struct, eq=False):
         self.run += 1
         self.packed = None
         self.num_rows_sent = 0
+        self.is_sent = False
         self.num_outstanding = 0
         self.parts = {}
 
     @property
     def needs_replay(self) -> bool:
-        """Whether the run's state depends on this operation. A failed optim_step has cleared the gradients: it
-        counts."""
-        if self.kind == OptimStep.__name__:
-            return True
-        return self.kind in (ForwardBackward.__name__, LoadWeights.__name__) and not self.failed
+        """Whether the run's state depends on it. An optim_step that met NaN gradients has cleared them: it counts."""
+        return self.kind in REPLAYED_KINDS and not self.request.skipped
+
+    @property
+    def runs_alone(self) -> bool:
+        return self.failed_in_company or self.attempts >= ALONE_FROM_ATTEMPT
 
 
 class Lane:
@@ -67,7 +82,7 @@ class Lane:
         self.steps: dict[int, Step] = {}
         #: seq_id of the next operation to give to the device; everything before it is part of the device state
         self.cursor = self.base_seq_id + 1
-        #: seq_ids that will never come
+        #: seq_ids that will never come: later ones have gone ahead
         self.burned: set[int] = set()
         #: when the cursor was first seen waiting for a missing predecessor
         self.gap_since: float | None = None
@@ -77,12 +92,19 @@ class Lane:
         self.num_losses = 0
         #: snapshots on their way: sent, their files not yet known to be durable; oldest first
         self.pending_snapshots: list[Snapshot] = []
-        #: snapshots whose files are durable, while operations that they contain are unfinished; oldest first
+        #: snapshots whose files are durable, while operations that they contain are unfinished
         self.durable_snapshots: list[Snapshot] = []
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
         self.snapshot_due = False
+        #: storage refused the last one: none before this time unless the slot must be left
+        self.no_snapshot_before = 0.0
         self.last_active = 0.0
+        #: turn of the trainer since which the lane waits to be served
+        self.waiting_since_turn = 0
+        #: storage did not deliver: not tried again before this time
+        self.blocked_until = 0.0
+        self.num_load_failures = 0
 
     def __repr__(self) -> str:
         waiting = sum(seq_id >= self.cursor for seq_id in self.steps)
@@ -90,11 +112,21 @@ class Lane:
         return f"<Lane {self.model.model_id} [cursor {self.cursor} | {waiting} waiting | {where}]>"
 
     @property
+    def model_id(self) -> str:
+        return self.model.model_id
+
+    @property
+    def flow(self) -> str:
+        """What shares the device fairly: one client session."""
+        return self.model.session_id
+
+    @property
     def base_seq_id(self) -> int:
         return self.model.snapshots[0].seq_id if self.model.snapshots else 0
 
     @property
-    def _newest_snapshot(self) -> Snapshot | None:
+    def newest_snapshot(self) -> Snapshot | None:
+        """Taken or on its way."""
         taken = [*self.model.snapshots[:1], *self.durable_snapshots, *self.pending_snapshots]
         return max(taken, key=lambda snapshot: snapshot.seq_id, default=None)
 
@@ -103,28 +135,26 @@ class Lane:
 
         A snapshot on its way will do: its content is in the worker's memory before its files are durable.
         """
-        if newest := self._newest_snapshot:
+        if newest := self.newest_snapshot:
             return newest.key, True
         return self.model.created_from, self.model.created_with_optimizer
 
     @property
-    def flow(self) -> str:
-        """What shares the device fairly: one client session."""
-        return self.model.session_id
-
-    @property
     def is_dirty(self) -> bool:
         """Whether the device holds effects that no snapshot, finished or on its way, contains."""
-        newest = self._newest_snapshot.seq_id if self._newest_snapshot else 0
-        return any(newest < seq_id < self.cursor and step.needs_replay for seq_id, step in self.steps.items())
+        newest = self.newest_snapshot
+        start = newest.seq_id if newest else 0
+        return any(start < seq_id < self.cursor and step.needs_replay for seq_id, step in self.steps.items())
 
     @property
     def num_outstanding(self) -> int:
         return sum(step.num_outstanding for step in self.steps.values())
 
-    def accept(self, step: Step) -> None:
-        assert step.seq_id not in self.steps
-        self.steps[step.seq_id] = step
+    @property
+    def is_between_operations(self) -> bool:
+        """No operation is half in the device's stream: what a snapshot holds, and when a slot may be left."""
+        step = self.steps.get(self.cursor)
+        return step is None or step.num_rows_sent == 0
 
     def next_step(self) -> Step | None:
         """The operation at the cursor, past everything burned or without effect on a replay; None when it is not
@@ -134,7 +164,6 @@ class Lane:
             if step is None:
                 if self.cursor not in self.burned:
                     return None
-                self.burned.discard(self.cursor)
             elif not step.finished or step.needs_replay:
                 return step
             self.cursor += 1
@@ -142,6 +171,7 @@ class Lane:
 
     def advance(self) -> None:
         """The operation at the cursor is wholly in the device's stream."""
+        self.steps[self.cursor].is_sent = True
         self.cursor += 1
         self.gap_since = None
 
@@ -165,15 +195,20 @@ class Lane:
         self.cursor = 0 if first is not None and not first.finished else self.base_seq_id + 1
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
-        finished = max((s.seq_id for s in self.steps.values() if s.finished), default=0)
         # What was skipped once stays skipped: a latecomer must not slip in before operations that ran without it.
-        self.burned.update(seq_id for seq_id in range(self.base_seq_id + 1, finished) if seq_id not in self.steps)
+        passed = self.passed_seq_id
+        self.burned.update(s for s in range(self.base_seq_id + 1, passed) if s not in self.steps)
         for step in self.steps.values():
             step.restart()
 
+    @property
+    def passed_seq_id(self) -> int:
+        """The state that clients know of includes the operations up to this one: nothing may be added before it."""
+        return max((s.seq_id for s in self.steps.values() if s.finished and s.needs_replay), default=self.base_seq_id)
+
     def is_used_up(self, seq_id: int) -> bool:
         """True when this seq_id can no longer be accepted: its turn is over."""
-        return seq_id not in self.steps and (seq_id < self.cursor or seq_id in self.burned)
+        return seq_id not in self.steps and seq_id > 0 and (seq_id < self.cursor or seq_id in self.burned)
 
     def covered(self, seq_id: int) -> list[Step]:
         return [step for step in self.steps.values() if step.seq_id <= seq_id]

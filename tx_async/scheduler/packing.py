@@ -60,6 +60,13 @@ def pack(operation: ForwardBackward, info: EngineInfo) -> PackedRequest:
     return PackedRequest(rows, round_up(widest, info.target_tokens_k))
 
 
+def fits(operation: ForwardBackward, info: EngineInfo) -> bool:
+    """Whether the engine has a row for every sequence, and room for its targets."""
+    longest = max(datum.num_tokens for datum in operation.data)
+    widest = max(_targets(datum).shape[1] for datum in operation.data)
+    return longest <= info.row_shapes[-1][1] and widest <= info.target_tokens_k[-1]
+
+
 def round_up(value: int, choices: Sequence[int]) -> int:
     """The smallest choice (ascending) that is at least `value`; `api/` has refused anything above the largest."""
     index = bisect_left(choices, value)

@@ -1,46 +1,87 @@
-"""What may be forgotten, by named limits. Pure: the catalog in, changes out."""
+"""What is forgotten, by named limits, so that memory, journal and storage stay flat however long the server runs."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+import msgspec
 
-from msgspec import Struct
-
-from tx_async.scheduler.catalog import Catalog
-from tx_async.wire.records import Change, Delete
-
-
-class Limits(Struct, frozen=True, kw_only=True):
-    result_retention_s: float
-    session_retention_s: float
+from tx_async.errors import Cancelled
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.policy import Policy
+from tx_async.scheduler.rollouts import Rollouts
+from tx_async.scheduler.runs import Runs, snapshots_of
+from tx_async.wire.records import Change, Delete, ModelRecord, Put, SessionRecord
 
 
-class Forgotten(Struct, frozen=True):
-    changes: tuple[Change, ...]
-    storage_keys: tuple[str, ...]
-    """Files that may be deleted once the changes are durable, unless something else names them."""
+class Retention:
+    def __init__(self, decisions: Decisions, runs: Runs, rollouts: Rollouts, policy: Policy):
+        self.decisions = decisions
+        self.catalog = decisions.catalog
+        self.runs = runs
+        self.rollouts = rollouts
+        self.policy = policy
+        self._last_sweep = decisions.now
 
+    def sweep_if_due(self) -> None:
+        if self.decisions.now - self._last_sweep >= self.policy.retention_interval_s:
+            self._last_sweep = self.decisions.now
+            self.sweep()
 
-def expired(catalog: Catalog, needed: Container[str], limits: Limits, now: float) -> Forgotten:
-    """`needed`: request ids that a training run may have to replay."""
-    changes: list[Change] = []
-    keys: list[str] = []
-    for request_id, result in catalog.results.items():
-        if now - result.finished_at > limits.result_retention_s and request_id not in needed:
-            changes += [Delete("result", request_id), Delete("request", request_id)]
-    for checkpoint in catalog.checkpoints.values():
-        if checkpoint.expires_at is not None and checkpoint.expires_at <= now:
-            changes.append(Delete("checkpoint", checkpoint.path))
-            keys.append(checkpoint.storage_key)
-    old = {
-        session.session_id
-        for session in catalog.sessions.values()
-        if session.status != "active" and now - session.created_at > limits.session_retention_s
-    }
-    for sampler in catalog.samplers.values():
-        if sampler.session_id in old:
-            changes.append(Delete("sampler", sampler.sampler_id))
-            if sampler.storage_key:
-                keys.append(sampler.storage_key)
-    changes += [Delete("session", session_id) for session_id in old]
-    return Forgotten(tuple(changes), tuple(keys))
+    def sweep(self) -> None:
+        self._forget_results()
+        self._expire_checkpoints()
+        for session in self._old_sessions():
+            self._forget_session(session)
+
+    def _forget_results(self) -> None:
+        """Those that are too old, and the oldest of those that are too many; but nothing that a replay may need."""
+        needed = {step.request.request_id for lane in self.runs.lanes.values() for step in lane.steps.values()}
+        excess = len(self.catalog.results) - self.policy.results_kept_max
+        oldest_kept = self.decisions.now - self.policy.result_retention_s
+        changes: list[Change] = []
+        for i, (request_id, result) in enumerate(self.catalog.results.items()):
+            if (i < excess or result.finished_at < oldest_kept) and request_id not in needed:
+                changes += [Delete("result", request_id), Delete("request", request_id)]
+        self.decisions.append(*changes)
+
+    def _expire_checkpoints(self) -> None:
+        now = self.decisions.now
+        expired = [c for c in self.catalog.checkpoints.values() if c.expires_at is not None and c.expires_at <= now]
+        self.decisions.append(*(Delete("checkpoint", checkpoint.path) for checkpoint in expired))
+        for checkpoint in expired:
+            self.decisions.delete_files(checkpoint.storage_key)
+
+    # ---- sessions
+
+    def _old_sessions(self) -> list[SessionRecord]:
+        """Ended, and not used for `session_retention_s`."""
+        used_at = {session.session_id: session.created_at for session in self.catalog.sessions.values()}
+        for model in self.catalog.models.values():
+            if model.session_id in used_at:
+                used_at[model.session_id] = max(used_at[model.session_id], model.last_request_at)
+        limit = self.decisions.now - self.policy.session_retention_s
+        return [s for s in self.catalog.sessions.values() if s.status != "active" and used_at[s.session_id] < limit]
+
+    def _forget_session(self, session: SessionRecord) -> None:
+        """With its runs and sampling sessions. Checkpoints have names of their own and stay."""
+        self.rollouts.cancel_flow(session.session_id)
+        for model in [m for m in self.catalog.models.values() if m.session_id == session.session_id]:
+            self._forget_model(model)
+        samplers = [s for s in self.catalog.samplers.values() if s.session_id == session.session_id]
+        self.decisions.append(
+            *(Delete("sampler", sampler.sampler_id) for sampler in samplers), Delete("session", session.session_id)
+        )
+        for key in {sampler.storage_key for sampler in samplers if sampler.storage_key}:
+            self.decisions.delete_files(key)
+
+    def _forget_model(self, model: ModelRecord) -> None:
+        """A run that has checkpoints keeps its record, which describes them."""
+        has_checkpoints = any(c.model_id == model.model_id for c in self.catalog.checkpoints.values())
+        change: Change = Delete("model", model.model_id)
+        if has_checkpoints:
+            status = "copy" if model.status == "copy" else "unloaded"
+            change = Put(msgspec.structs.replace(model, status=status))
+        if lane := self.runs.lanes.get(model.model_id):
+            self.runs.abandon(lane, Cancelled("The session of this request has ended."), change)
+        else:
+            self.decisions.append(change)
+            self.decisions.delete_files(snapshots_of(model.model_id))

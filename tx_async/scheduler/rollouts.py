@@ -2,58 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 from msgspec import Struct
 
-from tx_async.errors import Cancelled, TxError
-from tx_async.scheduler.events import CommandFailed, CommandFinished, Finish, Instruction
+from tx_async.errors import Cancelled, ServerError, TxError
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.events import CommandFailed, CommandFinished
 from tx_async.scheduler.fairness import FairQueue
+from tx_async.scheduler.policy import Policy
+from tx_async.scheduler.runs import Ignored, error_of
+from tx_async.scheduler.sampler_slots import SamplerSent, SamplerSlots
 from tx_async.scheduler.sampling import SampleJob, renumber
-from tx_async.scheduler.training import Clock, Ignored, error_of
 from tx_async.scheduler.worker_state import WorkerState
 from tx_async.wire import results
-from tx_async.wire.records import DropBody, ResultRecord
+from tx_async.wire.records import DropBody
 from tx_async.wire.results import Failure
-from tx_async.wire.worker import (
-    BASE_SLOT,
-    AdmitSequences,
-    CancelSequences,
-    LoadSampler,
-    Sampled,
-    SampleQuantum,
-    SequenceSpec,
-)
+from tx_async.wire.worker import AdmitSequences, CancelSequences, Sampled, SampleQuantum, SequenceSpec
 
-BASE_NAMESPACE = "base"
+NEWCOMERS_SHARE = 8
+"""One in so many places on the device stays free for sessions that have nothing running yet."""
 
 
 class QuantumSent(Struct, frozen=True):
-    is_quantum: bool = True
-
-
-class SamplerSent(Struct, frozen=True):
-    version: str
+    sequence_ids: tuple[int, ...]
+    """What was admitted by then."""
 
 
 class AdmissionSent(Struct, frozen=True):
     sequence_ids: tuple[int, ...]
 
 
+SamplingAnswer = QuantumSent | SamplerSent | AdmissionSent
+
+
 class Rollouts:
-    def __init__(self, clock: Clock, out: list[Instruction]):
-        self.clock = clock
-        self.out = out
+    def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
+        self.decisions = decisions
+        self.policy = policy
+        #: the scheduler's; only looked at
+        self.workers = workers
         #: request_id -> accepted, unfinished job
         self.jobs: dict[str, SampleJob] = {}
         #: flow -> request_ids of jobs with samples that wait for admission, oldest first
         self.waiting: dict[str, dict[str, None]] = {}
+        #: adapter version -> how many jobs need it
+        self.versions: Counter[str] = Counter()
         self.fair: FairQueue[str] = FairQueue()
+        self.slots = SamplerSlots(decisions)
+        #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
+        self.is_draining = False
         self._last_sequence_id = 0
+        decisions.is_sampled = self.versions.__contains__
 
     def accept(self, job: SampleJob) -> None:
         self.jobs[job.request.request_id] = job
+        if job.version is not None:
+            self.versions[job.version] += 1
         self._wait(job)
 
     def _wait(self, job: SampleJob) -> None:
@@ -69,137 +76,194 @@ class Rollouts:
     # ---- issuing
 
     def has_work(self, worker: WorkerState) -> bool:
-        return bool(worker.sequences or self.waiting)
+        return bool(worker.sequences or self.waiting) and not self.is_draining
 
     def issue(self, worker: WorkerState) -> bool:
         """Admit what there is room for, then one quantum. False when there is nothing to decode."""
-        self._admit(worker)
+        if isinstance(worker.reserved_for, SampleJob):
+            self._admit_alone(worker, worker.reserved_for)
+        elif worker.reserved_for is None:
+            self._admit(worker)
+        else:
+            return False
         if not worker.sequences:
             return False
-        command = SampleQuantum(decode_steps=worker.info.decode_steps, prefill_tokens=worker.info.prefill_tokens)
-        self.out.append(worker.send(command, QuantumSent()))
+        info = worker.info
+        command = SampleQuantum(decode_steps=info.decode_steps, prefill_tokens=info.prefill_tokens)
+        self.decisions.send(worker, command, QuantumSent(tuple(worker.sequences)))
         return True
 
     def _admit(self, worker: WorkerState) -> None:
         """Flows take turns, the one with the fewest running sequences first; the last places stay free for
         newcomers."""
         room = worker.info.num_sequences_max
-        reserve = room // 8
-        specs: list[SequenceSpec] = []
-        tensors: list[np.ndarray] = []
-        running: dict[str, int] = {}
-        for job in worker.sequences.values():
-            running[job.flow] = running.get(job.flow, 0) + 1
-        blocked: set[str] = set()
-        while len(worker.sequences) < room:
-            flows = [
-                f for f in self.fair.order(self.waiting) if f not in blocked and running.get(f, 0) < room - reserve
-            ]
-            if not flows:
-                break
-            flow = min(flows, key=lambda f: running.get(f, 0))
-            admitted = self._admit_one(worker, flow, specs, tensors)
-            if admitted:
-                running[flow] = running.get(flow, 0) + 1
-            else:
-                blocked.add(flow)
-        if specs:
-            ids = tuple(spec.sequence_id for spec in specs)
-            self.out.append(worker.send(AdmitSequences(sequences=tuple(specs)), AdmissionSent(ids), tensors))
-
-    def _admit_one(self, worker: WorkerState, flow: str, specs: list[SequenceSpec], tensors: list[np.ndarray]) -> bool:
-        """The next sample of the flow whose adapter is, or can be brought, on the device."""
-        for job in self._waiting_jobs(flow):
-            slot = self._slot_for(worker, job)
-            if slot is None:
+        reserve = room // NEWCOMERS_SHARE
+        running = Counter(job.flow for job in worker.sequences.values())
+        flows = self.fair.order(self.waiting)
+        admission = Admission(worker, self.slots)
+        while flows and len(worker.sequences) < room:
+            flow = min(flows, key=running.__getitem__)
+            job = self._next_job(admission, flow) if running[flow] < max(1, room - reserve) else None
+            if job is None or worker.reserved_for is not None:
+                flows.remove(flow)
                 continue
-            index = job.pending.pop()
-            self._last_sequence_id += 1
-            sequence_id = self._last_sequence_id
-            specs.append(renumber(job.spec(sequence_id, index, slot), len(tensors)))
-            tensors.extend(job.tensors(index))
-            job.running[sequence_id] = (worker.worker_id, index)
-            worker.sequences[sequence_id] = job
-            if not job.pending:
-                self._stop_waiting(job)
-            return True
-        return False
+            self._admit_sample(admission, job)
+            running[flow] += 1
+            if flow not in self.waiting:
+                flows.remove(flow)
+        self._send_admission(admission)
 
-    def _waiting_jobs(self, flow: str) -> Iterator[SampleJob]:
-        return iter([self.jobs[request_id] for request_id in self.waiting.get(flow, ())])
-
-    def _slot_for(self, worker: WorkerState, job: SampleJob) -> int | None:
-        """Slot of the job's adapter version; None while every slot is held by running sequences of other versions."""
-        if job.version is None:
-            return BASE_SLOT
-        slots = worker.sampler_slots
-        if job.version in slots:
-            return slots.touch(job.version)
-        slot = slots.take(job.version)
-        if slot is None:
-            in_use = {other.version for other in worker.sequences.values()}
-            victim = slots.victim(lambda version: version not in in_use)
-            if victim is None:
+    def _next_job(self, admission: Admission, flow: str) -> SampleJob | None:
+        """The flow's oldest job whose adapter is, or can be brought, on the device."""
+        for request_id in self.waiting[flow]:
+            job = self.jobs[request_id]
+            if job.runs_alone:
+                if admission.worker.reserved_for is None:
+                    admission.worker.reserved_for = job
                 return None
-            slots.release(victim)
-            slot = slots.take(job.version)
-            assert slot is not None
-        self.out.append(worker.send(LoadSampler(sampler_slot=slot, key=job.version), SamplerSent(job.version)))
-        return slot
+            if admission.has_slot(job):
+                return job
+        return None
+
+    def _admit_alone(self, worker: WorkerState, job: SampleJob) -> None:
+        """A suspect: it may have brought down workers. It gets the device when everything else is off it."""
+        others = [other for other in dict.fromkeys(worker.sequences.values()) if other is not job]
+        for other in others:
+            self._withdraw(worker, other)
+        admission = Admission(worker, self.slots)
+        while job.pending and len(worker.sequences) < worker.info.num_sequences_max and admission.has_slot(job):
+            self._admit_sample(admission, job)
+        self._send_admission(admission)
+
+    def _admit_sample(self, admission: Admission, job: SampleJob) -> None:
+        self._last_sequence_id += 1
+        admission.add(job, self._last_sequence_id)
+        if not job.pending:
+            self._stop_waiting(job)
+
+    def _send_admission(self, admission: Admission) -> None:
+        if admission.specs:
+            ids = tuple(spec.sequence_id for spec in admission.specs)
+            command = AdmitSequences(sequences=tuple(admission.specs))
+            self.decisions.send(admission.worker, command, AdmissionSent(ids), admission.tensors)
 
     # ---- answers
 
-    def finished(self, worker: WorkerState, answer, event: CommandFinished) -> None:
-        if isinstance(answer, QuantumSent):
-            assert isinstance(event.result, Sampled)
-            for sequence_id, num_tokens in event.result.progress:
-                if job := worker.sequences.get(sequence_id):
-                    self.fair.charge(job.flow, num_tokens)
-            for finished in event.result.finished:
-                job = worker.sequences.pop(finished.sequence_id, None)
-                if job is not None and finished.sequence_id in job.running:
-                    job.collect(finished, event.tensors)
-                    if job.is_finished:
-                        self._finish(job, "sample", job.result())
+    def finished(self, worker: WorkerState, answer: SamplingAnswer, event: CommandFinished) -> None:
+        if not isinstance(answer, QuantumSent):
+            return
+        assert isinstance(event.result, Sampled)
+        for sequence_id, num_tokens in event.result.progress:
+            if job := worker.sequences.get(sequence_id):
+                self.fair.charge(job.flow, num_tokens)
+        for finished in event.result.finished:
+            job = worker.sequences.pop(finished.sequence_id, None)
+            if job is not None:
+                job.collect(finished, event.tensors)
+                if job.is_finished:
+                    self._finish(job, "sample", job.result())
 
-    def failed(self, worker: WorkerState, answer, event: CommandFailed) -> None:
+    def failed(self, worker: WorkerState, answer: SamplingAnswer, event: CommandFailed) -> None:
         error = error_of(event.category, event.message)
-        if isinstance(answer, SamplerSent):
-            if answer.version in worker.sampler_slots:
-                worker.sampler_slots.release(answer.version)
-            jobs = [job for job in self.jobs.values() if job.version == answer.version]
-        elif isinstance(answer, AdmissionSent):
-            jobs = [worker.sequences[s] for s in answer.sequence_ids if s in worker.sequences]
-        else:
-            jobs = list(worker.sequences.values())
-        for job in {job.request.request_id: job for job in jobs}.values():
-            self.end([worker], job, error)
+        match answer:
+            case SamplerSent(version=version):
+                if version in worker.sampler_slots:
+                    worker.sampler_slots.release(version)
+                self._end_all((job for job in self.jobs.values() if job.version == version), error)
+            case AdmissionSent(sequence_ids=ids) if error.category == "user" and len(self._jobs_of(worker, ids)) == 1:
+                self._end_all(self._jobs_of(worker, ids), error)
+            case AdmissionSent(sequence_ids=ids) | QuantumSent(sequence_ids=ids):
+                for job in self._jobs_of(worker, ids):
+                    self._withdraw(worker, job)
+                    self._try_again(job, error)
 
-    def end(self, workers: list[WorkerState], job: SampleJob, error: TxError) -> None:
-        """The job ends without a result: whatever of it runs is forgotten."""
-        for worker in workers:
-            ids = tuple(s for s, (worker_id, _) in job.running.items() if worker_id == worker.worker_id)
-            if ids:
-                self.out.append(worker.send(CancelSequences(sequence_ids=ids), Ignored()))
-                for sequence_id in ids:
-                    worker.sequences.pop(sequence_id, None)
-        job.running = {}
-        job.pending = []
-        self._finish(job, "error", results.encode_json(Failure.of(error)))
+    def _jobs_of(self, worker: WorkerState, sequence_ids: Iterable[int]) -> list[SampleJob]:
+        return list(dict.fromkeys(worker.sequences[s] for s in sequence_ids if s in worker.sequences))
 
-    def cancel(self, workers: list[WorkerState], request_id: str) -> None:
-        if job := self.jobs.get(request_id):
-            self.end(workers, job, Cancelled())
+    # ---- how jobs end, or run again
 
     def worker_lost(self, worker: WorkerState) -> None:
-        for job in self.jobs.values():
+        """Sampling changes no weights: the samples that were running run again from their seeds."""
+        for job in dict.fromkeys(worker.sequences.values()):
             job.requeue(worker.worker_id)
             self._wait(job)
+            self._try_again(job, ServerError(f"The worker died {job.attempts + 1} times while it ran this request."))
+
+    def _try_again(self, job: SampleJob, error: TxError) -> None:
+        job.attempts += 1
+        if job.attempts >= self.policy.attempts_max and job.request.request_id in self.jobs:
+            self.end(job, error)
+
+    def _withdraw(self, worker: WorkerState, job: SampleJob) -> None:
+        """Take a job off a worker; it waits for its next turn."""
+        ids = tuple(s for s, (worker_id, _) in job.running.items() if worker_id == worker.worker_id)
+        if ids:
+            self.decisions.send(worker, CancelSequences(sequence_ids=ids), Ignored())
+            for sequence_id in ids:
+                del worker.sequences[sequence_id]
+        job.requeue(worker.worker_id)
+        self._wait(job)
+
+    def end(self, job: SampleJob, error: TxError) -> None:
+        """The job ends without a result: whatever of it runs is forgotten."""
+        for worker in self.workers.values():
+            self._withdraw(worker, job)
+        self._finish(job, "error", results.encode_json(Failure.of(error)))
+
+    def _end_all(self, jobs: Iterable[SampleJob], error: TxError) -> None:
+        for job in list(jobs):
+            self.end(job, error)
+
+    def cancel(self, request_id: str) -> None:
+        if job := self.jobs.get(request_id):
+            self.end(job, Cancelled())
+
+    def cancel_flow(self, flow: str) -> None:
+        """The session has ended: nobody will fetch what its samples would give."""
+        self._end_all((job for job in self.jobs.values() if job.flow == flow), Cancelled())
 
     def _finish(self, job: SampleJob, content, payload: bytes) -> None:
         self._stop_waiting(job)
         del self.jobs[job.request.request_id]
-        record = ResultRecord(
-            request_id=job.request.request_id, finished_at=self.clock.now, content=content, payload=payload
-        )
-        self.out.append(Finish(record, (DropBody(job.request.request_id),)))
+        self.decisions.finish(job.request, content, payload, DropBody(job.request.request_id))
+        if job.version is not None:
+            self.versions[job.version] -= 1
+            if not self.versions[job.version]:
+                del self.versions[job.version]
+                if not self.decisions.catalog.references[job.version]:
+                    self.decisions.delete_files(job.version)
+
+
+class Admission:
+    """One `AdmitSequences` in the making."""
+
+    def __init__(self, worker: WorkerState, slots: SamplerSlots):
+        self.worker = worker
+        self.slots = slots
+        self.specs: list[SequenceSpec] = []
+        self.tensors: list[np.ndarray] = []
+        #: versions for which no slot could be had
+        self._without_slot: set[str] = set()
+        #: the version that makes room for them: nothing more of it is admitted
+        self._leaving: str | None = None
+
+    def has_slot(self, job: SampleJob) -> bool:
+        """The job's adapter version is on the device, or its command is on the way."""
+        version = job.version
+        if version is None:
+            return True
+        if version in self._without_slot or version == self._leaving:
+            return False
+        if self.slots.bring(self.worker, version):
+            return True
+        self._without_slot.add(version)
+        self._leaving = self._leaving or self.slots.least_recent(self.worker)
+        return False
+
+    def add(self, job: SampleJob, sequence_id: int) -> None:
+        index = job.pending.pop()
+        slot = self.slots.slot_of(self.worker, job.version)
+        self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
+        self.tensors.extend(job.tensors(index))
+        job.running[sequence_id] = (self.worker.worker_id, index)
+        self.worker.sequences[sequence_id] = job

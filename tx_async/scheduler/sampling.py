@@ -8,12 +8,16 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from tx_async.scheduler.lanes import ALONE_FROM_ATTEMPT
 from tx_async.wire import results
 from tx_async.wire.operations import Sample
 from tx_async.wire.records import RequestRecord
 from tx_async.wire.results import PromptAltTokens, SampledSequence, SampleResult, TopkLogprobs
 from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import FinishedSequence, PromptScores, SequenceSpec
+
+BASE_NAMESPACE = "base"
+"""Prefix-cache namespace of the base model without an adapter."""
 
 
 class SampleJob(Struct, eq=False):
@@ -37,10 +41,20 @@ class SampleJob(Struct, eq=False):
     done: dict[int, SampledSequence] = {}
     prompt: dict[str, object] = {}
     """Fields of the result that concern the prompt; sample 0 brings them."""
+    attempts: int = 0
+    """Times that a worker died, or the engine failed, while it ran some of it."""
 
     @property
     def is_finished(self) -> bool:
         return len(self.done) == self.operation.num_samples
+
+    @property
+    def runs_alone(self) -> bool:
+        """Like a training operation that was there each time: the next death tells who it was."""
+        return self.attempts >= ALONE_FROM_ATTEMPT
+
+    def is_on(self, worker_id: str) -> bool:
+        return any(running_on == worker_id for running_on, _ in self.running.values())
 
     def spec(self, sequence_id: int, index: int, slot: int) -> SequenceSpec:
         """The sequence of one sample; its tensors are `self.tensors(index)`."""

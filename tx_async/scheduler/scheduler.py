@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import anyio
 import msgspec
 import numpy as np
 
-from tx_async.actor import Mailbox
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.dispatch import events as dispatch
@@ -28,17 +28,16 @@ from tx_async.errors import (
     InvalidRequest,
     NotFound,
     NotReady,
-    Overloaded,
     ResultGone,
     SessionGone,
     StorageError,
     UnknownCheckpoint,
-    UnknownModel,
     UnknownSampler,
     UnknownSession,
     UserError,
 )
 from tx_async.journal.journal import Journal
+from tx_async.scheduler import submissions
 from tx_async.scheduler.catalog import Catalog
 from tx_async.scheduler.events import (
     Append,
@@ -53,30 +52,24 @@ from tx_async.scheduler.events import (
     RequestAccepted,
     RequestCancelled,
     Send,
+    SessionEnded,
     Tick,
     WorkerLost,
     WorkerReady,
 )
 from tx_async.scheduler.interface import BaseModelInfo, StillPending
+from tx_async.scheduler.outbox import Item, Outbox
 from tx_async.scheduler.payload_cache import PayloadCache
 from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.retention import Limits, expired
+from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.state import SchedulerState
 from tx_async.scheduler.waiters import Waiters
 from tx_async.wire import ids, operations, results
-from tx_async.wire.operations import (
-    CreateModel,
-    CreateModelFromCheckpoint,
-    ForwardBackward,
-    Operation,
-    Sample,
-    UnloadModel,
-)
+from tx_async.wire.operations import CreateModel, CreateModelFromCheckpoint, Operation
 from tx_async.wire.records import (
     Change,
     CheckpointRecord,
     Delete,
-    DropBody,
     ModelRecord,
     Put,
     Record,
@@ -86,23 +79,21 @@ from tx_async.wire.records import (
     SessionRecord,
 )
 from tx_async.wire.results import Failure
-from tx_async.wire.worker import Command
+from tx_async.wire.worker import AdapterConfig, Command
 
 TICK_S = 1.0
-RETENTION_INTERVAL_S = 60.0
-COMMIT_RETRY_S = 0.5
-UNLOAD_SEQ_ID = -1
-"""unload_model carries no seq_id; a second one is the first one's retry."""
+DRAIN_INTERVAL_S = 0.02
+BODIES_READ_MAX = 16
+"""Bodies that are read from the journal at the same time."""
 
 _log = logging.getLogger(__name__)
 
 
-class Unfinished(msgspec.Struct, frozen=True):
-    """What an accepted request counts against the limits until it ends."""
+class Accepting(msgspec.Struct, frozen=True):
+    """A submission whose commit is on its way."""
 
-    owner: str
-    num_bytes: int
-    num_samples: int
+    request: RequestRecord
+    task: asyncio.Task[None]
 
 
 class Scheduler:
@@ -116,7 +107,7 @@ class Scheduler:
         records: Iterable[Record],
         *,
         send: Callable[[str, Command, Sequence[np.ndarray]], int],
-        delete_files: Callable[[str], Awaitable[None]],
+        delete_files: Callable[[str], Awaitable[Any]],
         worker_status: Callable[[], list[str]],
         clock: Clock | None = None,
     ):
@@ -128,23 +119,21 @@ class Scheduler:
         self._delete_files = delete_files
         self._worker_status = worker_status
         self.catalog = Catalog(records)
-        self.state = SchedulerState(self.catalog, base_model, _policy(config), self.clock.now())
+        self.state = SchedulerState(self.catalog, base_model, policy_of(config), self.clock.now())
         self.waiters = Waiters()
         self.payloads = PayloadCache(config.result_cache_bytes)
-        #: (subject, seq_id) -> (body digest, outcome) of submissions whose commit is on its way
-        self._accepting: dict[tuple[str, int], tuple[str, asyncio.Future[RequestRecord]]] = {}
-        #: accepted and not finished, by request_id
-        self._unfinished: dict[str, Unfinished] = {}
+        self.quota = Quota(config)
+        self.outbox = Outbox(journal, self._show)
+        #: (subject, seq_id) -> submissions whose commit is on its way
+        self._accepting: dict[tuple[str, int], Accepting] = {}
         #: session_id -> when it was last heard of (monotonic)
         self._last_seen = {s.session_id: self.clock.monotonic() for s in self.catalog.sessions.values()}
         #: facts that arrived while one was being handled
         self._facts: deque[Fact] = deque()
-        self._handling = False
-        #: instructions that wait for the journal, in order
-        self._outbox: Mailbox[Append | Finish | DeleteFiles] = Mailbox(messages_max=1_000_000)
+        self._is_handling = False
+        self._reading = asyncio.Semaphore(BODIES_READ_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._last_retention = self.clock.monotonic()
+        self._is_stopping = False
 
     def __repr__(self) -> str:
         return repr(self.state)
@@ -155,25 +144,31 @@ class Scheduler:
         """Recover, then serve until cancelled. A broken invariant ends it, and with it the process."""
         self._recover()
         async with anyio.create_task_group() as group:
-            group.start_soon(self._write_for_ever)
+            group.start_soon(self.outbox.run)
             group.start_soon(self._tick_for_ever)
 
     def _recover(self) -> None:
         for request in self.catalog.requests.values():
             if request.request_id not in self.catalog.results:
-                self._unfinished[request.request_id] = _unfinished(request)
+                self.quota.take(request)
         self._perform(self.state.restore())
 
     async def stop(self, timeout_s: float) -> None:
         """Refuse new work and snapshot what would otherwise have to be replayed, for at most `timeout_s`."""
-        self._stopping = True
+        self._is_stopping = True
         with anyio.move_on_after(timeout_s):
             while True:
-                instructions, pending = self.state.request_shutdown(self.clock.now())
+                instructions, is_busy = self.state.drain(self.clock.now())
                 self._perform(instructions)
-                if not pending and not len(self._outbox):
+                if not is_busy and not len(self.outbox):
                     break
-                await anyio.sleep(0.02)
+                await anyio.sleep(DRAIN_INTERVAL_S)
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            await anyio.sleep(TICK_S)
+            self._handle(Tick())
+            self._expire_sessions()
 
     def on_event(self, event: dispatch.Event) -> None:
         """What the router says."""
@@ -183,27 +178,29 @@ class Scheduler:
                     CommandFinished(event.worker_id, event.number, event.result, event.tensors, event.elapsed_ms)
                 )
                 event.release()
-            case dispatch.BatchFailed():
+            case dispatch.BatchFailed(fatal=False):
                 self._handle(CommandFailed(event.worker_id, event.number, event.category, event.message))
             case dispatch.WorkerReady():
                 self._handle(WorkerReady(event.worker_id, event.info, event.capabilities))
             case dispatch.WorkerLost():
                 _log.warning("Worker %s is lost: %s", event.worker_id, event.reason)
                 self._handle(WorkerLost(event.worker_id, event.reason))
-            case dispatch.WorkerProgress():
-                pass
+            case dispatch.BatchFailed() | dispatch.WorkerProgress():
+                pass  # after a fatal failure the worker is lost, and what it had runs again
+
+    # ---- facts and instructions
 
     def _handle(self, fact: Fact) -> None:
         """One fact at a time: what performing one brings about is handled after it."""
         self._facts.append(fact)
-        if self._handling:
+        if self._is_handling:
             return
-        self._handling = True
+        self._is_handling = True
         try:
             while self._facts:
                 self._perform(self.state.handle(self._facts.popleft(), self.clock.now()))
         finally:
-            self._handling = False
+            self._is_handling = False
 
     def _perform(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
@@ -213,7 +210,7 @@ class Scheduler:
                 case FetchBody():
                     self._spawn(self._fetch_body(instruction.request_id))
                 case _:
-                    self._outbox.post(instruction)
+                    self.outbox.post(instruction)
 
     def _perform_send(self, instruction: Send) -> None:
         try:
@@ -222,45 +219,27 @@ class Scheduler:
             return  # it is gone; `WorkerLost` is on its way
         assert number == instruction.number, f"command {instruction.number} was sent as {number}"
 
-    def _spawn(self, coroutine) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _fetch_body(self, request_id: str) -> None:
-        try:
-            operation = operations.decode(await self.journal.read_body(request_id))
-        except (StorageError, msgspec.DecodeError) as error:
-            _log.error("The body of request %s cannot be read: %s", request_id, error)
-            operation = None
-        self._handle(BodyLoaded(request_id, operation))
-
-    # ---- what follows from accepted work: made durable in order, then visible
-
-    async def _write_for_ever(self) -> None:
-        while True:
-            batch = await self._outbox.take()
-            await self._commit_surely([change for item in batch for change in _changes_of(item)])
-            for item in batch:
-                self.catalog.apply(_changes_of(item))
-                if isinstance(item, Finish):
-                    self._publish(item.result)
-            for item in batch:
-                if isinstance(item, DeleteFiles) and not self.catalog.files_in_use(item.storage_key):
-                    self._spawn(self._delete(item.storage_key))
-
-    async def _commit_surely(self, changes: list[Change]) -> None:
-        """Until it succeeds: a full disk delays results and loses none."""
-        while True:
+        operation, message = None, ""
+        async with self._reading:
             try:
-                await self.journal.commit(changes, may_refuse=False)
-                return
-            except StorageError as error:
-                _log.error("Results wait for the journal: %s", error)
-                await anyio.sleep(COMMIT_RETRY_S)
+                operation = operations.decode(await self.journal.read_body(request_id))
+            except (StorageError, msgspec.DecodeError) as error:
+                message = str(error)
+                _log.error("The body of request %s cannot be read: %s", request_id, error)
+        self._handle(BodyLoaded(request_id, operation, message))
+
+    def _show(self, item: Item) -> None:
+        """The item is durable: clients may see it, and files that nothing names any more may go."""
+        match item:
+            case Finish(result=result):
+                self._publish(result)
+            case DeleteFiles(storage_key=key):
+                self._spawn(self._delete(key))
 
     def _publish(self, result: ResultRecord) -> None:
-        self._unfinished.pop(result.request_id, None)
+        self.catalog.apply([Put(result)])
+        self.quota.give_back(result.request_id)
         self.payloads.put(result)
         self.waiters.wake(result.request_id)
 
@@ -270,46 +249,16 @@ class Scheduler:
         except StorageError as error:
             _log.warning("Files of %s were not deleted: %s", storage_key, error)
 
-    async def _tick_for_ever(self) -> None:
-        while True:
-            await anyio.sleep(TICK_S)
-            self._handle(Tick())
-            self._expire_sessions()
-            if self.clock.monotonic() - self._last_retention > RETENTION_INTERVAL_S:
-                self._last_retention = self.clock.monotonic()
-                self._forget_expired()
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
-    def _expire_sessions(self) -> None:
-        now = self.clock.monotonic()
-        for session in list(self.catalog.sessions.values()):
-            silent = now - self._last_seen.get(session.session_id, now)
-            if session.status == "active" and silent > self.config.session_timeout_s:
-                self._outbox.post(Append((Put(msgspec.structs.replace(session, status="expired")),)))
-                self._cancel_session(session.session_id)
-
-    def _cancel_session(self, session_id: str) -> None:
-        """Nobody will fetch what this session's samples would give."""
-        for job in list(self.state.rollouts.jobs.values()):
-            if job.flow == session_id:
-                self._handle(RequestCancelled(job.request.request_id))
-
-    def _forget_expired(self) -> None:
-        needed = {s.request.request_id for lane in self.state.training.lanes.values() for s in lane.steps.values()}
-        limits = Limits(
-            result_retention_s=self.config.result_retention_s, session_retention_s=self.config.session_retention_s
-        )
-        forgotten = expired(self.catalog, needed, limits, self.clock.now())
-        if forgotten.changes:
-            self._outbox.post(Append(forgotten.changes))
-        for key in forgotten.storage_keys:
-            self._outbox.post(DeleteFiles(key))
-        for change in forgotten.changes:
-            if isinstance(change, Delete) and change.table == "result":
-                self.payloads.forget(change.key)
-
-    async def _commit(self, changes: list[Change]) -> None:
-        await self.journal.commit(changes)
+    def _decide(self, *changes: Change) -> Awaitable[None]:
+        """Change known records now; the awaitable is done when that is durable. A full disk only delays it."""
         self.catalog.apply(changes)
+        return self.outbox.commit(changes)
 
     # ---- views
 
@@ -339,7 +288,7 @@ class Scheduler:
         return {
             "sessions": len(self.catalog.sessions),
             "models": len(self.catalog.models),
-            "requests_unfinished": len(self._unfinished),
+            "requests_unfinished": len(self.quota),
             "results_kept": len(self.catalog.results),
             "polls_waiting": len(self.waiters),
             "samples_open": len(self.state.rollouts.jobs),
@@ -351,7 +300,8 @@ class Scheduler:
 
     async def create_session(self, session: SessionRecord) -> SessionRecord:
         self._refuse_when_stopping()
-        await self._commit([Put(session)])
+        await self.journal.commit([Put(session)])
+        self.catalog.apply([Put(session)])
         self._last_seen[session.session_id] = self.clock.monotonic()
         return session
 
@@ -361,27 +311,42 @@ class Scheduler:
             raise SessionGone()
         self._seen(session)
 
-    def _seen(self, session: SessionRecord) -> None:
-        self._last_seen[session.session_id] = self.clock.monotonic()
-        if session.status == "expired":  # it only slept
-            self._outbox.post(Append((Put(msgspec.structs.replace(session, status="active")),)))
-
     def _session(self, owner: str, session_id: str) -> SessionRecord:
         session = self.catalog.sessions.get(session_id)
         if session is None or session.owner != owner:
             raise UnknownSession()
         return session
 
+    def _seen(self, session: SessionRecord) -> None:
+        self._last_seen[session.session_id] = self.clock.monotonic()
+        if session.status == "expired":  # it only slept
+            self._replace_session(session, status="active")
+
+    def _replace_session(self, session: SessionRecord, **fields: Any) -> None:
+        change = Put(msgspec.structs.replace(session, **fields))
+        self.catalog.apply([change])
+        self._perform([Append((change,))])
+
+    def _expire_sessions(self) -> None:
+        now = self.clock.monotonic()
+        for session_id, seen in list(self._last_seen.items()):
+            session = self.catalog.sessions.get(session_id)
+            if session is None:
+                del self._last_seen[session_id]
+            elif session.status == "active" and now - seen > self.config.session_timeout_s:
+                self._replace_session(session, status="expired")
+                self._handle(SessionEnded(session_id))
+
     async def finish_session(self, owner: str, session_id: str, status: str, detail: str | None) -> None:
         session = self._session(owner, session_id)
         if session.status in ("active", "expired"):
-            finished = msgspec.structs.replace(session, status=status, detail=detail)
-            await self._commit([Put(finished)])
-            self._cancel_session(session_id)
+            durable = self._decide(Put(msgspec.structs.replace(session, status=status, detail=detail)))
+            self._handle(SessionEnded(session_id))
+            await durable
 
     async def update_session(self, owner: str, session: SessionRecord) -> None:
-        self._session(owner, session.session_id)
-        await self._commit([Put(session)])
+        known = self._session(owner, session.session_id)
+        await self._decide(Put(msgspec.structs.replace(known, project_id=session.project_id)))
 
     # ---- samplers
 
@@ -400,7 +365,7 @@ class Scheduler:
             if existing.model_path != model_path:
                 raise Conflict(f"{sampler_id} was created before, for other weights. Use the next sequence number.")
             return existing
-        checkpoint = self.state.training.find_checkpoint(owner, model_path, False) if model_path else None
+        checkpoint = self.catalog.find_checkpoint(owner, model_path) if model_path else None
         sampler = SamplerRecord(
             sampler_id=sampler_id,
             session_id=session_id,
@@ -410,7 +375,7 @@ class Scheduler:
             model_path=model_path,
             storage_key=checkpoint.storage_key if checkpoint else None,
         )
-        await self._commit([Put(sampler)])
+        await self._decide(Put(sampler))
         return sampler
 
     async def join_sampler(self, owner: str, sampler_id: str) -> int:
@@ -418,91 +383,40 @@ class Scheduler:
         if sampler is None or sampler.owner != owner:
             raise UnknownSampler()
         joined = msgspec.structs.replace(sampler, num_clones=sampler.num_clones + 1)
-        self.catalog.apply([Put(joined)])  # at once: two joins must not get one number
-        await self._commit([Put(joined)])
+        await self._decide(Put(joined))
         return joined.num_clones
 
     # ---- requests
 
     async def submit(self, owner: str, operation: Operation) -> RequestRecord:
-        subject, seq_id = _key_of(operation)
-        self._check_owner(owner, operation)
+        if session := submissions.session_of(self.catalog, owner, operation):
+            self._seen(session)
+        key = submissions.key_of(operation)
         body = operations.encode(operation)
         digest = operations.body_digest(body)
-        if accepting := self._accepting.get((subject, seq_id)):
-            return _same(await asyncio.shield(accepting[1]), digest)
-        if known := self.catalog.find_request(subject, seq_id):
-            return _same(known, digest)
-        self._refuse_when_stopping()
-        request = self._new_request(owner, operation, subject, seq_id, digest, len(body))
-        self._check_room(request)
-        outcome: asyncio.Future[RequestRecord] = asyncio.get_running_loop().create_future()
-        self._accepting[subject, seq_id] = (digest, outcome)
-        try:
-            await self._accept(request, operation, body)
-        except BaseException as error:
-            if not outcome.done():
-                outcome.set_exception(error if isinstance(error, Exception) else Overloaded())
-                outcome.exception()  # nobody else may be waiting for it
-            raise
-        finally:
-            del self._accepting[subject, seq_id]
-        outcome.set_result(request)
+        if known := self.catalog.find_request(*key):
+            return submissions.same(known, digest)
+        accepting = self._accepting.get(key) or self._begin(key, owner, operation, body, digest)
+        request = submissions.same(accepting.request, digest)
+        # A client that gives up must not take back what may be durable already.
+        await asyncio.shield(accepting.task)
         return request
 
-    def _check_owner(self, owner: str, operation: Operation) -> None:
-        """What belongs to somebody else does not exist."""
-        match operation:
-            case CreateModel() | CreateModelFromCheckpoint():
-                session = self._session(owner, operation.session_id)
-                if session.status not in ("active", "expired"):
-                    raise SessionGone()
-                self._seen(session)
-            case Sample():
-                sampler = self.catalog.samplers.get(operation.sampling_session_id)
-                if sampler is None or sampler.owner != owner:
-                    raise UnknownSampler()
-            case _:
-                model = self.catalog.models.get(operation.model_id)
-                if model is None or model.owner != owner or model.status == "copy":
-                    raise UnknownModel()
+    def _begin(self, key: tuple[str, int], owner: str, operation: Operation, body: bytes, digest: str) -> Accepting:
+        self._refuse_when_stopping()
+        now = self.clock.now()
+        request = submissions.new_request(self.state.training.runs, owner, operation, digest, len(body), now)
+        self.quota.check(request)
+        self.quota.take(request)
+        accepting = Accepting(request, self._spawn(self._accept(request, operation, body)))
+        self._accepting[key] = accepting
+        accepting.task.add_done_callback(lambda task: self._accepted(key, request, task))
+        return accepting
 
-    def _new_request(
-        self, owner: str, operation: Operation, subject: str, seq_id: int, digest: str, num_bytes: int
-    ) -> RequestRecord:
-        lane = self.state.training.lanes.get(subject)
-        if lane is not None and seq_id > 0 and lane.is_used_up(seq_id):
-            raise Conflict(f"seq_id {seq_id} of {subject} is used up: its turn has passed. Use the next seq_id.")
-        kind = type(operation).__name__
-        if isinstance(operation, ForwardBackward) and operation.forward_only:
-            kind = "Forward"
-        num_samples = operation.num_samples if isinstance(operation, Sample) else 0
-        return RequestRecord(
-            request_id=ids.new_id("r"),
-            owner=owner,
-            kind=kind,
-            subject=subject,
-            seq_id=seq_id,
-            body_digest=digest,
-            body_bytes=num_bytes,
-            created_at=self.clock.now(),
-            sample_sequence_ids=tuple(f"{subject}:{seq_id}:{i}" for i in range(num_samples)),
-        )
-
-    def _check_room(self, request: RequestRecord) -> None:
-        open_requests = self._unfinished.values()
-        if len(open_requests) + len(self._accepting) >= self.config.queued_requests_max:
-            raise Overloaded()
-        if request.body_bytes + sum(r.num_bytes for r in open_requests) > self.config.queued_bytes_max:
-            raise Overloaded(
-                "Too many bytes are queued (`queued_bytes_max`). Try again when some requests have finished."
-            )
-        if request.sample_sequence_ids:
-            mine = sum(r.num_samples for r in open_requests if r.owner == request.owner)
-            if mine + len(request.sample_sequence_ids) > self.config.tenant_queued_samples_max:
-                raise Overloaded(
-                    "This key has too many samples queued (`tenant_queued_samples_max`). Try again in a moment."
-                )
+    def _accepted(self, key: tuple[str, int], request: RequestRecord, task: asyncio.Task[None]) -> None:
+        del self._accepting[key]
+        if task.cancelled() or task.exception() is not None:
+            self.quota.give_back(request.request_id)
 
     async def _accept(self, request: RequestRecord, operation: Operation, body: bytes) -> None:
         match operation:
@@ -510,53 +424,49 @@ class Scheduler:
                 await self._create_model(request, operation)
             case CreateModelFromCheckpoint():
                 await self._create_model_from_checkpoint(request, operation, body)
-            case UnloadModel():
-                await self._unload_model(request, operation)
             case _:
-                await self._commit([Put(request, body)])
-                self._start(request, operation)
+                await self._commit_new(Put(request, body))
+                self._handle(RequestAccepted(request, operation))
 
-    def _start(self, request: RequestRecord, operation: Operation) -> None:
-        if isinstance(operation, Sample) or request.subject in self.state.training.lanes:
-            self._unfinished[request.request_id] = _unfinished(request)
-            self._handle(RequestAccepted(request, operation))
-        else:
-            status = self.catalog.models[request.subject].status
-            error = UserError(f"This training run is {status}: no operation can run on it any more.")
-            self._outbox.post(Finish(_failure(request, error, self.clock.now()), (DropBody(request.request_id),)))
+    async def _commit_new(self, *changes: Change) -> None:
+        """Records under new keys: they exist when they are durable. Raises `StorageError`, `Overloaded`."""
+        await self.journal.commit(changes)
+        self.catalog.apply(changes)
 
     async def _create_model(self, request: RequestRecord, operation: CreateModel) -> None:
         """Needs no device: the adapter is made from its seed when it is first used."""
         model = self._new_model(request, operation, operation.lora)
         body = results.encode_json({"type": "create_model", "model_id": model.model_id})
         result = ResultRecord(request_id=request.request_id, finished_at=self.clock.now(), content="json", payload=body)
-        await self._commit([Put(model), Put(request), Put(result)])
-        self.payloads.put(result)
-        self.state.training.create(model)
+        await self._commit_new(Put(model), Put(request), Put(result))
+        self.state.create_model(model)
+        self._publish(result)
 
     async def _create_model_from_checkpoint(
         self, request: RequestRecord, operation: CreateModelFromCheckpoint, body: bytes
     ) -> None:
         try:
-            checkpoint = self.state.training.find_checkpoint(request.owner, operation.path, operation.optimizer)
+            checkpoint = self.catalog.find_checkpoint(request.owner, operation.path, operation.optimizer)
         except UserError as error:
-            result = _failure(request, error, self.clock.now())
-            await self._commit([Put(request), Put(result)])
-            self.payloads.put(result)
+            payload = results.encode_json(Failure.of(error))
+            result = ResultRecord(
+                request_id=request.request_id, finished_at=self.clock.now(), content="error", payload=payload
+            )
+            await self._commit_new(Put(request), Put(result))
+            self._publish(result)
             return
-        model = self._new_model(request, operation, checkpoint.lora)
         model = msgspec.structs.replace(
-            model,
+            self._new_model(request, operation, checkpoint.lora),
             created_from=checkpoint.storage_key,
             created_from_path=checkpoint.path,
             created_with_optimizer=operation.optimizer,
         )
-        await self._commit([Put(model), Put(request, body)])
-        self.state.training.create(model)
-        self._start(request, operation)
+        await self._commit_new(Put(model), Put(request, body))
+        self.state.create_model(model)
+        self._handle(RequestAccepted(request, operation))
 
     def _new_model(
-        self, request: RequestRecord, operation: CreateModel | CreateModelFromCheckpoint, lora
+        self, request: RequestRecord, operation: CreateModel | CreateModelFromCheckpoint, lora: AdapterConfig
     ) -> ModelRecord:
         return ModelRecord(
             model_id=operation.model_id,
@@ -568,15 +478,6 @@ class Scheduler:
             user_metadata=operation.user_metadata,
             last_request_at=self.clock.now(),
         )
-
-    async def _unload_model(self, request: RequestRecord, operation: UnloadModel) -> None:
-        model = msgspec.structs.replace(self.catalog.models[operation.model_id], status="unloaded")
-        body = results.encode_json({"type": "unload_model", "model_id": model.model_id})
-        result = ResultRecord(request_id=request.request_id, finished_at=self.clock.now(), content="json", payload=body)
-        await self._commit([Put(model), Put(request), Put(result)])
-        self.payloads.put(result)
-        error = UserError("This model was unloaded before the request could run.")
-        self._perform(self.state.unload(model.model_id, error, self.clock.now()))
 
     async def retrieve(self, owner: str, request_id: str, timeout_s: float) -> ResultRecord | StillPending:
         request = self.catalog.requests.get(request_id)
@@ -608,18 +509,24 @@ class Scheduler:
         return checkpoint
 
     async def update_checkpoint(self, owner: str, checkpoint: CheckpointRecord) -> None:
-        self._checkpoint(owner, checkpoint.path)
-        await self._commit([Put(checkpoint)])
+        changed = msgspec.structs.replace(
+            self._checkpoint(owner, checkpoint.path),
+            public=checkpoint.public,
+            expires_at=checkpoint.expires_at,
+            user_metadata=checkpoint.user_metadata,
+        )
+        await self._decide(Put(changed))
 
     async def delete_checkpoint(self, owner: str, path: str) -> None:
         checkpoint = self._checkpoint(owner, path)
-        await self._commit([Delete("checkpoint", path)])
-        if not self.catalog.files_in_use(checkpoint.storage_key):
-            self._spawn(self._delete(checkpoint.storage_key))
+        durable = self._decide(Delete("checkpoint", path))
+        self.state.decisions.delete_files(checkpoint.storage_key)
+        self._perform(self.state.decisions.take())
+        await durable
 
     async def copy_checkpoint(self, owner: str, path: str, session_id: str, model_seq_id: int) -> CheckpointRecord:
         """The copy names the same immutable files; they go when nothing names them any more."""
-        source = self.state.training.find_checkpoint(owner, path, False)
+        source = self.catalog.find_checkpoint(owner, path)
         model_id = ids.model_id(session_id, model_seq_id)
         copied_path = f"tinker://{model_id}/{source.kind}/{source.name}"
         if existing := self.catalog.checkpoints.get(copied_path):
@@ -638,55 +545,15 @@ class Scheduler:
         copied = msgspec.structs.replace(
             source, path=copied_path, model_id=model_id, owner=owner, created_at=now, public=False, expires_at=None
         )
-        await self._commit([Put(model), Put(copied)])
+        await self._decide(Put(model), Put(copied))
         return copied
 
     def _refuse_when_stopping(self) -> None:
-        if self._stopping:
+        if self._is_stopping:
             raise NotReady("The server is shutting down. Try again when it is back.")
 
 
-def _key_of(operation: Operation) -> tuple[str, int]:
-    """What makes two submissions the same: sections 0.5 and 3.7 of the wire contract."""
-    match operation:
-        case CreateModel() | CreateModelFromCheckpoint():
-            return operation.model_id, 0
-        case UnloadModel():
-            return operation.model_id, UNLOAD_SEQ_ID
-        case Sample():
-            return operation.sampling_session_id, operation.seq_id
-        case _:
-            return operation.model_id, operation.seq_id
-
-
-def _same(request: RequestRecord, digest: str) -> RequestRecord:
-    if request.body_digest != digest:
-        raise Conflict(
-            f"seq_id {request.seq_id} was used before with another body. Use the next seq_id for a new request."
-        )
-    return request
-
-
-def _changes_of(item: Append | Finish | DeleteFiles) -> tuple[Change, ...]:
-    match item:
-        case Append():
-            return item.changes
-        case Finish():
-            return (Put(item.result), *item.changes)
-        case DeleteFiles():
-            return ()
-
-
-def _unfinished(request: RequestRecord) -> Unfinished:
-    return Unfinished(request.owner, request.body_bytes, len(request.sample_sequence_ids))
-
-
-def _failure(request: RequestRecord, error: UserError, now: float) -> ResultRecord:
-    payload = results.encode_json(Failure.of(error))
-    return ResultRecord(request_id=request.request_id, finished_at=now, content="error", payload=payload)
-
-
-def _policy(config: ServerConfig) -> Policy:
+def policy_of(config: ServerConfig) -> Policy:
     return Policy(
         quanta_in_flight_max=config.commands_in_flight_max,
         train_share=config.train_share,
@@ -695,4 +562,7 @@ def _policy(config: ServerConfig) -> Policy:
         snapshot_every_steps=config.snapshot_every_steps,
         snapshot_every_bytes=config.snapshot_every_bytes,
         snapshot_idle_s=config.snapshot_idle_s,
+        result_retention_s=config.result_retention_s,
+        results_kept_max=config.results_kept_max,
+        session_retention_s=config.session_retention_s,
     )

@@ -8,34 +8,34 @@ from __future__ import annotations
 
 import hashlib
 
-from tx_async.errors import TxError, UnknownCheckpoint
+from tx_async.errors import Cancelled, InvalidRequest, ServerError, UnknownCheckpoint
 from tx_async.scheduler.catalog import Catalog
+from tx_async.scheduler.decisions import Decisions
 from tx_async.scheduler.events import (
     BodyLoaded,
     CommandFailed,
     CommandFinished,
     Fact,
-    FetchBody,
-    Finish,
     Instruction,
     RequestAccepted,
     RequestCancelled,
+    SessionEnded,
     Tick,
     WorkerLost,
     WorkerReady,
 )
 from tx_async.scheduler.fairness import Shares
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.scheduler.lanes import Lane
+from tx_async.scheduler.lanes import Step
 from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.rollouts import BASE_NAMESPACE, AdmissionSent, QuantumSent, Rollouts, SamplerSent
-from tx_async.scheduler.sampling import SampleJob
-from tx_async.scheduler.training import BaseSent, RowsSent, SnapshotSent, StepSent, Training
+from tx_async.scheduler.recovery import restore
+from tx_async.scheduler.retention import Retention
+from tx_async.scheduler.rollouts import Rollouts, SamplingAnswer
+from tx_async.scheduler.sampling import BASE_NAMESPACE, SampleJob
+from tx_async.scheduler.training import Training, TrainingAnswer
 from tx_async.scheduler.worker_state import WorkerState
-from tx_async.wire import results
 from tx_async.wire.operations import Operation, Sample
-from tx_async.wire.records import DropBody, RequestRecord, ResultRecord
-from tx_async.wire.results import Failure
+from tx_async.wire.records import DropBody, ModelRecord, RequestRecord
 
 
 class SchedulerState:
@@ -43,12 +43,12 @@ class SchedulerState:
         self.catalog = catalog
         self.base_model = base_model
         self.policy = policy
-        self.now = now
-        self.out: list[Instruction] = []
+        self.decisions = Decisions(catalog, now)
         #: attached and ready workers, in order of attachment
         self.workers: dict[str, WorkerState] = {}
-        self.training = Training(catalog, policy, self, self.out, self.workers_of)
-        self.rollouts = Rollouts(self, self.out)
+        self.training = Training(self.decisions, policy, self.workers)
+        self.rollouts = Rollouts(self.decisions, policy, self.workers)
+        self.retention = Retention(self.decisions, self.training.runs, self.rollouts, policy)
         self.shares = Shares({"train": policy.train_share, "sample": policy.sample_share})
         #: samples that were accepted before a restart and whose bodies are being read
         self.restoring: set[str] = set()
@@ -56,29 +56,35 @@ class SchedulerState:
     def __repr__(self) -> str:
         running = sum(len(worker.in_flight) for worker in self.workers.values())
         resident = sum(len(worker.training_slots) for worker in self.workers.values())
+        runs = self.training.runs
         return (
-            f"<Scheduler [Requests: {len(self.training.ready)} runs ready, {len(self.rollouts.jobs)} samples open | "
-            f"Commands: {running} running | Adapters: {resident} resident of {len(self.training.lanes)} | "
+            f"<Scheduler [Requests: {len(runs.ready)} runs ready, {len(self.rollouts.jobs)} samples open | "
+            f"Commands: {running} running | Adapters: {resident} resident of {len(runs.lanes)} | "
             f"Workers: {len(self.workers)} ready]>"
         )
 
     def restore(self) -> list[Instruction]:
         """Take up what the journal holds: called once, before the first fact."""
-        self.training.restore()
-        for request in self.catalog.requests.values():
-            if request.kind == Sample.__name__ and request.request_id not in self.catalog.results:
-                self.restoring.add(request.request_id)
-                self.out.append(FetchBody(request.request_id))
-        return self._drain()
+        for request in restore(self.training):
+            self.restoring.add(request.request_id)
+            self.decisions.fetch_body(request.request_id)
+        return self.decisions.take()
+
+    def create_model(self, model: ModelRecord) -> None:
+        """A run's record is durable: its operations may come."""
+        self.training.runs.create(model)
 
     def handle(self, fact: Fact, now: float) -> list[Instruction]:
-        self.now = now
+        self.decisions.now = now
         match fact:
             case RequestAccepted():
                 self._accept(fact.request, fact.operation)
             case RequestCancelled():
-                self.rollouts.cancel(list(self.workers.values()), fact.request_id)
+                self._cancel(fact.request_id)
+            case SessionEnded():
+                self.rollouts.cancel_flow(fact.session_id)
             case WorkerReady():
+                self._worker_lost(fact.worker_id)  # a new life under an old name
                 self.workers[fact.worker_id] = WorkerState(fact.worker_id, fact.info, fact.capabilities)
             case WorkerLost():
                 self._worker_lost(fact.worker_id)
@@ -88,31 +94,20 @@ class SchedulerState:
                 self._body_loaded(fact)
             case Tick():
                 self._tick()
+        self.training.settle()
         for worker in self.workers.values():
             self._advance(worker)
-        return self._drain()
+        return self.decisions.take()
 
-    def workers_of(self, lane: Lane) -> list[WorkerState]:
-        return [w for w in self.workers.values() if lane.model.model_id in w.training_slots]
-
-    def request_shutdown(self, now: float) -> tuple[list[Instruction], bool]:
-        """Snapshot every run that is worth it. The flag: some snapshots are still on their way."""
-        self.now = now
-        trainer = self._trainer()
-        pending = self.training.snapshot_all(trainer) if trainer else False
-        return self._drain(), pending
-
-    def unload(self, model_id: str, error: TxError, now: float) -> list[Instruction]:
-        """Forget a run; what is still queued for it fails with `error`."""
-        self.now = now
-        if lane := self.training.lanes.get(model_id):
-            self.training.abandon(lane, error, ())
-        return self._drain()
-
-    def _drain(self) -> list[Instruction]:
-        out = list(self.out)
-        self.out.clear()
-        return out
+    def drain(self, now: float) -> tuple[list[Instruction], bool]:
+        """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag: something is still on
+        its way."""
+        self.decisions.now = now
+        self.training.is_draining = self.rollouts.is_draining = True
+        if trainer := self._trainer():
+            self.training.snapshots.take_all(trainer)
+        busy = any(worker.in_flight for worker in self.workers.values()) or self.training.snapshots.are_pending
+        return self.decisions.take(), busy
 
     # ---- facts
 
@@ -120,18 +115,21 @@ class SchedulerState:
         if isinstance(operation, Sample):
             self._accept_sample(request, operation)
         else:
-            self.training.accept(self.training.lanes[request.subject], request, operation)
+            self.training.accept(request, operation)
 
     def _accept_sample(self, request: RequestRecord, operation: Sample) -> None:
         sampler = self.catalog.samplers.get(operation.sampling_session_id)
+        room = self.base_model.max_context_length - len(operation.prompt) // 4
         if sampler is None:
             error = UnknownCheckpoint("The sampling session of this request has ended.")
-            payload = results.encode_json(Failure.of(error))
-            record = ResultRecord(request_id=request.request_id, finished_at=self.now, content="error", payload=payload)
-            self.out.append(Finish(record, (DropBody(request.request_id),)))
+            self.decisions.fail(request, error, DropBody(request.request_id))
             return
-        num_prompt_tokens = len(operation.prompt) // 4
-        room = self.base_model.max_context_length - num_prompt_tokens
+        if room < 1:
+            error = InvalidRequest(
+                f"The prompt fills the model's context of {self.base_model.max_context_length} tokens."
+            )
+            self.decisions.fail(request, error, DropBody(request.request_id))
+            return
         eos = self.base_model.eos_token_ids if operation.use_eos else ()
         job = SampleJob(
             request=request,
@@ -147,48 +145,58 @@ class SchedulerState:
         )
         self.rollouts.accept(job)
 
+    def _cancel(self, request_id: str) -> None:
+        if request_id in self.restoring:
+            self.restoring.discard(request_id)
+            self.decisions.fail(self.catalog.requests[request_id], Cancelled(), DropBody(request_id))
+        else:
+            self.rollouts.cancel(request_id)
+
     def _worker_lost(self, worker_id: str) -> None:
+        was_trainer = (trainer := self._trainer()) is not None and trainer.worker_id == worker_id
         worker = self.workers.pop(worker_id, None)
         if worker is None:
             return
         self.rollouts.worker_lost(worker)
-        if "train" in worker.capabilities:
-            self.training.worker_lost()
+        if was_trainer:
+            self.training.runs.worker_lost()
 
     def _answered(self, fact: CommandFinished | CommandFailed) -> None:
         worker = self.workers.get(fact.worker_id)
         if worker is None or fact.number not in worker.in_flight:
             return
-        answer = worker.answered(fact.number)
-        training = isinstance(answer, RowsSent | StepSent | BaseSent | SnapshotSent)
-        sampling = isinstance(answer, QuantumSent | SamplerSent | AdmissionSent)
+        answer, is_quantum = worker.answered(fact.number)
         if isinstance(fact, CommandFinished):
-            if getattr(answer, "is_quantum", False):
-                self.shares.charge("train" if training else "sample", fact.elapsed_ms)
-            if training:
+            if isinstance(answer, TrainingAnswer):
                 self.training.finished(answer, fact)
-            elif sampling:
+            elif isinstance(answer, SamplingAnswer):
                 self.rollouts.finished(worker, answer, fact)
-        elif training:
+            if is_quantum:
+                self.shares.charge("train" if isinstance(answer, TrainingAnswer) else "sample", fact.elapsed_ms)
+        elif isinstance(answer, TrainingAnswer):
             self.training.failed(answer, fact)
-        elif sampling:
+        elif isinstance(answer, SamplingAnswer):
             self.rollouts.failed(worker, answer, fact)
 
     def _body_loaded(self, fact: BodyLoaded) -> None:
         request = self.catalog.requests.get(fact.request_id)
         if request is None:
             return
-        if request.request_id in self.restoring:
-            self.restoring.discard(request.request_id)
-            if isinstance(fact.operation, Sample):
-                self._accept_sample(request, fact.operation)
+        error = ServerError(f"The journal has lost the content of this request. {fact.message}".strip())
+        if request.request_id not in self.restoring:
+            self.training.body_loaded(request, fact.operation, error)
+            return
+        self.restoring.discard(request.request_id)
+        if isinstance(fact.operation, Sample):
+            self._accept_sample(request, fact.operation)
         else:
-            self.training.body_loaded(request, fact.operation)
+            self.decisions.fail(request, error, DropBody(request.request_id))
 
     def _tick(self) -> None:
-        self.training.burn_gaps()
+        self.training.runs.burn_gaps()
         if trainer := self._trainer():
-            self.training.snapshot_all(trainer, idle_since=self.now - self.policy.snapshot_idle_s)
+            self.training.snapshots.take_all(trainer, idle_since=self.decisions.now - self.policy.snapshot_idle_s)
+        self.retention.sweep_if_due()
 
     # ---- deciding what runs next
 
@@ -197,22 +205,33 @@ class SchedulerState:
         return next((worker for worker in self.workers.values() if "train" in worker.capabilities), None)
 
     def _advance(self, worker: WorkerState) -> None:
-        trains = worker is self._trainer()
-        samples = "sample" in worker.capabilities
+        trains, samples = worker is self._trainer(), "sample" in worker.capabilities
 
         def has_work(name: str) -> bool:
-            return (
-                (trains and self.training.has_work) if name == "train" else (samples and self.rollouts.has_work(worker))
-            )
+            if name == "train":
+                return trains and self.training.has_work
+            return samples and self.rollouts.has_work(worker)
 
-        while worker.num_quanta < self.policy.quanta_in_flight_max:
-            issued = False
+        self._end_reservation(worker)
+        while not worker.is_full(self.policy):
             for name in self.shares.order(has_work):
-                issued = self.training.issue(worker) if name == "train" else self.rollouts.issue(worker)
-                if issued:
+                if self.training.issue(worker) if name == "train" else self.rollouts.issue(worker):
                     break
-            if not issued:
+            else:
                 return
+
+    def _end_reservation(self, worker: WorkerState) -> None:
+        """A suspect has had its turn alone, or will not have it."""
+        match worker.reserved_for:
+            case Step() as step:
+                lane = self.training.runs.lanes.get(step.request.subject)
+                is_here = lane is not None and lane.resident and lane.steps.get(step.seq_id) is step
+                if not is_here or (step.num_outstanding == 0 and lane.cursor != step.seq_id):  # type: ignore[union-attr]
+                    worker.reserved_for = None
+            case SampleJob() as job:
+                is_open = job.request.request_id in self.rollouts.jobs
+                if not is_open or not (job.pending or job.is_on(worker.worker_id)):
+                    worker.reserved_for = None
 
 
 def seed_of(request: RequestRecord) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tx_async.scheduler.adapters import SlotCache
 from tx_async.scheduler.events import Send
+from tx_async.scheduler.policy import Policy
 from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
 
 
@@ -21,12 +22,14 @@ class WorkerState:
         self.training_slots: SlotCache[str] = SlotCache(info.num_training_slots)
         #: adapter version (storage key) -> sampler slot
         self.sampler_slots: SlotCache[str] = SlotCache(info.num_sampler_slots)
-        #: command number -> what to do with the answer
-        self.in_flight: dict[int, Any] = {}
+        #: command number -> (what to do with the answer, whether the command was a quantum)
+        self.in_flight: dict[int, tuple[Any, bool]] = {}
         #: train micro-batches and sample quanta among them: what `quanta_in_flight_max` bounds
         self.num_quanta = 0
         #: sequence_id -> job, admitted and not ended
         self.sequences: dict[int, Any] = {}
+        #: the training step or sample job that has the device for itself, or waits until it is empty
+        self.reserved_for: Any = None
         self._last_number = 0
 
     def __repr__(self) -> str:
@@ -36,14 +39,19 @@ class WorkerState:
             f"{len(self.sequences)} sequences]>"
         )
 
+    def is_full(self, policy: Policy) -> bool:
+        """It has enough ahead: what is issued later can still take turns."""
+        return self.num_quanta >= policy.quanta_in_flight_max or len(self.in_flight) >= policy.commands_in_flight_max
+
     def send(self, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> Send:
         self._last_number += 1
-        self.in_flight[self._last_number] = on_answer
-        self.num_quanta += isinstance(command, TrainMicroBatch | SampleQuantum)
+        is_quantum = isinstance(command, TrainMicroBatch | SampleQuantum)
+        self.in_flight[self._last_number] = (on_answer, is_quantum)
+        self.num_quanta += is_quantum
         return Send(self.worker_id, self._last_number, command, tensors)
 
-    def answered(self, number: int) -> Any:
-        """What was noted for a command; it is no longer in flight."""
-        on_answer = self.in_flight.pop(number)
-        self.num_quanta -= getattr(on_answer, "is_quantum", False)
-        return on_answer
+    def answered(self, number: int) -> tuple[Any, bool]:
+        """What was noted for a command, which is no longer in flight."""
+        on_answer, is_quantum = self.in_flight.pop(number)
+        self.num_quanta -= is_quantum
+        return on_answer, is_quantum

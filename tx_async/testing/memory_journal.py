@@ -21,8 +21,8 @@ from msgspec import Struct
 
 from tx_async.errors import StorageError
 from tx_async.journal.lease import Holder, held
-from tx_async.journal.transaction import Transaction, checksum, verify
-from tx_async.wire.records import RECORD_TYPES, Change, Record, decode_record
+from tx_async.journal.transaction import Transaction, checksum, read_result, verify
+from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, decode_record
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -116,6 +116,10 @@ class MemoryJournal:
             raise StorageError(f"The journal has no body of request {request_id} (any more).")
         num_bytes, expected, body = self.disk.bodies[request_id]
         return verify(request_id, body, num_bytes, expected)
+
+    async def read_result(self, request_id: str) -> ResultRecord:
+        self._check()
+        return await read_result(request_id, self.disk.tables["result"].get(request_id), self.read_body)
 
     async def lost(self) -> None:
         await self._lost.wait()

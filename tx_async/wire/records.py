@@ -56,6 +56,8 @@ class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
     snapshots: tuple[Snapshot, ...] = ()
     """Newest first. Bodies of operations are kept from the oldest one on, so that a damaged snapshot costs a longer
     replay."""
+    dropped_seq_id: int = 0
+    """Operations up to here cannot be replayed any more; 0: the run can be repeated from its creation."""
     status: Literal["live", "unloaded", "corrupted", "copy"] = "live"
 
     @property
@@ -97,6 +99,10 @@ class RequestRecord(Struct, tag="request", frozen=True, kw_only=True):
     body_bytes: int
     created_at: float
     sample_sequence_ids: tuple[str, ...] = ()
+    storage_key: str = ""
+    """The files that a LoadWeights found under its path: a replay loads the same, whatever the path means by then."""
+    skipped: bool = False
+    """It failed without any effect on the run: a replay leaves it out."""
 
     @property
     def key(self) -> str:

@@ -1,0 +1,72 @@
+"""The instructions of the decision in progress, in order.
+
+What a decision changes shows in the catalog at once, so that the next decision builds on it; only a result shows
+later, when it is durable, because that is when a client may see it. Everything reaches the journal in the order in
+which it was decided, so a crash forgets the newest decisions and never one in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from tx_async.errors import TxError
+from tx_async.scheduler.catalog import Catalog
+from tx_async.scheduler.events import Append, DeleteFiles, FetchBody, Finish, Instruction
+from tx_async.scheduler.worker_state import WorkerState
+from tx_async.wire import results
+from tx_async.wire.records import Change, RequestRecord, ResultRecord
+from tx_async.wire.results import Failure
+from tx_async.wire.worker import Command
+
+
+class Decisions:
+    def __init__(self, catalog: Catalog, now: float = 0.0):
+        self.catalog = catalog
+        #: when the fact that is being handled happened, in seconds since the epoch
+        self.now = now
+        self._instructions: list[Instruction] = []
+        #: whether an adapter version is needed by an open sample
+        self.is_sampled: Callable[[str], bool] = lambda _version: False
+
+    def take(self) -> list[Instruction]:
+        instructions, self._instructions = self._instructions, []
+        return instructions
+
+    def append(self, *changes: Change) -> None:
+        if changes:
+            self.catalog.apply(changes)
+            self._instructions.append(Append(changes))
+
+    def send(self, worker: WorkerState, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> None:
+        self._instructions.append(worker.send(command, on_answer, tensors))
+
+    def fetch_body(self, request_id: str) -> None:
+        self._instructions.append(FetchBody(request_id))
+
+    def delete_files(self, storage_key: str) -> None:
+        """Unless a record, or a sample that is being drawn, still needs them. Decided before it happens: the deletion
+        waits until everything decided before it is durable, so no record on disk ever names files that are gone."""
+        if storage_key and not self.catalog.references[storage_key] and not self.is_sampled(storage_key):
+            self._instructions.append(DeleteFiles(storage_key))
+
+    # ---- results: `changes` become durable with them
+
+    def finish(
+        self,
+        request: RequestRecord,
+        content: Literal["json", "sample", "forward_backward", "error"],
+        payload: bytes,
+        *changes: Change,
+    ) -> None:
+        self.catalog.apply(changes)
+        result = ResultRecord(request_id=request.request_id, finished_at=self.now, content=content, payload=payload)
+        self._instructions.append(Finish(result, changes))
+
+    def succeed(self, request: RequestRecord, body: dict[str, Any], *changes: Change) -> None:
+        self.finish(request, "json", results.encode_json(body), *changes)
+
+    def fail(self, request: RequestRecord, error: TxError, *changes: Change) -> None:
+        self.finish(request, "error", results.encode_json(Failure.of(error)), *changes)

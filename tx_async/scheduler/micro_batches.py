@@ -1,0 +1,173 @@
+"""forward and forward_backward: rows of several runs share a micro-batch and come back as each request's result."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from msgspec import Struct
+
+from tx_async.errors import InvalidRequest
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.events import CommandFailed, CommandFinished
+from tx_async.scheduler.fairness import FairQueue
+from tx_async.scheduler.lanes import Lane, Step
+from tx_async.scheduler.packing import Row, fill, fits, pack
+from tx_async.scheduler.runs import Runs, error_of
+from tx_async.scheduler.worker_state import WorkerState
+from tx_async.wire import results
+from tx_async.wire.operations import ForwardBackward
+from tx_async.wire.results import ForwardBackwardResult
+from tx_async.wire.tensors import Tensor
+from tx_async.wire.worker import EngineInfo, TrainMicroBatch
+
+
+class RowSent(Struct, frozen=True):
+    lane: Lane
+    step: Step
+    run: int
+    row: Row
+
+    @property
+    def is_current(self) -> bool:
+        return self.run == self.step.run
+
+
+class RowsSent(Struct, frozen=True):
+    rows: tuple[RowSent, ...]
+    """Rows of the micro-batch in order; unused ones follow."""
+
+
+class MicroBatches:
+    def __init__(self, runs: Runs, decisions: Decisions, fair: FairQueue[str]):
+        self.runs = runs
+        self.decisions = decisions
+        self.fair = fair
+
+    # ---- out
+
+    def prepare(self, step: Step, info: EngineInfo) -> None:
+        """Pack the request. Raises `InvalidRequest` when this engine has no row for it (a worker of another
+        configuration accepted it)."""
+        assert isinstance(step.operation, ForwardBackward)
+        if step.packed is None:
+            if not fits(step.operation, info):
+                raise InvalidRequest(
+                    f"A sequence of this request is longer than the {info.max_context_length} tokens that this server "
+                    "can train now, or has more targets per token."
+                )
+            step.packed = pack(step.operation, info)
+
+    def send(self, worker: WorkerState, lane: Lane, step: Step) -> None:
+        """One micro-batch that begins with the lane's next rows. The step was prepared, its lane is resident."""
+        operation, packed = step.operation, step.packed
+        assert isinstance(operation, ForwardBackward) and packed is not None
+        length = packed.rows[step.num_rows_sent].length
+        capacity = next(rows for rows, row_length in worker.info.row_shapes if row_length == length)
+        rows = self._take_rows(lane, step, length, capacity)
+        if not step.runs_alone:
+            rows += self._take_neighbours(worker, lane, step, length, capacity - len(rows))
+        slots = [worker.training_slots.touch(row.lane.model_id) for row in rows]
+        unused = capacity - len(rows)
+        command = TrainMicroBatch(
+            slots=(*slots, *[-1] * unused),
+            row_length=length,
+            targets_per_token=packed.targets_per_token,
+            forward_only=operation.forward_only,
+        )
+        contents = [(row.step.operation, row.row) for row in rows]
+        tensors = fill([*contents, *[None] * unused], length, packed.targets_per_token)  # type: ignore[list-item]
+        self.decisions.send(worker, command, RowsSent(tuple(rows)), tensors)
+
+    def _take_rows(self, lane: Lane, step: Step, length: int, room: int) -> list[RowSent]:
+        """The next rows of a prepared request, while they have this length and there is room."""
+        assert step.packed is not None
+        rows: list[RowSent] = []
+        while step.num_rows_sent < len(step.packed.rows) and len(rows) < room:
+            row = step.packed.rows[step.num_rows_sent]
+            if row.length != length:
+                break
+            rows.append(RowSent(lane, step, step.run, row))
+            step.num_rows_sent += 1
+            step.num_outstanding += 1
+            self.fair.charge(lane.flow, row.length)
+        if step.num_rows_sent == len(step.packed.rows):
+            lane.advance()
+            lane.num_bytes_since_snapshot += step.request.body_bytes
+        return rows
+
+    def _take_neighbours(self, worker: WorkerState, lane: Lane, step: Step, length: int, room: int) -> list[RowSent]:
+        """Fill up with rows of other runs that fit the same program. They are whole rows: nobody's numbers change."""
+        rows: list[RowSent] = []
+        for model_id in list(self.runs.ready):
+            if len(rows) == room:
+                break
+            other = self.runs.lanes[model_id]
+            candidate = other.next_step() if other is not lane and other.resident else None
+            if candidate is not None and self._joins(candidate, step, length, worker.info):
+                rows += self._take_rows(other, candidate, length, room - len(rows))
+                self.runs.refresh(other)
+        return rows
+
+    def _joins(self, candidate: Step, step: Step, length: int, info: EngineInfo) -> bool:
+        ours, theirs = step.operation, candidate.operation
+        assert isinstance(ours, ForwardBackward) and step.packed is not None
+        if not isinstance(theirs, ForwardBackward) or theirs.forward_only != ours.forward_only or candidate.runs_alone:
+            return False
+        if not fits(theirs, info):
+            return False
+        self.prepare(candidate, info)
+        assert candidate.packed is not None
+        same_k = candidate.packed.targets_per_token == step.packed.targets_per_token
+        return same_k and candidate.packed.rows[candidate.num_rows_sent].length == length
+
+    # ---- back
+
+    def finished(self, answer: RowsSent, event: CommandFinished) -> None:
+        logprobs, losses = event.tensors
+        for r, sent in enumerate(answer.rows):
+            if sent.is_current:
+                self._collect(sent, logprobs[r], losses[r])
+
+    def _collect(self, sent: RowSent, logprobs: np.ndarray, losses: np.ndarray) -> None:
+        """logprobs [L, K], losses [L]"""
+        step = sent.step
+        operation = step.operation
+        assert isinstance(operation, ForwardBackward)
+        step.num_outstanding -= 1
+        if not step.finished:
+            for segment in sent.row.segments:
+                place = slice(segment.offset, segment.offset + segment.length)
+                shape = operation.data[segment.datum].loss_fn_inputs["target_tokens"].shape
+                k = shape[1] if len(shape) == 2 else 1
+                values = np.ascontiguousarray(logprobs[place, :k], np.float32).reshape(shape or (segment.length,))
+                step.parts[segment.datum] = (Tensor.of(values), float(losses[place].sum(dtype=np.float64)))
+        if step.num_outstanding == 0 and step.is_sent:
+            self.runs.finish(step, "forward_backward", b"" if step.finished else _result_of(step, operation))
+
+    def failed(self, answer: RowsSent, event: CommandFailed) -> None:
+        """The rows may have left gradients behind, so every run among them starts again from its base; but only a
+        request that fails alone is to blame."""
+        error = error_of(event.category, event.message)
+        current = {id(sent.step): sent.step for sent in answer.rows if sent.is_current}
+        in_company = len({id(sent.step) for sent in answer.rows}) > 1
+        for step in current.values():
+            lane = self.runs.lanes.get(step.request.subject)
+            if lane is None or lane.steps.get(step.seq_id) is not step:
+                continue
+            if in_company:
+                step.failed_in_company = True
+                self.runs.lose_state(lane)
+            elif error.category == "user" and not step.finished:
+                self.runs.fail(step, error)
+                self.runs.lose_state(lane)
+            else:
+                self.runs.try_again(step, error)
+
+
+def _result_of(step: Step, operation: ForwardBackward) -> bytes:
+    parts = [step.parts[i] for i in range(len(operation.data))]
+    losses = [loss for _, loss in parts]
+    total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
+    result = ForwardBackwardResult(logprobs=tuple(tensor for tensor, _ in parts), metrics={"loss:sum": total})
+    return results.encode(result)

@@ -1,0 +1,48 @@
+"""What a restart takes up from the journal. Everything after each run's newest snapshot runs again; what had reported
+its result runs for its effect only."""
+
+from __future__ import annotations
+
+from tx_async.errors import Conflict
+from tx_async.scheduler.lanes import REPLAYED_KINDS, Lane, Step
+from tx_async.scheduler.training import Training
+from tx_async.wire.operations import CreateModel, Sample, UnloadModel
+from tx_async.wire.records import Delete, RequestRecord
+
+
+def restore(training: Training) -> list[RequestRecord]:
+    """Lanes from the catalog. Returns the samples that are unfinished."""
+    catalog = training.decisions.catalog
+    for model in catalog.models.values():
+        if model.status == "live":
+            training.runs.create(model)
+    samples = []
+    for request in list(catalog.requests.values()):
+        is_finished = request.request_id in catalog.results
+        if catalog.request_ids[request.subject, request.seq_id] != request.request_id:
+            # Its commit was reported as failed, and the client tried again: the second one counts.
+            training.decisions.append(Delete("request", request.request_id))
+        elif request.kind == Sample.__name__:
+            samples += [] if is_finished else [request]
+        elif request.kind != CreateModel.__name__:
+            _restore_operation(training, request, is_finished)
+    for lane in list(training.runs.lanes.values()):
+        _refuse_latecomers(training, lane)
+        training.runs.lose_state(lane)
+    return samples
+
+
+def _restore_operation(training: Training, request: RequestRecord, is_finished: bool) -> None:
+    lane = training.runs.lanes.get(request.subject)
+    if lane is None or request.kind == UnloadModel.__name__:
+        if not is_finished:
+            training.end_without_lane(request)
+    elif not is_finished or request.seq_id > lane.model.dropped_seq_id:
+        lane.steps[request.seq_id] = Step(request, None, finished=is_finished)
+
+
+def _refuse_latecomers(training: Training, lane: Lane) -> None:
+    """An operation whose seq_id was taken for burned came at the moment of the crash: later ones ran without it."""
+    for step in lane.steps.values():
+        if not step.finished and step.kind in REPLAYED_KINDS and step.seq_id < lane.passed_seq_id:
+            training.runs.fail(step, Conflict(f"seq_id {step.seq_id} came too late: later operations went ahead."))

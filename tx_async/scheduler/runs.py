@@ -1,0 +1,193 @@
+"""All live training runs: which of them can go on, how their operations end, how their device state is lost."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from tx_async.errors import CorruptedModel, ServerError, TxError, UserError
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.lanes import REPLAYED_KINDS, Lane, Step
+from tx_async.scheduler.policy import Policy
+from tx_async.scheduler.worker_state import WorkerState
+from tx_async.wire import results
+from tx_async.wire.records import Change, DropBody, ModelRecord, Put
+from tx_async.wire.results import Failure
+from tx_async.wire.worker import ReleaseAdapter
+
+REFUSED_S = 10.0
+"""How long a run that cannot go on here is left alone before its new operations are refused, too."""
+
+
+class Ignored(msgspec.Struct, frozen=True):
+    """Nothing is done about the answer of a command."""
+
+
+class Runs:
+    def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
+        self.decisions = decisions
+        self.policy = policy
+        #: the scheduler's; only looked at
+        self.workers = workers
+        self.lanes: dict[str, Lane] = {}
+        #: model_ids whose next operation is there; a superset is harmless, a missing one would stall
+        self.ready: dict[str, None] = {}
+        #: model_ids that wait for missing predecessors
+        self.gaps: set[str] = set()
+        #: counts micro-batches: what waiting is measured in
+        self.turn = 0
+
+    def create(self, model: ModelRecord) -> Lane:
+        self.lanes[model.model_id] = lane = Lane(model)
+        lane.last_active = self.decisions.now
+        return lane
+
+    def update(self, lane: Lane, **fields: Any) -> Put:
+        """Change a run's record. The caller makes the returned change durable, with whatever belongs to it."""
+        lane.model = msgspec.structs.replace(lane.model, **fields)
+        return Put(lane.model)
+
+    def touch(self, lane: Lane) -> None:
+        """The run was used: in memory at once, on disk with the record's next version."""
+        lane.last_active = self.decisions.now
+        self.decisions.catalog.apply([self.update(lane, last_request_at=self.decisions.now)])
+
+    def refresh(self, lane: Lane) -> None:
+        """Look again whether the lane can go on."""
+        if lane.next_step() is not None:
+            if lane.model_id not in self.ready:
+                lane.waiting_since_turn = self.turn
+            self.ready[lane.model_id] = None
+            self.gaps.discard(lane.model_id)
+            return
+        self.ready.pop(lane.model_id, None)
+        if lane.has_gap:
+            lane.gap_since = self.decisions.now if lane.gap_since is None else lane.gap_since
+            self.gaps.add(lane.model_id)
+
+    def is_runnable(self, lane: Lane) -> bool:
+        step = lane.next_step()
+        return step is not None and not step.fetching and lane.blocked_until <= self.decisions.now
+
+    def burn_gaps(self) -> None:
+        for model_id in sorted(self.gaps):
+            lane = self.lanes[model_id]
+            if lane.gap_since is not None and self.decisions.now - lane.gap_since >= self.policy.seq_gap_s:
+                lane.burn_gap()
+                self.refresh(lane)
+
+    # ---- how operations end
+
+    def succeed(self, step: Step, body: dict[str, Any], *changes: Change) -> None:
+        self.finish(step, "json", results.encode_json(body), *changes)
+
+    def fail(self, step: Step, error: TxError, *, had_effect: bool = False) -> None:
+        """`had_effect`: the run's state is another than before, so a replay must include this operation."""
+        changes: tuple[Change, ...] = ()
+        if step.kind in REPLAYED_KINDS and not step.finished and not had_effect:
+            step.request = msgspec.structs.replace(step.request, skipped=True)
+            changes = (Put(step.request),)
+        self.finish(step, "error", results.encode_json(Failure.of(error)), *changes)
+
+    def finish(
+        self, step: Step, content: Literal["json", "forward_backward", "error"], payload: bytes, *changes: Change
+    ) -> None:
+        """Report the result, once: an operation that runs again for its effect has reported it before."""
+        if not step.finished:
+            step.finished = True
+            if not step.needs_replay:
+                changes = (*changes, DropBody(step.request.request_id))
+            self.decisions.finish(step.request, content, payload, *changes)
+        self.settle(step)
+        if lane := self.lanes.get(step.request.subject):
+            lane.last_active = self.decisions.now
+
+    def settle(self, step: Step) -> None:
+        """Everything of the operation was answered: it is not under suspicion, and its body is in the journal only."""
+        step.num_outstanding = 0
+        step.attempts = 0
+        step.operation = None
+        step.packed = None
+        step.parts = {}
+
+    def try_again(self, step: Step, error: TxError) -> None:
+        """It failed by no fault of its own, as far as one can tell: once more from the base, until `attempts_max`."""
+        lane = self.lanes.get(step.request.subject)
+        if lane is None:
+            return
+        step.attempts += 1
+        if step.attempts >= self.policy.attempts_max:
+            if not step.finished:
+                self.fail(step, error)
+            elif step.attempts >= 3 * self.policy.attempts_max:
+                self.corrupt(lane, error)
+                return
+        self.lose_state(lane)
+
+    def refuse(self, lane: Lane, error: TxError) -> None:
+        """The run cannot go on with the server's present configuration: what is unfinished fails, nothing is lost."""
+        for step in sorted(lane.steps.values(), key=lambda step: step.seq_id):
+            if not step.finished:
+                self.fail(step, error)
+        lane.blocked_until = self.decisions.now + REFUSED_S
+
+    # ---- how runs lose their place, and end
+
+    def lose_state(self, lane: Lane) -> None:
+        """The device state is gone or spoiled: the run starts again from its base."""
+        for snapshot in lane.durable_snapshots:  # results that it contains were not reported: it cannot be a base
+            self.decisions.delete_files(snapshot.key)
+        lane.lose_device_state()
+        for worker in self.workers.values():
+            if lane.model_id in worker.training_slots:
+                worker.training_slots.release(lane.model_id)
+        self.refresh(lane)
+
+    def worker_lost(self) -> None:
+        """The trainer is gone, and every lane's device state with it."""
+        for lane in list(self.lanes.values()):
+            suspects = [step for step in lane.steps.values() if step.num_outstanding]
+            if lane.resident or lane.pending_snapshots or suspects:
+                for step in suspects:
+                    self.try_again(step, ServerError(f"The worker died {step.attempts + 1} times while it ran this."))
+                if lane.model_id in self.lanes:
+                    self.lose_state(lane)
+
+    def corrupt(self, lane: Lane, error: TxError) -> None:
+        """Nothing good is left to start from."""
+        change = self.update(lane, status="corrupted")
+        self.abandon(lane, CorruptedModel(f"{CorruptedModel.__doc__} ({error.message})"), change)
+
+    def abandon(self, lane: Lane, error: TxError, *changes: Change) -> None:
+        """The run ends here: what is unfinished fails, what it kept for itself goes."""
+        self._leave_device(lane)
+        del self.lanes[lane.model_id]
+        self.ready.pop(lane.model_id, None)
+        self.gaps.discard(lane.model_id)
+        drops = tuple(DropBody(step.request.request_id) for step in lane.steps.values())
+        self.decisions.append(*changes, *drops)
+        for step in sorted(lane.steps.values(), key=lambda step: step.seq_id):
+            step.restart()
+            self.fail(step, error)
+        self.decisions.delete_files(snapshots_of(lane.model_id))
+        for key in {step.request.storage_key for step in lane.steps.values()} | {lane.model.created_from}:
+            if key:
+                self.decisions.delete_files(key)
+
+    def _leave_device(self, lane: Lane) -> None:
+        for worker in self.workers.values():
+            slot = worker.training_slots.slot_of(lane.model_id)
+            if slot is not None:
+                self.decisions.send(worker, ReleaseAdapter(slot=slot), Ignored())
+                worker.training_slots.release(lane.model_id)
+        lane.resident = False
+
+
+def snapshots_of(model_id: str) -> str:
+    """Storage prefix of all snapshots of a run."""
+    return f"{model_id}/snapshots"
+
+
+def error_of(category: str, message: str) -> TxError:
+    return {"user": UserError, "server": ServerError}.get(category, TxError)(message)

@@ -1,0 +1,168 @@
+"""save_weights in all its kinds, and load_weights into a live run."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tx_async.errors import CheckpointExists, Conflict, InvalidRequest
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.lanes import Lane, Step
+from tx_async.scheduler.runs import Runs
+from tx_async.wire.ids import sampler_id
+from tx_async.wire.operations import LoadWeights, SaveWeights
+from tx_async.wire.records import Change, CheckpointRecord, Put, SamplerRecord
+from tx_async.wire.worker import LoadAdapter, SaveAdapter
+
+FILE_KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+RESULT_TYPES = {
+    "weights": "save_weights",
+    "sampler_weights": "save_weights_for_sampler",
+    "external_weights": "save_weights_external",
+}
+EPHEMERAL = "ephemeral"
+
+
+class Saves:
+    def __init__(self, runs: Runs, decisions: Decisions):
+        self.runs = runs
+        self.decisions = decisions
+        #: tinker:// path -> seq_id of the save that is writing it
+        self._saving: dict[str, int] = {}
+
+    # ---- save
+
+    def command(self, lane: Lane, step: Step, operation: SaveWeights, slot: int) -> SaveAdapter:
+        """Raises `CheckpointExists`. Two saves of one name never share files: the record decides which ones count."""
+        if operation.name is not None:
+            path = checkpoint_path(lane.model_id, operation.kind, operation.name)
+            is_taken = path in self.decisions.catalog.checkpoints or self._saving.get(path, step.seq_id) != step.seq_id
+            if is_taken and not operation.overwrite:
+                raise CheckpointExists(f"{path} exists already: choose another name, or save with overwrite=True.")
+            self._saving[path] = step.seq_id
+        else:
+            self._check_free(lane, step, operation)
+        return SaveAdapter(
+            slot=slot,
+            config=lane.model.lora,
+            key=storage_key(lane, step, operation),
+            kind=FILE_KINDS[operation.kind],  # type: ignore[arg-type]
+            metadata={
+                "base_model": lane.model.base_model,
+                "model_id": lane.model_id,
+                "name": operation.name or EPHEMERAL,
+            },
+        )
+
+    def finished(self, lane: Lane, step: Step, operation: SaveWeights, size_bytes: int) -> None:
+        self.forget(lane, step, operation)
+        if operation.name is None:
+            self._finish_ephemeral(lane, step, operation)
+            return
+        now = self.decisions.now
+        path = checkpoint_path(lane.model_id, operation.kind, operation.name)
+        existing = self.decisions.catalog.checkpoints.get(path)
+        record = CheckpointRecord(
+            path=path,
+            model_id=lane.model_id,
+            owner=lane.model.owner,
+            kind=operation.kind,
+            name=operation.name,
+            storage_key=storage_key(lane, step, operation),
+            base_model=lane.model.base_model,
+            lora=lane.model.lora,
+            created_at=now,
+            size_bytes=size_bytes,
+            user_metadata=operation.user_metadata,
+            expires_at=None if operation.ttl_seconds is None else now + operation.ttl_seconds,
+        )
+        body: dict[str, object] = {"path": path, "type": RESULT_TYPES[operation.kind]}
+        if operation.kind == "external_weights":
+            body["size_bytes"] = size_bytes
+        if existing and _is_later(existing.storage_key, record.storage_key):
+            # Files of two saves may become durable in either order; the later save keeps the name.
+            self.runs.succeed(step, body)
+            self.decisions.delete_files(record.storage_key)
+            return
+        self.runs.succeed(step, body, Put(record))
+        if existing and existing.storage_key != record.storage_key:
+            self.decisions.delete_files(existing.storage_key)
+
+    def _finish_ephemeral(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
+        """A sampling session for weights that have no name; an inflight save also moves its earlier sessions on."""
+        model = lane.model
+        assert operation.sampling_session_seq_id is not None
+        record = SamplerRecord(
+            sampler_id=sampler_id(model.session_id, operation.sampling_session_seq_id),
+            session_id=model.session_id,
+            owner=model.owner,
+            base_model=model.base_model,
+            created_at=self.decisions.now,
+            storage_key=storage_key(lane, step, operation),
+            inflight_model_id=model.model_id if operation.inflight else None,
+        )
+        earlier = self._inflight_samplers(model.model_id, record.sampler_id) if operation.inflight else []
+        changes: list[Change] = [Put(record)]
+        changes += [Put(msgspec.structs.replace(sampler, storage_key=record.storage_key)) for sampler in earlier]
+        body = {"sampling_session_id": record.sampler_id, "type": RESULT_TYPES[operation.kind]}
+        self.runs.succeed(step, body, *changes)
+        for key in {sampler.storage_key for sampler in earlier if sampler.storage_key}:
+            self.decisions.delete_files(key)
+
+    def _inflight_samplers(self, model_id: str, except_id: str) -> list[SamplerRecord]:
+        samplers = self.decisions.catalog.samplers.values()
+        return [s for s in samplers if s.inflight_model_id == model_id and s.sampler_id != except_id]
+
+    def forget(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
+        """The save is over, or will be asked for again."""
+        if operation.name is not None:
+            path = checkpoint_path(lane.model_id, operation.kind, operation.name)
+            if self._saving.get(path) == step.seq_id:
+                del self._saving[path]
+
+    def _check_free(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
+        """The client counts its sampling sessions; a number that it used before names other weights."""
+        assert operation.sampling_session_seq_id is not None
+        name = sampler_id(lane.model.session_id, operation.sampling_session_seq_id)
+        existing = self.decisions.catalog.samplers.get(name)
+        if existing is not None and existing.storage_key != storage_key(lane, step, operation):
+            raise Conflict(f"The sampling session {name} exists already. Use the next sampling_session_seq_id.")
+
+    # ---- load
+
+    def load_command(self, lane: Lane, step: Step, operation: LoadWeights, slot: int) -> LoadAdapter:
+        """Raises `UnknownCheckpoint`, `InvalidRequest`. The files are settled, durably, before they are first read:
+        the path may mean others by the time that a replay reads them again."""
+        if not step.request.storage_key:
+            catalog = self.decisions.catalog
+            checkpoint = catalog.find_checkpoint(step.request.owner, operation.path, operation.optimizer)
+            _check_same_shape(lane, checkpoint)
+            step.request = msgspec.structs.replace(step.request, storage_key=checkpoint.storage_key)
+            self.decisions.append(Put(step.request))
+        key = step.request.storage_key
+        return LoadAdapter(slot=slot, config=lane.model.lora, key=key, optimizer=operation.optimizer)
+
+
+def _check_same_shape(lane: Lane, checkpoint: CheckpointRecord) -> None:
+    ours, theirs = lane.model.lora, checkpoint.lora
+    differences = [
+        f"{name} {getattr(theirs, name)} there, {getattr(ours, name)} here"
+        for name in ("rank", "train_attn", "train_mlp", "train_unembed")
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if differences:
+        raise InvalidRequest(
+            f"{checkpoint.path} does not fit this model: {'; '.join(differences)}. Create a model from it instead."
+        )
+
+
+def storage_key(lane: Lane, step: Step, operation: SaveWeights) -> str:
+    return f"{lane.model_id}/{operation.kind}/{operation.name or EPHEMERAL}~{step.seq_id}"
+
+
+def _is_later(key: str, other: str) -> bool:
+    (place, _, seq_id), (other_place, _, other_seq_id) = key.rpartition("~"), other.rpartition("~")
+    return place == other_place and int(seq_id) > int(other_seq_id)
+
+
+def checkpoint_path(model_id: str, kind: str, name: str) -> str:
+    return f"tinker://{model_id}/{kind}/{name}"

@@ -1,0 +1,138 @@
+"""Snapshots of training runs: when one is taken, when it counts, and what it makes superfluous.
+
+A snapshot is taken in the command stream, between two operations, and written in the background. It counts once its
+files are durable and every operation that it contains has reported its result. The two newest are kept, and the bodies
+of all operations since the older one, so that a damaged snapshot costs a longer replay.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+from msgspec import Struct
+
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.lanes import Lane
+from tx_async.scheduler.runs import Runs, snapshots_of
+from tx_async.scheduler.worker_state import WorkerState
+from tx_async.wire.records import Change, DropBody, Put, Snapshot
+from tx_async.wire.worker import SaveAdapter
+
+PENDING_MAX = 2
+"""Snapshots of one run on their way; the next one that is merely due waits until storage has caught up."""
+
+SAVE_RETRY_S = 10.0
+"""Pause after storage refused a snapshot. An adapter that must leave its slot is saved all the same."""
+
+
+class SnapshotSent(Struct, frozen=True):
+    lane: Lane
+    snapshot: Snapshot
+
+
+class Snapshots:
+    def __init__(self, runs: Runs, decisions: Decisions):
+        self.runs = runs
+        self.decisions = decisions
+        #: model_ids with snapshots that are durable and do not count yet
+        self._unsettled: dict[str, None] = {}
+
+    def take_if_due(self, worker: WorkerState, lane: Lane) -> None:
+        policy = self.runs.policy
+        if lane.num_steps_since_snapshot >= policy.snapshot_every_steps:
+            lane.snapshot_due = True
+        if lane.num_bytes_since_snapshot >= policy.snapshot_every_bytes:
+            lane.snapshot_due = True
+        may_take = len(lane.pending_snapshots) < PENDING_MAX and lane.no_snapshot_before <= self.decisions.now
+        if lane.snapshot_due and may_take and lane.is_dirty:
+            self.take(worker, lane)
+
+    def take(self, worker: WorkerState, lane: Lane) -> None:
+        """Save the state after everything sent so far."""
+        slot = worker.training_slots.slot_of(lane.model_id)
+        assert slot is not None and lane.resident and lane.is_between_operations
+        seq_id = lane.cursor - 1
+        # A name is used once in a server's life: a write that was given up may still be going on.
+        snapshot = Snapshot(f"{snapshots_of(lane.model_id)}/{seq_id}~{lane.num_losses}", seq_id)
+        command = SaveAdapter(slot=slot, config=lane.model.lora, key=snapshot.key, kind="snapshot")
+        self.decisions.send(worker, command, SnapshotSent(lane, snapshot))
+        lane.pending_snapshots.append(snapshot)
+        lane.snapshot_due = False
+        lane.num_steps_since_snapshot = 0
+        lane.num_bytes_since_snapshot = 0
+
+    def take_all(self, worker: WorkerState, idle_since: float = math.inf) -> None:
+        """Snapshot every dirty resident run that has been idle since then."""
+        for lane in self.runs.lanes.values():
+            is_idle = lane.resident and lane.last_active <= idle_since and lane.is_between_operations
+            may_take = not lane.pending_snapshots and lane.no_snapshot_before <= self.decisions.now
+            if is_idle and may_take and lane.is_dirty:
+                self.take(worker, lane)
+
+    @property
+    def are_pending(self) -> bool:
+        """Whether some snapshots are on their way or do not count yet."""
+        return bool(self._unsettled) or any(lane.pending_snapshots for lane in self.runs.lanes.values())
+
+    # ---- answers
+
+    def finished(self, answer: SnapshotSent) -> None:
+        lane = answer.lane
+        if answer.snapshot not in lane.pending_snapshots or lane.model_id not in self.runs.lanes:
+            self.decisions.delete_files(answer.snapshot.key)  # nobody waits for it any more
+        else:
+            lane.pending_snapshots.remove(answer.snapshot)
+            lane.durable_snapshots.append(answer.snapshot)
+            lane.durable_snapshots.sort(key=lambda snapshot: snapshot.seq_id)
+            self._unsettled[lane.model_id] = None
+
+    def failed(self, answer: SnapshotSent) -> None:
+        lane = answer.lane
+        if answer.snapshot not in lane.pending_snapshots:
+            return
+        lane.pending_snapshots.remove(answer.snapshot)
+        lane.no_snapshot_before = self.decisions.now + SAVE_RETRY_S
+        if not lane.resident and lane.model_id in self.runs.lanes:
+            self.runs.lose_state(lane)
+
+    def settle(self) -> None:
+        """Make durable snapshots count whose operations have all reported their results."""
+        for model_id in list(self._unsettled):
+            lane = self.runs.lanes.get(model_id)
+            if lane is None or self._settle(lane):
+                del self._unsettled[model_id]
+
+    def _settle(self, lane: Lane) -> bool:
+        """True when nothing is left to wait for."""
+        while lane.durable_snapshots:
+            snapshot = lane.durable_snapshots[0]
+            if any(not step.finished for step in lane.covered(snapshot.seq_id)):
+                return False
+            lane.durable_snapshots.pop(0)
+            if snapshot.seq_id > lane.base_seq_id:
+                self._commit(lane, snapshot)
+            else:
+                self.decisions.delete_files(snapshot.key)
+        return True
+
+    def _commit(self, lane: Lane, snapshot: Snapshot) -> None:
+        kept = (snapshot, *lane.model.snapshots[:1])
+        superseded = lane.model.snapshots[1:]
+        first_drop = lane.model.dropped_seq_id == 0
+        changes: list[Change] = [self.runs.update(lane, snapshots=kept)]
+        files = [old.key for old in superseded]
+        if len(kept) > 1:
+            changes = [self.runs.update(lane, dropped_seq_id=kept[-1].seq_id)]
+            for step in lane.covered(kept[-1].seq_id):
+                changes.append(DropBody(step.request.request_id))
+                if step.request.storage_key:
+                    files.append(step.request.storage_key)
+                    changes.append(Put(msgspec.structs.replace(step.request, storage_key="")))
+                del lane.steps[step.seq_id]
+            lane.burned = {seq_id for seq_id in lane.burned if seq_id > kept[-1].seq_id}
+            if first_drop and lane.model.created_from:
+                files.append(lane.model.created_from)
+        self.decisions.append(*changes)
+        for key in files:
+            self.decisions.delete_files(key)

@@ -1,0 +1,124 @@
+"""Training adapters on the device: a slot holds a run's base plus its operations so far, until another run needs it."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from tx_async.errors import InvalidRequest, TxError
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.events import CommandFailed
+from tx_async.scheduler.lanes import Lane
+from tx_async.scheduler.runs import Runs, error_of
+from tx_async.scheduler.snapshots import Snapshots
+from tx_async.scheduler.worker_state import WorkerState
+from tx_async.wire.records import Delete
+from tx_async.wire.worker import CreateAdapter, LoadAdapter
+
+LOAD_RETRY_MAX_S = 60.0
+"""Longest pause between two attempts to read a run's base from a storage that does not answer."""
+
+
+class BaseSent(Struct, frozen=True):
+    """The lane's base is being put into a slot."""
+
+    lane: Lane
+    key: str | None
+    num_losses: int
+
+    @property
+    def is_current(self) -> bool:
+        return self.num_losses == self.lane.num_losses
+
+
+class TrainingSlots:
+    def __init__(self, runs: Runs, snapshots: Snapshots, decisions: Decisions):
+        self.runs = runs
+        self.snapshots = snapshots
+        self.decisions = decisions
+
+    def bring(self, worker: WorkerState, lane: Lane) -> bool:
+        """Put the lane's base into a slot. False when every slot is busy. Raises `InvalidRequest` when no slot fits."""
+        if lane.model.lora.rank > worker.info.max_lora_rank:
+            raise InvalidRequest(
+                f"This run has rank {lane.model.lora.rank}; the server was restarted with a maximum of "
+                f"{worker.info.max_lora_rank} (`max_lora_rank`)."
+            )
+        slot = self._take_slot(worker, lane)
+        if slot is None:
+            return False
+        key, optimizer = lane.load_from()
+        if key is None:
+            command = CreateAdapter(slot=slot, config=lane.model.lora)
+        else:
+            command = LoadAdapter(slot=slot, config=lane.model.lora, key=key, optimizer=optimizer)
+        self.decisions.send(worker, command, BaseSent(lane, key, lane.num_losses))
+        lane.resident = True
+        return True
+
+    def _take_slot(self, worker: WorkerState, lane: Lane) -> int | None:
+        slots = worker.training_slots
+        slot = slots.take(lane.model_id)
+        if slot is None:
+            victim = slots.victim(lambda model_id: self.runs.lanes[model_id].is_between_operations)
+            if victim is None:
+                return None
+            self._evict(worker, self.runs.lanes[victim])
+            slot = slots.take(lane.model_id)
+        return slot
+
+    def _evict(self, worker: WorkerState, lane: Lane) -> None:
+        """Between two operations only: a snapshot holds whole ones."""
+        if lane.is_dirty:
+            self.snapshots.take(worker, lane)
+        worker.training_slots.release(lane.model_id)
+        lane.resident = False
+
+    # ---- answers
+
+    def finished(self, answer: BaseSent) -> None:
+        lane = answer.lane
+        if not answer.is_current:
+            return
+        lane.num_load_failures = 0
+        first = lane.steps.get(0)
+        if first is not None and not first.finished:
+            path, model_id = lane.model.created_from_path, lane.model_id
+            self.runs.succeed(first, {"type": "load_weights", "path": path, "model_id": model_id})
+
+    def failed(self, answer: BaseSent, event: CommandFailed) -> None:
+        lane = answer.lane
+        if not answer.is_current or lane.model_id not in self.runs.lanes:
+            return
+        error = error_of(event.category, event.message)
+        first = lane.steps.get(0)
+        is_creation = first is not None and not first.finished
+        gives_up = is_creation and lane.num_load_failures >= self.runs.policy.attempts_max
+        if error.category != "user" and not gives_up:
+            self._retry_later(lane)
+        elif is_creation:
+            self.runs.abandon(lane, error, Delete("model", lane.model_id))
+        else:
+            self._without(lane, answer.key, error)
+
+    def _retry_later(self, lane: Lane) -> None:
+        """Storage may only be out of reach for a while: that damages nothing."""
+        pause = self.runs.policy.load_retry_s * 2**lane.num_load_failures
+        lane.num_load_failures = min(lane.num_load_failures + 1, 16)
+        lane.blocked_until = self.decisions.now + min(pause, LOAD_RETRY_MAX_S)
+        self.runs.lose_state(lane)
+
+    def _without(self, lane: Lane, key: str | None, error: TxError) -> None:
+        """What the run starts from is damaged: an older snapshot and a longer replay, or the end of the run."""
+        snapshots = lane.model.snapshots
+        if key not in {snapshot.key for snapshot in snapshots}:
+            if key is None or key == lane.model.created_from:
+                self.runs.corrupt(lane, error)
+            else:
+                self.runs.lose_state(lane)  # it was still being written: the base before it is good
+            return
+        older = tuple(snapshot for snapshot in snapshots if snapshot.key != key)
+        if not older and lane.model.dropped_seq_id > 0:
+            self.runs.corrupt(lane, error)
+            return
+        self.decisions.append(self.runs.update(lane, snapshots=older))
+        self.runs.lose_state(lane)
