@@ -1,4 +1,4 @@
-"""AdamW against torch's, and what one slot's step may never do: touch another, wake padding, take a step that is not finite."""
+"""AdamW against torch's. One slot's step never touches another, wakes padding, or becomes infinite."""
 
 from functools import partial
 

@@ -156,9 +156,11 @@ def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array) 
     size = min(_block_size(), q.shape[1])
     positions, segments = (_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids))
     keys, values = (jnp.einsum("rnbhd->nrhbd", _split(x, size)) for x in (k, v))
-    starts = jnp.arange(len(positions)) * size
+    numbers = jnp.arange(len(positions))[:, None, None]
+    # Padding sees only that of its own block, so its values do not depend on how many blocks other rows need.
+    segments = jnp.where(segments > 0, segments, -1 - numbers)
     # Positions count from the start of their segment; min: all rows go through the same blocks.
-    first = jnp.min((starts[:, None] - positions[:, :, 0]) // size, axis=1)
+    first = jnp.min(numbers[..., 0] - -(-positions[:, :, 0] // size), axis=1)
     return _Blocks(_queries(q, k.shape[2], size), keys, values, positions, segments, jnp.maximum(first, 0))
 
 
