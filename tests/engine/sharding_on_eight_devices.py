@@ -7,13 +7,14 @@ Prints one JSON object: mesh -> what was found.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tx_async.engine.sharding import make_mesh
+from tx_async.engine.sharding import make_mesh, param_shardings
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import load_model
 from tx_async.testing import parity
@@ -27,15 +28,17 @@ def main(name: str, folder: str, *meshes: str) -> None:
     case = next(case for case in parity.CASES if case.name == name)
     make_model(folder, case.config, tokenizer=False)
     tokens = parity.tokens_of(case._replace(length=12), 0, ROWS)
-    model, params = load_model(folder)
-    logits, gradients, _ = run(model, params, tokens)
+    model, whole = load_model(folder)
+    logits, gradients, _ = run(model, whole, tokens)
     found = {}
     for sizes in meshes:
         fsdp, expert, tensor = map(int, sizes.split(","))
         config = EngineConfig(
             fully_sharded_data_parallel_size=fsdp, expert_parallel_size=expert, tensor_parallel_size=tensor
         )
-        model, params = load_model(folder, mesh=make_mesh(config))
+        mesh = make_mesh(config)
+        model = replace(model, mesh=mesh)
+        params = jax.device_put(whole, param_shardings(model, mesh))
         on_mesh, gradients_on_mesh, program = run(model, params, tokens)
         found[sizes] = {
             "logits": parity.relative_error(on_mesh, logits),

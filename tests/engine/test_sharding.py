@@ -37,7 +37,7 @@ def test_logits_and_lora_gradients_equal_those_of_one_device(case, meshes, tmp_p
         assert found["logits"] < BOUND, mesh
         assert found["gradients"] < BOUND, mesh
         # Norms, biases and key heads fewer than `tensor` are whole everywhere; the rest is divided.
-        assert found["bytes"] < 1.5 * found["all_bytes"] / (fsdp * tensor) or expert > 1, mesh
+        assert found["bytes"] < 2 * found["all_bytes"] / (fsdp * tensor) or expert > 1, mesh
         if expert > 1:
             assert found["whole_experts"] == 0, f"{mesh}: a device holds the matrices of all experts"
 

@@ -182,8 +182,19 @@ def test_peak_memory_above_the_model_is_a_few_chunks(tmp_path):
     folder = make_qwen3(
         tmp_path, tokenizer=False, vocab_size=65536, hidden_size=512, intermediate_size=4096, num_hidden_layers=10
     )
-    script = Path(__file__).with_name("peak_memory.py")
-    done = subprocess.run([sys.executable, str(script), str(folder)], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run("peak_memory.py", folder)
     assert found["peak"] - found["before"] - found["params"] < 320 * 2**20, found
+
+
+def test_each_device_of_a_mesh_gets_its_own_pieces(tmp_path):
+    folder = make_deepseek_v3(tmp_path, tokenizer=False, num_hidden_layers=2)
+    found = run("load_on_mesh.py", folder, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert found == {"equal": True, "placed": True}
+
+
+def run(script: str, folder: Path, **environment: str) -> dict:
+    """What a script beside this file prints, run in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -207,11 +207,10 @@ class _Leaf:
         self.weight, self.sharding = weight, sharding
         self.lead = len(weight.shape) - len(weight.dims)
         shards: dict[tuple[int, ...], _Shard] = {}
-        for device, slices in sharding.addressable_devices_indices_map(weight.shape).items():
-            bounds = [s.indices(size)[:2] for s, size in zip(slices or (), weight.shape, strict=True)]
-            start, shape = tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds)
-            shard = shards.setdefault(start, _Shard(start, shape, {}))
-            shard.buffers[device] = jnp.zeros(shape, dtype, device=device)
+        empty = jax.jit(partial(jnp.zeros, weight.shape, dtype), out_shardings=sharding)()
+        for piece in empty.addressable_shards:
+            start = tuple(s.indices(size)[0] for s, size in zip(piece.index, weight.shape, strict=True))
+            shards.setdefault(start, _Shard(start, piece.data.shape, {})).buffers[piece.device] = piece.data
         self.shards = list(shards.values())
 
     def wants(self, number: int) -> bool:
