@@ -217,7 +217,7 @@ class JaxEngine:
 
 def row_shapes(config: EngineConfig, context: int, platform: str) -> tuple[tuple[int, int], ...]:
     """(rows, length), ascending. On CPU one row each: it meets the same kernels whatever its neighbours are."""
-    configured = [length for length in config.train_row_lengths if length < context]
+    configured = {length for length in config.train_row_lengths if length < context}
     lengths = (*configured, context) if configured else _doubling(context)
     tokens = config.train_micro_batch_tokens or (0 if platform == "cpu" else 4096)
     rows: Callable[[int], int] = lambda length: config.train_micro_batch_size or max(1, tokens // length)  # noqa: E731

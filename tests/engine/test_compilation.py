@@ -1,0 +1,118 @@
+"""No input compiles anything that was not known at start."""
+
+import numpy as np
+import pytest
+
+from tx_async.engine.compilation import CompilationCounter, Program, use_cache
+from tx_async.engine.engine import row_shapes
+from tx_async.testing.engine_bench import rl_segment, segment
+from tx_async.wire.worker import (
+    LOSS_FNS,
+    AdmitSequences,
+    EngineConfig,
+    LoadSampler,
+    SampleQuantum,
+    SequenceSpec,
+)
+
+ONE_OF_EACH = {"train_row_lengths": (32, 64), "max_context_length": 64}
+
+
+def random_training(bench, rng):
+    """A micro-batch of any slots, lengths, losses, ranks and K, and sometimes a step."""
+    length = int(rng.choice([32, 64]))
+    parts, left = [], length
+    while left > 0 and len(parts) < 4:
+        size = int(rng.integers(1, left + 1))
+        loss_fn = LOSS_FNS[rng.integers(len(LOSS_FNS))]
+        parts.append((segment if loss_fn == "cross_entropy" else rl_segment)(size, int(rng.integers(99)), loss_fn))
+        left -= size
+    slot = int(rng.integers(4))
+    bench.train((slot, parts), length=length, k=int(rng.choice([1, 8])), forward_only=bool(rng.integers(2)))
+    if rng.integers(2):
+        bench.step(slot, learning_rate=float(rng.random()), grad_clip_norm=float(rng.integers(2)))
+
+
+def random_checkpoint(bench, rng, number):
+    slot, kind = int(rng.integers(4)), ["training", "snapshot", "sampler", "external"][rng.integers(4)]
+    config = bench.create(slot, rank=int(rng.integers(1, 9)), train_mlp=bool(rng.integers(2)))
+    bench.save(slot, config, f"run/{number}", kind)
+    if rng.integers(2):
+        bench.engine.checkpoints._cached.clear()
+    bench.load((slot + 1) % 4, config, f"run/{number}", optimizer=kind in ("training", "snapshot"))
+    bench.run(LoadSampler(sampler_slot=int(rng.integers(2)), key=f"run/{number}"))
+
+
+def random_sampling(bench, rng, number):
+    prompt = rng.integers(0, 256, int(rng.integers(1, 40))).astype(np.int32)
+    spec = SequenceSpec(
+        sequence_id=number,
+        sampler_slot=int(rng.integers(-1, 2)),
+        adapter_version=str(number),
+        prompt=0,
+        max_tokens=int(rng.integers(1, 12)),
+        temperature=float(rng.random()),
+        top_k=int(rng.integers(-1, 5)),
+    )
+    bench.run(AdmitSequences(sequences=(spec,)), [prompt])
+    while not bench.run(SampleQuantum(decode_steps=4, prefill_tokens=64))[0].finished:
+        pass
+
+
+def test_a_random_workload_compiles_nothing_new(make_bench, monkeypatch):
+    monkeypatch.setattr("tx_async.engine.engine.TARGETS_PER_TOKEN", (1, 8))
+    bench = make_bench(compile_ahead=True, **ONE_OF_EACH)
+    compiled, rng = bench.engine.num_compilations, np.random.default_rng(0)
+    for slot in range(4):
+        bench.create(slot, rank=slot + 1)
+    for number in range(25):
+        random_training(bench, rng)
+        random_checkpoint(bench, rng, number)
+        random_sampling(bench, rng, number)
+    assert bench.engine.num_compilations == compiled
+
+
+def test_compiling_ahead_compiles_both_halves_and_reports_its_progress(bench):
+    training, sampling = (Program(name, lambda x: x + 1, (np.zeros(2),)) for name in ("training", "sampling"))
+    bench.engine._programs, bench.engine.sampling.programs = {"a": training}, {"b": sampling}
+    reports = []
+    bench.engine.compile_ahead(lambda *report: reports.append(report))
+    assert reports == [("compiling", 0, 2), ("compiling", 1, 2), ("compiling", 2, 2)]
+    assert [repr(program) for program in (training, sampling)] == [
+        "<Program training: compiled>",
+        "<Program sampling: compiled>",
+    ]
+
+
+def test_a_program_refuses_other_shapes_instead_of_compiling():
+    program = Program("double", lambda x: 2 * x, (np.zeros(3, np.float32),))
+    counter = CompilationCounter()
+    np.testing.assert_array_equal(program(np.ones(3, np.float32)), 2)
+    assert counter.count == 1
+    with pytest.raises(TypeError):
+        program(np.ones(4, np.float32))
+    program(np.zeros(3, np.float32))
+    assert counter.count == 1
+    counter.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "platform", "expected"),
+    [
+        (EngineConfig(), "cpu", ((1, 32), (1, 64), (1, 100))),
+        (EngineConfig(train_row_lengths=(80, 40)), "cpu", ((1, 40), (1, 80), (1, 100))),
+        (EngineConfig(train_row_lengths=(50, 400)), "gpu", ((81, 50), (40, 100))),
+        (EngineConfig(train_micro_batch_size=3), "gpu", ((3, 32), (3, 64), (3, 100))),
+        (EngineConfig(train_micro_batch_tokens=128), "cpu", ((4, 32), (2, 64), (1, 100))),
+    ],
+)
+def test_shapes_of_micro_batches_are_few_and_reach_the_context(config, platform, expected):
+    assert row_shapes(config, 100, platform) == expected
+
+
+def test_no_cache_folder_means_no_cache(monkeypatch):
+    def fail(*_):
+        raise AssertionError("the configuration of JAX must stay as it is")
+
+    monkeypatch.setattr("jax.config.update", fail)
+    use_cache("")
