@@ -78,7 +78,7 @@ class SamplingEngine:
         self.decode_steps = config.decode_steps or DECODE_STEPS
         self.prefill_tokens = config.prefill_chunk_tokens or PREFILL_TOKENS
         dtype = jax.tree.leaves(params)[0].dtype
-        self.layout = CacheLayout.plan(_cache_tokens(model, dtype, config, context), config.kv_page_size, context)
+        self.layout = CacheLayout.plan(_cache_tokens(model, dtype, config, context), config.kv_page_size, context, jax.default_backend())
         #: page pools on the device; replaced by every dispatch
         self.pools: Pools = self.layout.new_pools(model, dtype)
         self.sequences = Sequences(

@@ -168,8 +168,8 @@ def decode(
         attend = DecodeAttention(layout, batch.tables, position[:, None], alive)
         hidden, pools = model.forward(params, lora, token[:, None], position[:, None], attend, pools)
         logits = unembed(params, lora, hidden[:, 0])
-        drawn, logprob = sample(logits, choices, position + 1)
-        topk_ids, topk_logprobs = _topk(logits, logsumexp(logits), batch.any_topk) if topk else (0, 0)
+        drawn, logprob, lse = sample(logits, choices, position + 1)
+        topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
         token = jnp.where(alive, drawn, token)
         out = Decoded(
             tokens=out.tokens.at[i].set(token),

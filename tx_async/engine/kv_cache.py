@@ -20,8 +20,9 @@ from jax import Array
 
 Pools = dict[str, Array]
 NULL_PAGE = 0
-CHUNK_TOKENS = 128
-"""Keys that one turn of the attention loop reads."""
+CHUNK_TOKENS = {"cpu": 64, "gpu": 512, "tpu": 512}
+"""Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache, many for an accelerator."""
+BLOCK_DIAGONAL_HEADS_MAX = 8
 
 MASKED = -1e30
 
@@ -47,9 +48,9 @@ class CacheLayout:
     chunk_pages: int
 
     @classmethod
-    def plan(cls, cache_tokens: int, page_size: int, max_context_length: int) -> CacheLayout:
+    def plan(cls, cache_tokens: int, page_size: int, max_context_length: int, platform: str = "cpu") -> CacheLayout:
         """At least one sequence of the longest context always fits."""
-        chunk_pages = max(1, CHUNK_TOKENS // page_size)
+        chunk_pages = max(1, CHUNK_TOKENS.get(platform, 512) // page_size)
         context_pages = -(-max_context_length // page_size)
         return cls(
             num_pages=1 + max(-(-cache_tokens // page_size), context_pages),
@@ -116,17 +117,23 @@ class PagedAttention:
     def _chunk(self, pools: list[Array], layer: Array, q: Array, scale: float, v_features: int, c: Array, carry):
         top, total, out = carry
         keys, values = self._read(pools, layer, c, v_features)
-        scores = jnp.einsum("rlhgd,rchd->rhlgc", q, keys, preferred_element_type=jnp.float32) * scale
+        scores = self._scores(q, keys) * scale
         positions = c * keys.shape[1] + jnp.arange(keys.shape[1])
         seen = (positions <= self.positions[..., None])[:, None, :, None]  # (R, 1, L, 1, C)
         scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
-        added = jnp.einsum(
-            "rhlgc,rchd->rhlgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
+        added = self._weighted(weights.astype(values.dtype), values)
         return new_top, total * keep + weights.sum(-1), out * keep[..., None] + added
+
+    def _scores(self, q: Array, keys: Array) -> Array:
+        """q [R, L, Hkv, G, D], keys [R, C, Hkv, D] -> [R, Hkv, L, G, C] fp32."""
+        return jnp.einsum("rlhgd,rchd->rhlgc", q, keys, preferred_element_type=jnp.float32)
+
+    def _weighted(self, weights: Array, values: Array) -> Array:
+        """weights [R, Hkv, L, G, C], values [R, C, Hkv, D] -> [R, Hkv, L, G, D] fp32."""
+        return jnp.einsum("rhlgc,rchd->rhlgd", weights, values, preferred_element_type=jnp.float32)
 
     def _read(self, pools: list[Array], layer: Array, c: Array, v_features: int) -> tuple[Array, Array]:
         """Keys and values of chunk c: [R, chunk_tokens, heads, features] each."""
@@ -137,7 +144,11 @@ class PagedAttention:
 
 
 class DecodeAttention(PagedAttention):
-    """`Attend` of a decode step: one token per row, anywhere in its page."""
+    """`Attend` of a decode step: one token per row, anywhere in its page.
+
+    With few key heads, all heads' products are one: a query is laid into its key head's part of a row of zeros and meets the
+    keys as they lie in the page. That is more arithmetic and much less moving about, and reading the cache is what costs.
+    """
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
         page_size = self.layout.page_size
@@ -145,6 +156,25 @@ class DecodeAttention(PagedAttention):
         pages = jnp.take_along_axis(self.tables, position[:, None] // page_size, axis=1, mode="clip")[:, 0]
         pages = jnp.where(self.alive, pages, NULL_PAGE) + layer * self.layout.num_pages
         return pool.at[pages, position % page_size].set(_finite(new[:, 0]))
+
+    def _scores(self, q: Array, keys: Array) -> Array:
+        R, _, Hkv, G, D = q.shape
+        if not 1 < Hkv <= BLOCK_DIAGONAL_HEADS_MAX:
+            return super()._scores(q, keys)
+        own = jnp.eye(Hkv, dtype=bool)[:, None, :, None]
+        wide = jnp.where(own, q.reshape(R, Hkv, G, 1, D), 0).reshape(R, Hkv * G, Hkv * D)
+        flat = keys.reshape(R, -1, Hkv * D)
+        scores = jnp.einsum("rnf,rcf->rnc", wide, flat, preferred_element_type=jnp.float32)
+        return scores.reshape(R, Hkv, 1, G, -1)
+
+    def _weighted(self, weights: Array, values: Array) -> Array:
+        R, Hkv, _, G, C = weights.shape
+        if not 1 < Hkv <= BLOCK_DIAGONAL_HEADS_MAX:
+            return super()._weighted(weights, values)
+        flat = values.reshape(R, C, -1)
+        wide = jnp.einsum("rnc,rcf->rnf", weights.reshape(R, Hkv * G, C), flat, preferred_element_type=jnp.float32)
+        own = jnp.eye(Hkv, dtype=bool)[:, None, :, None]
+        return jnp.where(own, wide.reshape(R, Hkv, G, Hkv, -1), 0.0).sum(3)[:, :, None]
 
 
 def _finite(x: Array) -> Array:

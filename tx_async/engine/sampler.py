@@ -1,8 +1,8 @@
 """From logits to tokens: greedy, temperature, top-k, top-p, one row independent of the others.
 
 The vocabulary is laid out as [segments, lanes] (token = segment * num_lanes + lane), so every reduction over it runs along
-contiguous lanes. Nothing is sorted: top-k and top-p are thresholds found by bisection over the ordered bits of fp32, exact to
-the last token, and a draw inverts the cumulative distribution in two steps, lane then segment, with two uniforms per row.
+contiguous lanes. Nothing is sorted: top-k and top-p are thresholds found by bisection over the bits of the fp32 weights, exact
+to the last token, and a draw inverts the cumulative distribution in two steps, lane then segment, with two uniforms per row.
 
 Order as in transformers: temperature, top-k, top-p. Ties at the k-th place all stay; ties at the edge of top-p stay from the
 lowest token on, as many as p needs.
@@ -22,8 +22,6 @@ TOPK_MAX = 128
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy."""
 
-LOWEST_KEY = jnp.iinfo(jnp.int32).min
-
 
 class Choices(NamedTuple):
     """How each row samples."""
@@ -38,8 +36,8 @@ class Choices(NamedTuple):
     """[B, 2] uint32: `stream_key` of the row."""
 
 
-class _Threshold(NamedTuple):
-    """The tokens that stay: keys above `key`, and among its equals those up to token `last`."""
+class _Limit(NamedTuple):
+    """The tokens that stay: weights whose bits are above `key`, and among its equals those up to token `last`."""
 
     key: Array
     last: Array
@@ -54,32 +52,35 @@ def stream_key(seed: Array, sample_index: Array) -> Array:
     return jax.vmap(one)(seed, sample_index)
 
 
-def sample(logits: Array, choices: Choices, position: Array) -> tuple[Array, Array]:
-    """logits fp32 [B, V], position [B] of the token to draw -> (tokens int32 [B], log-probabilities of the plain model [B])."""
+def sample(logits: Array, choices: Choices, position: Array) -> tuple[Array, Array, Array]:
+    """Draw the tokens that will stand at `position` [B].
+
+    logits fp32 [B, V] -> (tokens int32 [B], their log-probabilities in the plain model [B], logsumexp of the logits [B]).
+    """
     z = _lanes(logits)
     top = z.max((1, 2))
+    lse = _logsumexp(z, top)
     greedy = _first_index(z == top[:, None, None])
+    draws = choices.temperature >= GREEDY_BELOW
     tokens = jax.lax.cond(
-        jnp.any(choices.temperature >= GREEDY_BELOW),
-        lambda: jnp.where(choices.temperature >= GREEDY_BELOW, _draw(z, top, greedy, choices, position), greedy),
+        jnp.any(draws),
+        lambda: jnp.where(draws, _draw(z, top, greedy, choices, position), greedy),
         lambda: greedy,
     )
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return tokens, chosen - top - jnp.log(_total(jnp.exp(z - top[:, None, None])))
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - lse, lse
 
 
 def logsumexp(logits: Array) -> Array:
     """[B, V] -> [B], summed in the order of `sample`."""
     z = _lanes(logits)
-    top = z.max((1, 2))
-    return top + jnp.log(_total(jnp.exp(z - top[:, None, None])))
+    return _logsumexp(z, z.max((1, 2)))
 
 
 def draw_many(logits: Array, temperature: Array, keys: Array, k: int) -> Array:
     """k independent draws with replacement per row at its temperature: [B, V], [B], uint32 [B, 2] -> int32 [B, k]."""
     z = _lanes(logits)
     top = z.max((1, 2))
-    weights = jnp.exp((z - top[:, None, None]) / jnp.maximum(temperature, GREEDY_BELOW)[:, None, None])
+    weights = _weights(z, top, jnp.maximum(temperature, GREEDY_BELOW))
     by_lane = weights.sum(1)
     u = jax.vmap(lambda key: jax.random.uniform(jax.random.wrap_key_data(key), (2, k)))(keys)
     greedy = _first_index(z == top[:, None, None])
@@ -94,16 +95,16 @@ def draw_many(logits: Array, temperature: Array, keys: Array, k: int) -> Array:
 
 
 def _draw(z: Array, top: Array, greedy: Array, choices: Choices, position: Array) -> Array:
-    temperature = jnp.maximum(choices.temperature, GREEDY_BELOW)
-    limit = _threshold(z, top, temperature, choices)
-    weights = jnp.where(_kept(z, limit), _weights(z, top, temperature), 0.0)
-    u = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), i), (2,)))(
-        choices.key, position
-    )
-    by_lane = weights.sum(1)
-    lane = _invert(by_lane, u[:, 0])
+    weights = _weights(z, top, jnp.maximum(choices.temperature, GREEDY_BELOW))
+    weights = jnp.where(_kept(weights, _limit(weights, choices)), weights, 0.0)
+    u = jax.vmap(_uniforms)(choices.key, position)
+    lane = _invert(weights.sum(1), u[:, 0])
     column = jnp.take_along_axis(weights, lane[:, None, None], axis=2)[:, :, 0]
     return _token(z, column, lane, u[:, 1], greedy)
+
+
+def _uniforms(key: Array, position: Array) -> Array:
+    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position), (2,))
 
 
 def _token(z: Array, column: Array, lane: Array, u: Array, greedy: Array) -> Array:
@@ -120,65 +121,66 @@ def _invert(weights: Array, u: Array) -> Array:
     return jnp.minimum(passed.sum(1), weights.shape[1] - 1).astype(jnp.int32)
 
 
-# ---- top-k and top-p
+# ---- top-k and top-p: weights are not negative, so their bits order as they do
 
 
-def _threshold(z: Array, top: Array, temperature: Array, choices: Choices) -> _Threshold:
-    vocab = z.shape[1] * z.shape[2]
-    k_active = (choices.top_k >= 1) & (choices.top_k < vocab) & (choices.temperature >= GREEDY_BELOW)
-    p_active = (choices.top_p < 1.0) & (choices.temperature >= GREEDY_BELOW)
-    everything = jnp.full(top.shape, LOWEST_KEY, jnp.int32)
-    kth = jax.lax.cond(jnp.any(k_active), lambda: _kth_key(z, top, choices.top_k, k_active), lambda: everything)
-    no_limit = _Threshold(kth, jnp.full_like(kth, vocab))
-    return jax.lax.cond(
-        jnp.any(p_active), lambda: _nucleus(z, top, temperature, choices.top_p, p_active, no_limit), lambda: no_limit
-    )
+def _limit(weights: Array, choices: Choices) -> _Limit:
+    vocab = weights.shape[1] * weights.shape[2]
+    draws = choices.temperature >= GREEDY_BELOW
+    k_active = (choices.top_k >= 1) & (choices.top_k < vocab) & draws
+    p_active = (choices.top_p < 1.0) & draws
+    everything = jnp.zeros(weights.shape[0], jnp.int32)
+    kth = jax.lax.cond(jnp.any(k_active), lambda: _kth_key(weights, choices.top_k, k_active), lambda: everything)
+    open_end = _Limit(kth, jnp.full_like(kth, vocab))
+    return jax.lax.cond(jnp.any(p_active), lambda: _nucleus(weights, choices.top_p, p_active, open_end), lambda: open_end)
 
 
-def _kth_key(z: Array, top: Array, k: Array, active: Array) -> Array:
-    """The largest key (or one that splits at the same place) that at least k tokens reach."""
-    keys = _ordered_bits(z)
+def _kth_key(weights: Array, k: Array, active: Array) -> Array:
+    """The bits of the k-th largest weight, or others that split at the same place."""
+    keys = _bits(weights)
 
     def enough(key: Array) -> tuple[Array, Array]:
-        count = (keys >= key[:, None, None]).sum(1).sum(1)
+        # Counted in fp32: exact to 2**24 tokens, and twice as fast as in int32.
+        count = _total(jnp.where(keys >= key[:, None, None], 1.0, 0.0))
         return count >= k, count == k
 
-    return _bisect(enough, top, active)
+    return _bisect(enough, jnp.zeros_like(k), active)
 
 
-def _nucleus(z: Array, top: Array, temperature: Array, p: Array, active: Array, inside: _Threshold) -> _Threshold:
-    """The smallest set of likeliest tokens whose share of the weight inside `inside` is at least p."""
-    keys = _ordered_bits(z)
-    weights = jnp.where(keys >= inside.key[:, None, None], _weights(z, top, temperature), 0.0)
-    needed = p * _total(weights)
+def _nucleus(weights: Array, p: Array, active: Array, inside: _Limit) -> _Limit:
+    """The smallest set of largest weights whose share of all that is inside is at least p."""
+    keys = _bits(weights)
+    weights = jnp.where(keys >= inside.key[:, None, None], weights, 0.0)
+    total = _total(weights)
+    needed = p * total
 
     def enough(key: Array) -> tuple[Array, Array]:
         return _total(jnp.where(keys >= key[:, None, None], weights, 0.0)) >= needed, jnp.zeros_like(active)
 
-    key = jnp.where(active, jnp.maximum(_bisect(enough, top, active), inside.key), inside.key)
+    # All weights below this one together are less than the share that may be missing.
+    negligible = 0.5 * (1.0 - p) * total / (keys.shape[1] * keys.shape[2])
+    key = jnp.where(active, jnp.maximum(_bisect(enough, _bits(negligible), active), inside.key), inside.key)
     ties = keys == key[:, None, None]
     above = _total(jnp.where(keys > key[:, None, None], weights, 0.0))
     each = jnp.where(ties, weights, 0.0).max((1, 2))
     num_ties = ties.sum(1).sum(1)
     num_kept = jnp.clip(jnp.ceil((needed - above) / jnp.maximum(each, 1e-38)), 1, num_ties).astype(jnp.int32)
-    return _Threshold(key, jnp.where(active, _nth_index(ties, num_kept, num_ties), inside.last))
+    return _Limit(key, jnp.where(active, _nth_index(ties, num_kept, num_ties), inside.last))
 
 
-def _bisect(enough, top: Array, active: Array) -> Array:
-    """Largest key for which `enough` (key -> holds, exactly) holds; it always holds for the lowest and never above `top`."""
+def _bisect(enough, low: Array, active: Array) -> Array:
+    """Largest key for which `enough` (key -> holds, exactly) holds. It holds for `low`, and for nothing above 1.0."""
 
     def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state
-        middle = _middle(low, high)
+        middle = (low + high) // 2
         holds, exactly = enough(middle)
-        holds = holds | (middle == low)
         low = jnp.where(holds, middle, low)
         high = jnp.where(holds & ~exactly, high, middle)
         return low, jnp.where(exactly, low, high)
 
-    low = jnp.full(top.shape, LOWEST_KEY, jnp.int32)
-    high = jnp.where(active, _ordered_bits(top) + 1, low)
-    return jax.lax.while_loop(lambda state: jnp.any(_middle(*state) != state[0]), body, (low, high))[0]
+    high = jnp.where(active, _bits(jnp.ones(low.shape)) + 1, low)
+    return jax.lax.while_loop(lambda state: jnp.any(state[1] - state[0] > 1), body, (low, high))[0]
 
 
 def _nth_index(mask: Array, n: Array, count: Array) -> Array:
@@ -217,9 +219,13 @@ def _weights(z: Array, top: Array, temperature: Array) -> Array:
     return jnp.exp((z - top[:, None, None]) / temperature[:, None, None])
 
 
-def _kept(z: Array, limit: _Threshold) -> Array:
-    keys, key = _ordered_bits(z), limit.key[:, None, None]
-    index = _token_index(z.shape[1], z.shape[2])
+def _logsumexp(z: Array, top: Array) -> Array:
+    return top + jnp.log(_total(jnp.exp(z - top[:, None, None])))
+
+
+def _kept(weights: Array, limit: _Limit) -> Array:
+    keys, key = _bits(weights), limit.key[:, None, None]
+    index = _token_index(weights.shape[1], weights.shape[2])
     return (keys > key) | ((keys == key) & (index <= limit.last[:, None, None]))
 
 
@@ -235,12 +241,5 @@ def _token_index(segments: int, lanes: int) -> Array:
     return jnp.arange(segments * lanes, dtype=jnp.int32).reshape(segments, lanes)
 
 
-def _ordered_bits(x: Array) -> Array:
-    """int32 that order as the floats do."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
-
-
-def _middle(low: Array, high: Array) -> Array:
-    """Floor of the mean, without overflow."""
-    return (low & high) + ((low ^ high) >> 1)
+def _bits(weights: Array) -> Array:
+    return jax.lax.bitcast_convert_type(weights, jnp.int32)

@@ -91,14 +91,24 @@ class LoraRows:
         return jnp.einsum("rlk,rko->rlo", low, b.astype(x.dtype))
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["layer"], meta_fields=["stack", "name"])
+@dataclass(frozen=True)
+class PairOfLayer:
+    """Where one layer's A and B lie. A scan over layers slices these numbers, not the adapters of every slot."""
+
+    layer: Array
+    stack: str
+    name: str
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "scale", "active", "num_active", "row_adapter"],
+    data_fields=["stacks", "scale", "active", "num_active", "row_adapter"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class LoraActive:
-    weights: LoraWeights
+    stacks: LoraWeights
     scale: Array
     """[adapters] fp32."""
     active: Array
@@ -107,33 +117,60 @@ class LoraActive:
     row_adapter: Array
     """[R] int32: adapter of each row; -1 = none."""
 
-    def of_experts(self, layer: LayerLora) -> ExpertLora:
-        return ExpertLora(layer, self.scale, self.row_adapter)
+    @property
+    def weights(self) -> dict[str, dict[str, PairOfLayer]]:
+        """What models scan over: stands for `stacks`, and only what is active is ever read from those."""
+        return {
+            stack: {name: PairOfLayer(jnp.arange(a.shape[0]), stack, name) for name, (a, _) in names.items()}
+            for stack, names in self.stacks.items()
+        }
 
-    def per_row(self, ab: tuple[Array, Array], function: RowFunction, x: Array) -> Array:
+    def of_experts(self, layer: dict[str, PairOfLayer]) -> ExpertLora:
+        return ExpertLora({name: self._whole_layer(pair) for name, pair in layer.items()}, self.scale, self.row_adapter)
+
+    def per_row(self, pair: PairOfLayer, function: RowFunction, x: Array) -> Array:
         def add_one(i: Array, total: Array) -> Array:
             adapter = self.active[i]
-            a, b = (jax.lax.dynamic_index_in_dim(w, adapter, keepdims=False).astype(x.dtype) for w in ab)
-            mine = (self.row_adapter == adapter).reshape(-1, *[1] * (total.ndim - 1))
-            return jnp.where(mine, jax.vmap(partial(function, a, b, self.scale[adapter]))(x), total)
+            a, b = self._adapter(pair, adapter, x.dtype)
+            return jnp.where(self._mine(adapter, total.ndim), jax.vmap(partial(function, a, b, self.scale[adapter]))(x), total)
 
-        one = jax.eval_shape(function, ab[0][0], ab[1][0], self.scale[0], x[0])
+        a, b = self.stacks[pair.stack][pair.name]
+        one = jax.eval_shape(function, a[0, 0], b[0, 0], self.scale[0], x[0])
         return jax.lax.fori_loop(0, self.num_active, add_one, jnp.zeros((x.shape[0], *one.shape), x.dtype))
 
-    def deltas(self, layer: LayerLora, names: tuple[str, ...], x: Array) -> list[Array]:
+    def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
         def add_one(i: Array, totals: list[Array]) -> list[Array]:
             adapter = self.active[i]
-            mine = (self.row_adapter == adapter)[:, None, None]
+            mine = self._mine(adapter, x.ndim)
             return [jnp.where(mine, self._delta(layer[name], adapter, x), total) for name, total in zip(names, totals)]
 
-        zeros = [jnp.zeros((*x.shape[:-1], layer[name][1].shape[-1]), x.dtype) for name in names]
-        return jax.lax.fori_loop(0, self.num_active, add_one, zeros)
+        return jax.lax.fori_loop(0, self.num_active, add_one, [self._zeros(layer[name], x) for name in names])
 
-    def _delta(self, ab: tuple[Array, Array], adapter: Array, x: Array) -> Array:
-        a, b = (jax.lax.dynamic_index_in_dim(w, adapter, keepdims=False).astype(x.dtype) for w in ab)
+    def _delta(self, pair: PairOfLayer, adapter: Array, x: Array) -> Array:
+        a, b = self._adapter(pair, adapter, x.dtype)
         low = jnp.einsum("rld,dk->rlk", x, a, preferred_element_type=jnp.float32)
         low = (low * self.scale[adapter]).astype(x.dtype)
         return jnp.einsum("rlk,ko->rlo", low, b)
+
+    def _zeros(self, pair: PairOfLayer, x: Array) -> Array:
+        return jnp.zeros((*x.shape[:-1], self.stacks[pair.stack][pair.name][1].shape[-1]), x.dtype)
+
+    def _mine(self, adapter: Array, ndim: int) -> Array:
+        return (self.row_adapter == adapter).reshape(-1, *[1] * (ndim - 1))
+
+    def _adapter(self, pair: PairOfLayer, adapter: Array, dtype: Any) -> list[Array]:
+        """A and B of one adapter in one layer."""
+
+        def read(w: Array) -> Array:
+            start = (pair.layer, adapter, *[0] * (w.ndim - 2))
+            return jax.lax.dynamic_slice(w, start, (1, 1, *w.shape[2:]))[0, 0].astype(dtype)
+
+        return [read(w) for w in self.stacks[pair.stack][pair.name]]
+
+    def _whole_layer(self, pair: PairOfLayer) -> tuple[Array, Array]:
+        a, b = self.stacks[pair.stack][pair.name]
+        index = partial(jax.lax.dynamic_index_in_dim, index=pair.layer, keepdims=False)
+        return index(a), index(b)
 
 
 def init_weights(targets: dict[str, dict[str, LoraTarget]], num_adapters: int, rank: int) -> LoraWeights:
