@@ -29,6 +29,9 @@ class SlotCache(Generic[Key]):
     def slot_of(self, key: Key) -> int | None:
         return self._slots.get(key)
 
+    def slots(self) -> dict[Key, int]:
+        return dict(self._slots)
+
     def touch(self, key: Key) -> int:
         slot = self._slots.pop(key)
         self._slots[key] = slot

@@ -150,6 +150,8 @@ class Rollouts:
     # ---- answers
 
     def finished(self, worker: WorkerState, answer: SamplingAnswer, event: CommandFinished) -> None:
+        if isinstance(answer, SamplerSent):
+            self.slots.finished(worker, answer.version)
         if not isinstance(answer, QuantumSent):
             return
         assert isinstance(event.result, Sampled)
@@ -167,8 +169,7 @@ class Rollouts:
         error = error_of(event.category, event.message)
         match answer:
             case SamplerSent(version=version):
-                if version in worker.sampler_slots:
-                    worker.sampler_slots.release(version)
+                self.slots.failed(worker, version)
                 self._end_all((job for job in self.jobs.values() if job.version == version), error)
             case AdmissionSent(sequence_ids=ids) if error.category == "user" and len(self._jobs_of(worker, ids)) == 1:
                 self._end_all(self._jobs_of(worker, ids), error)
@@ -248,14 +249,14 @@ class Admission:
         self._leaving: str | None = None
 
     def has_slot(self, job: SampleJob) -> bool:
-        """The job's adapter version is on the device, or its command is on the way."""
+        """The job's adapter version is on the device; if not, it is asked for."""
         version = job.version
         if version is None:
             return True
         if version in self._without_slot or version == self._leaving:
             return False
         if self.slots.bring(self.worker, version):
-            return True
+            return version not in self.worker.loading_samplers
         self._without_slot.add(version)
         self._leaving = self._leaving or self.slots.least_recent(self.worker)
         return False

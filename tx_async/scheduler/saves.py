@@ -129,6 +129,11 @@ class Saves:
 
     # ---- load
 
+    def must_wait(self, step: Step, operation: LoadWeights) -> bool:
+        """A save that was asked for earlier is still writing what the path will name."""
+        saving = operation.path in self._saving and run_of(operation.path) in self.runs.lanes
+        return saving and not step.request.storage_key
+
     def load_command(self, lane: Lane, step: Step, operation: LoadWeights, slot: int) -> LoadAdapter:
         """Raises `UnknownCheckpoint`, `InvalidRequest`. The files are settled, durably, before they are first read:
         the path may mean others by the time that a replay reads them again."""
@@ -162,6 +167,10 @@ def storage_key(lane: Lane, step: Step, operation: SaveWeights) -> str:
 def _is_later(key: str, other: str) -> bool:
     (place, _, seq_id), (other_place, _, other_seq_id) = key.rpartition("~"), other.rpartition("~")
     return place == other_place and int(seq_id) > int(other_seq_id)
+
+
+def run_of(path: str) -> str:
+    return path.removeprefix("tinker://").partition("/")[0]
 
 
 def checkpoint_path(model_id: str, kind: str, name: str) -> str:

@@ -404,8 +404,9 @@ class Scheduler:
 
     def _begin(self, key: tuple[str, int], owner: str, operation: Operation, body: bytes, digest: str) -> Accepting:
         self._refuse_when_stopping()
-        now = self.clock.now()
-        request = submissions.new_request(self.state.training.runs, owner, operation, digest, len(body), now)
+        request = submissions.new_request(
+            self.state.training.runs, ids.new_id("r"), owner, operation, digest, len(body), self.clock.now()
+        )
         self.quota.check(request)
         self.quota.take(request)
         accepting = Accepting(request, self._spawn(self._accept(request, operation, body)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from tx_async.errors import Conflict, SessionGone, UnknownModel, UnknownSampler, UnknownSession
 from tx_async.scheduler.catalog import Catalog
 from tx_async.scheduler.runs import Runs
-from tx_async.wire import ids
 from tx_async.wire.operations import (
     CreateModel,
     CreateModelFromCheckpoint,
@@ -67,7 +66,9 @@ def same(request: RequestRecord, digest: str) -> RequestRecord:
     return request
 
 
-def new_request(runs: Runs, owner: str, operation: Operation, digest: str, num_bytes: int, now: float) -> RequestRecord:
+def new_request(
+    runs: Runs, request_id: str, owner: str, operation: Operation, digest: str, num_bytes: int, now: float
+) -> RequestRecord:
     """Raises `Conflict` when the operation's turn has passed."""
     subject, seq_id = key_of(operation)
     lane = runs.lanes.get(subject)
@@ -75,7 +76,7 @@ def new_request(runs: Runs, owner: str, operation: Operation, digest: str, num_b
         raise Conflict(f"seq_id {seq_id} of {subject} is used up: its turn has passed. Use the next seq_id.")
     num_samples = operation.num_samples if isinstance(operation, Sample) else 0
     return RequestRecord(
-        request_id=ids.new_id("r"),
+        request_id=request_id,
         owner=owner,
         kind=kind_of(operation),
         subject=subject,

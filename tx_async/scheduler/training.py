@@ -168,6 +168,8 @@ class Training:
         """The lane is, or was just brought, on the device; and a suspect has the device for itself."""
         if isinstance(step.operation, Rejected):
             return True
+        if isinstance(step.operation, LoadWeights) and self.saves.must_wait(step, step.operation):
+            return False
         if not lane.resident and not self.slots.bring(worker, lane):
             return False
         worker.training_slots.touch(lane.model_id)

@@ -22,6 +22,8 @@ class WorkerState:
         self.training_slots: SlotCache[str] = SlotCache(info.num_training_slots)
         #: adapter version (storage key) -> sampler slot
         self.sampler_slots: SlotCache[str] = SlotCache(info.num_sampler_slots)
+        #: versions in `sampler_slots` whose files are being read: nothing is sampled from a slot before that succeeded
+        self.loading_samplers: set[str] = set()
         #: command number -> (what to do with the answer, whether the command was a quantum)
         self.in_flight: dict[int, tuple[Any, bool]] = {}
         #: train micro-batches and sample quanta among them: what `quanta_in_flight_max` bounds

@@ -1,0 +1,708 @@
+"""A whole server in one thread and one seed: the real `SchedulerState` and the real records over a disk that loses what
+was not committed, workers that crash, stall and answer late or twice, clients that retry, reorder and give up.
+
+`World.act` lets one thing happen, chosen by the seed; `World.quiesce` stops all faults and lets everything end;
+`World.check` compares what clients were told, and what is on disk, with a reference in plain Python. The invariants
+that must hold at every moment are asserted in passing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from tx_async.config import ServerConfig
+from tx_async.errors import StorageError, TxError
+from tx_async.journal.transaction import Transaction
+from tx_async.scheduler import submissions
+from tx_async.scheduler.catalog import Catalog
+from tx_async.scheduler.events import (
+    BodyLoaded,
+    CommandFailed,
+    CommandFinished,
+    DeleteFiles,
+    Fact,
+    FetchBody,
+    Finish,
+    Instruction,
+    RequestAccepted,
+    RequestCancelled,
+    Send,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
+from tx_async.scheduler.interface import BaseModelInfo
+from tx_async.scheduler.outbox import changes_of
+from tx_async.scheduler.policy import Policy
+from tx_async.scheduler.quota import Quota
+from tx_async.scheduler.state import SchedulerState
+from tx_async.testing.chain_engine import NAN_TOKEN, ChainEngine, Storage
+from tx_async.testing.memory_journal import MemoryDisk
+from tx_async.wire import operations
+from tx_async.wire.ids import model_id, sampler_id
+from tx_async.wire.operations import (
+    CreateModel,
+    CreateModelFromCheckpoint,
+    Datum,
+    ForwardBackward,
+    LoadWeights,
+    Operation,
+    OptimStep,
+    Rejected,
+    Sample,
+    SaveWeights,
+    UnloadModel,
+)
+from tx_async.wire.records import (
+    Change,
+    Delete,
+    ModelRecord,
+    Put,
+    RequestRecord,
+    ResultRecord,
+    SamplerRecord,
+    SessionRecord,
+    decode_record,
+)
+from tx_async.wire.tensors import Tensor
+from tx_async.wire.worker import AdamParams, AdapterConfig, EngineInfo, Result, SaveAdapter, Saved, TrainMicroBatch
+
+OWNER = "alice"
+WORKER = "w0"
+INFO = EngineInfo(
+    vocab_size=100,
+    max_context_length=16,
+    row_shapes=((2, 4), (2, 8), (1, 16)),
+    row_length_preferred=8,
+    target_tokens_k=(1,),
+    num_training_slots=2,
+    num_sampler_slots=2,
+    max_lora_rank=8,
+    num_sequences_max=4,
+    decode_steps=2,
+    prefill_tokens=8,
+)
+BASE = BaseModelInfo(name="base", path="", architecture="Chain", vocab_size=100, max_context_length=16)
+POLICY = Policy(snapshot_every_steps=3, snapshot_idle_s=20.0, seq_gap_s=60.0, patience_turns=6, attempts_max=50)
+CONFIG = ServerConfig(queued_requests_max=200)
+
+
+class Sent(Struct):
+    """A command that reached the worker."""
+
+    number: int
+    command: object
+    tensors: list[np.ndarray]
+
+
+class Accepted(Struct, frozen=True):
+    request: RequestRecord
+    operation: Operation
+
+
+class SimulatedWorker:
+    def __init__(self, info: EngineInfo, storage: Storage):
+        self.engine = ChainEngine(info, storage)
+        #: sent, not executed
+        self.inbox: deque[Sent] = deque()
+        #: facts on their way to the server, in command order
+        self.outbox: deque[Fact] = deque()
+        #: executed saves whose files are being written
+        self.saving: list[Sent] = []
+        self.last_number = 0
+
+
+class World:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        num_models: int = 3,
+        info: EngineInfo = INFO,
+        policy: Policy = POLICY,
+        fault_rate: float = 1.0,
+    ):
+        self.random = random.Random(seed)
+        self.info = info
+        self.policy = policy
+        self.fault_rate = fault_rate
+        self.now = 1_000.0
+        self.disk = MemoryDisk()
+        self.storage = Storage()
+        self.worker: SimulatedWorker | None = None
+        #: commits that are not durable yet, oldest first: changes, and what happens when they are
+        self.commits: deque[tuple[tuple[Change, ...], Callable[[], None]]] = deque()
+        #: bodies that the server is reading
+        self.reads: list[str] = []
+        #: submissions whose commit is on its way
+        self.accepting: dict[tuple[str, int], Accepted] = {}
+        self.num_requests = 0
+        self.num_events = 0
+        self.num_crashes = 0
+        # ---- what clients know; it survives every crash
+        #: request_id -> what was acknowledged
+        self.acknowledged: dict[str, Accepted] = {}
+        #: request_id -> result that was seen
+        self.seen: dict[str, ResultRecord] = {}
+        #: request_ids that were cancelled by their client
+        self.cancelled: set[str] = set()
+        #: submissions that may be (re)sent: what a client believes to be unacknowledged or lost
+        self.to_send: list[Operation] = []
+        self.sent: list[Operation] = []
+        self.models: list[str] = []
+        self.samplers: list[str] = []
+        self.unloaded: set[str] = set()
+        self.next_seq_id: dict[str, int] = {}
+        self.num_names = 0
+        self.num_samples = 0
+        #: every operation that was ever sent, by its key
+        self.operations: dict[tuple[str, int], Operation] = {}
+        self.session = SessionRecord(session_id="s", owner=OWNER, created_at=self.now)
+        self.disk.write(Transaction([Put(self.session)]))
+        self._start_server()
+        for _ in range(num_models):
+            self.create_model()
+
+    @classmethod
+    def varied(cls, seed: int) -> World:
+        """A world whose size, shapes and habits depend on the seed, too."""
+        choose = random.Random(seed)
+        rows = choose.choice([1, 2, 3])
+        info = msgspec.structs.replace(
+            INFO,
+            row_shapes=((rows, 4), (rows, 8), (1, 16)),
+            num_training_slots=choose.choice([1, 2, 3]),
+            num_sampler_slots=choose.choice([1, 2]),
+            num_sequences_max=choose.choice([1, 4, 9]),
+        )
+        policy = msgspec.structs.replace(
+            POLICY,
+            quanta_in_flight_max=choose.choice([1, 2, 3]),
+            commands_in_flight_max=choose.choice([3, 32]),
+            snapshot_every_steps=choose.choice([1, 2, 5, 100]),
+            snapshot_every_bytes=choose.choice([500, 2**20]),
+        )
+        return cls(seed, num_models=choose.randint(1, 5), info=info, policy=policy, fault_rate=choose.choice([0, 1, 3]))
+
+    # ---- the server's life
+
+    def _start_server(self) -> None:
+        rows = [decode_record(row) for table in self.disk.tables.values() for row in table.values()]
+        self.catalog = Catalog(rows)
+        self.state = SchedulerState(self.catalog, BASE, self.policy, self.now)
+        self.quota = Quota(CONFIG)
+        for request in self.catalog.requests.values():
+            if request.request_id not in self.catalog.results:
+                self.quota.take(request)
+        self._perform(self.state.restore())
+
+    def crash_server(self) -> None:
+        """Some of what was on its way to the disk may have arrived; nobody hears of it. Its worker ends with it."""
+        for _ in range(self.random.randint(0, len(self.commits)) if self.random.random() < 0.5 else 0):
+            self._write(self.commits.popleft()[0])
+        self.commits.clear()
+        self.reads.clear()
+        for accepting in self.accepting.values():
+            self.to_send.append(accepting.operation)
+        self.accepting.clear()
+        self._end_worker()
+        self._start_server()
+
+    def _write(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if isinstance(change, Put) and isinstance(change.record, ResultRecord):
+                known = change.record.request_id in self.disk.tables["result"]
+                assert not known, f"{change.record.request_id} ended twice"
+        self.disk.write(Transaction(changes))
+
+    def commit_some(self) -> None:
+        """One transaction of the journal: what waits, up to a point."""
+        batch = [self.commits.popleft() for _ in range(self.random.randint(1, len(self.commits)))]
+        self._write([change for changes, _ in batch for change in changes])
+        for _, then in batch:
+            then()
+
+    def handle(self, fact: Fact) -> None:
+        self._perform(self.state.handle(fact, self.now))
+        self._check_always()
+
+    def _perform(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send():
+                    self._send(instruction)
+                case FetchBody():
+                    self.reads.append(instruction.request_id)
+                case _:
+                    self.commits.append((changes_of(instruction), lambda item=instruction: self._show(item)))
+
+    def _show(self, item: Instruction) -> None:
+        if isinstance(item, Finish):
+            self.catalog.apply([Put(item.result)])
+            self.quota.give_back(item.result.request_id)
+        elif isinstance(item, DeleteFiles):
+            self._check_not_named(item.storage_key)
+            self.storage.delete(item.storage_key)
+
+    def _check_not_named(self, key: str) -> None:
+        """No record on disk names files that are deleted."""
+        for table in ("checkpoint", "sampler"):
+            for row in self.disk.tables[table].values():
+                assert decode_record(row).storage_key != key, f"{key} is deleted and still named"  # type: ignore[union-attr]
+
+    def _send(self, instruction: Send) -> None:
+        if self.worker is None:
+            return  # it has just died; the server will hear of it
+        assert instruction.number == self.worker.last_number + 1
+        self.worker.last_number += 1
+        tensors = [np.array(tensor) for tensor in instruction.tensors]
+        self.worker.inbox.append(Sent(instruction.number, instruction.command, tensors))
+
+    # ---- the worker's life
+
+    def start_worker(self) -> None:
+        self.worker = SimulatedWorker(self.info, self.storage)
+        self.handle(WorkerReady(WORKER, self.info, frozenset({"train", "sample"})))
+
+    def _end_worker(self) -> None:
+        """Files that were being written are there or not, never half."""
+        if self.worker is not None:
+            self.num_crashes += 1
+            for sent in self.worker.saving:
+                assert isinstance(sent.command, SaveAdapter)
+                if self.random.random() < 0.3 and sent.command.key in self.worker.engine.kept:
+                    self.storage.files[sent.command.key] = self.worker.engine.kept[sent.command.key]
+            self.worker = None
+
+    def crash_worker(self) -> None:
+        self._end_worker()
+        self.handle(WorkerLost(WORKER, "crash"))
+
+    def execute_next(self) -> None:
+        assert self.worker is not None
+        sent = self.worker.inbox.popleft()
+        self._check_slots(sent)
+        if isinstance(sent.command, TrainMicroBatch) and self._fault(0.01):
+            category = self.random.choice(["server", "unknown", "user"])
+            self.worker.outbox.append(CommandFailed(WORKER, sent.number, category, "it did not work out"))
+            return
+        try:
+            result, tensors = self.worker.engine.execute(sent.command, sent.tensors)  # type: ignore[arg-type]
+        except TxError as error:
+            self.worker.outbox.append(CommandFailed(WORKER, sent.number, error.category, error.message))
+            return
+        if isinstance(sent.command, SaveAdapter):
+            self.worker.saving.append(sent)
+        else:
+            self._answer(sent, result, tensors)
+
+    def _answer(self, sent: Sent, result: Result, tensors: list[np.ndarray]) -> None:
+        assert self.worker is not None
+        fact = CommandFinished(WORKER, sent.number, result, tensors, self.random.random() * 20)
+        self.worker.outbox.append(fact)
+        if self._fault(0.02):
+            self.worker.outbox.append(fact)  # it answers twice
+
+    def finish_a_save(self) -> None:
+        assert self.worker is not None
+        sent = self.worker.saving.pop(self.random.randrange(len(self.worker.saving)))
+        assert isinstance(sent.command, SaveAdapter)
+        try:
+            self.worker.engine.finish_save(sent.command.key)
+            self.handle(CommandFinished(WORKER, sent.number, Saved(size_bytes=1)))
+        except StorageError as error:
+            self.handle(CommandFailed(WORKER, sent.number, error.category, error.message))
+
+    def _check_slots(self, sent: Sent) -> None:
+        """Rows are trained in the slot of their own run: its number is the second token of every datum."""
+        if not isinstance(sent.command, TrainMicroBatch):
+            return
+        assert self.worker is not None
+        for r, slot in enumerate(sent.command.slots):
+            if slot in self.worker.engine.training:
+                name, _ = self.worker.engine.training[slot]
+                run = int(sent.tensors[0][r][1])
+                lane = self.state.training.runs.lanes.get(self.models[run]) if run < len(self.models) else None
+                created_here = lane is not None and name in (f"created {lane.model.lora.seed}", lane.model.created_from)
+                loaded = name.startswith(self.models[run] + "/") or any(
+                    name == request.storage_key for request in self.catalog.requests.values()
+                )
+                assert lane is None or created_here or loaded, f"run {run} was trained in the slot of {name}"
+
+    # ---- clients
+
+    def create_model(self) -> None:
+        number = len(self.models)
+        name = model_id("s", number)
+        self.models.append(name)
+        self.next_seq_id[name] = 1
+        lora = AdapterConfig(rank=4, seed=number)
+        operation = CreateModel(model_id=name, session_id="s", model_seq_id=number, base_model="base", lora=lora)
+        self.to_send.append(operation)
+
+    def create_from_checkpoint(self) -> None:
+        paths = [path for path, c in self.catalog.checkpoints.items() if c.kind == "weights"]
+        if not paths:
+            return
+        number = len(self.models)
+        name = model_id("s", number)
+        self.models.append(name)
+        self.next_seq_id[name] = 1
+        self.to_send.append(
+            CreateModelFromCheckpoint(
+                model_id=name,
+                session_id="s",
+                model_seq_id=number,
+                path=self.random.choice(sorted(paths)),
+                optimizer=self.random.random() < 0.5,
+            )
+        )
+
+    def train(self) -> None:
+        """Operations of one run, sent as the SDK sends a batch that it has cut in pieces: 2..N, then 1."""
+        live = [name for name in self.models if name not in self.unloaded]
+        if not live:
+            return
+        name = self.random.choice(live)
+        burst = [self._new_operation(name) for _ in range(self.random.randint(1, 4))]
+        if self._fault(0.03):
+            burst.pop(0)  # refused on the way: its seq_id is burned
+        if self.random.random() < 0.5:
+            burst = burst[1:] + burst[:1]
+        self.to_send.extend(burst)
+
+    def _take_seq_id(self, name: str) -> int:
+        self.next_seq_id[name] += 1
+        return self.next_seq_id[name] - 1
+
+    def _new_operation(self, name: str) -> Operation:
+        seq_id = self._take_seq_id(name)
+        kind = self.random.random()
+        if kind < 0.5:
+            return self._forward_backward(name, seq_id)
+        if kind < 0.75:
+            rate = self.random.choice([1e-3, 1e-4])
+            return OptimStep(model_id=name, seq_id=seq_id, adam_params=AdamParams(learning_rate=rate))
+        if kind < 0.90:
+            return self._save(name, seq_id)
+        if kind < 0.95:
+            return Rejected(model_id=name, seq_id=seq_id, kind="ForwardBackward", message="malformed")
+        path = f"tinker://{name}/weights/{self.random.choice('abc')}"
+        return LoadWeights(model_id=name, seq_id=seq_id, path=path, optimizer=self.random.random() < 0.5)
+
+    def _forward_backward(self, name: str, seq_id: int) -> ForwardBackward:
+        run = self.models.index(name)
+        sizes = [self.random.randint(2, 9) for _ in range(self.random.randint(1, 3))]
+        first = NAN_TOKEN if self.random.random() < 0.03 else seq_id % 90
+        data = tuple(_datum([first, run, *range(size - 2)]) for size in sizes)
+        forward_only = self.random.random() < 0.2
+        return ForwardBackward(
+            model_id=name, seq_id=seq_id, data=data, loss_fn="cross_entropy", forward_only=forward_only
+        )
+
+    def _save(self, name: str, seq_id: int) -> SaveWeights:
+        if self.random.random() < 0.3:
+            self.num_names += 1
+            return SaveWeights(
+                model_id=name,
+                seq_id=seq_id,
+                kind="sampler_weights",
+                name=None,
+                sampling_session_seq_id=self.num_names,
+                inflight=self.random.random() < 0.5,
+            )
+        return SaveWeights(
+            model_id=name,
+            seq_id=seq_id,
+            kind=self.random.choice(["weights", "weights", "sampler_weights"]),
+            name=self.random.choice("abc"),
+            overwrite=self.random.random() < 0.5,
+        )
+
+    def sample(self) -> None:
+        if not self.samplers or self.random.random() < 0.3:
+            self._create_sampler()
+        sampler = self.random.choice(self.samplers)
+        self.num_samples += 1
+        prompt = np.array([self.random.randint(0, 50) for _ in range(self.random.randint(1, 5))], np.int32)
+        self.to_send.append(
+            Sample(
+                sampling_session_id=sampler,
+                seq_id=self.num_samples,
+                prompt=prompt.tobytes(),
+                num_samples=self.random.randint(1, 5),
+                max_tokens=self.random.randint(1, 6),
+                use_eos=False,
+            )
+        )
+
+    def _create_sampler(self) -> None:
+        """Of a checkpoint, a saved sampler, or the base model; or one that an ephemeral save has made."""
+        made = [s for s in self.catalog.samplers if s not in self.samplers]
+        if made and self.random.random() < 0.5:
+            self.samplers.append(made[0])
+            return
+        self.num_names += 1
+        checkpoints = [None, *sorted(self.catalog.checkpoints)]
+        path = self.random.choice(checkpoints)
+        record = SamplerRecord(
+            sampler_id=sampler_id("s", self.num_names),
+            session_id="s",
+            owner=OWNER,
+            base_model="base",
+            created_at=self.now,
+            model_path=path,
+            storage_key=self.catalog.checkpoints[path].storage_key if path else None,
+        )
+        # Simulated as instantly durable, with everything before it: clients wait for it.
+        while self.commits:
+            self.commit_some()
+        self.catalog.apply([Put(record)])
+        self._write([Put(record)])
+        self.samplers.append(record.sampler_id)
+
+    def send_next(self) -> None:
+        """A client's submission arrives: its first, or again."""
+        if self.to_send and (not self.sent or self.random.random() < 0.8):
+            operation = self.to_send.pop(0)
+            self.operations[submissions.key_of(operation)] = operation
+            self.sent.append(operation)
+        else:
+            operation = self.random.choice(self.sent)
+        if self._fault(0.05):
+            self.to_send.append(operation)  # no answer in time: it will come again
+        self.submit(operation)
+
+    def submit(self, operation: Operation) -> None:
+        """As `Scheduler.submit` does it."""
+        try:
+            submissions.session_of(self.catalog, OWNER, operation)
+            key = submissions.key_of(operation)
+            body = operations.encode(operation)
+            digest = operations.body_digest(body)
+            if known := self.catalog.find_request(*key):
+                submissions.same(known, digest)
+                self._acknowledge(known, operation)
+                return
+            if accepting := self.accepting.get(key):
+                submissions.same(accepting.request, digest)
+                return
+            self.num_requests += 1
+            name = f"r-{self.num_requests}"
+            runs = self.state.training.runs
+            request = submissions.new_request(runs, name, OWNER, operation, digest, len(body), self.now)
+            self.quota.check(request)
+            self.quota.take(request)
+        except TxError:
+            return
+        self.accepting[key] = Accepted(request, operation)
+        self._accept(key, request, operation, body)
+
+    def _accept(self, key: tuple[str, int], request: RequestRecord, operation: Operation, body: bytes) -> None:
+        changes: tuple[Change, ...] = (Put(request, body),)
+        if isinstance(operation, CreateModel):
+            changes = (Put(self._model(operation, operation.lora)), *changes)
+        elif isinstance(operation, CreateModelFromCheckpoint):
+            source = self.catalog.checkpoints.get(operation.path)
+            if source is None:
+                del self.accepting[key]
+                self.quota.give_back(request.request_id)
+                return
+            model = msgspec.structs.replace(
+                self._model(operation, source.lora),
+                created_from=source.storage_key,
+                created_from_path=source.path,
+                created_with_optimizer=operation.optimizer,
+            )
+            changes = (Put(model), *changes)
+        if isinstance(operation, CreateModel):
+            result = ResultRecord(
+                request_id=request.request_id, finished_at=self.now, content="json", payload=b'{"model_id": "x"}'
+            )
+            changes = (*changes, Put(result))
+        self.commits.append((changes, lambda: self._accepted(key, request, operation, changes)))
+
+    def _model(self, operation: CreateModel | CreateModelFromCheckpoint, lora: AdapterConfig) -> ModelRecord:
+        return ModelRecord(
+            model_id=operation.model_id,
+            session_id="s",
+            owner=OWNER,
+            base_model="base",
+            lora=lora,
+            created_at=self.now,
+        )
+
+    def _accepted(
+        self, key: tuple[str, int], request: RequestRecord, operation: Operation, changes: tuple[Change, ...]
+    ) -> None:
+        del self.accepting[key]
+        self.catalog.apply(changes)
+        if isinstance(operation, CreateModel | CreateModelFromCheckpoint):
+            model = changes[0]
+            assert isinstance(model, Put) and isinstance(model.record, ModelRecord)
+            self.state.create_model(model.record)
+        self._acknowledge(request, operation)
+        if isinstance(operation, CreateModel):
+            self.quota.give_back(request.request_id)
+        else:
+            self.handle(RequestAccepted(request, operation))
+
+    def _acknowledge(self, request: RequestRecord, operation: Operation) -> None:
+        if not self._fault(0.1):
+            self.acknowledged[request.request_id] = Accepted(request, operation)
+
+    def poll(self) -> None:
+        """Whatever a client sees once, it sees every time."""
+        if self.acknowledged:
+            self._look(self.random.choice(list(self.acknowledged)))
+
+    def _look(self, request_id: str) -> None:
+        assert request_id in self.catalog.requests, f"{request_id} was acknowledged and is gone"
+        if request_id in self.catalog.results:
+            row = self.disk.tables["result"].get(request_id)
+            assert row is not None, f"the result of {request_id} was shown before it was durable"
+            result = decode_record(row)
+            assert isinstance(result, ResultRecord)
+            if not result.payload:
+                result = msgspec.structs.replace(result, payload=self.disk.bodies[f"result/{request_id}"][2])
+            assert self.seen.setdefault(request_id, result) == result, f"{request_id} has two results"
+
+    def cancel(self) -> None:
+        open_samples = [name for name, a in self.acknowledged.items() if isinstance(a.operation, Sample)]
+        if open_samples:
+            name = self.random.choice(open_samples)
+            self.cancelled.add(name)
+            self.handle(RequestCancelled(name))
+
+    def unload(self) -> None:
+        live = [name for name in self.models if name not in self.unloaded]
+        if len(live) > 2:
+            name = self.random.choice(live)
+            self.unloaded.add(name)
+            self.to_send.append(UnloadModel(model_id=name))
+
+    def delete_checkpoint(self) -> None:
+        paths = sorted(self.catalog.checkpoints)
+        if paths:
+            path = self.random.choice(paths)
+            key = self.catalog.checkpoints[path].storage_key
+            self.state.decisions.append(Delete("checkpoint", path))
+            self.state.decisions.delete_files(key)
+            self._perform(self.state.decisions.take())
+
+    def read_body(self) -> None:
+        name = self.reads.pop(self.random.randrange(len(self.reads)))
+        body = self.disk.bodies.get(name)
+        self.handle(BodyLoaded(name, operations.decode(body[2]) if body else None, "gone"))
+
+    def pass_time(self) -> None:
+        self.now += self.random.choice([0.1, 1.0, 5.0, 30.0])
+        self.handle(Tick())
+
+    def damage_a_snapshot(self) -> None:
+        """The newest of two: the older one and a longer replay must do."""
+        runs = self.state.training.runs
+        lanes = [lane for lane in runs.lanes.values() if len(lane.model.snapshots) == 2]
+        if lanes:
+            lane = self.random.choice(lanes)
+            newest, older = lane.model.snapshots
+            if older.key in self.storage.files and older.key not in self.storage.damaged:
+                self.storage.damaged.add(newest.key)
+
+    # ---- what happens next
+
+    def _fault(self, probability: float) -> bool:
+        return self.random.random() < probability * self.fault_rate
+
+    def act(self) -> None:
+        """One event."""
+        self.num_events += 1
+        choices: list[tuple[float, Callable[[], None]]] = [
+            (1.0 if len(self.to_send) < 30 else 0.0, self.train),
+            (0.4, self.sample),
+            (3.0 if self.to_send or self.sent else 0.0, self.send_next),
+            (0.5, self.poll),
+            (0.3, self.pass_time),
+            (0.05, self.cancel),
+            (0.02, self.unload),
+            (0.05, self.create_from_checkpoint),
+            (0.05, self.delete_checkpoint),
+            (0.03 * self.fault_rate, self.crash_server),
+            (0.03 * self.fault_rate, self.damage_a_snapshot),
+            (0.03 * self.fault_rate, self._toggle_storage),
+        ]
+        self._choose(choices + self._progress())
+
+    def _progress(self) -> list[tuple[float, Callable[[], None]]]:
+        """What brings accepted work further."""
+        choices: list[tuple[float, Callable[[], None]]] = []
+        if self.commits:
+            choices.append((3.0, self.commit_some))
+        if self.reads:
+            choices.append((3.0, self.read_body))
+        if self.worker is None:
+            choices.append((1.0, self.start_worker))
+            return choices
+        if self.worker.inbox:
+            choices.append((3.0, self.execute_next))
+        if self.worker.outbox:
+            choices.append((3.0, self._deliver))
+        if self.worker.saving:
+            choices.append((1.0, self.finish_a_save))
+        choices.append((0.05 * self.fault_rate, self.crash_worker))
+        return choices
+
+    def _choose(self, choices: list[tuple[float, Callable[[], None]]]) -> None:
+        weights = [weight for weight, _ in choices]
+        self.random.choices([action for _, action in choices], weights)[0]()
+
+    def _deliver(self) -> None:
+        assert self.worker is not None
+        self.handle(self.worker.outbox.popleft())
+
+    def _toggle_storage(self) -> None:
+        self.storage.is_down = not self.storage.is_down
+
+    def quiesce(self, events_max: int = 50_000) -> None:
+        """No more faults and no new work: everything that was accepted ends."""
+        self.fault_rate = 0.0
+        self.storage.is_down = False
+        for operation in self.to_send:
+            self.operations[submissions.key_of(operation)] = operation
+            self.submit(operation)
+        self.to_send.clear()
+        for _ in range(events_max):
+            choices = self._progress()
+            if any(weight for weight, _ in choices):
+                self._choose(choices)
+            elif len(self.quota):
+                self.pass_time()
+            else:
+                return
+        raise AssertionError(f"{len(self.quota)} requests never ended: {self.state!r}")
+
+    # ---- invariants of every moment
+
+    def _check_always(self) -> None:
+        for worker in self.state.workers.values():
+            assert worker.num_quanta <= self.policy.quanta_in_flight_max
+            assert len(worker.sequences) <= self.info.num_sequences_max
+            slots = worker.training_slots.slots()
+            assert len(set(slots.values())) == len(slots) <= self.info.num_training_slots
+            resident = {name for name, lane in self.state.training.runs.lanes.items() if lane.resident}
+            assert resident == set(slots), f"resident {resident}, slots {slots}"
+        for lane in self.state.training.runs.lanes.values():
+            assert not (lane.resident and not self.state.workers)
+            assert self.catalog.models[lane.model_id] == lane.model or lane.model.last_request_at
+
+
+def _datum(tokens: list[int]) -> Datum:
+    array = np.array(tokens, np.int32)
+    targets = Tensor.of(np.arange(len(tokens), dtype=np.int64))
+    return Datum(array.tobytes(), {"target_tokens": targets})
