@@ -5,8 +5,8 @@
 - steps: forward_backward + optim_step, both results awaited before the next step, on a 2-layer, 64-wide model and the
   three Pig Latin examples; with one client, and with eight, each in a process of its own.
 - heartbeats: round-trip time on one connection while 2,048 retrieve_future polls are open on as many others.
-- answers: from the moment a worker finished an optim_step to the moment the client's poll returned it: ZeroMQ, scheduler,
-  journal commit, HTTP, the client's parsing. The engine is a fake that stamps the time. Only for servers of our own.
+- answers: from the moment a worker finished an optim_step to the moment the client's poll returned it: ZeroMQ,
+  scheduler, journal commit, HTTP, parsing. The engine is a fake that stamps the time. Only for servers of our own.
 
 Without --base-url each measurement starts a server with an empty folder; the compilation cache is kept in .cache/.
 """
@@ -228,7 +228,8 @@ def report(results: dict[str, dict[str, float]]) -> str:
     text = (
         f"http_roundtrip: {one['steps_per_s']:.1f} steps/s with 1 client (median {one['median_ms']:.1f} ms, "
         f"p99 {one['p99_ms']:.1f} ms), {eight['steps_per_s']:.1f} in total with 8; "
-        f"heartbeats with {beats['polls']:.0f} open polls: median {beats['median_ms']:.2f} ms, p99 {beats['p99_ms']:.2f} ms"
+        f"heartbeats with {beats['polls']:.0f} open polls: median {beats['median_ms']:.2f} ms, "
+        f"p99 {beats['p99_ms']:.2f} ms"
     )
     if answers := results.get("answers"):
         text += f"; result to answer: median {answers['median_ms']:.2f} ms, p99 {answers['p99_ms']:.2f} ms"

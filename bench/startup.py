@@ -82,9 +82,10 @@ def measure(repeat: int) -> dict[str, float]:
 def report(results: dict[str, float]) -> str:
     cold, warm = ({k[5:]: v for k, v in results.items() if k.startswith(state)} for state in ("cold", "warm"))
     return (
-        f"startup: import {results['import_s']:.2f} s; accepting after {cold['accepting_s']:.2f} s; ready after "
-        f"{cold['ready_s']:.1f} s cold, {warm['ready_s']:.1f} s warm; "
-        f"first result after {cold['first_result_s']:.1f} s cold, {warm['first_result_s']:.1f} s warm ({os.cpu_count()} cores, {platform.machine()})"
+        f"startup: import {results['import_s']:.2f} s; accepting after {cold['accepting_s']:.2f} s; "
+        f"ready after {cold['ready_s']:.1f} s cold, {warm['ready_s']:.1f} s warm; "
+        f"first result after {cold['first_result_s']:.1f} s cold, {warm['first_result_s']:.1f} s warm "
+        f"({os.cpu_count()} cores, {platform.machine()})"
     )
 
 
