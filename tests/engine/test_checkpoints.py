@@ -1,4 +1,4 @@
-"""P4 and P5: what is loaded is what was saved, whole, or nothing; a restored optimizer goes on as if nothing had happened."""
+"""P4 and P5: what is loaded is what was saved, or nothing; a restored optimizer goes on as if nothing had happened."""
 
 import json
 from pathlib import Path

@@ -58,7 +58,7 @@ class SavedAdapter:
         self.weights, self.m, self.v, self.gradients = jax.tree.map(
             np.asarray, (self.weights, self.m, self.v, self.gradients)
         )
-        self.step = int(self.step)
+        self.step = np.asarray(self.step)
 
     @property
     def num_bytes(self) -> int:
@@ -148,7 +148,7 @@ class Checkpoints:
         _check_finite(key, weights)
         config = msgspec.convert(metadata["adapter"], AdapterConfig) if "adapter" in metadata else config
         adapter = SavedAdapter(
-            metadata.get("kind", "external"), config, self._padded(weights), step=metadata.get("step", 0)
+            metadata.get("kind", "external"), config, self._padded(weights), step=np.int32(metadata.get("step", 0))
         )
         if OPTIMIZER in files:
             moments = load_safetensors(files[OPTIMIZER])
@@ -182,7 +182,7 @@ def check_same(key: str, saved: AdapterConfig, wanted: AdapterConfig) -> None:
 
 
 def _description(adapter: SavedAdapter) -> dict[str, Any]:
-    return {"kind": adapter.kind, "adapter": msgspec.to_builtins(adapter.config), "step": adapter.step}
+    return {"kind": adapter.kind, "adapter": msgspec.to_builtins(adapter.config), "step": int(adapter.step)}
 
 
 def _check_finite(key: str, weights: Any) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -193,7 +192,7 @@ class JaxEngine:
         if saved.m is None or saved.v is None:
             raise InvalidRequest(f"The checkpoint {key} holds no optimizer state: load its weights only.")
         gradients: Any = saved.gradients or pad(self.targets, {}, self.config.max_lora_rank)
-        return TrainingState(saved.weights, saved.m, saved.v, gradients, jnp.asarray(saved.step, jnp.int32))
+        return TrainingState(saved.weights, saved.m, saved.v, gradients, saved.step)
 
     def _save_adapter(self, command: wire.SaveAdapter) -> Pending:
         slot = np.int32(command.slot)
