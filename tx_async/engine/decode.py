@@ -1,8 +1,9 @@
 """Sampling: sequences are admitted, prefilled, decoded in quanta, and leave.
 
-`quantum` first finishes the host's part of the quantum before it (which needs that one's tokens), then schedules, then only
-dispatches: the device works while the caller goes on. So the host's state is a function of the command stream alone, and all
-that lives on the device between two quanta are the page pools. `Pending` waits for the tokens, on another thread.
+`quantum` first finishes the host's part of the quantum before it (which needs that one's tokens), then schedules,
+then only dispatches: the device works while the caller goes on. So the host's state is a function of the command
+stream alone, and all that lives on the device between two quanta are the page pools. `Pending` waits for the tokens,
+on another thread.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tx_async.engine import decode_programs as programs
 from tx_async.engine.compilation import Program
@@ -26,13 +28,14 @@ from tx_async.engine.decode_batches import (
     batch_sizes,
     bucket,
     decode_batch,
+    decode_calls,
     empty_scores,
     prefill_batch,
     prefill_calls,
     score_batches,
 )
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX, Adapters, Decoded
-from tx_async.engine.kv_cache import CacheLayout, Pools, copy_pages, token_bytes
+from tx_async.engine.kv_cache import CacheLayout, Pools, copy_pages, pool_shardings, token_bytes
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
@@ -54,13 +57,13 @@ class Quantum:
 
     schedule: Schedule
     progress: dict[int, int]
-    decoded: Decoded | None = None
+    decoded: list[tuple[Sequence[Sample], Decoded]] = field(default_factory=list)
     scored: list[tuple[list[Piece], tuple[Array, ...]]] = field(default_factory=list)
     reply: Reply | None = None
 
 
 class SamplingEngine:
-    """Owner of the KV cache and of every sequence. One thread calls `admit`, `cancel` and `quantum`, in stream order."""
+    """Owner of the KV cache and of every sequence. One thread calls `admit`, `cancel`, `quantum`, in stream order."""
 
     def __init__(
         self,
@@ -72,15 +75,21 @@ class SamplingEngine:
         lora_weights: LoraWeights,
         lora_scale: Array,
     ):
-        """context: most tokens of prompt and completion; folder: of the base model (its tokenizer finds stop strings)."""
+        """context: most tokens of prompt and completion; folder: of the base model, whose tokenizer finds stop strings."""
         self.model, self.params, self.context, self.folder = model, params, context, folder
         self.num_sequences_max = config.sample_max_num_sequences
         self.decode_steps = config.decode_steps or DECODE_STEPS
         self.prefill_tokens = config.prefill_chunk_tokens or PREFILL_TOKENS
         dtype = jax.tree.leaves(params)[0].dtype
-        self.layout = CacheLayout.plan(_cache_tokens(model, dtype, config, context), config.kv_page_size, context, jax.default_backend())
+        self.layout = CacheLayout.plan(
+            _cache_tokens(model, dtype, config, context), config.kv_page_size, context, jax.default_backend()
+        )
+        mesh = model.mesh
+        #: of results: every device has them whole; None without a mesh
+        self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
+        self._pool_shardings = pool_shardings(model, mesh) if mesh else None
         #: page pools on the device; replaced by every dispatch
-        self.pools: Pools = self.layout.new_pools(model, dtype)
+        self.pools: Pools = self.layout.new_pools(model, dtype, self._pool_shardings)
         self.sequences = Sequences(
             PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache), self.num_sequences_max
         )
@@ -88,8 +97,8 @@ class SamplingEngine:
         #: the newest quantum: all before it are settled
         self._last: Quantum | None = None
         self._lock = threading.RLock()
-        self._batch_sizes = batch_sizes(self.num_sequences_max)
-        self._adapters = Adapters(lora_weights, lora_scale, np.zeros(lora_scale.shape[0], np.int32), np.int32(0))  # type: ignore[arg-type]
+        self._batch_sizes = batch_sizes(self.num_sequences_max, jax.default_backend())
+        self._adapters = Adapters(lora_weights, lora_scale, np.zeros(lora_scale.shape[0], np.int32), np.int32(0))
         self.programs = {program.name: program for program in self._list_programs()}
 
     def __repr__(self) -> str:
@@ -164,27 +173,26 @@ class SamplingEngine:
         self.pools = self.programs["copy pages"](self.pools, pairs[0], pairs[1])
 
     def _decode(self, quantum: Quantum, steps: int, lora_weights: LoraWeights, lora_scale: Array) -> None:
-        samples = quantum.schedule.decoding
-        if not samples:
-            return
-        rows = bucket(self._batch_sizes, len(samples))
-        batch = decode_batch(samples, rows, self.layout)
-        adapters = self._active(batch.adapter, lora_weights, lora_scale)
-        program = self.programs[f"decode {rows}"]
-        quantum.decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
+        for samples, rows in decode_calls(quantum.schedule.decoding, self._batch_sizes):
+            batch = decode_batch(samples, rows, self.layout)
+            adapters = self._active(batch.adapter, lora_weights, lora_scale)
+            program = self.programs[f"decode {rows}"]
+            decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
+            quantum.decoded.append((samples, decoded))
 
     def _active(self, row_adapter: Any, lora_weights: LoraWeights, lora_scale: Array) -> Adapters:
         used = np.unique(row_adapter)
         used = used[used >= 0]
         active = np.zeros(lora_scale.shape[0], np.int32)
         active[: len(used)] = used
-        return Adapters(lora_weights, lora_scale, active, np.int32(len(used)))  # type: ignore[arg-type]
+        return Adapters(lora_weights, lora_scale, active, np.int32(len(used)))
 
     # ---- the host's part, once the tokens are there
 
     def _wait(self, quantum: Quantum) -> Reply:
-        if quantum.reply is None and quantum.decoded is not None:
-            jax.block_until_ready(quantum.decoded)  # before the lock: `admit` must not wait for the device
+        if quantum.reply is None:
+            for _, decoded in quantum.decoded:  # before the lock: `admit` must not wait for the device
+                jax.block_until_ready(decoded)
         with self._lock:
             if quantum.reply is None:
                 self._settle(quantum)
@@ -200,9 +208,9 @@ class SamplingEngine:
             _store_scores(pieces, Scores(*(np.asarray(array) for array in arrays)))
         finished: list[FinishedSequence] = []
         tensors: list[np.ndarray] = []
-        if quantum.decoded is not None:
-            out = _fetch(quantum.decoded, quantum.schedule.decoding)
-            for row, sample in enumerate(quantum.schedule.decoding):
+        for samples, decoded in quantum.decoded:
+            out = _fetch(decoded, samples)
+            for row, sample in enumerate(samples):
                 reason = self._extend(sample, row, out, quantum.progress)
                 if reason:
                     finished.append(_finished(sample, reason, tensors))
@@ -240,23 +248,28 @@ class SamplingEngine:
     def _list_programs(self) -> Iterator[Program]:
         """Every program of the sampling half: no input ever needs another one."""
         state = (self.params, self._adapters, self.pools)
-        scores = empty_scores()
+        and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
         for rows in self._batch_sizes:
             function = partial(programs.decode, self.model, self.layout, self.decode_steps)
-            batch = decode_batch([], rows, self.layout)
-            yield Program(f"decode {rows}", function, (*state, batch, np.int32(0)), donate=(2,))
+            arguments = (*state, decode_batch([], rows, self.layout), np.int32(0))
+            yield Program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
         for rows in PREFILL_ROWS:
-            tile_tokens = self.layout.page_size
-            batch = prefill_batch([], rows, tile_tokens, self.layout)
-            yield Program(
-                f"prefill {rows}", partial(programs.prefill, self.model, self.layout), (*state, batch), donate=(2,)
-            )
-            hidden = jax.ShapeDtypeStruct((rows * tile_tokens, self.model.hidden_size), self.params["embed"].dtype)
-            yield Program(f"score {rows}", programs.score, (self.params, self._adapters, hidden, scores))
+            yield from self._prefill_programs(rows, state, and_pools)
         pages = np.zeros(self.num_sequences_max, np.int32)
+        function = partial(copy_pages, num_pages=self.layout.num_pages)
         yield Program(
-            "copy pages", partial(copy_pages, num_pages=self.layout.num_pages), (self.pools, pages, pages), donate=(0,)
+            "copy pages", function, (self.pools, pages, pages), donate=(0,), out_shardings=self._pool_shardings
         )
+
+    def _prefill_programs(self, rows: int, state: tuple, and_pools: Any) -> Iterator[Program]:
+        tile_tokens = self.layout.page_size
+        function = partial(programs.prefill, self.model, self.layout)
+        arguments = (*state, prefill_batch([], rows, tile_tokens, self.layout))
+        yield Program(f"prefill {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
+        shape = (rows * tile_tokens, self.model.hidden_size)
+        hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
+        arguments = (self.params, self._adapters, hidden, empty_scores())
+        yield Program(f"score {rows}", programs.score, arguments, out_shardings=self._replicated)
 
 
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:
@@ -284,8 +297,8 @@ def _fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
     """On the host; the candidates only if somebody wants them."""
     tokens, logprobs, count = (np.asarray(array) for array in (decoded.tokens, decoded.logprobs, decoded.count))
     if any(sample.spec.topk_logprobs for sample in samples):
-        return Decoded(tokens, logprobs, np.asarray(decoded.topk_token_ids), np.asarray(decoded.topk_logprobs), count)  # type: ignore[arg-type]
-    return Decoded(tokens, logprobs, decoded.topk_token_ids, decoded.topk_logprobs, count)  # type: ignore[arg-type]
+        return Decoded(tokens, logprobs, np.asarray(decoded.topk_token_ids), np.asarray(decoded.topk_logprobs), count)
+    return Decoded(tokens, logprobs, decoded.topk_token_ids, decoded.topk_logprobs, count)
 
 
 def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:

@@ -1,4 +1,4 @@
-"""From sequences to the arrays that the sampling programs take: every shape is one of a short list, the rest is padding."""
+"""From sequences to the arrays of the sampling programs: every shape is one of a short list, the rest is padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tx_async.wire.worker import BASE_SLOT
 
 SCORE_ROWS = 128
 """Prompt positions that one scoring call handles."""
-BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+BATCHES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Rows of a decode call. A single row would meet another matrix kernel, hence round otherwise, than it does in company."""
+CPU_BATCH_MAX = 32
+"""Larger batches gain nothing on a CPU, and from here on its kernels may round otherwise."""
 PREFILL_ROWS = (4, 16, 64)
 
 
@@ -39,8 +42,10 @@ class Piece:
     count: int
 
 
-def batch_sizes(num_sequences_max: int) -> tuple[int, ...]:
-    return (*(size for size in BATCHES if size < num_sequences_max), num_sequences_max)
+def batch_sizes(num_sequences_max: int, platform: str) -> tuple[int, ...]:
+    """Ascending; more sequences than the last one are decoded by several calls."""
+    most = max(BATCHES[0], min(num_sequences_max, CPU_BATCH_MAX) if platform == "cpu" else num_sequences_max)
+    return (*(size for size in BATCHES if size < most), most)
 
 
 def bucket(sizes: Sequence[int], count: int) -> int:
@@ -48,7 +53,7 @@ def bucket(sizes: Sequence[int], count: int) -> int:
 
 
 def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[list[Tile]]:
-    """Tiles in order, as few calls as possible. A tile may read what tiles before it, in the same call too, have written."""
+    """Tiles in order, in as few calls as possible. A tile reads what those before it, in the same call too, have written."""
     tiles = [
         Tile(segment.sample, start, min(start + tile_tokens, segment.stop))
         for segment in segments
@@ -56,6 +61,13 @@ def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[lis
     ]
     for first in range(0, len(tiles), PREFILL_ROWS[-1]):
         yield tiles[first : first + PREFILL_ROWS[-1]]
+
+
+def decode_calls(samples: Sequence[Sample], sizes: Sequence[int]) -> Iterator[tuple[Sequence[Sample], int]]:
+    """(sequences, rows) of each call: full ones first, the rest in the smallest that holds it."""
+    for first in range(0, len(samples), sizes[-1]):
+        some = samples[first : first + sizes[-1]]
+        yield some, bucket(sizes, len(some))
 
 
 def page_tables(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> np.ndarray:
@@ -74,7 +86,7 @@ def prefill_batch(tiles: Sequence[Tile], rows: int, tile_tokens: int, layout: Ca
         start[row] = tile.start
         adapter[row] = tile.sample.spec.sampler_slot
     tables = page_tables([tile.sample for tile in tiles], rows, layout)
-    return PrefillBatch(tokens, start, np.arange(rows) < len(tiles), adapter, tables)  # type: ignore[arg-type]
+    return PrefillBatch(tokens, start, np.arange(rows) < len(tiles), adapter, tables)
 
 
 def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> DecodeBatch:
@@ -104,7 +116,7 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
         stop_tokens=stops,
         tables=page_tables(samples, rows, layout),
         any_topk=np.bool_(any(spec.topk_logprobs for spec in specs)),
-    )  # type: ignore[arg-type]
+    )
 
 
 def score_batches(tiles: Sequence[Tile], tile_tokens: int) -> Iterator[tuple[list[Piece], ScoreBatch]]:
@@ -143,7 +155,7 @@ def empty_scores() -> ScoreBatch:
         position=zeros(),
         any_topk=np.zeros((), np.bool_),
         any_alt=np.zeros((), np.bool_),
-    )  # type: ignore[arg-type]
+    )
 
 
 def _fill_scores(
@@ -151,7 +163,7 @@ def _fill_scores(
 ) -> None:
     """Positions start … start + count, whose hidden states begin at `row`, become rows `first` … of the batch."""
     rows = slice(first, first + count)
-    arrays: dict[str, np.ndarray] = batch._asdict()  # type: ignore[assignment]
+    arrays = batch._asdict()
     arrays["row"][rows] = np.arange(row, row + count)
     arrays["adapter"][rows] = sample.spec.sampler_slot
     arrays["next_token"][rows] = sample.tokens[start + 1 : start + count + 1]

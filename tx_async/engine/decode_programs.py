@@ -1,7 +1,7 @@
 """The device programs of sampling: prefill, prompt scores, decode. Pure functions of arrays, one compilation per shape.
 
-Every row is a function of its own tokens, adapter and random stream. Rows that are not used have remaining = 0 (decode),
-alive = False (prefill): they compute something, write to the null page, and nobody looks.
+Every row is a function of its own tokens, adapter and random stream. Rows that are not used have remaining = 0
+(decode), alive = False (prefill): they compute something, write to the null page, and nobody looks.
 """
 
 from __future__ import annotations
@@ -21,79 +21,83 @@ STOP_TOKENS_MAX = 16
 """Stop tokens that the device knows per row; further ones are found by the host a quantum later."""
 
 
+Data = Any
+"""numpy on its way to the device, a traced array inside a program."""
+
+
 class Adapters(NamedTuple):
     """The sampler slots, and which of them this batch uses."""
 
     weights: LoraWeights
-    scale: Array
-    active: Array
-    num_active: Array
+    scale: Data
+    active: Data
+    num_active: Data
 
-    def for_rows(self, row_adapter: Array) -> LoraActive:
+    def for_rows(self, row_adapter: Data) -> LoraActive:
         return LoraActive(self.weights, self.scale, self.active, self.num_active, row_adapter)
 
 
 class PrefillBatch(NamedTuple):
-    tokens: Array
+    tokens: Data
     """int32 [R, L]"""
-    start: Array
+    start: Data
     """int32 [R]: position of each row's first token, a multiple of the page size."""
-    alive: Array
+    alive: Data
     """bool [R]"""
-    adapter: Array
+    adapter: Data
     """int32 [R]: sampler slot, -1 = none."""
-    tables: Array
+    tables: Data
     """int32 [R, table_pages]"""
 
 
 class ScoreBatch(NamedTuple):
-    row: Array
+    row: Data
     """int32 [T]: index in the flat hidden states of a prefill."""
-    adapter: Array
-    next_token: Array
-    targets: Array
+    adapter: Data
+    next_token: Data
+    targets: Data
     """int32 [T, TOPK_MAX], -1 = none."""
-    temperature: Array
-    seed: Array
+    temperature: Data
+    seed: Data
     """uint32 [T, 2]"""
-    sample_index: Array
-    position: Array
+    sample_index: Data
+    position: Data
     """int32 [T]: of the token that is scored."""
-    any_topk: Array
-    any_alt: Array
+    any_topk: Data
+    any_alt: Data
 
 
 class DecodeBatch(NamedTuple):
-    token: Array
+    token: Data
     """int32 [B]: the last token of each sequence."""
-    position: Array
+    position: Data
     """int32 [B]: where that token stands."""
-    remaining: Array
+    remaining: Data
     """int32 [B]: tokens that it may still sample; 0 for an unused row."""
-    adapter: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    seed: Array
+    adapter: Data
+    temperature: Data
+    top_k: Data
+    top_p: Data
+    seed: Data
     """uint32 [B, 2]"""
-    sample_index: Array
-    stop_tokens: Array
+    sample_index: Data
+    stop_tokens: Data
     """int32 [B, STOP_TOKENS_MAX], -1 = none."""
-    tables: Array
+    tables: Data
     """int32 [B, table_pages]"""
-    any_topk: Array
+    any_topk: Data
     """bool: somebody wants the likeliest candidates of each step."""
 
 
 class Decoded(NamedTuple):
     """First axis: steps. A row's entries are valid up to its count."""
 
-    tokens: Array
-    logprobs: Array
-    topk_token_ids: Array
+    tokens: Data
+    logprobs: Data
+    topk_token_ids: Data
     """int32 [steps, B, topk]"""
-    topk_logprobs: Array
-    count: Array
+    topk_logprobs: Data
+    count: Data
     """int32 [B]: tokens sampled."""
 
 
@@ -110,7 +114,7 @@ def prefill(
 def score(
     params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """Log-probabilities of the next tokens [T], top-k ids and log-probabilities, targets', alternatives' ids and theirs."""
+    """-> log-probabilities of the next tokens [T], top-k ids and theirs, the targets', ids of alternatives and theirs."""
     logits = unembed(params, adapters.for_rows(batch.adapter), hidden[batch.row])
     lse = logsumexp(logits)
     topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)

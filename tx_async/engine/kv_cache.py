@@ -1,11 +1,13 @@
 """The paged KV cache on the device, and attention over it.
 
-A pool holds the keys (or values, or MLA's latents) of every layer: [layers * pages, page_size, heads, features]; page p of
-layer l is row `l * num_pages + p`. A sequence owns a list of page numbers, the same in every layer; its token at position i
-lies in its page i // page_size. Page 0 is the null page: unused rows write there and nobody reads it unmasked.
+A pool holds the keys (or values, or MLA's latents) of every layer: [layers * pages, page_size, heads, features]; page
+p of layer l is row `l * num_pages + p`. A sequence owns a list of page numbers, the same in every layer; its token at
+position i lies in its page i // page_size. Page 0 is the null page: unused rows write there and nobody reads it
+unmasked.
 
-Attention reads a sequence's pages in chunks at absolute positions and combines them by an online softmax in fp32. The number
-of chunks is data, so context length is never a shape; a chunk that lies wholly behind a row's end changes none of its bits.
+Attention reads a sequence's pages in chunks at absolute positions and combines them by an online softmax in fp32. The
+number of chunks is data, so context length is never a shape; a chunk that lies wholly behind a row's end changes none
+of its bits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Pools = dict[str, Array]
 NULL_PAGE = 0
@@ -62,9 +65,21 @@ class CacheLayout:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def new_pools(self, model: CachedModel, dtype: Any) -> Pools:
+    def new_pools(self, model: CachedModel, dtype: Any, shardings: dict[str, NamedSharding] | None = None) -> Pools:
         lead = (model.cache_layers * self.num_pages, self.page_size)
-        return {name: jnp.zeros((*lead, *shape), dtype) for name, shape in model.cache_shapes.items()}
+        return {
+            name: jnp.zeros((*lead, *shape), dtype, device=shardings[name] if shardings else None)
+            for name, shape in model.cache_shapes.items()
+        }
+
+
+def pool_shardings(model: CachedModel, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Heads over the tensor axis, as the projections that make them; whole where their number does not divide."""
+
+    def of(heads: int) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(None, None, None if heads % mesh.shape["tensor"] else "tensor"))
+
+    return {name: of(heads) for name, (heads, _) in model.cache_shapes.items()}
 
 
 def token_bytes(model: CachedModel, dtype: Any) -> int:
@@ -74,7 +89,7 @@ def token_bytes(model: CachedModel, dtype: Any) -> int:
 
 
 class PagedAttention:
-    """`Attend` of a prefill: each row holds tokens from a page boundary on; rows of one sequence may stand in one call."""
+    """`Attend` of a prefill: each row has tokens from a page boundary on; several rows may belong to one sequence."""
 
     def __init__(self, layout: CacheLayout, tables: Array, positions: Array, alive: Array):
         """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write."""
@@ -94,7 +109,7 @@ class PagedAttention:
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
         """Whole pages: what stands behind a row's last token is overwritten before anything unmasks it."""
-        R, L = new.shape[:2]
+        L = new.shape[1]
         page_size = self.layout.page_size
         first = self.positions[:, 0] // page_size
         columns = first[:, None] + jnp.arange(L // page_size)
@@ -146,8 +161,8 @@ class PagedAttention:
 class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page.
 
-    With few key heads, all heads' products are one: a query is laid into its key head's part of a row of zeros and meets the
-    keys as they lie in the page. That is more arithmetic and much less moving about, and reading the cache is what costs.
+    With few key heads, all heads' products are one: a query is laid into its key head's part of a row of zeros and meets
+    the keys as they lie in the page. That is more arithmetic and much less moving about; reading the cache is what costs.
     """
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:

@@ -1,8 +1,9 @@
 """Who has which page: the allocator of the paged KV cache, and the prefix cache that is built into it.
 
-A page is free, in use (one or more sequences refer to it), or idle: nobody refers to it, but it holds a known prefix and is
-found again by its key until its room is needed, least recently used first. A key is a hash chain over the adapter version
-and all tokens up to the page's end, so equal keys mean equal contents, and no tenant can ever match another's pages.
+A page is free, in use (one or more sequences refer to it), or idle: nobody refers to it, but it holds a known prefix
+and is found again by its key until its room is needed, least recently used first. A key is a hash chain over the
+adapter version and all tokens up to the page's end, so equal keys mean equal contents, and no tenant can ever match
+another's pages.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """From logits to tokens: greedy, temperature, top-k, top-p, one row independent of the others.
 
-The vocabulary is laid out as [segments, lanes] (token = segment * num_lanes + lane), so every reduction over it runs along
-contiguous lanes. Nothing is sorted: top-k and top-p are thresholds found by bisection over the bits of the fp32 weights, exact
-to the last token, and a draw inverts the cumulative distribution in two steps, lane then segment, with two uniforms per row.
+The vocabulary is laid out as [segments, lanes] (token = segment * num_lanes + lane), so every reduction over it runs
+along contiguous lanes. Nothing is sorted: top-k and top-p are thresholds found by bisection over the bits of the fp32
+weights, exact to the last token, and a draw inverts the cumulative distribution in two steps, lane then segment, with
+two uniforms per row.
 
-Order as in transformers: temperature, top-k, top-p. Ties at the k-th place all stay; ties at the edge of top-p stay from the
-lowest token on, as many as p needs.
+Order as in transformers: temperature, top-k, top-p. Ties at the k-th place all stay; ties at the edge of top-p stay
+from the lowest token on, as many as p needs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Limit(NamedTuple):
 
 
 def stream_key(seed: Array, sample_index: Array) -> Array:
-    """uint32 [B, 2] (low word, high word), int32 [B] -> [B, 2]: the random stream of a sample, fold_in(seed, sample_index)."""
+    """The random stream of a sample, fold_in(seed, sample_index): uint32 [B, 2] (low word first), int32 [B] -> [B, 2]."""
 
     def one(words: Array, index: Array) -> Array:
         return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(words[::-1]), index))
@@ -55,7 +56,7 @@ def stream_key(seed: Array, sample_index: Array) -> Array:
 def sample(logits: Array, choices: Choices, position: Array) -> tuple[Array, Array, Array]:
     """Draw the tokens that will stand at `position` [B].
 
-    logits fp32 [B, V] -> (tokens int32 [B], their log-probabilities in the plain model [B], logsumexp of the logits [B]).
+    logits fp32 [B, V] -> (tokens int32 [B], their log-probabilities in the plain model [B], the logits' logsumexp [B]).
     """
     z = _lanes(logits)
     top = z.max((1, 2))
@@ -108,7 +109,7 @@ def _uniforms(key: Array, position: Array) -> Array:
 
 
 def _token(z: Array, column: Array, lane: Array, u: Array, greedy: Array) -> Array:
-    """The token of a lane whose weights over the segments are `column`; the likeliest one where rounding left no weight."""
+    """The token of a lane whose weights by segment are `column`; the likeliest one where rounding left no weight."""
     segment = _invert(column, u)
     weight = jnp.take_along_axis(column, segment[:, None], axis=1)[:, 0]
     return jnp.where(weight > 0, segment * z.shape[2] + lane, greedy)
@@ -132,7 +133,9 @@ def _limit(weights: Array, choices: Choices) -> _Limit:
     everything = jnp.zeros(weights.shape[0], jnp.int32)
     kth = jax.lax.cond(jnp.any(k_active), lambda: _kth_key(weights, choices.top_k, k_active), lambda: everything)
     open_end = _Limit(kth, jnp.full_like(kth, vocab))
-    return jax.lax.cond(jnp.any(p_active), lambda: _nucleus(weights, choices.top_p, p_active, open_end), lambda: open_end)
+    return jax.lax.cond(
+        jnp.any(p_active), lambda: _nucleus(weights, choices.top_p, p_active, open_end), lambda: open_end
+    )
 
 
 def _kth_key(weights: Array, k: Array, active: Array) -> Array:

@@ -1,9 +1,9 @@
 """Which sequences wait, which run, and what the next quantum does for each: the host's side of continuous batching.
 
-Pure bookkeeping, a function of the calls and their order: no clock, no device. `schedule` decides, `decode.py` dispatches.
-A sequence waits, then is prefilled (all of its tokens but the last one, in chunks that begin at page boundaries), then
-decodes: a decode step computes the last token and samples the next. When pages run out the youngest running sequence goes
-back to the head of the queue; its tokens are kept, so it continues where it was.
+Pure bookkeeping, a function of the calls and their order: no clock, no device. `schedule` decides, `decode.py`
+dispatches. A sequence waits, then is prefilled (all of its tokens but the last one, in chunks that begin at page
+boundaries), then decodes: a decode step computes the last token and samples the next. When pages run out the youngest
+running sequence goes back to the head of the queue; its tokens are kept, so it continues where it was.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Sequences:
         self.waiting.appendleft(sample)
 
     def _continue_prefill(self, budget: int, schedule: Schedule) -> int:
-        """Prompts that are under way, oldest first; none takes more than half of a quantum that another one needs too."""
+        """Prompts under way, oldest first; none takes more than half of a quantum that another one needs too."""
         unfinished = [sample for sample in self.running if sample.num_to_prefill]
         for sample in unfinished:
             contested = len(unfinished) > 1 or self._has_room
@@ -187,7 +187,7 @@ class Sequences:
         return any(mate.num_computed < mate.num_prompt - 1 for mate in self._by_prompt.get(sample.prompt_key, ()))
 
     def _start(self, sample: Sample, decode_steps: int, budget: int, schedule: Schedule) -> bool:
-        """Give a sequence its pages, shared ones first. False when there is no room or nothing left to prefill it with."""
+        """Give a sequence its pages, shared ones first. False when there is no room, or no budget to prefill it."""
         pages = self.cache.match(sample.keys.upto(sample.tokens, self._cacheable(sample)))
         matched = len(pages) * self.cache.page_size
         source = self._tail_source(sample, len(pages))

@@ -22,7 +22,7 @@ class StopStrings:
     def __init__(self, strings: Sequence[str], decode: Decode, prompt: Sequence[int]):
         self._strings = strings
         self._decode = decode
-        #: tokens that surely hold a stop string but for its last character: a token has at least one byte, a character at most four
+        #: tokens that surely cover a stop string: a token has at least one byte, a character at most four
         self._reach = 4 * max(map(len, strings)) + 4
         #: a few tokens of the prompt, then the completion's last `_reach` to 2 * `_reach`
         self._window = [int(token) for token in prompt[-CONTEXT_TOKENS:]]
