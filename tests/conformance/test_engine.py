@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -37,11 +38,29 @@ from tx_async.wire.worker import (
     Stepped,
     Trained,
     TrainMicroBatch,
+    Welcome,
 )
 from tx_async.worker.engine_api import Engine
 
+
+def jax_engine(config: EngineConfig, folder: Path) -> Engine:
+    """Rows of 32 and 128, four to a micro-batch, on a random model of two layers."""
+    from tx_async.engine.engine import create
+    from tx_async.testing.models import make_qwen3
+
+    model = folder / "model"
+    if not model.exists():
+        make_qwen3(model, vocab_size=128, eos_token_id=127, tokenizer=False)
+    engine = msgspec.structs.replace(config, train_micro_batch_size=4, train_row_lengths=(32,))
+    welcome = Welcome(
+        base_model=str(model), engine=engine, checkpoints_base=str(folder), heartbeat_interval_ms=1000, lease_ms=1000
+    )
+    return create(welcome, lambda *_: None)
+
+
 ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {
     "fake": lambda config, folder: FakeEngine(config, str(folder), vocab_size=128, context=128),
+    "jax": jax_engine,
 }
 CONFIG = EngineConfig(
     max_lora_adapters=4, max_lora_rank=8, max_sampler_adapters=3, sample_max_num_sequences=4, max_context_length=128,
