@@ -6,8 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -184,6 +187,32 @@ def test_ctrl_c_stops_everything_within_seconds_and_leaves_nothing_behind(tiny_q
     assert _shared_memory() <= shared_before
     assert not [path for path in tmp_path.rglob("*") if path.is_socket()]
     assert "Traceback" not in server.log()
+
+
+def test_open_polls_do_not_hold_up_the_end(tiny_qwen3, tmp_path):
+    """A poll for a step whose predecessor never came would wait for 25 s."""
+    with running_server(tiny_qwen3, data_dir=tmp_path) as server, ThreadPoolExecutor() as pool:
+        session = post(server, "create_session", {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0"})[
+            "session_id"
+        ]
+        lora = {"rank": 8, "train_unembed": True, "train_mlp": True, "train_attn": True}
+        model = {"session_id": session, "model_seq_id": 0, "base_model": str(tiny_qwen3), "lora_config": lora}
+        created = post(server, "create_model", model)
+        model_id = post(server, "retrieve_future", {"request_id": created["request_id"]})["model_id"]
+        step = post(server, "optim_step", {"model_id": model_id, "seq_id": 2, "adam_params": {"learning_rate": 1e-4}})
+        polls = [pool.submit(post, server, "retrieve_future", {"request_id": step["request_id"]}) for _ in range(4)]
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 15
+        assert all(poll.exception(timeout=5) for poll in polls)
+
+
+def post(server, path: str, body: dict) -> dict:
+    headers = {"X-API-Key": "tml-test", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.base_url}/api/v1/{path}", msgspec.json.encode(body), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return msgspec.json.decode(response.read())
 
 
 def test_a_worker_ends_when_its_server_is_killed_and_the_next_start_cleans_up(tiny_qwen3, tmp_path):
