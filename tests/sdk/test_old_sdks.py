@@ -1,4 +1,4 @@
-"""SDKs of earlier generations run the same program: 0.6.3 speaks JSON only, 0.18.2 reads protobuf, 0.25.0 writes it too."""
+"""SDKs of earlier generations run the same program: 0.6.3 speaks JSON only, 0.18.2 reads protobuf, 0.25.0 writes it."""
 
 import importlib.util
 import json
