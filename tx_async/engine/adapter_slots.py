@@ -8,9 +8,10 @@ change replaces the stacks (donated, so in place); a slot that is created or loa
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -103,28 +104,30 @@ class Creation(NamedTuple):
 
 def create_adapter(targets: Targets, state: TrainingState, slot: Array, creation: Creation) -> TrainingState:
     """Clear a slot and put a new adapter in it: A ~ U(±1/√in), B = 0, everything else zero."""
-    shapes = read_slot(state.weights, slot)
-    weights = {
-        stack: {
-            name: _new_pair(f"{stack}.{name}", target, creation, *shapes[stack][name]) for name, target in names.items()
-        }
-        for stack, names in targets.items()
-    }
+    weights = jax.tree.map(jnp.zeros_like, read_slot(state.weights, slot))
+    leads = {(stack, name): a.shape[:-1] for stack, names in weights.items() for name, (a, _) in names.items()}
+    rank = jax.tree.leaves(weights)[0].shape[-1]
+    draws = iter(_draws(creation, list(leads.values()), rank))
+    live = jnp.arange(rank) < creation.rank
+    for stack, name in leads:
+        target = targets[stack][name]
+        a = jnp.where(live & creation.groups[target.group], next(draws) * target.in_features**-0.5, 0.0)
+        weights[stack][name] = (a, weights[stack][name][1])
     return load_weights(state, slot, weights)
 
 
-def _new_pair(path: str, target: LoraTarget, creation: Creation, a: Array, b: Array) -> tuple[Array, Array]:
-    """Each column of A has its own key: a value depends on seed, target and place, not on slot or maximum rank."""
+def _draws(creation: Creation, shapes: list[tuple[int, ...]], rank: int) -> list[Array]:
+    """U(±1) of each shape [...] as [..., rank]. Every column has its own key, so a value depends on the seed, its
+    target and its place: not on the slot or the maximum rank. One draw for all: random bits are slow to compile.
+    """
     key = jax.random.fold_in(jax.random.key(creation.seed[0]), creation.seed[1])
-    key = jax.random.fold_in(key, crc32(path.encode()))
-    rank = jnp.arange(a.shape[-1])
-    bound = target.in_features**-0.5
+    sizes = [math.prod(shape) for shape in shapes]
 
     def column(index: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, index), a.shape[:-1], jnp.float32, -bound, bound)
+        return jax.random.uniform(jax.random.fold_in(key, index), (sum(sizes),), jnp.float32, -1, 1)
 
-    live = (rank < creation.rank) & creation.groups[target.group]
-    return jnp.where(live, jax.vmap(column, out_axes=-1)(rank), 0.0), jnp.zeros_like(b)
+    drawn = jnp.split(jax.vmap(column, out_axes=-1)(jnp.arange(rank)), list(accumulate(sizes))[:-1])
+    return [part.reshape(*shape, rank) for part, shape in zip(drawn, shapes, strict=True)]
 
 
 # ---- between slots and files: an adapter at its own rank, on the host

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.monitoring
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 CACHE_BYTES_MAX = 4 * 2**30
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -61,10 +63,11 @@ class Program:
         """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is reused.
 
         out_shardings: as `jax.jit`; None lets the compiler choose, which on a mesh is not what the next call expects.
+        Where one argument lies on a mesh, every host array among them is whole on each of its devices.
         """
         self.name = name
         self._function = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
-        self._shapes = jax.tree.map(_shape, tuple(arguments))
+        self._shapes = _shapes(tuple(arguments))
         self._compiled: Any = None
 
     def __repr__(self) -> str:
@@ -72,13 +75,28 @@ class Program:
 
     def compile(self) -> None:
         if self._compiled is None:
-            self._compiled = self._function.lower(*self._shapes).compile()
+            compiled = self._function.lower(*self._shapes).compile()
+            _refuse_untrusted(self.name, compiled)
+            self._compiled = compiled
 
     def __call__(self, *arguments: Any) -> Any:
         self.compile()
         return self._compiled(*arguments)
 
 
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    sharding = x.sharding if isinstance(x, jax.Array) else None
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _shapes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    shardings = (leaf.sharding for leaf in jax.tree.leaves(arguments) if not isinstance(leaf, (np.ndarray, np.generic)))
+    on_mesh = next((sharding for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+    whole = NamedSharding(on_mesh.mesh, PartitionSpec()) if on_mesh else None
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        own = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole if own is None else own)
+
+    return jax.tree.map(shape, arguments)
+
+
+def _refuse_untrusted(name: str, compiled: Any) -> None:
+    """gloo's reduce-scatter has returned wrong values: no program of several processes on CPU may hold one."""
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        assert "reduce-scatter(" not in compiled.as_text(), f"{name} uses a reduce-scatter"

@@ -16,14 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tx_async.engine import adapter_slots, batch, compilation, optimizer, train
+from tx_async.engine import adapter_slots, batch, compilation, mesh, optimizer, train
 from tx_async.engine.adapter_slots import Creation, SamplerSlots, TrainingState, pad
 from tx_async.engine.batch import RowBatch, row_batch
 from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.optimizer import Adam, StepOutcome
-from tx_async.engine.sharding import make_mesh
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
 from tx_async.models.decoder import Decoder
 from tx_async.models.load import fetch, load_model
@@ -45,11 +44,10 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     """Load the base model and make every slot. Raises `BaseModelError` and `ConfigError`."""
     config = welcome.engine
     compilation.use_cache(config.compilation_cache_dir)
-    if config.num_processes > 1:
-        jax.distributed.initialize(config.coordinator_address, config.num_processes, welcome.process_id)
+    devices = mesh.build(config, welcome.process_id, progress)
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     folder = fetch(welcome.base_model)
-    model, params = load_model(folder, dtype, progress, make_mesh(config))
+    model, params = load_model(folder, dtype, progress, devices)
     engine = JaxEngine(model, params, config, folder, welcome.checkpoints_base)
     if config.compile_ahead:
         engine.compile_ahead(progress)

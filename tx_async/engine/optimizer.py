@@ -73,7 +73,8 @@ def optim_step(state: TrainingState, slot: Array, adam: Adam) -> tuple[TrainingS
     old = read_state(state, slot)
     norm = global_norm(old.gradients)
     new = _adamw(old, norm, adam)
-    taken = jnp.isfinite(norm) & _all_finite((new.weights, new.m, new.v))
+    finite = jax.tree.map(_all_finite, new.weights, new.m, new.v)
+    taken = jax.tree.reduce(jnp.logical_and, finite, jnp.isfinite(norm))
     new = jax.tree.map(lambda after, before: jnp.where(taken, after, before), new, old)
     new = new._replace(gradients=jax.tree.map(jnp.zeros_like, old.gradients))
     return write_state(state, slot, new), StepOutcome(taken, norm, new.step)
@@ -108,5 +109,5 @@ def global_norm(tree: LoraWeights) -> Array:
     return unit * jnp.sqrt(sum(jnp.sum(jnp.square(x / unit)) for x in leaves))
 
 
-def _all_finite(tree: object) -> Array:
-    return reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)))
+def _all_finite(w: Array, m: Array, v: Array) -> Array:
+    return jnp.all(jnp.isfinite(w) & jnp.isfinite(m) & jnp.isfinite(v))
