@@ -16,6 +16,8 @@ from tx_async.scheduler.packing import PackedRequest
 from tx_async.wire.operations import ForwardBackward, LoadWeights, Operation, OptimStep
 from tx_async.wire.records import ModelRecord, RequestRecord, Snapshot
 
+FORWARD = "Forward"
+"""Kind of a forward_backward that leaves no gradients."""
 REPLAYED_KINDS = (ForwardBackward.__name__, OptimStep.__name__, LoadWeights.__name__)
 """What a run's state depends on; saves, forward passes and refusals leave it as it is."""
 ALONE_FROM_ATTEMPT = 2
@@ -97,7 +99,7 @@ class Lane:
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
         self.snapshot_due = False
-        #: storage refused the last one: none before this time unless the slot must be left
+        #: storage refused the last one: none before this time, and the slot is not left if that needed one
         self.no_snapshot_before = 0.0
         self.last_active = 0.0
         #: turn of the trainer since which the lane waits to be served
@@ -196,15 +198,10 @@ class Lane:
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
         # What was skipped once stays skipped: a latecomer must not slip in before operations that ran without it.
-        passed = self.passed_seq_id
-        self.burned.update(s for s in range(self.base_seq_id + 1, passed) if s not in self.steps)
+        last = max((step.seq_id for step in self.steps.values() if step.finished), default=0)
+        self.burned.update(s for s in range(self.base_seq_id + 1, last) if s not in self.steps)
         for step in self.steps.values():
             step.restart()
-
-    @property
-    def passed_seq_id(self) -> int:
-        """The state that clients know of includes the operations up to this one: nothing may be added before it."""
-        return max((s.seq_id for s in self.steps.values() if s.finished and s.needs_replay), default=self.base_seq_id)
 
     def is_used_up(self, seq_id: int) -> bool:
         """True when this seq_id can no longer be accepted: its turn is over."""

@@ -4,7 +4,7 @@ its result runs for its effect only."""
 from __future__ import annotations
 
 from tx_async.errors import Conflict
-from tx_async.scheduler.lanes import REPLAYED_KINDS, Lane, Step
+from tx_async.scheduler.lanes import FORWARD, REPLAYED_KINDS, Lane, Step
 from tx_async.scheduler.training import Training
 from tx_async.wire.operations import CreateModel, Sample, UnloadModel
 from tx_async.wire.records import Delete, RequestRecord
@@ -42,7 +42,16 @@ def _restore_operation(training: Training, request: RequestRecord, is_finished: 
 
 
 def _refuse_latecomers(training: Training, lane: Lane) -> None:
-    """An operation whose seq_id was taken for burned came at the moment of the crash: later ones ran without it."""
+    """An operation whose seq_id was taken for burned came at the moment of the crash: later ones ran without it, as
+    their results tell (they come in order, except those of saves and refusals)."""
+    results = training.decisions.catalog.results
+    ran = [
+        step.seq_id
+        for step in lane.steps.values()
+        if step.finished
+        and (step.needs_replay or (step.kind == FORWARD and not results[step.request.request_id].failed))
+    ]
+    passed = max(ran, default=lane.base_seq_id)
     for step in lane.steps.values():
-        if not step.finished and step.kind in REPLAYED_KINDS and step.seq_id < lane.passed_seq_id:
+        if not step.finished and step.kind in REPLAYED_KINDS and step.seq_id < passed:
             training.runs.fail(step, Conflict(f"seq_id {step.seq_id} came too late: later operations went ahead."))

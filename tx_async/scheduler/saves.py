@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tx_async.errors import CheckpointExists, Conflict, InvalidRequest
+from tx_async.errors import CheckpointExists, InvalidRequest
 from tx_async.scheduler.decisions import Decisions
 from tx_async.scheduler.lanes import Lane, Step
 from tx_async.scheduler.runs import Runs
@@ -26,21 +26,20 @@ class Saves:
     def __init__(self, runs: Runs, decisions: Decisions):
         self.runs = runs
         self.decisions = decisions
-        #: tinker:// path -> seq_id of the save that is writing it
+        #: tinker:// path or sampling session -> seq_id of the save that is writing it
         self._saving: dict[str, int] = {}
 
     # ---- save
 
     def command(self, lane: Lane, step: Step, operation: SaveWeights, slot: int) -> SaveAdapter:
         """Raises `CheckpointExists`. Two saves of one name never share files: the record decides which ones count."""
-        if operation.name is not None:
-            path = checkpoint_path(lane.model_id, operation.kind, operation.name)
-            is_taken = path in self.decisions.catalog.checkpoints or self._saving.get(path, step.seq_id) != step.seq_id
-            if is_taken and not operation.overwrite:
-                raise CheckpointExists(f"{path} exists already: choose another name, or save with overwrite=True.")
-            self._saving[path] = step.seq_id
-        else:
-            self._check_free(lane, step, operation)
+        name = name_of(lane, operation)
+        if self._saving.get(name, step.seq_id) != step.seq_id or self._is_taken(name, lane, step, operation):
+            if operation.name is None:
+                raise CheckpointExists(f"The sampling session {name} exists already: use the next sequence number.")
+            if not operation.overwrite:
+                raise CheckpointExists(f"{name} exists already: choose another name, or save with overwrite=True.")
+        self._saving[name] = step.seq_id
         return SaveAdapter(
             slot=slot,
             config=lane.model.lora,
@@ -59,7 +58,7 @@ class Saves:
             self._finish_ephemeral(lane, step, operation)
             return
         now = self.decisions.now
-        path = checkpoint_path(lane.model_id, operation.kind, operation.name)
+        path = name_of(lane, operation)
         existing = self.decisions.catalog.checkpoints.get(path)
         record = CheckpointRecord(
             path=path,
@@ -90,9 +89,8 @@ class Saves:
     def _finish_ephemeral(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
         """A sampling session for weights that have no name; an inflight save also moves its earlier sessions on."""
         model = lane.model
-        assert operation.sampling_session_seq_id is not None
         record = SamplerRecord(
-            sampler_id=sampler_id(model.session_id, operation.sampling_session_seq_id),
+            sampler_id=name_of(lane, operation),
             session_id=model.session_id,
             owner=model.owner,
             base_model=model.base_model,
@@ -114,18 +112,16 @@ class Saves:
 
     def forget(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
         """The save is over, or will be asked for again."""
-        if operation.name is not None:
-            path = checkpoint_path(lane.model_id, operation.kind, operation.name)
-            if self._saving.get(path) == step.seq_id:
-                del self._saving[path]
+        name = name_of(lane, operation)
+        if self._saving.get(name) == step.seq_id:
+            del self._saving[name]
 
-    def _check_free(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
-        """The client counts its sampling sessions; a number that it used before names other weights."""
-        assert operation.sampling_session_seq_id is not None
-        name = sampler_id(lane.model.session_id, operation.sampling_session_seq_id)
-        existing = self.decisions.catalog.samplers.get(name)
-        if existing is not None and existing.storage_key != storage_key(lane, step, operation):
-            raise Conflict(f"The sampling session {name} exists already. Use the next sampling_session_seq_id.")
+    def _is_taken(self, name: str, lane: Lane, step: Step, operation: SaveWeights) -> bool:
+        catalog = self.decisions.catalog
+        if operation.name is not None:
+            return name in catalog.checkpoints
+        sampler = catalog.samplers.get(name)
+        return sampler is not None and sampler.storage_key != storage_key(lane, step, operation)
 
     # ---- load
 
@@ -167,6 +163,14 @@ def storage_key(lane: Lane, step: Step, operation: SaveWeights) -> str:
 def _is_later(key: str, other: str) -> bool:
     (place, _, seq_id), (other_place, _, other_seq_id) = key.rpartition("~"), other.rpartition("~")
     return place == other_place and int(seq_id) > int(other_seq_id)
+
+
+def name_of(lane: Lane, operation: SaveWeights) -> str:
+    """What clients will know the save by."""
+    if operation.name is not None:
+        return checkpoint_path(lane.model_id, operation.kind, operation.name)
+    assert operation.sampling_session_seq_id is not None
+    return sampler_id(lane.model.session_id, operation.sampling_session_seq_id)
 
 
 def run_of(path: str) -> str:

@@ -23,7 +23,7 @@ PENDING_MAX = 2
 """Snapshots of one run on their way; the next one that is merely due waits until storage has caught up."""
 
 SAVE_RETRY_S = 10.0
-"""Pause after storage refused a snapshot. An adapter that must leave its slot is saved all the same."""
+"""Pause after storage refused a run's snapshot. Until then it also keeps its slot."""
 
 
 class SnapshotSent(Struct, frozen=True):

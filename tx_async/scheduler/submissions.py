@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tx_async.errors import Conflict, SessionGone, UnknownModel, UnknownSampler, UnknownSession
 from tx_async.scheduler.catalog import Catalog
+from tx_async.scheduler.lanes import FORWARD
 from tx_async.scheduler.runs import Runs
 from tx_async.wire.operations import (
     CreateModel,
@@ -90,5 +91,5 @@ def new_request(
 
 def kind_of(operation: Operation) -> str:
     if isinstance(operation, ForwardBackward) and operation.forward_only:
-        return "Forward"
+        return FORWARD
     return type(operation).__name__

@@ -59,12 +59,17 @@ class TrainingSlots:
         slots = worker.training_slots
         slot = slots.take(lane.model_id)
         if slot is None:
-            victim = slots.victim(lambda model_id: self.runs.lanes[model_id].is_between_operations)
+            victim = slots.victim(lambda model_id: self._may_leave(self.runs.lanes[model_id]))
             if victim is None:
                 return None
             self._evict(worker, self.runs.lanes[victim])
             slot = slots.take(lane.model_id)
         return slot
+
+    def _may_leave(self, lane: Lane) -> bool:
+        """Not in the middle of a request, and not while storage refuses to take what the slot holds."""
+        is_refused = lane.no_snapshot_before > self.decisions.now and lane.is_dirty
+        return lane.is_between_operations and not is_refused
 
     def _evict(self, worker: WorkerState, lane: Lane) -> None:
         """Between two operations only: a snapshot holds whole ones."""

@@ -122,6 +122,10 @@ class Storage:
         self.damaged: set[str] = set()
         self.is_down = False
 
+    def write(self, key: str, adapter: Adapter) -> None:
+        self.files[key] = adapter
+        self.damaged.discard(key)
+
     def delete(self, prefix: str) -> None:
         for key in [key for key in self.files if key == prefix or key.startswith(prefix + "/")]:
             del self.files[key]
@@ -169,6 +173,7 @@ class ChainEngine:
             case AdmitSequences(sequences=specs):
                 for spec in specs:
                     assert spec.sequence_id not in self.sequences
+                    assert spec.sampler_slot < 0 or spec.sampler_slot in self.samplers, "nothing is loaded there"
                     self.sequences[spec.sequence_id] = (spec, tensors[spec.prompt].tobytes())
                     self.decoded[spec.sequence_id] = 0
                 assert len(self.sequences) <= self.info.num_sequences_max, "more sequences than the engine has room for"
@@ -185,7 +190,7 @@ class ChainEngine:
         if self.storage.is_down:
             self.kept.pop(key, None)
             raise StorageError(f"{key} could not be written.")
-        self.storage.files[key] = self.kept[key]
+        self.storage.write(key, self.kept[key])
 
     def _slot(self, slot: int) -> tuple[str, Adapter]:
         if slot not in self.training:
@@ -223,9 +228,7 @@ class ChainEngine:
             self.training[slot] = (owner, adapter.cleared())
             raise NonFiniteGradients()
         self.training[slot] = (owner, adapter.stepped(learning_rate))
-        return Stepped(
-            metrics={"weights": float(self.training[slot][1].visible)}, step=self.training[slot][1].step
-        )
+        return Stepped(metrics={"weights": float(self.training[slot][1].visible)}, step=self.training[slot][1].step)
 
     def _sample(self, steps: int) -> tuple[Result, list[np.ndarray]]:
         tensors: list[np.ndarray] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from tx_async.scheduler.lanes import REPLAYED_KINDS
 from tx_async.scheduler.state import seed_of
 from tx_async.testing.chain_engine import Adapter, reference_rows, reference_sample
 from tx_async.testing.simulation import BASE, World
@@ -68,6 +69,7 @@ class Reference:
         self._check_files()
         self._check_device()
         self._check_samples()
+        self._check_journal()
         for request_id in self.world.acknowledged:
             self.world._look(request_id)
             assert request_id in self.world.seen, f"{request_id} never ended"
@@ -185,6 +187,19 @@ class Reference:
             lane = world.state.training.runs.lanes[name]
             _, adapter = world.worker.engine.training[slot]
             assert adapter == self._state_at(name, lane.cursor - 1), f"{name} on the device"
+
+    def _check_journal(self) -> None:
+        """Bodies stay as long as a replay may need them, and not longer."""
+        catalog = self.world.catalog
+        needed = set()
+        for request in catalog.requests.values():
+            model = catalog.models.get(request.subject)
+            is_replayed = request.kind in REPLAYED_KINDS and not request.skipped
+            if model and model.status == "live" and is_replayed and request.seq_id > model.dropped_seq_id:
+                needed.add(request.request_id)
+        kept = {key for key in self.world.disk.bodies if not key.startswith("result/")}
+        created = {q.request_id for q in catalog.requests.values() if q.kind == CreateModel.__name__}
+        assert kept - created == needed, f"superfluous {kept - created - needed}, missing {needed - kept}"
 
     # ---- samples
 

@@ -90,7 +90,7 @@ INFO = EngineInfo(
 )
 BASE = BaseModelInfo(name="base", path="", architecture="Chain", vocab_size=100, max_context_length=16)
 POLICY = Policy(snapshot_every_steps=3, snapshot_idle_s=20.0, seq_gap_s=60.0, patience_turns=6, attempts_max=50)
-CONFIG = ServerConfig(queued_requests_max=200)
+CONFIG = ServerConfig(queued_requests_max=5_000)
 
 
 class Sent(Struct):
@@ -155,6 +155,8 @@ class World:
         #: submissions that may be (re)sent: what a client believes to be unacknowledged or lost
         self.to_send: list[Operation] = []
         self.sent: list[Operation] = []
+        #: submissions that were lost on the way, and may arrive at any later time
+        self.stragglers: list[Operation] = []
         self.models: list[str] = []
         self.samplers: list[str] = []
         self.unloaded: set[str] = set()
@@ -188,7 +190,9 @@ class World:
             snapshot_every_steps=choose.choice([1, 2, 5, 100]),
             snapshot_every_bytes=choose.choice([500, 2**20]),
         )
-        return cls(seed, num_models=choose.randint(1, 5), info=info, policy=policy, fault_rate=choose.choice([0, 1, 3]))
+        return cls(
+            seed, num_models=choose.randint(1, 5), info=info, policy=policy, fault_rate=choose.choice([0.3, 1, 2])
+        )
 
     # ---- the server's life
 
@@ -257,7 +261,7 @@ class World:
                 assert decode_record(row).storage_key != key, f"{key} is deleted and still named"  # type: ignore[union-attr]
 
     def _send(self, instruction: Send) -> None:
-        if self.worker is None:
+        if self.worker is None or instruction.worker_id != WORKER:
             return  # it has just died; the server will hear of it
         assert instruction.number == self.worker.last_number + 1
         self.worker.last_number += 1
@@ -277,7 +281,7 @@ class World:
             for sent in self.worker.saving:
                 assert isinstance(sent.command, SaveAdapter)
                 if self.random.random() < 0.3 and sent.command.key in self.worker.engine.kept:
-                    self.storage.files[sent.command.key] = self.worker.engine.kept[sent.command.key]
+                    self.storage.write(sent.command.key, self.worker.engine.kept[sent.command.key])
             self.worker = None
 
     def crash_worker(self) -> None:
@@ -372,7 +376,7 @@ class World:
         name = self.random.choice(live)
         burst = [self._new_operation(name) for _ in range(self.random.randint(1, 4))]
         if self._fault(0.03):
-            burst.pop(0)  # refused on the way: its seq_id is burned
+            self.stragglers.append(burst.pop(0))  # its seq_id is burned, unless it comes in time after all
         if self.random.random() < 0.5:
             burst = burst[1:] + burst[:1]
         self.to_send.extend(burst)
@@ -400,7 +404,7 @@ class World:
         run = self.models.index(name)
         sizes = [self.random.randint(2, 9) for _ in range(self.random.randint(1, 3))]
         first = NAN_TOKEN if self.random.random() < 0.03 else seq_id % 90
-        data = tuple(_datum([first, run, *range(size - 2)]) for size in sizes)
+        data = tuple(datum([first, run, *range(size - 2)]) for size in sizes)
         forward_only = self.random.random() < 0.2
         return ForwardBackward(
             model_id=name, seq_id=seq_id, data=data, loss_fn="cross_entropy", forward_only=forward_only
@@ -478,6 +482,9 @@ class World:
         if self._fault(0.05):
             self.to_send.append(operation)  # no answer in time: it will come again
         self.submit(operation)
+
+    def send_straggler(self) -> None:
+        self.to_send.append(self.stragglers.pop(self.random.randrange(len(self.stragglers))))
 
     def submit(self, operation: Operation) -> None:
         """As `Scheduler.submit` does it."""
@@ -630,10 +637,11 @@ class World:
             (0.5, self.poll),
             (0.3, self.pass_time),
             (0.05, self.cancel),
-            (0.02, self.unload),
+            (0.01, self.unload),
+            (0.1 if self.stragglers else 0.0, self.send_straggler),
             (0.05, self.create_from_checkpoint),
             (0.05, self.delete_checkpoint),
-            (0.03 * self.fault_rate, self.crash_server),
+            (0.08 * self.fault_rate, self.crash_server),
             (0.03 * self.fault_rate, self.damage_a_snapshot),
             (0.03 * self.fault_rate, self._toggle_storage),
         ]
@@ -655,7 +663,7 @@ class World:
             choices.append((3.0, self._deliver))
         if self.worker.saving:
             choices.append((1.0, self.finish_a_save))
-        choices.append((0.05 * self.fault_rate, self.crash_worker))
+        choices.append((0.12 * self.fault_rate, self.crash_worker))
         return choices
 
     def _choose(self, choices: list[tuple[float, Callable[[], None]]]) -> None:
@@ -702,7 +710,7 @@ class World:
             assert self.catalog.models[lane.model_id] == lane.model or lane.model.last_request_at
 
 
-def _datum(tokens: list[int]) -> Datum:
+def datum(tokens: list[int]) -> Datum:
     array = np.array(tokens, np.int32)
     targets = Tensor.of(np.arange(len(tokens), dtype=np.int64))
     return Datum(array.tobytes(), {"target_tokens": targets})

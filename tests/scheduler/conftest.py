@@ -1,0 +1,9 @@
+import pytest
+
+from tx_async.testing.stage import Stage
+
+
+@pytest.fixture
+def stage() -> Stage:
+    """A server with one worker, and session "s"."""
+    return Stage()

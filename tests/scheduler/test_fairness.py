@@ -1,0 +1,61 @@
+from tx_async.scheduler.fairness import FairQueue, Shares
+
+
+def test_who_was_served_least_is_next():
+    fair = FairQueue[str]()
+    served = {"a": 0, "b": 0}
+    for _ in range(300):
+        flow = fair.order(["a", "b"])[0]
+        tokens = 30 if flow == "a" else 10
+        fair.charge(flow, tokens)
+        served[flow] += tokens
+    assert abs(served["a"] - served["b"]) <= 30
+
+
+def test_idle_time_is_not_credit():
+    """A flow that was away for long does not get the device for itself when it comes back."""
+    fair = FairQueue[str]()
+    for _ in range(1000):
+        fair.order(["a"])
+        fair.charge("a", 10)
+    turns = []
+    for _ in range(20):
+        flow = fair.order(["a", "b"])[0]
+        fair.charge(flow, 10)
+        turns.append(flow)
+    assert turns.count("b") in (9, 10, 11)
+
+
+def test_shares_follow_their_weights():
+    shares = Shares({"train": 3.0, "sample": 1.0})
+    turns = []
+    for _ in range(400):
+        name = shares.order(lambda _: True)[0]
+        shares.charge(name, 10)
+        turns.append(name)
+    assert 290 <= turns.count("train") <= 310
+
+
+def test_an_idle_class_leaves_its_share_to_the_other_and_saves_none_up():
+    shares = Shares({"train": 1.0, "sample": 1.0})
+    for _ in range(100):
+        assert shares.order(lambda name: name == "train") == ["train"]
+        shares.charge("train", 10)
+    turns = []
+    for _ in range(20):
+        name = shares.order(lambda _: True)[0]
+        shares.charge(name, 10)
+        turns.append(name)
+    assert turns.count("sample") in (9, 10, 11)
+
+
+def test_a_quantum_that_was_compiled_first_does_not_cost_its_class_the_next_minute():
+    shares = Shares({"train": 1.0, "sample": 1.0})
+    shares.order(lambda _: True)
+    shares.charge("train", 60_000)
+    turns = []
+    for _ in range(100):
+        name = shares.order(lambda _: True)[0]
+        shares.charge(name, 20)
+        turns.append(name)
+    assert turns.count("train") > 30

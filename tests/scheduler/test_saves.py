@@ -1,0 +1,214 @@
+"""Checkpoints, samplers and loads, in the order of the run's operations."""
+
+import pytest
+
+from tx_async.testing.reference import Reference
+from tx_async.testing.stage import Stage
+from tx_async.wire.records import SamplerRecord
+
+
+def path_of(model: str, name: str) -> str:
+    return f"tinker://{model}/weights/{name}"
+
+
+def sampler_of(stage: Stage, number: int) -> SamplerRecord:
+    return stage.catalog.samplers[f"s:sample:{number}"]
+
+
+def test_a_name_that_is_taken_is_refused_unless_it_may_be_replaced(stage: Stage):
+    model = stage.model()
+    first = stage.save(model, 1, "a")
+    refused = stage.save(model, 2, "a")
+    stage.optim_step(model, 3)
+    replaced = stage.save(model, 4, "a", overwrite=True)
+    stage.run()
+    assert [bool(stage.error(r)) for r in (first, refused, replaced)] == [False, True, False]
+    assert "exists already" in stage.error(refused)
+    assert stage.catalog.checkpoints[path_of(model, "a")].storage_key.endswith("~4")
+    Reference(stage).check()
+
+
+def test_files_of_a_replaced_checkpoint_go_when_nothing_needs_them(stage: Stage):
+    model = stage.model()
+    stage.save(model, 1, "a")
+    stage.run()
+    (old,) = [key for key in stage.storage.files if "weights/a" in key]
+    sampler = stage.sampler(path=path_of(model, "a"))
+    stage.save(model, 2, "a", overwrite=True)
+    stage.run()
+    assert old in stage.storage.files, f"{sampler} samples it"
+    assert stage.catalog.references[old] == 1
+
+
+def test_the_later_save_keeps_the_name_whichever_files_are_durable_first(stage: Stage):
+    model = stage.model()
+    stage.save(model, 1, "a")
+    stage.optim_step(model, 2)
+    stage.save(model, 3, "a", overwrite=True)
+    stage.settle()
+    worker = stage.worker
+    assert worker
+    while worker.inbox:
+        stage.execute_next()
+    worker.saving.reverse()
+    stage.run()
+    assert stage.catalog.checkpoints[path_of(model, "a")].storage_key.endswith("~3")
+    Reference(stage).check()
+
+
+def test_a_load_waits_for_the_save_before_it(stage: Stage):
+    """save_state and load_state are sent without waiting in between; the files take their time."""
+    model = stage.model()
+    stage.train(model, 1)
+    stage.save(model, 3, "a")
+    stage.train(model, 1, first_seq_id=4)
+    load = stage.load(model, 6, path_of(model, "a"))
+    stage.run()
+    assert not stage.error(load)
+    Reference(stage).check()
+
+
+def test_a_replayed_load_reads_what_it_read_the_first_time(stage: Stage):
+    """load_state has read a checkpoint; then its name is saved anew, and then deleted; then the worker dies before any
+    snapshot. The replay must not find the other files, nor none."""
+    model, other = stage.model(), stage.model()
+    stage.train(other, 1)
+    stage.save(other, 3, "a")
+    stage.run()
+    stage.storage.is_down = True  # no snapshot becomes durable
+    load = stage.load(model, 1, path_of(other, "a"))
+    worker = stage.worker
+    assert worker
+    worker.engine.kept[stage.catalog.checkpoints[path_of(other, "a")].storage_key] = next(
+        adapter for key, adapter in stage.storage.files.items() if key.endswith("/a~3")
+    )
+    stage.run()
+    assert not stage.error(load)
+    loaded = stage.adapter(model)
+    stage.storage.is_down = False
+    stage.train(other, 1, first_seq_id=4)
+    stage.save(other, 6, "a", overwrite=True)
+    stage.run()
+    stage.delete_checkpoint()
+    stage.settle()
+    assert path_of(other, "a") not in stage.catalog.checkpoints
+    stage.crash_worker()
+    stage.start_worker()
+    shown = stage.forward_backward(model, 2)
+    stage.run()
+    assert stage.weights_shown(shown) == loaded.visible
+
+
+def test_files_that_a_load_has_read_go_when_snapshots_have_made_them_superfluous(stage: Stage):
+    model, other = stage.model(), stage.model()
+    stage.save(other, 1, "a")
+    stage.run()
+    stage.load(model, 1, path_of(other, "a"))
+    stage.run()
+    stage.delete_checkpoint()
+    stage.settle()
+    key = f"{other}/weights/a~1"
+    assert key in stage.storage.files
+    stage.train(model, 7, first_seq_id=2)
+    stage.run()
+    assert key not in stage.storage.files
+
+
+def test_a_load_of_another_shape_fails_and_says_what_differs(stage: Stage):
+    model, other = stage.model(rank=4), stage.model(rank=8)
+    stage.save(other, 1, "a")
+    stage.run()
+    load = stage.load(model, 1, path_of(other, "a"))
+    later = stage.forward_backward(model, 2)
+    stage.run()
+    assert "rank 8 there, 4 here" in stage.error(load) and not stage.error(later)
+
+
+def test_an_ephemeral_sampler_is_a_session_pinned_to_its_weights(stage: Stage):
+    model = stage.model()
+    stage.train(model, 1)
+    stage.save_ephemeral(model, 3, number=0)
+    stage.train(model, 1, first_seq_id=4)
+    stage.save_ephemeral(model, 6, number=1)
+    stage.run()
+    first, second = sampler_of(stage, 0), sampler_of(stage, 1)
+    assert first.storage_key != second.storage_key
+    sample = stage.ask(first.sampler_id)
+    stage.run()
+    assert not stage.error(sample)
+    Reference(stage).check()
+
+
+def test_a_number_of_a_sampling_session_cannot_be_used_for_other_weights(stage: Stage):
+    model = stage.model()
+    stage.save_ephemeral(model, 1, number=0)
+    again = stage.save_ephemeral(model, 2, number=0)
+    stage.run()
+    assert "exists already" in stage.error(again)
+
+
+def test_an_inflight_save_moves_earlier_sessions_of_its_run_on(stage: Stage):
+    """Rollouts go on with the newest weights while the run trains; samples that were asked for before keep theirs."""
+    model, other = stage.model(), stage.model()
+    stage.save_ephemeral(model, 1, number=0, inflight=True)
+    stage.save_ephemeral(other, 1, number=5, inflight=True)
+    stage.run()
+    first = sampler_of(stage, 0)
+    open_sample = stage.ask(first.sampler_id, num_samples=2)
+    stage.train(model, 1, first_seq_id=2)
+    stage.save_ephemeral(model, 4, number=1, inflight=True)
+    worker = stage.worker
+    assert worker
+    before = sampler_of(stage, 5)
+    stage.run()
+    assert sampler_of(stage, 0).storage_key == sampler_of(stage, 1).storage_key != first.storage_key
+    assert sampler_of(stage, 5) == before
+    assert not stage.error(open_sample)
+    assert first.storage_key not in stage.storage.files
+    Reference(stage).check()
+
+
+def test_joins_are_not_forgotten_when_a_session_moves_on(stage: Stage):
+    import msgspec
+
+    from tx_async.wire.records import Put
+
+    model = stage.model()
+    stage.save_ephemeral(model, 1, number=0, inflight=True)
+    stage.run()
+    joined = msgspec.structs.replace(sampler_of(stage, 0), num_clones=1)
+    stage.catalog.apply([Put(joined)])
+    stage.save_ephemeral(model, 2, number=1, inflight=True)
+    stage.run()
+    assert sampler_of(stage, 0).num_clones == 1
+
+
+@pytest.mark.parametrize("is_worker", [True, False])
+def test_a_save_that_was_cut_off_is_made_again(stage: Stage, is_worker: bool):
+    model = stage.model()
+    stage.train(model, 1)
+    save = stage.save(model, 3, "a")
+    stage.train(model, 1, first_seq_id=4)
+    worker = stage.worker
+    assert worker
+    while worker.inbox or worker.outbox:
+        stage.settle()
+        stage._deliver() if worker.outbox else stage.execute_next()
+    stage.settle()
+    assert stage.result(save) is None
+    stage.crash_worker() if is_worker else stage.crash_server()
+    stage.start_worker()
+    stage.run()
+    assert not stage.error(save)
+    Reference(stage).check()
+
+
+def test_storage_refuses_a_save_and_its_run_goes_on(stage: Stage):
+    model = stage.model()
+    stage.storage.is_down = True
+    save = stage.save(model, 1, "a")
+    stage.run()
+    stage.storage.is_down = False
+    again = stage.save(model, 2, "a")
+    stage.run()
+    assert "could not be written" in stage.error(save) and not stage.error(again)

@@ -1,0 +1,248 @@
+"""A simulated world without dice: a test tells a story, and everything between its sentences runs as it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from tx_async.scheduler import submissions
+from tx_async.scheduler.events import CommandFailed, Tick
+from tx_async.scheduler.lanes import Lane
+from tx_async.scheduler.policy import Policy
+from tx_async.testing.chain_engine import Adapter
+from tx_async.testing.simulation import INFO, OWNER, POLICY, WORKER, Sent, World, datum
+from tx_async.wire import operations, results
+from tx_async.wire.ids import sampler_id
+from tx_async.wire.operations import (
+    CreateModel,
+    ForwardBackward,
+    LoadWeights,
+    Operation,
+    OptimStep,
+    Sample,
+    SaveWeights,
+)
+from tx_async.wire.records import Put, RequestRecord, ResultRecord, SamplerRecord, SessionRecord, decode_record
+from tx_async.wire.worker import AdamParams, AdapterConfig, Command, EngineInfo, TrainMicroBatch
+
+POISON_TOKEN = 98
+"""A datum that begins with it kills the worker that trains it."""
+
+
+class Stage(World):
+    """Requests are named by what `submit` returns. `run` lets everything happen that can; `settle` only what the server
+    does with its disk."""
+
+    def __init__(self, info: EngineInfo = INFO, policy: Policy = POLICY, with_worker: bool = True):
+        super().__init__(0, num_models=0, info=info, policy=policy, fault_rate=0.0)
+        #: commands that the worker has executed, in order
+        self.executed: list[Command] = []
+        if with_worker:
+            self.start_worker()
+
+    # ---- what tests say
+
+    def new_session(self, name: str) -> str:
+        record = SessionRecord(session_id=name, owner=OWNER, created_at=self.now)
+        self.catalog.apply([Put(record)])
+        self._write([Put(record)])
+        return name
+
+    def model(self, session: str = "s", seed: int = 0, rank: int = 4) -> str:
+        """A new run; its name."""
+        number = len(self.models)
+        name = f"{session}:train:{number}"
+        self.models.append(name)
+        lora = AdapterConfig(rank=rank, seed=seed or number)
+        self.submit_now(
+            CreateModel(model_id=name, session_id=session, model_seq_id=number, base_model="base", lora=lora)
+        )
+        return name
+
+    def submit_now(self, operation: Operation) -> str:
+        """Submit and make durable; the request's id. Raises what the client would be told."""
+        key = submissions.key_of(operation)
+        self.operations[key] = operation
+        body = operations.encode(operation)
+        submissions.session_of(self.catalog, OWNER, operation)
+        if known := self.catalog.find_request(*key):
+            return submissions.same(known, operations.body_digest(body)).request_id
+        request = submissions.new_request(
+            self.state.training.runs, "probe", OWNER, operation, operations.body_digest(body), len(body), self.now
+        )
+        self.quota.check(request)
+        self.submit(operation)
+        self.settle()
+        known = self.catalog.find_request(*key)
+        assert known is not None
+        return known.request_id
+
+    def forward_backward(
+        self, model: str, seq_id: int, sizes: tuple[int, ...] = (3,), token: int = 1, forward_only: bool = False
+    ) -> str:
+        run = self.models.index(model)
+        data = tuple(datum([token, run, *range(size - 2)]) for size in sizes)
+        return self.submit_now(
+            ForwardBackward(
+                model_id=model, seq_id=seq_id, data=data, loss_fn="cross_entropy", forward_only=forward_only
+            )
+        )
+
+    def optim_step(self, model: str, seq_id: int) -> str:
+        return self.submit_now(OptimStep(model_id=model, seq_id=seq_id, adam_params=AdamParams()))
+
+    def save(self, model: str, seq_id: int, name: str, kind: str = "weights", overwrite: bool = False) -> str:
+        return self.submit_now(
+            SaveWeights(model_id=model, seq_id=seq_id, kind=kind, name=name, overwrite=overwrite)  # type: ignore[arg-type]
+        )
+
+    def save_ephemeral(self, model: str, seq_id: int, number: int, inflight: bool = False) -> str:
+        return self.submit_now(
+            SaveWeights(
+                model_id=model,
+                seq_id=seq_id,
+                kind="sampler_weights",
+                name=None,
+                sampling_session_seq_id=number,
+                inflight=inflight,
+            )
+        )
+
+    def load(self, model: str, seq_id: int, path: str, optimizer: bool = True) -> str:
+        return self.submit_now(LoadWeights(model_id=model, seq_id=seq_id, path=path, optimizer=optimizer))
+
+    def train(self, model: str, steps: int, first_seq_id: int = 1) -> list[str]:
+        """Steps of a loop: forward_backward, optim_step."""
+        requests = []
+        for i in range(steps):
+            seq_id = first_seq_id + 2 * i
+            requests.append(self.forward_backward(model, seq_id, token=1 + seq_id % 80))
+            requests.append(self.optim_step(model, seq_id + 1))
+        return requests
+
+    def sampler(self, session: str = "s", path: str | None = None) -> str:
+        self.num_names += 1
+        record = SamplerRecord(
+            sampler_id=sampler_id(session, 1000 + self.num_names),
+            session_id=session,
+            owner=OWNER,
+            base_model="base",
+            created_at=self.now,
+            model_path=path,
+            storage_key=self.catalog.checkpoints[path].storage_key if path else None,
+        )
+        self.catalog.apply([Put(record)])
+        self._write([Put(record)])
+        return record.sampler_id
+
+    def ask(self, sampler: str, num_samples: int = 1, max_tokens: int = 4, token: int = 5) -> str:
+        """A sample request."""
+        self.num_samples += 1
+        return self.submit_now(
+            Sample(
+                sampling_session_id=sampler,
+                seq_id=self.num_samples,
+                prompt=np.array([token], np.int32).tobytes(),
+                num_samples=num_samples,
+                max_tokens=max_tokens,
+                use_eos=False,
+            )
+        )
+
+    # ---- time
+
+    def settle(self) -> None:
+        """Everything that waits for the disk becomes durable."""
+        while self.commits or self.reads:
+            if self.commits:
+                self.commit_some()
+            else:
+                self.read_body()
+
+    def run(self, events_max: int = 20_000) -> None:
+        """Until nothing can happen any more without time passing."""
+        for _ in range(events_max):
+            if not self.step():
+                return
+        raise AssertionError(f"it goes on for ever: {self.state!r}")
+
+    def step(self) -> bool:
+        """One thing happens; False when nothing can."""
+        self.settle()
+        if self.worker is None:
+            return False
+        if self.worker.outbox:
+            self._deliver()
+        elif self.worker.inbox:
+            self.execute_next()
+        elif self.worker.saving:
+            self.finish_a_save()
+        else:
+            return False
+        self.settle()
+        return True
+
+    def run_until_next(self, is_it: Callable[[Sent], bool]) -> None:
+        """Until a command that the test waits for is the worker's next."""
+        while not (self.worker and self.worker.inbox and is_it(self.worker.inbox[0])):
+            assert self.step(), "it never comes"
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.handle(Tick())
+        self.settle()
+
+    def execute_next(self) -> None:
+        """A poisoned datum kills the worker; another one starts."""
+        assert self.worker is not None
+        sent = self.worker.inbox[0]
+        self.executed.append(sent.command)  # type: ignore[arg-type]
+        if isinstance(sent.command, TrainMicroBatch) and (sent.tensors[0][:, 0] == POISON_TOKEN).any():
+            self.crash_worker()
+            self.start_worker()
+            return
+        super().execute_next()
+
+    def fail_next(self, category: str, message: str) -> Command:
+        """The worker fails the command that is next; the command."""
+        assert self.worker is not None
+        sent = self.worker.inbox.popleft()
+        self.handle(CommandFailed(WORKER, sent.number, category, message))
+        return sent.command  # type: ignore[return-value]
+
+    # ---- what tests look at
+
+    def lane(self, model: str) -> Lane:
+        return self.state.training.runs.lanes[model]
+
+    def result(self, request_id: str) -> ResultRecord | None:
+        row = self.disk.tables["result"].get(request_id)
+        if row is None:
+            return None
+        result = decode_record(row)
+        assert isinstance(result, ResultRecord)
+        return result
+
+    def error(self, request_id: str) -> str:
+        """Message of a failed request; "" when it succeeded. It has ended."""
+        result = self.result(request_id)
+        assert result is not None, f"{request_id} has not ended"
+        return msgspec.json.decode(result.payload)["error"] if result.content == "error" else ""
+
+    def weights_shown(self, request_id: str) -> int:
+        """What a forward_backward saw of its run's weights."""
+        result = self.result(request_id)
+        assert result is not None and result.content == "forward_backward", result
+        return int(results.decode_forward_backward(result.payload).logprobs[0].numpy().ravel()[0])
+
+    def adapter(self, model: str) -> Adapter:
+        """The run's state on the device."""
+        assert self.worker is not None
+        slot = self.state.workers[WORKER].training_slots.slot_of(model)
+        assert slot is not None
+        return self.worker.engine.training[slot][1]
+
+    def request(self, request_id: str) -> RequestRecord:
+        return self.catalog.requests[request_id]
