@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -59,14 +61,17 @@ class Program:
         arguments: Sequence[Any],
         donate: tuple[int, ...] = (),
         out_shardings: Any = None,
+        options: dict[str, Any] | None = None,
     ):
         """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is reused.
 
         out_shardings: as `jax.jit`; None lets the compiler choose, which on a mesh is not what the next call expects.
+        options: of the compiler, by XLA's names.
         Where one argument lies on a mesh, every host array among them is whole on each of its devices.
         """
         self.name = name
         self._function = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
+        self._options = options
         self._shapes = _shapes(tuple(arguments))
         self._compiled: Any = None
 
@@ -100,3 +105,19 @@ def _refuse_untrusted(name: str, compiled: Any) -> None:
     """gloo's reduce-scatter has returned wrong values: no program of several processes on CPU may hold one."""
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         assert "reduce-scatter(" not in compiled.as_text(), f"{name} uses a reduce-scatter"
+
+
+@cache
+def row_independent() -> dict[str, Any] | None:
+    """Compiler options with which a CPU sums a row the same way whatever number of rows stands around it.
+
+    XLA hands larger reductions to a library that adds in another order. None where that is not so, or not to be chosen.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile(options)
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options

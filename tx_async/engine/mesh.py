@@ -1,0 +1,140 @@
+"""From processes to one mesh: join the others, count the devices, and trust no collective before it was tried.
+
+Every process of a mesh runs this, then the same programs in the order of the command stream. Nothing is exchanged by
+the engine itself: inputs of a program are host arrays that every process has (the stream brought them), results come
+back whole on every device, and process 0 answers for all.
+
+A mesh that cannot work is a `ConfigError`: the server hears it as this process's last words, the operator reads it in
+the log of both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tx_async.engine.sharding import make_mesh
+from tx_async.errors import ConfigError
+from tx_async.layers.sharding import AXES
+from tx_async.wire.worker import EngineConfig
+from tx_async.worker.engine_api import ReportProgress
+
+JOIN_S = 300
+"""How long a process waits for the others of its mesh."""
+SELF_TEST_SIZES = (4, 65_536)
+"""Elements per device: a message that travels alone, and one that is cut into pieces."""
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
+
+log = logging.getLogger(__name__)
+
+
+def build(config: EngineConfig, process_id: int, progress: ReportProgress) -> Mesh | None:
+    """The mesh of all devices of all processes, tried out; None for one device alone. Call before any use of JAX.
+
+    Raises `ConfigError` when processes, devices and parallel sizes do not fit together, or a collective is wrong.
+    """
+    if config.num_processes > 1:
+        _join(config, process_id, progress)
+    mesh = make_mesh(config)
+    if mesh is not None:
+        progress("testing collectives", 0, 1)
+        _refuse_wrong(wrong_collectives(mesh))
+        log.info("the mesh is %s, %s of %d devices", dict(mesh.shape), jax.default_backend(), mesh.size)
+    return mesh
+
+
+def _join(config: EngineConfig, process_id: int, progress: ReportProgress) -> None:
+    if not config.coordinator_address:
+        raise ConfigError(
+            f"num_processes is {config.num_processes}, so backend_config needs coordinator_address: host:port, "
+            "free on the host of process 0 and reachable from every other."
+        )
+    progress("joining the mesh", 0, config.num_processes)
+    # Only the CPU's client reads it; the other implementations would need MPI.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM away from the worker, which knows how to stop.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address, config.num_processes, process_id, initialization_timeout=JOIN_S
+        )
+    except ValueError as error:
+        raise ConfigError(f"coordinator_address {config.coordinator_address!r} does not work: {error}") from error
+
+
+def _refuse_wrong(wrong: list[str]) -> None:
+    """Except that a CPU's reduce-scatter may be wrong: `compilation.py` lets no program use it."""
+    for line in wrong:
+        log.error("wrong on this mesh: %s", line)
+    on_cpu = jax.default_backend() == "cpu"
+    if fatal := [line for line in wrong if not (on_cpu and line.startswith("reduce-scatter"))]:
+        raise ConfigError(f"The devices of this mesh do not compute together: {'; '.join(fatal)}.")
+
+
+# ---- the self-test
+
+
+def wrong_collectives(mesh: Mesh) -> list[str]:
+    """Every collective over every axis of more than one device, with values whose results are exact: one line for
+    each that is wrong on a device of this process, "all-reduce over tensor gives …"."""
+    wrong: dict[str, None] = {}
+    for axis in (axis for axis in AXES if mesh.shape[axis] > 1):
+        for size in SELF_TEST_SIZES:
+            wrong |= dict.fromkeys(_wrong_over(mesh, axis, size))
+    return list(wrong)
+
+
+def _wrong_over(mesh: Mesh, axis: str, size: int) -> Iterator[str]:
+    count = mesh.shape[axis]
+    inputs = (np.arange(mesh.size * count * size) % 1021).astype(np.float32).reshape(*mesh.devices.shape, -1)
+    results = _collectives(mesh, axis)(to_mesh(inputs, NamedSharding(mesh, PartitionSpec(*AXES))))
+    expected = _expected(inputs, AXES.index(axis))
+    for name, result, right in zip(COLLECTIVES, results, expected, strict=True):
+        for shard in result.addressable_shards:
+            found = np.asarray(shard.data)
+            if not np.array_equal(found, right[shard.index]):
+                first = int(np.flatnonzero((found != right[shard.index]).ravel())[0])
+                yield (
+                    f"{name} over {axis} gives {found.flat[first]} instead of {right[shard.index].flat[first]} "
+                    f"(element {first} of {found.size} on {shard.device})"
+                )
+
+
+def _collectives(mesh: Mesh, axis: str) -> Any:
+    def each(x: jax.Array) -> tuple[jax.Array, ...]:
+        one = x.reshape(-1)
+        results = (
+            jax.lax.psum(one, axis),
+            jax.lax.all_gather(one, axis, tiled=True),
+            jax.lax.psum_scatter(one, axis, tiled=True),
+        )
+        return tuple(result.reshape(1, 1, 1, -1) for result in results)
+
+    spec = PartitionSpec(*AXES)
+    # What comes out is equal along `axis`, and is looked at on every device all the same.
+    return jax.jit(jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+
+def _expected(inputs: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """inputs [fsdp, expert, tensor, n]: what each device has afterwards, in the same layout."""
+    total = np.broadcast_to(inputs.sum(axis, keepdims=True), inputs.shape)
+    gathered = np.moveaxis(inputs, axis, -2)
+    gathered = np.expand_dims(gathered.reshape(*gathered.shape[:-2], -1), axis)
+    gathered = np.broadcast_to(gathered, (*inputs.shape[:3], gathered.shape[-1]))
+    count = inputs.shape[axis]
+    pieces = np.moveaxis(total.reshape(*inputs.shape[:3], count, -1), axis, 0)
+    scattered = np.stack([piece[..., rank, :] for rank, piece in enumerate(pieces)], axis)
+    return total, gathered, scattered
+
+
+# ---- between the hosts and the mesh
+
+
+def to_mesh(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, equal on every process, as global arrays: each device gets its piece."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
