@@ -86,7 +86,8 @@ def test_cross_entropy_is_the_weighted_sum_and_forward_returns_the_same(trainer)
     lp = logprobs_of(result)
     assert [one.shape for one in lp] == [(length,) for length in LENGTHS]
     assert result.metrics["loss:sum"] == pytest.approx(-sum(map(np.dot, WEIGHTS, lp)), rel=1e-4)
-    assert all(np.array_equal(a, b) for a, b in zip(lp, logprobs_of(forward), strict=True))
+    # Two programs: XLA may fuse them differently.
+    np.testing.assert_allclose(np.concatenate(lp), np.concatenate(logprobs_of(forward)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
