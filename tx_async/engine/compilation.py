@@ -80,7 +80,7 @@ class Program:
 
     def compile(self) -> None:
         if self._compiled is None:
-            compiled = self._function.lower(*self._shapes).compile()
+            compiled = self._function.lower(*self._shapes).compile(self._options)
             _refuse_untrusted(self.name, compiled)
             self._compiled = compiled
 
