@@ -138,15 +138,23 @@ def _add_worker(commands: Any) -> None:
     command.add_argument(
         "--engine", default="", metavar="MODULE:FACTORY", help="an engine of your own [the JAX engine]"
     )
+    command.add_argument("--name", default="w0", help="the worker that this process is a part of [w0]")
+    command.add_argument(
+        "--capabilities", default="train,sample", help="what the engine can do: train, sample, or both [train,sample]"
+    )
     command.set_defaults(run=_worker)
 
 
 def _worker(args: argparse.Namespace) -> int:
-    from tx_async.worker.main import main as run_worker
+    """Until a signal: whatever ends the worker's process, or its mesh, the next one attaches again."""
+    import asyncio
 
-    flags = ["--connect", args.connect, "--process-id", str(args.process_id), "--token", args.token]
-    flags += ["--engine", args.engine] if args.engine else []
-    run_worker(flags)
+    from tx_async.worker.supervisor import attach_forever
+
+    worker = attach_forever(
+        args.connect, args.token, args.process_id, args.engine, name=args.name, capabilities=args.capabilities
+    )
+    asyncio.run(worker)
     return 0
 
 

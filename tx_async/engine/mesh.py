@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.engine.sharding import make_mesh
@@ -40,12 +41,22 @@ def build(config: EngineConfig, process_id: int, progress: ReportProgress) -> Me
     """
     if config.num_processes > 1:
         _join(config, process_id, progress)
-    mesh = make_mesh(config)
+    mesh = _mesh_of_all(config)
     if mesh is not None:
         progress("testing collectives", 0, 1)
         _refuse_wrong(wrong_collectives(mesh))
         log.info("the mesh is %s, %s of %d devices", dict(mesh.shape), jax.default_backend(), mesh.size)
     return mesh
+
+
+def _mesh_of_all(config: EngineConfig) -> Mesh | None:
+    try:
+        return make_mesh(config)
+    except ConfigError:
+        if config.num_processes > 1:
+            # Whoever fails first takes the connection with it: the others must have counted, too, to know why.
+            multihost_utils.sync_global_devices("counted devices")
+        raise
 
 
 def _join(config: EngineConfig, process_id: int, progress: ReportProgress) -> None:

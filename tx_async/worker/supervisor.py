@@ -46,6 +46,7 @@ class WorkerProcess:
         name: str = "w0",
         process_id: int = 0,
         engine: str = DEFAULT_ENGINE,
+        capabilities: str = "train,sample",
         environment: Mapping[str, str] | None = None,
         on_exit: OnExit = lambda process, pid, text: None,
         log_level: str = "info",
@@ -55,7 +56,8 @@ class WorkerProcess:
         self.num_starts = 0
         self._command = [
             sys.executable, "-m", "tx_async.worker.main", "--connect", connect, "--name", name, "--process-id",
-            str(process_id), "--engine", engine, "--parent-pid", str(os.getpid()), "--log-level", log_level,
+            str(process_id), "--engine", engine, "--capabilities", capabilities, "--parent-pid", str(os.getpid()),
+            "--log-level", log_level,
         ]  # fmt: skip
         self._environment = {**os.environ, **(environment or {})}
         self._on_exit = on_exit
@@ -227,15 +229,22 @@ def _exit_text(code: int, last_line: str) -> str:
 
 
 async def attach_forever(
-    connect: str, token: str, process_id: int, engine: str = DEFAULT_ENGINE, *, name: str = "w0"
+    connect: str,
+    token: str,
+    process_id: int,
+    engine: str = DEFAULT_ENGINE,
+    *,
+    name: str = "w0",
+    capabilities: str = "train,sample",
 ) -> None:
     """Run a worker by hand (`tx-async worker`): it attaches, and after every loss attaches again, until a signal.
 
     Raises `BaseModelError` for what no new attempt can change.
     """
     process = WorkerProcess(
-        connect, name=name, process_id=process_id, engine=engine, environment={TOKEN_VARIABLE: token} if token else None
-    )
+        connect, name=name, process_id=process_id, engine=engine or DEFAULT_ENGINE, capabilities=capabilities,
+        environment={TOKEN_VARIABLE: token} if token else None,
+    )  # fmt: skip
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
     for number in (signal.SIGTERM, signal.SIGINT):
