@@ -54,7 +54,7 @@ class Driver(Protocol):
         ...
 
     async def read_body(self, request_id: str) -> bytes:
-        """The body put with a `RequestRecord`. Raises `StorageError` when it is gone or damaged."""
+        """The body put with a `RequestRecord`. Raises `ContentLost` when it is gone or damaged, `StorageError`."""
         ...
 
     async def read_result(self, request_id: str) -> ResultRecord:
@@ -201,7 +201,8 @@ class Journal:
         await self.append(changes, may_refuse=may_refuse)
 
     async def read_body(self, request_id: str) -> bytes:
-        """The body of a request whose commit is durable. Raises `StorageError` when it is gone or damaged."""
+        """The body of a request whose commit is durable. Raises `ContentLost` when it is gone or damaged, and
+        `StorageError` when it cannot be read now."""
         return await self._driver.read_body(request_id)
 
     async def read_result(self, request_id: str) -> ResultRecord:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tx_async.errors import StorageError
+from tx_async.errors import ContentLost, StorageError
 from tx_async.journal.transaction import checksum
 
 BODY_INLINE_BYTES_MAX = 64 * 1024
@@ -59,6 +59,8 @@ class Payloads:
     async def read(self, request_id: str, name: str) -> bytes:
         try:
             return await self._run((self._folder / name).read_bytes)
+        except FileNotFoundError as error:
+            raise ContentLost(f"The journal's body of request {request_id} cannot be read: {error}") from error
         except OSError as error:
             raise StorageError(f"The journal's body of request {request_id} cannot be read: {error}") from error
 

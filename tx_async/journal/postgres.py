@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import asyncpg
 
-from tx_async.errors import LeaseHeld, StorageError
+from tx_async.errors import ContentLost, LeaseHeld, StorageError
 from tx_async.journal import migrate
 from tx_async.journal.lease import Holder, held
 from tx_async.journal.transaction import Transaction, checksum, read_result, verify
@@ -142,7 +142,7 @@ class PostgresDriver:
         query = "SELECT num_bytes, checksum, body FROM request_body WHERE key = $1"
         row = await self._persist(lambda: self._pool.fetchrow(query, request_id), "read")
         if row is None:
-            raise StorageError(f"The journal has no body of request {request_id} (any more).")
+            raise ContentLost(f"The journal has no body of request {request_id} (any more).")
         return verify(request_id, row["body"], row["num_bytes"], row["checksum"])
 
     async def read_result(self, request_id: str) -> ResultRecord:

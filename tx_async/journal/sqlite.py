@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import aiosqlite
 
-from tx_async.errors import StorageError
+from tx_async.errors import ContentLost, StorageError
 from tx_async.journal import migrate
 from tx_async.journal.lease import FileLock, Holder
 from tx_async.journal.payloads import BODY_INLINE_BYTES_MAX, Payloads, sync_folder
@@ -97,7 +97,7 @@ class SqliteDriver:
     async def read_body(self, request_id: str) -> bytes:
         row = await self._read(partial(_read_body, request_id))
         if row is None:
-            raise StorageError(f"The journal has no body of request {request_id} (any more).")
+            raise ContentLost(f"The journal has no body of request {request_id} (any more).")
         num_bytes, expected, body, file = row
         stored = body if file is None else await self._payloads.read(request_id, file)
         return verify(request_id, stored, num_bytes, expected)

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from tx_async.errors import NotFound, StorageError
+from tx_async.errors import ContentLost, NotFound
 from tx_async.wire.records import (
     RECORD_TYPES,
     Change,
@@ -84,7 +84,7 @@ def payload_key(request_id: str) -> str:
 
 
 async def read_result(request_id: str, row: bytes | None, read_body: Callable[[str], Awaitable[bytes]]) -> ResultRecord:
-    """A whole result from its row. Raises `NotFound` when there is none, `StorageError` when its payload is damaged."""
+    """A whole result from its row. Raises `NotFound` when there is none, `ContentLost` when its payload is damaged."""
     if row is None:
         raise NotFound(f"The journal has no result of request {request_id} (any more).")
     record = decode_record(row)
@@ -100,10 +100,10 @@ def checksum(body: bytes) -> bytes:
 
 
 def verify(request_id: str, body: bytes, num_bytes: int, expected: bytes) -> bytes:
-    """The body itself. Raises `StorageError` when it is not the one that was put."""
+    """The body itself. Raises `ContentLost` when it is not the one that was put."""
     if len(body) != num_bytes:
-        raise StorageError(f"The journal's body of request {request_id} is damaged: {len(body)} bytes of {num_bytes}.")
+        raise ContentLost(f"The journal's body of request {request_id} is damaged: {len(body)} bytes of {num_bytes}.")
     if (actual := checksum(body)) != expected:
         difference = f"checksum {actual.hex()} instead of {expected.hex()}"
-        raise StorageError(f"The journal's body of request {request_id} is damaged: {difference}.")
+        raise ContentLost(f"The journal's body of request {request_id} is damaged: {difference}.")
     return body

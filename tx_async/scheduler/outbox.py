@@ -1,8 +1,8 @@
 """What follows from accepted work, on its way to the disk: made durable in order, then visible.
 
-An item is given to the journal when it is decided, so the journal's order is the order of decisions. Items become
-visible in that order, too. When the disk fails, everything that is not visible yet is written again, oldest first: a
-full disk delays results and loses none.
+One transaction at a time, each with everything that was decided meanwhile, so that the disk never has a decision
+without those before it. When the disk fails, the same transaction is tried again: a full disk delays results and loses
+none.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from tx_async.scheduler.events import Append, DeleteFiles, Finish
 from tx_async.wire.records import Change, Put
 
 COMMIT_RETRY_S = 0.5
+BATCH_BYTES_MAX = 16 * 2**20
+BATCH_ITEMS_MAX = 2_000
 
 _log = logging.getLogger(__name__)
 
 Item = Append | Finish | DeleteFiles
 
 
-class _Entry(Struct):
+class _Entry(Struct, frozen=True):
     item: Item
-    durable: asyncio.Future[None]
     visible: asyncio.Future[None] | None
 
 
@@ -44,46 +45,48 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def post(self, item: Item) -> None:
-        self._add(item, None)
+    def post(self, item: Item, visible: asyncio.Future[None] | None = None) -> None:
+        self._entries.append(_Entry(item, visible))
+        self._arrived.set()
 
     async def commit(self, changes: Sequence[Change]) -> None:
         """Post changes, and wait until they and everything before them are durable."""
         visible = asyncio.get_running_loop().create_future()
-        self._add(Append(tuple(changes)), visible)
+        self.post(Append(tuple(changes)), visible)
         await visible
-
-    def _add(self, item: Item, visible: asyncio.Future[None] | None) -> None:
-        self._entries.append(_Entry(item, self._write(item), visible))
-        self._arrived.set()
-
-    def _write(self, item: Item) -> asyncio.Future[None]:
-        durable = self.journal.append(changes_of(item), may_refuse=False)
-        durable.add_done_callback(_look_at)
-        return durable
 
     async def run(self) -> None:
         while True:
             while not self._entries:
                 self._arrived.clear()
                 await self._arrived.wait()
-            entry = self._entries[0]
+            batch = self._next_batch()
+            await self._commit_surely([change for entry in batch for change in changes_of(entry.item)])
+            for entry in batch:
+                self._entries.popleft()
+                self.show(entry.item)
+                if entry.visible is not None and not entry.visible.done():
+                    entry.visible.set_result(None)
+
+    def _next_batch(self) -> list[_Entry]:
+        """The oldest entries, up to a size, and at least one."""
+        batch: list[_Entry] = []
+        num_bytes = 0
+        for entry in self._entries:
+            num_bytes += len(entry.item.result.payload) if isinstance(entry.item, Finish) else 0
+            if batch and (num_bytes > BATCH_BYTES_MAX or len(batch) == BATCH_ITEMS_MAX):
+                break
+            batch.append(entry)
+        return batch
+
+    async def _commit_surely(self, changes: list[Change]) -> None:
+        while True:
             try:
-                await entry.durable
+                await self.journal.commit(changes, may_refuse=False)
+                return
             except StorageError as error:
                 _log.error("Results wait for the journal: %s", error)
                 await asyncio.sleep(COMMIT_RETRY_S)
-                self._write_again()
-                continue
-            self._entries.popleft()
-            self.show(entry.item)
-            if entry.visible is not None and not entry.visible.done():
-                entry.visible.set_result(None)
-
-    def _write_again(self) -> None:
-        """All of them: a later one may have got through, and must stay the later one."""
-        for entry in self._entries:
-            entry.durable = self._write(entry.item)
 
 
 def changes_of(item: Item) -> tuple[Change, ...]:
@@ -94,9 +97,3 @@ def changes_of(item: Item) -> tuple[Change, ...]:
             return (Put(item.result), *item.changes)
         case DeleteFiles():
             return ()
-
-
-def _look_at(future: asyncio.Future[None]) -> None:
-    """Failures are dealt with when the entry's turn has come."""
-    if not future.cancelled():
-        future.exception()

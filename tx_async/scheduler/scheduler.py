@@ -25,6 +25,7 @@ from tx_async.config import ServerConfig
 from tx_async.dispatch import events as dispatch
 from tx_async.errors import (
     Conflict,
+    ContentLost,
     InvalidRequest,
     NotFound,
     NotReady,
@@ -83,6 +84,7 @@ from tx_async.wire.worker import AdapterConfig, Command
 
 TICK_S = 1.0
 DRAIN_INTERVAL_S = 0.02
+READ_RETRY_S = 0.5
 BODIES_READ_MAX = 16
 """Bodies that are read from the journal at the same time."""
 
@@ -143,9 +145,13 @@ class Scheduler:
     async def run(self) -> None:
         """Recover, then serve until cancelled. A broken invariant ends it, and with it the process."""
         self._recover()
-        async with anyio.create_task_group() as group:
-            group.start_soon(self.outbox.run)
-            group.start_soon(self._tick_for_ever)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self.outbox.run)
+                group.start_soon(self._tick_for_ever)
+        finally:
+            for task in self._tasks:
+                task.cancel()
 
     def _recover(self) -> None:
         for request in self.catalog.requests.values():
@@ -221,13 +227,24 @@ class Scheduler:
 
     async def _fetch_body(self, request_id: str) -> None:
         operation, message = None, ""
-        async with self._reading:
-            try:
-                operation = operations.decode(await self.journal.read_body(request_id))
-            except (StorageError, msgspec.DecodeError) as error:
-                message = str(error)
-                _log.error("The body of request %s cannot be read: %s", request_id, error)
+        try:
+            async with self._reading:
+                operation = operations.decode(await self._read_body(request_id))
+        except (ContentLost, msgspec.DecodeError) as error:
+            message = str(error)
+            _log.error("The body of request %s is lost: %s", request_id, error)
         self._handle(BodyLoaded(request_id, operation, message))
+
+    async def _read_body(self, request_id: str) -> bytes:
+        """Until it succeeds: a database that does not answer now has lost nothing. Raises `ContentLost`."""
+        while True:
+            try:
+                return await self.journal.read_body(request_id)
+            except ContentLost:
+                raise
+            except StorageError as error:
+                _log.error("A replay waits for the journal: %s", error)
+                await anyio.sleep(READ_RETRY_S)
 
     def _show(self, item: Item) -> None:
         """The item is durable: clients may see it, and files that nothing names any more may go."""

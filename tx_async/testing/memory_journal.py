@@ -19,7 +19,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from tx_async.errors import StorageError
+from tx_async.errors import ContentLost, StorageError
 from tx_async.journal.lease import Holder, held
 from tx_async.journal.transaction import Transaction, checksum, read_result, verify
 from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, decode_record
@@ -113,7 +113,7 @@ class MemoryJournal:
     async def read_body(self, request_id: str) -> bytes:
         self._check()
         if request_id not in self.disk.bodies:
-            raise StorageError(f"The journal has no body of request {request_id} (any more).")
+            raise ContentLost(f"The journal has no body of request {request_id} (any more).")
         num_bytes, expected, body = self.disk.bodies[request_id]
         return verify(request_id, body, num_bytes, expected)
 
