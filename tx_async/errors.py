@@ -1,8 +1,8 @@
 """Every error of the server: whose problem it is, and what to change.
 
-The docstring of a class is its default message. `category` uses Tinker's terms and reaches the client either as the body
-of an HTTP error (`status`) or as the failed future's `category`. Only `api/` turns errors into HTTP; only `worker/` turns
-exceptions into `CommandFailed`.
+The docstring of a class is its default message. `category` uses Tinker's terms and reaches the client either as the
+body of an HTTP error (`status`) or as the failed future's `category`. Only `api/` turns errors into HTTP; only
+`worker/` turns exceptions into `CommandFailed`.
 """
 
 from typing import ClassVar, Literal
@@ -64,7 +64,8 @@ class NotFound(UserError):
 
 
 class UnknownModel(NotFound):
-    """This model_id does not exist here: it was never created, or its run was deleted. Create it, or load a checkpoint."""
+    """This model_id does not exist here: it was never created, or its run was deleted. Create it, or load a
+    checkpoint."""
 
 
 class UnknownSession(NotFound):
@@ -114,7 +115,8 @@ class RunLost(ServerError):
 
 
 class NonFiniteGradients(UserError):
-    """The gradients are NaN or infinite. The step was not taken, the weights are as before, the gradients were cleared."""
+    """The gradients are NaN or infinite. The step was not taken, the weights are as before, the gradients were
+    cleared."""
 
 
 class Cancelled(UserError):
@@ -161,3 +163,7 @@ class EngineError(ServerError):
 
 class StorageError(ServerError):
     """The checkpoint storage could not be read or written."""
+
+
+class ContentLost(StorageError):
+    """What was stored is gone or damaged: trying again will not help."""
