@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tx_async.engine import decode_programs as programs
-from tx_async.engine.compilation import Program
+from tx_async.engine.compilation import Program, row_independent
 from tx_async.engine.decode_batches import (
     PREFILL_ROWS,
     Piece,
@@ -75,7 +75,7 @@ class SamplingEngine:
         lora_weights: LoraWeights,
         lora_scale: Array,
     ):
-        """context: most tokens of prompt and completion; folder: of the base model, whose tokenizer finds stop strings."""
+        """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer."""
         self.model, self.params, self.context, self.folder = model, params, context, folder
         self.num_sequences_max = config.sample_max_num_sequences
         self.decode_steps = config.decode_steps or DECODE_STEPS
@@ -247,29 +247,30 @@ class SamplingEngine:
 
     def _list_programs(self) -> Iterator[Program]:
         """Every program of the sampling half: no input ever needs another one."""
+        program = partial(Program, options=row_independent())
         state = (self.params, self._adapters, self.pools)
         and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
         for rows in self._batch_sizes:
             function = partial(programs.decode, self.model, self.layout, self.decode_steps)
             arguments = (*state, decode_batch([], rows, self.layout), np.int32(0))
-            yield Program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
+            yield program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
         for rows in PREFILL_ROWS:
-            yield from self._prefill_programs(rows, state, and_pools)
+            yield from self._prefill_programs(program, rows, state, and_pools)
         pages = np.zeros(self.num_sequences_max, np.int32)
         function = partial(copy_pages, num_pages=self.layout.num_pages)
-        yield Program(
+        yield program(
             "copy pages", function, (self.pools, pages, pages), donate=(0,), out_shardings=self._pool_shardings
         )
 
-    def _prefill_programs(self, rows: int, state: tuple, and_pools: Any) -> Iterator[Program]:
+    def _prefill_programs(self, program: Any, rows: int, state: tuple, and_pools: Any) -> Iterator[Program]:
         tile_tokens = self.layout.page_size
         function = partial(programs.prefill, self.model, self.layout)
         arguments = (*state, prefill_batch([], rows, tile_tokens, self.layout))
-        yield Program(f"prefill {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
+        yield program(f"prefill {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
         shape = (rows * tile_tokens, self.model.hidden_size)
         hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
         arguments = (self.params, self._adapters, hidden, empty_scores())
-        yield Program(f"score {rows}", programs.score, arguments, out_shardings=self._replicated)
+        yield program(f"score {rows}", programs.score, arguments, out_shardings=self._replicated)
 
 
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:

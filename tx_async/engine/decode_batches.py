@@ -17,9 +17,9 @@ from tx_async.wire.worker import BASE_SLOT
 SCORE_ROWS = 128
 """Prompt positions that one scoring call handles."""
 BATCHES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Rows of a decode call. A single row would meet another matrix kernel, hence round otherwise, than it does in company."""
-CPU_BATCH_MAX = 32
-"""Larger batches gain nothing on a CPU, and from here on its kernels may round otherwise."""
+"""Rows of a decode call. One row alone would meet another matrix kernel, and round otherwise, than in company."""
+CPU_BATCH_MAX = 16
+"""Up to here a CPU's kernels give every row the same bits in every batch; larger batches are no faster per row."""
 PREFILL_ROWS = (4, 16, 64)
 
 
@@ -53,7 +53,7 @@ def bucket(sizes: Sequence[int], count: int) -> int:
 
 
 def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[list[Tile]]:
-    """Tiles in order, in as few calls as possible. A tile reads what those before it, in the same call too, have written."""
+    """Tiles in order, in as few calls as possible. A tile reads what those before it have written, in its call too."""
     tiles = [
         Tile(segment.sample, start, min(start + tile_tokens, segment.stop))
         for segment in segments

@@ -114,7 +114,7 @@ def prefill(
 def score(
     params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """-> log-probabilities of the next tokens [T], top-k ids and theirs, the targets', ids of alternatives and theirs."""
+    """-> log-probabilities of the next tokens [T]; top-k ids and theirs; the targets'; alternatives' ids and theirs."""
     logits = unembed(params, adapters.for_rows(batch.adapter), hidden[batch.row])
     lse = logsumexp(logits)
     topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)

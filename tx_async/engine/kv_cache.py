@@ -161,8 +161,8 @@ class PagedAttention:
 class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page.
 
-    With few key heads, all heads' products are one: a query is laid into its key head's part of a row of zeros and meets
-    the keys as they lie in the page. That is more arithmetic and much less moving about; reading the cache is what costs.
+    With few key heads, all heads' products are one: a query is laid into its key head's part of a row of zeros and
+    meets the keys as they lie in the page. More arithmetic, but nothing is moved about, and moving is what costs.
     """
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:

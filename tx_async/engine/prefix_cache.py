@@ -32,7 +32,7 @@ class PrefixCache:
         self._references = [0] * num_pages
         #: content -> page, for pages in use or idle; the inverse of `_keys`
         self._pages: dict[PageKey, int] = {}
-        self._keys: dict[int, PageKey] = {}
+        self._keys: dict[int, list[PageKey]] = {}
         #: unreferenced pages with content, least recently used first
         self._idle: OrderedDict[int, None] = OrderedDict()
 
@@ -51,7 +51,8 @@ class PrefixCache:
             return None
         while len(self._free) < count:
             page, _ = self._idle.popitem(last=False)
-            del self._pages[self._keys.pop(page)]
+            for key in self._keys.pop(page):
+                del self._pages[key]
             self._free.append(page)
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -75,10 +76,13 @@ class PrefixCache:
             self._idle.pop(page, None)
 
     def register(self, page: int, key: PageKey) -> None:
-        """A page in use now holds the content `key`. The first page of a content stays the known one."""
-        if self.enabled and key not in self._pages and page not in self._keys:
+        """A page in use now holds the content `key`. The first page of a content stays the known one.
+
+        A page may be known by two: that of a prompt's last tokens, which fill it in part, and that of the whole page.
+        """
+        if self.enabled and key not in self._pages:
             self._pages[key] = page
-            self._keys[page] = key
+            self._keys.setdefault(page, []).append(key)
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one reference of each. Later pages of a prefix go first when room is needed."""
@@ -104,7 +108,7 @@ class PrefixCache:
         assert all(self._references[page] == 0 for page in (*self._free, *self._idle))
         assert len(set(self._free) | set(self._idle)) == self.num_available
         assert sum(count > 0 for count in counts) + self.num_available == self.num_pages - 1, "a page was lost"
-        assert {page: key for key, page in self._pages.items()} == self._keys
+        assert {key: page for page, keys in self._keys.items() for key in keys} == self._pages
 
 
 class PageKeys:
@@ -112,14 +116,22 @@ class PageKeys:
 
     def __init__(self, adapter_version: str, page_size: int):
         self._page_size = page_size
-        self._last = hashlib.blake2b(adapter_version.encode(), digest_size=16).digest()
+        self._first = hashlib.blake2b(adapter_version.encode(), digest_size=16).digest()
         self._keys: list[PageKey] = []
 
     def upto(self, tokens: Sequence[int], num_tokens: int) -> list[PageKey]:
         """Keys of the full pages in tokens[:num_tokens]."""
         count = num_tokens // self._page_size
         for i in range(len(self._keys), count):
-            page = np.asarray(tokens[i * self._page_size : (i + 1) * self._page_size], np.int32)
-            self._last = hashlib.blake2b(self._last + page.tobytes(), digest_size=16).digest()
-            self._keys.append(self._last)
+            self._keys.append(self._key(i, tokens[i * self._page_size : (i + 1) * self._page_size]))
         return self._keys[:count]
+
+    def tail(self, tokens: Sequence[int], num_tokens: int) -> PageKey | None:
+        """Key of the page that tokens[:num_tokens] fill in part; None when they end with a full page."""
+        full = len(self.upto(tokens, num_tokens))
+        tail = tokens[full * self._page_size : num_tokens]
+        return self._key(full, tail) if tail else None
+
+    def _key(self, page: int, tokens: Sequence[int]) -> PageKey:
+        before = self._keys[page - 1] if page else self._first
+        return hashlib.blake2b(before + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()

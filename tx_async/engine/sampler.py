@@ -45,7 +45,7 @@ class _Limit(NamedTuple):
 
 
 def stream_key(seed: Array, sample_index: Array) -> Array:
-    """The random stream of a sample, fold_in(seed, sample_index): uint32 [B, 2] (low word first), int32 [B] -> [B, 2]."""
+    """The random stream of a sample, fold_in(seed, sample_index): uint32 [B, 2] (low word first), [B] -> [B, 2]."""
 
     def one(words: Array, index: Array) -> Array:
         return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(words[::-1]), index))

@@ -90,6 +90,8 @@ class Sequences:
         self.waiting: deque[Sample] = deque()
         #: by order, oldest first: prefilling or decoding; only these own pages
         self.running: list[Sample] = []
+        #: pages that this quantum copies from: nobody may get them before its end
+        self._held: list[int] = []
         #: running sequences of each prompt, oldest first
         self._by_prompt: dict[PromptKey, list[Sample]] = {}
 
@@ -129,6 +131,8 @@ class Sequences:
         budget = self._continue_prefill(prefill_tokens, schedule)
         if not schedule.num_preempted:
             self._admit_waiting(decode_steps, budget, schedule)
+        self.cache.release(self._held)
+        self._held = []
         schedule.decoding = [sample for sample in self.running if sample.num_to_prefill == 0]
         return schedule
 
@@ -188,20 +192,21 @@ class Sequences:
 
     def _start(self, sample: Sample, decode_steps: int, budget: int, schedule: Schedule) -> bool:
         """Give a sequence its pages, shared ones first. False when there is no room, or no budget to prefill it."""
+        end = len(sample.tokens) - 1
         pages = self.cache.match(sample.keys.upto(sample.tokens, self._cacheable(sample)))
         matched = len(pages) * self.cache.page_size
-        source = self._tail_source(sample, len(pages))
-        remaining = 0 if source is not None else len(sample.tokens) - 1 - matched
+        source = self._tail_source(sample, matched)
+        remaining = 0 if source else end - matched
         # Everyone who runs may need a page soon: without that room the newcomer would only be preempted again.
         needed = self._missing(sample, decode_steps) - len(pages)
         if needed + len(self.running) > self.cache.num_available or (remaining and not budget):
-            self.cache.release(pages)
+            self.cache.release(pages + source)
             return False
         fresh = self.cache.allocate(needed) or []
-        if source is not None:
-            schedule.copies.append((source, fresh[0]))
-            matched = len(sample.tokens) - 1
-        self._run(sample, pages + fresh, matched)
+        if source:
+            schedule.copies.append((source[0], fresh[0]))
+            self._held += source
+        self._run(sample, pages + fresh, end if source else matched)
         return True
 
     def _run(self, sample: Sample, pages: list[int], num_computed: int) -> None:
@@ -217,17 +222,13 @@ class Sequences:
         start = sample.scoring_start
         return len(sample.tokens) - 1 if start is None else min(start, len(sample.tokens) - 1)
 
-    def _tail_source(self, sample: Sample, num_matched: int) -> int | None:
-        """The page of a running twin that holds the prompt's last, partial page."""
-        tail = sample.num_prompt - 1
-        if not self.cache.enabled or sample.num_generated or sample.scoring_start is not None:
-            return None
-        if tail % self.cache.page_size == 0 or num_matched != tail // self.cache.page_size:
-            return None
-        for mate in self._by_prompt.get(sample.prompt_key, ()):
-            if mate.num_computed >= tail:
-                return mate.pages[num_matched]
-        return None
+    def _tail_source(self, sample: Sample, matched: int) -> list[int]:
+        """The page, with a reference, of which a copy gives all that is missing of `sample`'s tokens but the last."""
+        end = len(sample.tokens) - 1
+        if matched != end // self.cache.page_size * self.cache.page_size or sample.scoring_start is not None:
+            return []
+        key = sample.keys.tail(sample.tokens, end)
+        return self.cache.match([key]) if key else []
 
     def _prefill(self, sample: Sample, share: int, schedule: Schedule) -> int:
         """Plan the next chunk of a prompt; -> its tokens."""
@@ -241,8 +242,12 @@ class Sequences:
         return stop - start
 
     def _register(self, sample: Sample, num_tokens: int) -> None:
+        """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial one by its twins."""
         for page, key in zip(sample.pages, sample.keys.upto(sample.tokens, num_tokens), strict=False):
             self.cache.register(page, key)
+        end = sample.num_prompt - 1
+        if num_tokens == end and (key := sample.keys.tail(sample.tokens, end)):
+            self.cache.register(sample.pages[end // self.cache.page_size], key)
 
     def _missing(self, sample: Sample, decode_steps: int) -> int:
         """Pages that it lacks for its tokens and `decode_steps` more."""

@@ -1,0 +1,131 @@
+"""Top-k and top-p keep exactly the tokens that they should; draws are functions of their own row alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tx_async.engine.sampler import Choices, logsumexp, sample, stream_key
+
+DRAWS = 4096
+run = jax.jit(sample)
+
+
+def choices(rows, temperature=1.0, top_k=-1, top_p=1.0, seed=0, index=None):
+    def full(value, dtype):
+        return jnp.broadcast_to(jnp.asarray(value, dtype), rows)
+
+    words = jnp.broadcast_to(jnp.array([seed & 0xFFFFFFFF, seed >> 32], jnp.uint32), (rows, 2))
+    key = stream_key(words, jnp.arange(rows) if index is None else full(index, jnp.int32))
+    return Choices(full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32), key)
+
+
+def drawn(logits, **fields):
+    """How often each token comes in DRAWS independent samples of one distribution."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, len(logits)))
+    tokens, _, _ = run(rows, choices(DRAWS, **fields), jnp.full(DRAWS, 7))
+    return np.bincount(tokens, minlength=len(logits))
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = jnp.array([[0.0, 3.0, 3.0], [5.0, 5.0, 5.0], [-2.0, -3.0, -1.0]])
+    tokens, logprobs, lse = run(logits, choices(3, temperature=0.0), jnp.zeros(3, jnp.int32))
+    assert tokens.tolist() == [1, 0, 2]
+    assert np.allclose(logprobs, jax.nn.log_softmax(logits)[jnp.arange(3), tokens])
+    assert np.allclose(lse, jax.nn.logsumexp(logits, axis=-1))
+
+
+@pytest.mark.parametrize("vocab", [3, 128, 320, 1000])
+def test_logsumexp_for_vocabularies_that_fill_the_lanes_and_that_do_not(vocab):
+    logits = np.random.default_rng(0).standard_normal((4, vocab)).astype(np.float32) * 9
+    assert np.allclose(logsumexp(jnp.asarray(logits)), jax.nn.logsumexp(logits, axis=-1), atol=1e-5)
+
+
+def test_top_k_keeps_the_k_likeliest_and_every_tie_at_the_kth_place():
+    logits = np.zeros(300, np.float32)
+    logits[[7, 70, 170, 270]] = [3.0, 2.0, 2.0, 1.0]
+    assert np.flatnonzero(drawn(logits, top_k=1)).tolist() == [7]
+    assert np.flatnonzero(drawn(logits, top_k=2)).tolist() == [7, 70, 170]
+    assert np.flatnonzero(drawn(logits, top_k=4)).tolist() == [7, 70, 170, 270]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
+    assert np.flatnonzero(drawn(logits, top_p=0.39)).tolist() == [1]
+    assert np.flatnonzero(drawn(logits, top_p=0.41)).tolist() == [1, 3]
+    assert np.flatnonzero(drawn(logits, top_p=0.69)).tolist() == [1, 3]
+    assert np.flatnonzero(drawn(logits, top_p=0.71)).tolist() == [1, 2, 3]
+    assert np.flatnonzero(drawn(logits, top_p=1e-6)).tolist() == [1]
+
+
+def test_top_p_of_equals_keeps_as_many_as_it_needs_from_the_lowest_token_on():
+    assert np.flatnonzero(drawn(np.zeros(200), top_p=0.25)).tolist() == list(range(50))
+
+
+def test_top_p_counts_its_share_inside_top_k():
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1]))
+    assert np.flatnonzero(drawn(logits, top_k=2, top_p=0.57)).tolist() == [0]
+    assert np.flatnonzero(drawn(logits, top_k=2, top_p=0.58)).tolist() == [0, 1]
+
+
+def test_random_limits_agree_with_sorting():
+    """Against a float64 sort over many rows; only tokens within rounding of an edge may differ."""
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        logits = rng.standard_normal(400) * rng.uniform(0.2, 6)
+        temperature, k, p = rng.uniform(0.3, 2), int(rng.integers(1, 60)), rng.uniform(0.05, 0.99)
+        weights = np.exp((logits - logits.max()) / temperature)
+        order = np.argsort(-weights)[:k]
+        share = np.cumsum(weights[order]) / weights[order].sum()
+        kept = order[: np.searchsorted(share, p) + 1]
+        counts = drawn(logits, temperature=temperature, top_k=k, top_p=p)
+        assert set(np.flatnonzero(counts)) <= set(kept)
+        likely = [t for t in kept if DRAWS * weights[t] / weights[kept].sum() > 20]
+        assert set(likely) <= set(np.flatnonzero(counts))
+
+
+def test_draws_follow_the_distribution():
+    """Chi-squared over all tokens; mean and variance of the statistic are those of its degrees of freedom."""
+    logits = np.random.default_rng(1).standard_normal(60)
+    for temperature in (0.7, 1.0, 2.0):
+        expected = np.exp(logits / temperature)
+        expected *= DRAWS / expected.sum()
+        statistic = ((drawn(logits, temperature=temperature, seed=3) - expected) ** 2 / expected).sum()
+        assert abs(statistic - 59) < 4.5 * np.sqrt(2 * 59)
+
+
+def test_a_row_is_drawn_alike_among_any_others():
+    """Neighbours that are greedy, filtered or NaN switch code paths on and off; no row notices."""
+    logits = jnp.asarray(np.random.default_rng(2).standard_normal((4, 320)), jnp.float32)
+    position = jnp.full(4, 3)
+    plain = choices(4)
+    alone, _, _ = run(logits, plain, position)
+    mixed = plain._replace(
+        top_k=jnp.array([-1, 5, -1, 3]),
+        top_p=jnp.array([1.0, 0.5, 1.0, 0.2]),
+        temperature=jnp.array([1.0, 1.0, 1.0, 0.0]),
+    )
+    beside, logprobs, _ = run(logits.at[1].set(jnp.nan), mixed, position)
+    assert beside[0] == alone[0]
+    assert beside[2] == alone[2]
+    assert np.isfinite(logprobs[jnp.array([0, 2, 3])]).all()
+    assert 0 <= int(beside[1]) < 320
+
+
+def test_streams_differ_by_seed_sample_and_position_and_repeat():
+    logits = jnp.zeros((64, 1000))
+    tokens = {
+        (seed, index, position): run(logits, choices(64, seed=seed, index=index), jnp.full(64, position))[0][0].item()
+        for seed in (0, 1, 2**32)
+        for index in (0, 1)
+        for position in (5, 6)
+    }
+    assert len(set(tokens.values())) > 9
+    again = run(logits, choices(64, seed=2**32, index=1), jnp.full(64, 6))[0][0].item()
+    assert again == tokens[2**32, 1, 6]
+
+
+def test_tiny_temperatures_are_greedy_and_huge_ones_uniform():
+    logits = np.array([0.0, 1.0, 0.5, 0.9])
+    assert np.flatnonzero(drawn(logits, temperature=1e-30)).tolist() == [1]
+    assert abs(drawn(logits, temperature=1e30) - DRAWS / 4).max() < 150

@@ -1,0 +1,140 @@
+"""The sampling half of an engine driven by hand: admit, run quanta, look at what finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tx_async.engine.decode import SamplingEngine
+from tx_async.layers.attention import PackedAttention
+from tx_async.layers.lora import LoraRows, init_weights, layer_slice
+from tx_async.models.load import load_model
+from tx_async.testing import parity
+from tx_async.wire.worker import (
+    BASE_SLOT,
+    LORA_ALPHA,
+    AdapterConfig,
+    EngineConfig,
+    FinishedSequence,
+    Sampled,
+    SequenceSpec,
+)
+
+CONFIG: dict[str, Any] = {"max_lora_rank": 4, "max_sampler_adapters": 4, "sample_max_num_sequences": 8}
+
+
+class Outcome:
+    """A finished sequence; what `FinishedSequence` names by index is the array itself (None = not asked for)."""
+
+    def __init__(self, finished: FinishedSequence, tensors: Sequence[np.ndarray]):
+        self.stop_reason = finished.stop_reason
+        self.num_cached_tokens = finished.num_cached_tokens
+
+        def array(index: int) -> Any:
+            return None if index < 0 else tensors[index]
+
+        self.tokens: np.ndarray = tensors[finished.tokens]
+        self.logprobs: np.ndarray = tensors[finished.logprobs]
+        self.topk_token_ids, self.topk_logprobs = array(finished.topk_token_ids), array(finished.topk_logprobs)
+        self.prompt_logprobs = array(finished.prompt_logprobs)
+        self.prompt_topk_token_ids = array(finished.prompt_topk_token_ids)
+        self.prompt_topk_logprobs = array(finished.prompt_topk_logprobs)
+        self.target_logprobs = array(finished.target_logprobs)
+        self.alt_token_ids, self.alt_logprobs = array(finished.alt_token_ids), array(finished.alt_logprobs)
+
+    def agrees_with(self, other: Outcome) -> bool:
+        """The same tokens, their log-probabilities up to rounding."""
+        return (
+            self.stop_reason == other.stop_reason
+            and self.tokens.tobytes() == other.tokens.tobytes()
+            and np.allclose(self.logprobs, other.logprobs, atol=1e-5)
+        )
+
+    def same_as(self, other: Outcome) -> bool:
+        """Bit for bit, NaN included."""
+        return (
+            self.stop_reason == other.stop_reason
+            and self.tokens.tobytes() == other.tokens.tobytes()
+            and self.logprobs.tobytes() == other.logprobs.tobytes()
+        )
+
+
+class SamplingBench:
+    def __init__(self, folder: Path, **config: Any):
+        self.config = EngineConfig(**CONFIG | config)
+        self.model, self.params = load_model(folder)
+        slots, rank = self.config.max_sampler_adapters, self.config.max_lora_rank
+        self.weights = init_weights(self.model.lora_targets(), slots, rank)
+        self.scale = np.zeros(slots, np.float32)
+        self.context = self.config.max_context_length or self.model.max_position_embeddings
+        self.engine = SamplingEngine(
+            self.model, self.params, self.config, self.context, str(folder), self.weights, self.scale
+        )
+        self._forward = jax.jit(partial(_logprobs, self.model))
+        self.outcomes: dict[int, Outcome] = {}
+        self.replies: list[Sampled] = []
+        self._next_id = 0
+
+    def set_adapter(self, slot: int, seed: int, change: Any = None) -> None:
+        """A random adapter of the full rank; `change` is applied to each of its matrices."""
+        config = AdapterConfig(rank=self.config.max_lora_rank)
+        adapter = parity.random_adapter(self.model, config, seed)
+        if change:
+            adapter = jax.tree.map(change, adapter)
+        self.weights = jax.tree.map(lambda stack, one: stack.at[:, slot].set(jnp.asarray(one)), self.weights, adapter)
+        self.scale = self.scale.copy()
+        self.scale[slot] = LORA_ALPHA / config.rank
+
+    def admit(self, prompt: Any, targets: np.ndarray | None = None, **fields: Any) -> int:
+        """-> sequence id. `fields` of `SequenceSpec`; greedy, 8 tokens, the base model unless they say otherwise."""
+        self._next_id += 1
+        slot = fields.get("sampler_slot", BASE_SLOT)
+        defaults = {"sampler_slot": slot, "adapter_version": f"v{slot}", "max_tokens": 8, "temperature": 0.0}
+        spec = SequenceSpec(sequence_id=self._next_id, prompt=0, **defaults | fields)
+        self.engine.admit([spec], [np.asarray(prompt, np.int32), *([] if targets is None else [targets])])
+        return self._next_id
+
+    def quantum(self, decode_steps: int = 4, prefill_tokens: int = 256) -> Sampled:
+        reply, tensors = self.engine.quantum(decode_steps, prefill_tokens, self.weights, self.scale)()
+        self.engine.sequences.check()
+        self.outcomes |= {finished.sequence_id: Outcome(finished, tensors) for finished in reply.finished}
+        self.replies.append(reply)
+        return reply
+
+    def finish(self, decode_steps: int = 4, prefill_tokens: int = 256) -> None:
+        """Run until nobody is left."""
+        while any(True for _ in self.engine.sequences):
+            self.quantum(decode_steps, prefill_tokens)
+
+    def sample(self, prompt: Any, **fields: Any) -> Outcome:
+        """One sequence, alone."""
+        sequence_id = self.admit(prompt, **fields)
+        self.finish()
+        return self.outcomes[sequence_id]
+
+    def logprobs(self, tokens: Sequence[int], slot: int = BASE_SLOT) -> np.ndarray:
+        """What training's forward says, [T, V]: row i is the distribution of the token after tokens[: i + 1]."""
+        rows = parity.no_lora(self.model, 1)
+        if slot != BASE_SLOT:
+            weights = jax.tree.map(lambda w: w[:, slot : slot + 1], self.weights)
+            rows = LoraRows(weights, jnp.asarray(self.scale[slot : slot + 1]))
+        length = -(-len(tokens) // 64) * 64
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(self._forward(self.params, rows, padded))[0, : len(tokens)]
+
+
+def _logprobs(model: Any, params: Any, rows: LoraRows, tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    attend = PackedAttention(positions, jnp.ones_like(positions))
+    hidden, _ = model.forward(params, rows, tokens, positions, attend)
+    logits = jnp.einsum("rld,dv->rlv", hidden, params["head"], preferred_element_type=jnp.float32)
+    if head := rows.weights.get("head"):
+        logits = logits + rows.deltas(layer_slice(head), ("head",), hidden.astype(jnp.float32))[0]
+    return jax.nn.log_softmax(logits)
