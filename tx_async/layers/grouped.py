@@ -1,4 +1,4 @@
-"""Matrix products in which each block of rows picks its own matrix: the arithmetic of experts.
+"""The arithmetic of experts: blocks of tokens, each of which picks its own matrices.
 
 A row of the batch is dispatched by itself: its tokens are sorted by expert and padded to whole blocks, so a block holds
 tokens of one row and one expert, has a fixed shape, and its bits depend on nothing else. Blocks that stay empty cost
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from tx_async.layers.lora import ExpertLora, LayerLora
 
 BLOCK_MAX = 128
 
@@ -74,64 +76,84 @@ rearrange.defvjp(
 )
 
 
-@jax.custom_vjp
-def grouped_matmul(x: Array, group: Array, used: Array, w: Array) -> Array:
-    """x [N, B, D], group int32 [N], used bool [N], w [G, D, F] -> [N, B, F]: x[n] @ w[group[n]], zeros where not used."""
-    return _blocks(x, group, used, w, w.shape[2], _forward)
+class Blocks(NamedTuple):
+    """What each of the N blocks of all rows is made with."""
+
+    expert: Array
+    """int32 [N]."""
+    adapter: Array
+    """int32 [N], -1 = none."""
+    used: Array
+    """bool [N]."""
+
+
+Matrices = dict[str, Array]
+"""gate, up [E, D, F], down [E, F, D]."""
 
 
 @jax.custom_vjp
-def frozen_grouped_matmul(x: Array, group: Array, used: Array, w: Array) -> Array:
-    """As `grouped_matmul`, without a gradient for w."""
-    return _blocks(x, group, used, w, w.shape[2], _forward)
+def experts_mlp(x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> Array:
+    """x [N, B, D] -> [N, B, D], each block through its expert with its adapter; zeros where not used.
+
+    One loop forward and one backward, which computes a block again instead of keeping its inner features. Gradients are
+    those of x and of the adapters: blocks add up in their order, so an adapter's sum is a function of its own blocks.
+    """
+
+    def one(_: None, block: tuple[Array, Blocks]) -> tuple[None, Array]:
+        x, mine = block
+        run = lambda: _block_mlp(x, _of_block(lora, mine), *_static(mine, w, lora))  # noqa: E731
+        return None, jax.lax.cond(mine.used, run, lambda: jnp.zeros_like(x))
+
+    return jax.lax.scan(one, None, (x, blocks))[1]
 
 
-def _blocks(x: Array, group: Array, used: Array, w: Array, features: int, product: Any) -> Array:
-    def one(_: None, block: tuple[Array, Array, Array]) -> tuple[None, Array]:
-        x, group, used = block
-        zeros = jnp.zeros_like(x, shape=(x.shape[0], features))
-        return None, jax.lax.cond(used, lambda: product(x, w[group]).astype(x.dtype), lambda: zeros)
-
-    return jax.lax.scan(one, None, (x, group, used))[1]
+def _keep(x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> tuple[Array, Any]:
+    return experts_mlp(x, blocks, w, lora), (x, blocks, w, lora)
 
 
-def _forward(x: Array, w: Array) -> Array:
+def _gradients(kept: Any, dy: Array) -> tuple[Any, ...]:
+    x, blocks, w, lora = kept
+
+    def one(total: LayerLora, block: tuple[Array, Array, Blocks]) -> tuple[LayerLora, Array]:
+        x, dy, mine = block
+        pairs = _of_block(lora, mine)
+        back = lambda: jax.vjp(lambda x, pairs: _block_mlp(x, pairs, *_static(mine, w, lora)), x, pairs)[1](dy)  # noqa: E731
+        dx, more = jax.lax.cond(mine.used, back, lambda: jax.tree.map(jnp.zeros_like, (x, pairs)))
+        place = jnp.maximum(mine.adapter, 0), mine.expert
+        return jax.tree.map(lambda t, m: t.at[place].add(m.astype(t.dtype)), total, more), dx
+
+    zeros = jax.tree.map(lambda pair: jnp.zeros_like(pair, jnp.float32), lora.weights)
+    total, dx = jax.lax.scan(one, zeros, (x, dy, blocks))
+    total = jax.tree.map(lambda t, pair: t.astype(pair.dtype), total, lora.weights)
+    return dx, None, None, ExpertLora(total, jnp.zeros_like(lora.scale), None)
+
+
+experts_mlp.defvjp(_keep, _gradients)
+
+
+def _of_block(lora: ExpertLora, block: Blocks) -> LayerLora:
+    """name -> (A [in, rank], B [rank, out])."""
+    return jax.tree.map(lambda pair: pair[jnp.maximum(block.adapter, 0), block.expert], lora.weights)
+
+
+def _static(block: Blocks, w: Matrices, lora: ExpertLora) -> tuple[Matrices, Array, Array]:
+    matrices = {name: matrix[block.expert] for name, matrix in w.items()}
+    return matrices, block.adapter >= 0, lora.scale[jnp.maximum(block.adapter, 0)]
+
+
+def _block_mlp(x: Array, lora: LayerLora, w: Matrices, adapted: Array, scale: Array) -> Array:
+    """x [B, D] -> [B, D]: down(silu(gate x) · up x)."""
+
+    def project(name: str, x: Array) -> Array:
+        y = _product(x, w[name]).astype(x.dtype)
+        if name not in lora:
+            return y
+        a, b = (m.astype(x.dtype) for m in lora[name])
+        delta = _product((_product(x, a) * scale).astype(x.dtype), b)
+        return y + jnp.where(adapted, delta, 0).astype(x.dtype)  # a choice, not a product: 0 × NaN is NaN
+
+    return project("down", jax.nn.silu(project("gate", x)) * project("up", x))
+
+
+def _product(x: Array, w: Array) -> Array:
     return jnp.einsum("bd,df->bf", x, w, preferred_element_type=jnp.float32)
-
-
-def _backward(dy: Array, w: Array) -> Array:
-    return jnp.einsum("bf,df->bd", dy, w, preferred_element_type=jnp.float32)
-
-
-def _weight_gradient(x: Array, group: Array, used: Array, w: Array, dy: Array) -> Array:
-    """Blocks add up in their order: the sum of a group is a function of its own blocks."""
-
-    def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
-        x, dy, group, used = block
-        product = lambda: total.at[group].add(jnp.einsum("bd,bf->df", x, dy, preferred_element_type=total.dtype))  # noqa: E731
-        return jax.lax.cond(used, product, lambda: total), None
-
-    zeros = jnp.zeros_like(w, jnp.float32)
-    return jax.lax.scan(add, zeros, (x, dy, group, used))[0].astype(w.dtype)
-
-
-def _keep(x: Array, group: Array, used: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _blocks(x, group, used, w, w.shape[2], _forward), (x, group, used, w)
-
-
-def _gradients(kept: tuple[Array, ...], dy: Array) -> tuple[Any, ...]:
-    x, group, used, w = kept
-    return _blocks(dy, group, used, w, w.shape[1], _backward), None, None, _weight_gradient(x, group, used, w, dy)
-
-
-def _keep_frozen(x: Array, group: Array, used: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _blocks(x, group, used, w, w.shape[2], _forward), (group, used, w)
-
-
-def _gradient_frozen(kept: tuple[Array, ...], dy: Array) -> tuple[Any, ...]:
-    group, used, w = kept
-    return _blocks(dy, group, used, w, w.shape[1], _backward), None, None, None
-
-
-grouped_matmul.defvjp(_keep, _gradients)
-frozen_grouped_matmul.defvjp(_keep_frozen, _gradient_frozen)

@@ -17,14 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from tx_async.layers.block import LayerWeights, Run
-from tx_async.layers.grouped import (
-    Dispatch,
-    block_shape,
-    dispatch,
-    frozen_grouped_matmul,
-    grouped_matmul,
-    rearrange,
-)
+from tx_async.layers.grouped import Blocks, block_shape, dispatch, experts_mlp, rearrange
 from tx_async.layers.lora import ExpertLora, LayerLora
 from tx_async.layers.mlp import GatedMlp
 from tx_async.layers.router import SigmoidRouter, SoftmaxRouter
@@ -137,29 +130,8 @@ def routed(w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights:
     plan = dispatch(experts.reshape(R, L * k), num_experts, blocks)
     repeated = jnp.broadcast_to(x[:, :, None], (R, L, k, D)).reshape(R, L * k, D)
     inputs = rearrange(repeated, plan.source, plan.slot).reshape(-1, blocks[1], D)
-    out = _expert_mlp(w, lora, plan, inputs)
+    rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
+    made_with = Blocks(plan.expert.reshape(-1), jnp.repeat(rows, blocks[0]), plan.used.reshape(-1))
+    out = experts_mlp(inputs, made_with, w, lora._replace(row_adapter=None))
     out = rearrange(out.reshape(R, -1, D), plan.slot, plan.source).reshape(R, L, k, D)
     return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)
-
-
-def _expert_mlp(w: LayerWeights, lora: ExpertLora, plan: Dispatch, x: Array) -> Array:
-    """x [N, B, D] of all rows' blocks -> [N, B, D]."""
-    expert, used = plan.expert.reshape(-1), plan.used.reshape(-1)
-    R, per_row = plan.expert.shape
-    rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
-    adapter = jnp.repeat(rows, per_row)
-
-    def project(name: str, x: Array) -> Array:
-        y = frozen_grouped_matmul(x, expert, used, w[name])
-        return y + _expert_delta(lora, name, x, expert, adapter, used) if name in lora.weights else y
-
-    return project("down", jax.nn.silu(project("gate", x)) * project("up", x))
-
-
-def _expert_delta(lora: ExpertLora, name: str, x: Array, expert: Array, adapter: Array, used: Array) -> Array:
-    """(x A) B · scale with the A and B of each block's adapter and expert; zeros for rows without an adapter."""
-    a, b = (m.astype(x.dtype) for m in lora.weights[name])  # [adapters, E, in, rank], [adapters, E, rank, out]
-    group, used = adapter * a.shape[1] + expert, used & (adapter >= 0)
-    low = grouped_matmul(x, group, used, a.reshape(-1, *a.shape[2:]))
-    low = (low * lora.scale[adapter][:, None, None]).astype(x.dtype)
-    return grouped_matmul(low, group, used, b.reshape(-1, *b.shape[2:]))
