@@ -13,6 +13,7 @@ import sys
 import jax
 import msgspec
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tx_async.engine.engine import create
 from tx_async.testing.engine_bench import EngineBench, Segment, rl_segment, segment
@@ -42,6 +43,7 @@ def main(welcome: str, out: str, key: str = "") -> None:
     if told.process_id == 0:
         np.savez(out, **found)
     bench.engine.close()
+    multihost_utils.sync_global_devices("done")  # whoever goes first takes the others with it
     sys.stdout.flush()
     os._exit(0)
 
