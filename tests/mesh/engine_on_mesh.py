@@ -57,7 +57,7 @@ def begin(bench: EngineBench) -> Found:
         found |= one_step(bench, step)
     bench.save(0, ADAPTER, KEY)
     bench.save(0, ADAPTER, "run/sampler", "sampler")
-    return found | state(bench, 0) | sample(bench)
+    return found | state(bench, 0) | sample(bench) | {"share of one device": share_of_one_device(bench)}
 
 
 def go_on(bench: EngineBench, key: str) -> Found:
@@ -82,6 +82,14 @@ def state(bench: EngineBench, slot: int) -> Found:
     whole = bench.engine._programs["read_state"](bench.engine.training, np.int32(slot))
     leaves = jax.tree_util.tree_leaves_with_path(whole)
     return {f"state{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+
+
+def share_of_one_device(bench: EngineBench) -> np.ndarray:
+    """What part of the layers' adapters, moments and gradients a device of this process holds."""
+    stacks = [stack for tree in bench.engine.training[:4] for name, stack in tree.items() if name != "head"]
+    leaves = jax.tree.leaves(stacks)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    return np.array(held / sum(leaf.nbytes for leaf in leaves))
 
 
 def sample(bench: EngineBench) -> Found:

@@ -55,6 +55,8 @@ def assert_equal(one, other):
 
 def assert_near(one, other):
     for name, values in one.items():
+        if name == "share of one device":
+            continue
         if name.endswith(" tokens"):
             np.testing.assert_array_equal(values, other[name], name)
             continue
@@ -66,6 +68,7 @@ def test_two_processes_equal_one_with_two_devices_and_one_device_loads_what_they
     one = run(tiny_qwen3, tmp_path / "one", 1, 2, fully_sharded_data_parallel_size=2)
     two = run(tiny_qwen3, tmp_path / "two", 2, 1, fully_sharded_data_parallel_size=2)
     assert_equal(one, two)
+    assert two["share of one device"] < 0.8
     alone = run(tiny_qwen3, tmp_path / "two", 1, 1, key="run/trained")
     assert_equal(
         {name: values for name, values in two.items() if name.startswith("state")},

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Sharding
 
 from tx_async.layers.lora import LoraTarget, LoraWeights, init_weights
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
@@ -39,8 +38,8 @@ class TrainingState(NamedTuple):
     """int32: optimizer steps taken."""
 
 
-def zeros(targets: Targets, num_slots: int, rank: int, sharding: Sharding | None = None) -> TrainingState:
-    """sharding: of every array; None is the default device."""
+def zeros(targets: Targets, num_slots: int, rank: int, sharding: Any = None) -> TrainingState:
+    """sharding: a `TrainingState` of shardings; None is the default device."""
 
     def make() -> TrainingState:
         weights, m, v, gradients = (init_weights(targets, num_slots, rank) for _ in range(4))
@@ -165,7 +164,8 @@ def lora_scale(rank: int) -> float:
 class SamplerSlots:
     """Adapter versions that are sampled. Both fields are replaced, never changed: running quanta may read them."""
 
-    def __init__(self, targets: Targets, num_slots: int, rank: int, sharding: Sharding | None = None):
+    def __init__(self, targets: Targets, num_slots: int, rank: int, sharding: Any = None):
+        """sharding: `LoraWeights` of shardings; None is the default device."""
         self.weights: LoraWeights = jax.jit(partial(init_weights, targets, num_slots, rank), out_shardings=sharding)()
         #: fp32 [slots], on the host: data of each quantum
         self.scale: Any = np.zeros(num_slots, np.float32)

@@ -63,16 +63,19 @@ class JaxEngine:
         self.model, self.params, self.config = model, params, config
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.targets: adapter_slots.Targets = model.lora_targets()
-        #: of adapters and results: every device has them whole; None without a mesh
+        #: of results: every device has them whole; None without a mesh
         self.replicated = NamedSharding(model.mesh, PartitionSpec()) if model.mesh else None
+        #: of adapters: cut as their base weights are
+        self.cut: Any = mesh.adapter_shardings(model, model.mesh) if model.mesh else None
+        self.cut_state = TrainingState(*4 * (self.cut,), self.replicated) if model.mesh else None  # type: ignore[arg-type]
         self.num_slots = config.max_lora_adapters
         self.row_shapes = row_shapes(config, self.context, jax.default_backend())
         #: One slot more than adapters: the last one takes the gradients of unused rows.
-        self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank, self.replicated)
+        self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank, self.cut_state)
         #: LORA_ALPHA / rank of each training slot; 0 where nothing was created yet.
         self.scales = np.zeros(self.num_slots + 1, np.float32)
         self.checkpoints = Checkpoints(checkpoints_base, model, config.max_lora_rank, writes=jax.process_index() == 0)
-        self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.replicated)
+        self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut)
         self.sampling = SamplingEngine(
             model, params, config, self.context, str(folder), self.samplers.weights, self.samplers.scale
         )
@@ -243,36 +246,43 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
     one = jax.eval_shape(adapter_slots.read_state, state, slot)
     adam, creation = Adam.of(wire.AdamParams()), Creation.of(wire.AdapterConfig(rank=1))
     create_adapter = partial(adapter_slots.create_adapter, engine.targets)
-    program = partial(Program, out_shardings=engine.replicated)
+    samplers, whole, cut, cut_state = engine.samplers.weights, engine.replicated, engine.cut, engine.cut_state
+    changes = partial(Program, donate=(0,), out_shardings=cut_state)
+    reads = partial(Program, out_shardings=whole)
+    step = optimizer.optim_step
     listed = [
         *_train_programs(engine),
-        program("optim_step", optimizer.optim_step, (state, slot, adam), donate=(0,)),
-        program("create_adapter", create_adapter, (state, slot, creation), donate=(0,)),
-        program("read_state", adapter_slots.read_state, (state, slot)),
-        program("read_weights", adapter_slots.read_slot, (state.weights, slot)),
-        program("load_state", adapter_slots.write_state, (state, slot, one), donate=(0,)),
-        program("load_weights", adapter_slots.load_weights, (state, slot, one.weights), donate=(0,)),
-        program("load_sampler", adapter_slots.write_slot, (engine.samplers.weights, slot, one.weights), donate=(0,)),
+        Program("optim_step", step, (state, slot, adam), donate=(0,), out_shardings=(cut_state, whole)),
+        changes("create_adapter", create_adapter, (state, slot, creation)),
+        reads("read_state", adapter_slots.read_state, (state, slot)),
+        reads("read_weights", adapter_slots.read_slot, (state.weights, slot)),
+        changes("load_state", adapter_slots.write_state, (state, slot, one)),
+        changes("load_weights", adapter_slots.load_weights, (state, slot, one.weights)),
+        Program(
+            "load_sampler", adapter_slots.write_slot, (samplers, slot, one.weights), donate=(0,), out_shardings=cut
+        ),
     ]
     return {program.name: program for program in listed}
 
 
 def _train_programs(engine: JaxEngine) -> Iterator[Program]:
-    state, program = engine.training, partial(Program, out_shardings=engine.replicated)
+    state, whole = engine.training, engine.replicated
     for rows, length in engine.row_shapes:
         remat = engine.config.gradient_checkpointing or rows * length > REMAT_TOKENS
         for k in TARGETS_PER_TOKEN:
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
-            yield program(
+            yield Program(
                 train_program(rows, length, k, forward_only=True),
                 partial(train.forward, engine.model),
                 (engine.params, state.weights, of_batch),
+                out_shardings=whole,
             )
-            yield program(
+            yield Program(
                 train_program(rows, length, k, forward_only=False),
                 partial(train.forward_backward, engine.model, remat),
                 (engine.params, state.weights, state.gradients, of_batch),
                 donate=(2,),
+                out_shardings=(engine.cut, whole, whole),
             )
 
 

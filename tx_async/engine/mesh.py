@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.engine.sharding import make_mesh
 from tx_async.errors import ConfigError
-from tx_async.layers.sharding import AXES
+from tx_async.layers.sharding import AXES, spec_of
+from tx_async.models.decoder import Decoder
 from tx_async.wire.worker import EngineConfig
 from tx_async.worker.engine_api import ReportProgress
 
@@ -149,3 +150,17 @@ def _expected(inputs: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np
 def to_mesh(tree: Any, sharding: NamedSharding) -> Any:
     """Host arrays, equal on every process, as global arrays: each device gets its piece."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def adapter_shardings(model: Decoder, mesh: Mesh) -> dict[str, dict[str, tuple[NamedSharding, NamedSharding]]]:
+    """How (A, B) of every adapted matrix lie: cut where their base weight is, whole along slots and rank. The
+    unembedding's, which the head reads in chunks, are whole."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = {stack: dict.fromkeys(names, (whole, whole)) for stack, names in model.lora_targets().items()}
+    for weight in model.weights:
+        if weight.stack and weight.group:
+            _, *experts, inputs, outputs = spec_of(weight, mesh)
+            a = PartitionSpec(None, None, *experts, inputs, None)
+            b = PartitionSpec(None, None, *experts, None, outputs)
+            shardings[weight.stack][weight.name] = NamedSharding(mesh, a), NamedSharding(mesh, b)
+    return shardings
