@@ -1,6 +1,7 @@
 """The configurations whose numbers must equal transformers', and the few lines that run them here and there.
 
-Used by `tests/models/`, by the script that stores the reference values, and by whoever doubts a port of a model of their own.
+Used by `tests/models/`, by the script that stores the reference values, and by whoever doubts a port of a model of
+their own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 SEEDS = (0, 1)
 STORED_POSITIONS = 6
 """Last positions of a sequence whose logits the golden files hold."""
+
+
+GREEDY_SEEDS = (0, 1, 2)
+GREEDY_TOKENS = 16
 
 
 class Case(NamedTuple):
@@ -57,8 +62,8 @@ CASES = (
     Case("qwen3_linear", QWEN3_TINY | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     Case("qwen3_yarn", QWEN3_TINY | {"rope_scaling": _YARN}, 100),
     Case("qwen3_yarn_factor", QWEN3_TINY | {"rope_scaling": _YARN | {"attention_factor": 1.3, "truncate": False}}, 100),
-    Case("qwen3_rope_parameters", QWEN3_TINY | {"rope_theta": None, "rope_parameters": _YARN | {"rope_theta": 5e5}}, 100),
-    Case("llama", LLAMA_TINY),
+    Case("qwen3_rope_parameters", QWEN3_TINY | {"rope_theta": None, "rope_parameters": _YARN | {"rope_theta": 5e5}},
+    100), Case("llama", LLAMA_TINY),
     Case("llama_llama3", LLAMA_TINY | {"rope_theta": 5e5, "rope_scaling": _LLAMA3}, 100),
     Case("llama_tied", LLAMA_TINY | {"tie_word_embeddings": True}),
     Case("llama_biases", LLAMA_TINY | {"attention_bias": True, "mlp_bias": True}),
@@ -115,7 +120,7 @@ def random_adapter(model: Decoder, config: AdapterConfig, seed: int = 0) -> Adap
 
 def rows_of(adapter: AdapterWeights, config: AdapterConfig, rows: int) -> LoraRows:
     """The same adapter for every row."""
-    weights: Any = jax.tree.map(lambda w: jnp.repeat(jnp.asarray(w)[:, None], rows, axis=1), adapter)
+    weights: Any = jax.device_put(jax.tree.map(lambda w: np.repeat(np.asarray(w)[:, None], rows, axis=1), adapter))
     return LoraRows(weights, jnp.full(rows, LORA_ALPHA / config.rank))
 
 
@@ -151,3 +156,23 @@ def golden_name(case: Case, seed: int) -> str:
 def cases_with_seeds() -> Iterator[tuple[Case, int]]:
     return ((case, seed) for case in CASES for seed in SEEDS)
 
+
+def greedy_prompts(case: Case, seed: int) -> list[np.ndarray]:
+    """Eight prompts of mixed lengths, around page boundaries and far from them."""
+    rng = np.random.default_rng([seed, 13])
+    return [rng.integers(0, case.config["vocab_size"], n).astype(np.int32) for n in (1, 2, 9, 16, 17, 33, 50, 80)]
+
+
+def reference_greedy(folder: Path, case: Case, seed: int) -> np.ndarray:
+    """int16 [prompts, GREEDY_TOKENS]: transformers' `generate`, which stops at no token."""
+    import torch
+
+    model = reference_model(folder)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": GREEDY_TOKENS, "eos_token_id": None}
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in greedy_prompts(case, seed):
+        tokens = torch.tensor(prompt[None], dtype=torch.long)
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **options)
+        answers.append(out[0, len(prompt) :].numpy())
+    return np.stack(answers).astype(np.int16)
