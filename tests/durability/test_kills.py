@@ -1,0 +1,38 @@
+"""kill -9 of the worker, the server, or both, at random moments of a run through the real SDK. The user's program knows
+nothing of it, and everything that it was told and that is stored equals the uninterrupted run's, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+from tx_async.testing.durability import Told, killing, serving, stored, train
+
+FAKE_STEPS = 10
+JAX_STEPS = 8
+Clean = tuple[Told, dict[str, str]]
+
+
+@pytest.mark.parametrize("kinds", [("worker",), ("server",), ("worker", "server", "both")], ids="-".join)
+def test_a_run_through_kills_is_the_uninterrupted_run(
+    fake_clean: Clean, tiny_qwen3: Path, tmp_path: Path, kinds: tuple[str, ...], kill_seed: int
+):
+    with serving(tmp_path, tiny_qwen3, snapshot_every_steps=3) as server:
+        with killing(server, kill_seed, kinds, number=4, every_s=(0.1, 0.6)) as killed:
+            told = train(server.base_url, tiny_qwen3, FAKE_STEPS, pace_s=0.25)
+        server.wait_ready()
+    assert len(killed) >= 2
+    assert told == fake_clean[0]
+    assert stored(server) == fake_clean[1]
+
+
+@pytest.mark.parametrize("kinds", [("worker",), ("both",)], ids="-".join)
+def test_a_run_of_the_jax_engine_through_kills_is_the_uninterrupted_run(
+    jax_clean: Clean, tiny_qwen3: Path, tmp_path: Path, kinds: tuple[str, ...], kill_seed: int
+):
+    with serving(tmp_path, tiny_qwen3, fake=False, snapshot_every_steps=3) as server:
+        with killing(server, kill_seed, kinds, number=1, every_s=(0.3, 2.5)) as killed:
+            told = train(server.base_url, tiny_qwen3, JAX_STEPS, pace_s=0.4)
+        server.wait_ready()
+    assert killed
+    assert told == jax_clean[0]
+    assert stored(server) == jax_clean[1]
