@@ -1,7 +1,8 @@
 """The actor: a bounded mailbox and one consumer task.
 
-A subclass implements `handle_batch`, which gets everything that arrived since it last looked, so that one decision, one write
-and one fsync can serve many messages. A full mailbox makes `post` raise `Overloaded`; nothing grows without a limit.
+A subclass implements `handle_batch`, which gets everything that arrived since it last looked, so that one decision,
+one write and one fsync can serve many messages. A full mailbox makes `post` raise `Overloaded`; nothing grows without
+a limit.
 """
 
 from __future__ import annotations

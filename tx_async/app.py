@@ -1,7 +1,8 @@
 """The composition root: `hypercorn tx_async.app:app` serves; `create_app(config)` is what the command line uses.
 
-At start: read the base model's description, open the journal (it migrates and takes the lease), recover the live state from it,
-open the doors for workers, spawn the local ones. A server that cannot start says why in one line and ends.
+At start: read the base model's description, open the journal (it migrates and takes the lease), recover the live
+state from it, open the doors for workers, spawn the local ones. A server that cannot start says why in one line and
+ends.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def row_independent() -> dict[str, Any] | None:
 
     XLA hands larger reductions to a library that adds in another order. None where that is not so, or not to be chosen.
     """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+    options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
     if jax.default_backend() != "cpu":
         return None
     try:

@@ -1,4 +1,5 @@
-"""The two halves of a decoder layer, as protocols: frozen dataclasses of static numbers that declare their weights and run."""
+"""The two halves of a decoder layer, as protocols: frozen dataclasses of static numbers that declare their weights
+and run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Multi-head latent attention (DeepSeek V2/V3): keys and values of all heads come from one small latent vector per token.
+"""Multi-head latent attention (DeepSeek V2/V3): keys and values of all heads come from one small latent vector per
+token.
 
-Training expands the latent to keys and values (few features per score). With a cache, only the latent and the shared rotary
-key are stored, and `kv_b` is absorbed: into the query (scores are products with latents), and into the output (a weighted
-mean of latents is expanded once). LoRA on `kv_b` is absorbed the same way, A and B in turn, so both forms compute the same.
+Training expands the latent to keys and values (few features per score). With a cache, only the latent and the shared
+rotary key are stored, and `kv_b` is absorbed: into the query (scores are products with latents), and into the output
+(a weighted mean of latents is expanded once). LoRA on `kv_b` is absorbed the same way, A and B in turn, so both forms
+compute the same.
 """
 
 from __future__ import annotations

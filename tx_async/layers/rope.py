@@ -37,7 +37,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate_interleaved(x: Array, cos: Array, sin: Array) -> Array:
-    """As `rotate`, but pairs are (2i, 2i + 1) (DeepSeek). The result is in `rotate`'s order: dot products do not care."""
+    """As `rotate`, but pairs are (2i, 2i + 1) (DeepSeek). The result is in `rotate`'s order: dot products do not
+    care."""
     wide = x.astype(jnp.float32)
     return _turn(wide[..., 0::2], wide[..., 1::2], cos, sin).astype(x.dtype)
 
@@ -95,7 +96,8 @@ def _llama3(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
 
 
 def _yarn(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071), by parts: dimensions that turn often are kept, those that turn rarely are interpolated."""
+    """YaRN (arXiv 2309.00071), by parts: dimensions that turn often are kept, those that turn rarely are
+    interpolated."""
     original, theta, factor = rope["original_max_position_embeddings"], rope["rope_theta"], rope["factor"]
 
     def dimension_of(turns: float) -> float:

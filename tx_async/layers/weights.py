@@ -1,7 +1,8 @@
 """What a model's parameters are: one declarative list serves loading, sharding, LoRA and export.
 
-A `Weight` is one leaf of `params`. Matrices are stored [in, out], so that y = x W; the files hold [out, in] (`transposed`).
-Layers of one `Stack` run in one scan: their leaves have a leading layer axis (then an expert axis, for experts).
+A `Weight` is one leaf of `params`. Matrices are stored [in, out], so that y = x W; the files hold [out, in]
+(`transposed`). Layers of one `Stack` run in one scan: their leaves have a leading layer axis (then an expert axis,
+for experts).
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Stack:
 
 
 def stacks_of(kinds: tuple[str, ...]) -> tuple[tuple[Stack, ...], ...]:
-    """Cut the kinds of the layers, in order, into segments: each is one scan, whose step runs a layer of each of its stacks.
+    """Cut the kinds of the layers, in order, into segments: each is one scan, whose step runs a layer of each of its
+    stacks.
 
     ("dense", "moe", "moe", "moe") -> [dense: 0], [moe: 1 2 3]; ("dense", "moe") * 4 -> [dense: 0 2 4 6, moe: 1 3 5 7].
     So that compile time follows the pattern and not the depth, and no stack is ever sliced.

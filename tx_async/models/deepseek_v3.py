@@ -1,5 +1,5 @@
-"""DeepSeek V3 (`DeepseekV3ForCausalLM`) and its kin (`Glm4MoeLiteForCausalLM`): latent attention, dense first layers, then
-sigmoid-routed experts chosen from the best groups, beside shared experts."""
+"""DeepSeek V3 (`DeepseekV3ForCausalLM`) and its kin (`Glm4MoeLiteForCausalLM`): latent attention, dense first layers,
+then sigmoid-routed experts chosen from the best groups, beside shared experts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class DeepseekV3(Decoder):
         return cls(
             **common,
             attention=_attention(config, hidden, rope_dim),
-            mlps=(("dense", GatedMlp(hidden, hf_config.need(config, "intermediate_size"))), ("moe", _moe(config, hidden))),
+            mlps=(
+                ("dense", GatedMlp(hidden, hf_config.need(config, "intermediate_size"))),
+                ("moe", _moe(config, hidden)),
+            ),
             segments=stacks_of(_kinds(config, common["num_layers"])),
         )
 
@@ -76,7 +79,8 @@ def _moe(config: dict[str, Any], hidden: int) -> MoeMlp:
 
 
 def _kinds(config: dict[str, Any], num_layers: int) -> tuple[str, ...]:
-    """`first_k_dense_replace` (DeepSeek), or a list of "dense" and "sparse" (GLM, by default dense in the first layer)."""
+    """`first_k_dense_replace` (DeepSeek), or a list of "dense" and "sparse" (GLM, by default dense in the first
+    layer)."""
     types = config.get("mlp_layer_types")
     if types is None:
         dense = config.get("first_k_dense_replace", 1 if config.get("model_type") == "glm4_moe_lite" else 3)

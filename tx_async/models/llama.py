@@ -1,4 +1,5 @@
-"""Llama 3 (`LlamaForCausalLM`): grouped-query attention, gated SiLU MLP, llama3 rope scaling, tied heads in the small ones."""
+"""Llama 3 (`LlamaForCausalLM`): grouped-query attention, gated SiLU MLP, llama3 rope scaling, tied heads in the small
+ones."""
 
 from __future__ import annotations
 

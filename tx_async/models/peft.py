@@ -1,7 +1,8 @@
 """Adapters as PEFT knows them: `adapter_config.json` + `adapter_model.safetensors`, one A and one B per projection.
 
-Names and shapes are those of ordinary PEFT adapters: `base_model.model.<module>.lora_A.weight` [rank, in] and `lora_B` [out,
-rank]; experts one by one (`mlp.experts.<e>.gate_proj`), which PEFT fuses itself where transformers 5 has fused parameters.
+Names and shapes are those of ordinary PEFT adapters: `base_model.model.<module>.lora_A.weight` [rank, in] and
+`lora_B` [out, rank]; experts one by one (`mlp.experts.<e>.gate_proj`), which PEFT fuses itself where transformers 5
+has fused parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def adapter_shapes(
 def to_peft(
     model: Decoder, weights: AdapterWeights, config: AdapterConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """-> (tensors of adapter_model.safetensors, content of adapter_config.json). Groups that are not trained are left out."""
+    """-> (tensors of adapter_model.safetensors, content of adapter_config.json). Groups that are not trained are left
+    out."""
     tensors: dict[str, np.ndarray] = {}
     modules: list[str] = []
     for stack, name, target in _targets(model):
@@ -77,8 +79,9 @@ def _peft_config(config: AdapterConfig, modules: list[str]) -> dict[str, Any]:
 def _beside_experts(modules: list[str]) -> dict[str, Any]:
     """Dense MLPs beside experts are named as parameters.
 
-    For a model with experts, PEFT on transformers 5 takes the target module `gate_proj` (and `up_proj`, `down_proj`) for the
-    experts' fused parameters only, and would leave the same projections of dense layers and shared experts without LoRA.
+    For a model with experts, PEFT on transformers 5 takes the target module `gate_proj` (and `up_proj`, `down_proj`)
+    for the experts' fused parameters only, and would leave the same projections of dense layers and shared experts
+    without LoRA.
     """
     if not any(".experts." in module for module in modules):
         return {}
@@ -202,10 +205,10 @@ def unfused(
 ) -> dict[str, Pair]:
     """Adapters of transformers 5's fused expert parameters, per expert and projection.
 
-    PEFT wraps the parameters of `mlp.experts` in one another, so the name does not tell which one a tensor belongs to, but
-    the shapes do. A is [experts · rank, in], B is [out, rank · experts], experts varying slowest in A and fastest in B. The
-    fused gate_up_proj has one A for both halves; where B is block diagonal (PEFT made it from two adapters), each half has
-    its own ranks.
+    PEFT wraps the parameters of `mlp.experts` in one another, so the name does not tell which one a tensor belongs
+    to, but the shapes do. A is [experts · rank, in], B is [out, rank · experts], experts varying slowest in A and
+    fastest in B. The fused gate_up_proj has one A for both halves; where B is block diagonal (PEFT made it from two
+    adapters), each half has its own ranks.
     """
     experts = module.split(".base_layer")[0]
     targets = [t for _, _, t in _targets(model) if any(name.startswith(f"{experts}.") for name in t.hf_names)]
@@ -222,9 +225,7 @@ def unfused(
         scale = _scale(adapter_config, f"{experts}.gate_up_proj", a.shape[1])
     else:
         raise InvalidRequest(f"The adapter's {module} maps {shape[0]} to {shape[1]} features: it is of another model.")
-    return {
-        f"{experts}.{e}.{name}": Pair(a[e], b[e], scale) for name, (a, b) in halves.items() for e in range(count)
-    }
+    return {f"{experts}.{e}.{name}": Pair(a[e], b[e], scale) for name, (a, b) in halves.items() for e in range(count)}
 
 
 def _split(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

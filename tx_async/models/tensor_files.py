@@ -1,4 +1,5 @@
-"""Safetensors folders, read by ranges of rows: no tensor is ever in memory whole, and no page of a mapping counts as ours."""
+"""Safetensors folders, read by ranges of rows: no tensor is ever in memory whole, and no page of a mapping counts as
+ours."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class StoredTensor:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read rows [start, stop) into fresh memory. Raises `BaseModelError` if the file is shorter than it says."""
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        view = memoryview(out.view(np.uint8).reshape(-1))
+        view = out.view(np.uint8).reshape(-1).data
         with self.path.open("rb", buffering=0) as file:
             position, done = self.offset + start * self.row_bytes, 0
             while done < len(view):
@@ -55,7 +56,8 @@ class StoredTensor:
 
 
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model's folder, by name: `model.safetensors`, or the shards of `model.safetensors.index.json`."""
+    """Every tensor of a model's folder, by name: `model.safetensors`, or the shards of
+    `model.safetensors.index.json`."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]

@@ -49,11 +49,19 @@ class SchedulerApi(Protocol):
     """
 
     base_model: BaseModelInfo
-    sessions: Mapping[str, SessionRecord]
-    models: Mapping[str, ModelRecord]
-    samplers: Mapping[str, SamplerRecord]
-    checkpoints: Mapping[str, CheckpointRecord]
-    """By tinker:// path; expired ones are gone."""
+    @property
+    def sessions(self) -> Mapping[str, SessionRecord]: ...
+
+    @property
+    def models(self) -> Mapping[str, ModelRecord]: ...
+
+    @property
+    def samplers(self) -> Mapping[str, SamplerRecord]: ...
+
+    @property
+    def checkpoints(self) -> Mapping[str, CheckpointRecord]:
+        """By tinker:// path; expired ones are gone."""
+        ...
 
     def waiting_for(self) -> list[str]:
         """What a request could not run without yet; empty when the server is ready."""

@@ -1,4 +1,5 @@
-"""Tiny random models in Hugging Face format, made on the spot: a config, random weights, a byte-level tokenizer. No network."""
+"""Tiny random models in Hugging Face format, made on the spot: a config, random weights, a byte-level tokenizer. No
+network."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def make_model(folder: str | Path, config: dict[str, Any], seed: int = 0, tokeni
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor that a checkpoint of `config` holds. A tensor's values depend on its name, shape and the seed only."""
+    """Every tensor that a checkpoint of `config` holds. A tensor's values depend on its name, shape and the seed
+    only."""
     from tx_async.models.load import from_config
 
     shapes = {name: weight.hf_shape for weight in from_config(config).weights for name in weight.hf_names}

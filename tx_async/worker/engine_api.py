@@ -13,8 +13,9 @@ Reply = tuple[Result, list[np.ndarray]]
 """A result and its tensors, in the order that the result's docstring states."""
 
 Pending = Callable[[], Reply]
-"""Waits for a command's outcome. Raises what made it fail: a `TxError` fails that command alone, anything else is fatal.
-Called once, on another thread, in command order except for `SaveAdapter`, whose files may become durable later."""
+"""Waits for a command's outcome. Raises what made it fail: a `TxError` fails that command alone, anything else is
+fatal. Called once, on another thread, in command order except for `SaveAdapter`, whose files may become durable
+later."""
 
 ReportProgress = Callable[[str, float, float], None]
 """(stage, done, total)."""
