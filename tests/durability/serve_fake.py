@@ -1,12 +1,32 @@
-"""The real server process, with workers that need no JAX and with fail points."""
+"""The real server process, with workers that need no JAX, with fail points, and with a disk that is full while the file
+that DISK_FULL_FILE names exists."""
 
 import functools
+import os
 import sys
+from pathlib import Path
 
 import tx_async.app
 from tx_async import cli
+from tx_async.errors import StorageError
+from tx_async.journal.sqlite import SqliteDriver
 from tx_async.testing import fail_points
 
+write = SqliteDriver.apply
+
+
+def is_full() -> bool:
+    return Path(os.environ["DISK_FULL_FILE"]).exists()
+
+
+async def write_unless_full(driver, changes) -> None:
+    if is_full():
+        raise StorageError("The disk is full.")
+    await write(driver, changes)
+
+
+if "DISK_FULL_FILE" in os.environ:
+    SqliteDriver.apply = write_unless_full
 tx_async.app.create_app = functools.partial(tx_async.app.create_app, engine="tx_async.testing.fake_worker:create")
 fail_points.install()
 sys.exit(cli.main(sys.argv[1:]))

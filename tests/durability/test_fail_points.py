@@ -19,10 +19,12 @@ def test_a_run_through_a_crash_at_each_fail_point(
 ):
     specs = [f"{when}_{point}:{COUNTS.get(point, 4)}:{tmp_path / point}" for point in points]
     environ = {fail_points.VARIABLE: ",".join(specs)}
-    with serving(tmp_path / "server", tiny_qwen3, environ=environ, snapshot_every_steps=3) as server:
-        with reviving(server):
-            told = train(server.base_url, tiny_qwen3, STEPS)
-            wait_until(lambda: server.get("/api/v1/healthz")[0] == 200)
+    with (
+        serving(tmp_path / "server", tiny_qwen3, environ=environ, snapshot_every_steps=3) as server,
+        reviving(server),
+    ):
+        told = train(server.base_url, tiny_qwen3, STEPS)
+        wait_until(lambda: server.get("/api/v1/healthz")[0] == 200)
     assert [point for point in points if not (tmp_path / point).exists()] == []
     assert told == fake_clean[0]
     assert stored(server) == fake_clean[1]

@@ -49,6 +49,7 @@ class SchedulerApi(Protocol):
     """
 
     base_model: BaseModelInfo
+
     @property
     def sessions(self) -> Mapping[str, SessionRecord]: ...
 

@@ -66,6 +66,16 @@ class Runs:
             lane.gap_since = self.decisions.now if lane.gap_since is None else lane.gap_since
             self.gaps.add(lane.model_id)
 
+    @property
+    def num_replays(self) -> int:
+        """Operations that have reported their results and run again for their effect."""
+        lanes = [self.lanes[model_id] for model_id in self.ready]
+        return sum(
+            step.finished and step.needs_replay and (step.seq_id >= lane.cursor or step.num_outstanding > 0)
+            for lane in lanes
+            for step in lane.steps.values()
+        )
+
     def is_runnable(self, lane: Lane) -> bool:
         step = lane.next_step()
         return step is not None and not step.fetching and lane.blocked_until <= self.decisions.now

@@ -136,6 +136,9 @@ class Scheduler:
         self._reading = asyncio.Semaphore(BODIES_READ_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        #: when replays were first seen (monotonic), and the most there were; None and 0 when there are none
+        self._recovery_began: float | None = None
+        self._num_replays = 0
 
     def __repr__(self) -> str:
         return repr(self.state)
@@ -175,6 +178,22 @@ class Scheduler:
             await anyio.sleep(TICK_S)
             self._handle(Tick())
             self._expire_sessions()
+            self._report_recovery()
+
+    def _report_recovery(self) -> None:
+        """One line a second while runs repeat what a crash has taken from the device."""
+        left = self.state.training.runs.num_replays
+        if left:
+            if self._recovery_began is None:
+                self._recovery_began = self.clock.monotonic()
+            self._num_replays = max(self._num_replays, left)
+            done = self._num_replays - left
+            bar = "█" * (20 * done // self._num_replays)
+            _log.info("Recovery: %-20s %d of %d operations have run again", bar, done, self._num_replays)
+        elif self._recovery_began is not None:
+            took = self.clock.monotonic() - self._recovery_began
+            _log.info("Recovery: all %d operations have run again, in %.1f s", self._num_replays, took)
+            self._recovery_began, self._num_replays = None, 0
 
     def on_event(self, event: dispatch.Event) -> None:
         """What the router says."""
@@ -310,6 +329,7 @@ class Scheduler:
             "polls_waiting": len(self.waiters),
             "samples_open": len(self.state.rollouts.jobs),
             "workers_ready": len(self.state.workers),
+            "operations_to_replay": self.state.training.runs.num_replays,
             "commands_in_flight": sum(len(worker.in_flight) for worker in self.state.workers.values()),
         }
 

@@ -62,9 +62,12 @@ class Told:
     sample_logprobs: list[list[float]] = field(default_factory=list)
 
 
-def train(base_url: str, base_model: Path, steps: int, pace_s: float = 0.0) -> Told:
+def train(
+    base_url: str, base_model: Path, steps: int, pace_s: float = 0.0, at: Mapping[int, Callable[[], None]] | None = None
+) -> Told:
     """A pipelined loop: forward_backward, optim_step, now and then save_state and samples; at the end gradients that no
-    step has used, saved as they are. Nothing in it knows of crashes."""
+    step has used, saved as they are. Nothing in it knows of crashes; `at` is what happens to the server after a step
+    was sent."""
     import tinker
 
     told = Told()
@@ -79,6 +82,7 @@ def train(base_url: str, base_model: Path, steps: int, pace_s: float = 0.0) -> T
             while len(ahead) > WINDOW:
                 _take(told, *ahead.pop(0))
             time.sleep(pace_s)
+            (at or {}).get(step, lambda: None)()
         for entry in ahead:
             _take(told, *entry)
         sampler = trainer.save_weights_and_get_sampling_client().result()
@@ -137,10 +141,14 @@ def stored(server: Server) -> dict[str, str]:
         if kind == "snapshots":
             continue
         found[f"{kind}/{name.partition('~')[0]}/{filename}"] = _hash(file)
-    snapshots = [path for path in base.glob("*/snapshots/*") if path.is_dir()]
-    newest = max(snapshots, key=lambda path: int(path.name.partition("~")[0]))
-    files = [file for file in newest.iterdir() if file.suffix in (".safetensors", ".npz")]
+    files = [file for file in newest_snapshot(server).iterdir() if file.suffix in (".safetensors", ".npz")]
     return found | {f"newest snapshot/{file.name}": _hash(file) for file in files}
+
+
+def newest_snapshot(server: Server) -> Path:
+    """Its folder; the server has one run."""
+    snapshots = [path for path in (server.data_dir / "checkpoints").glob("*/snapshots/*") if path.is_dir()]
+    return max(snapshots, key=lambda path: int(path.name.partition("~")[0]))
 
 
 def _hash(file: Path) -> str:
