@@ -24,7 +24,6 @@ from tx_async.engine.compilation import Program, row_independent
 from tx_async.engine.decode_batches import (
     PREFILL_ROWS,
     Piece,
-    Tile,
     batch_sizes,
     bucket,
     decode_batch,
@@ -98,8 +97,7 @@ class SamplingEngine:
         self._last: Quantum | None = None
         self._lock = threading.RLock()
         self._batch_sizes = batch_sizes(self.num_sequences_max, jax.default_backend())
-        self._adapters = Adapters(lora_weights, lora_scale, np.zeros(lora_scale.shape[0], np.int32), np.int32(0))
-        self.programs = {program.name: program for program in self._list_programs()}
+        self.programs = {program.name: program for program in self._list_programs(lora_weights, lora_scale)}
 
     def __repr__(self) -> str:
         return f"<SamplingEngine {self.sequences!r}>"
@@ -156,14 +154,11 @@ class SamplingEngine:
         for tiles in prefill_calls(quantum.schedule.prefill, tile_tokens):
             rows = bucket(PREFILL_ROWS, len(tiles))
             batch = prefill_batch(tiles, rows, tile_tokens, self.layout)
-            adapters = self._active(batch.adapter, lora_weights, lora_scale)
+            adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
             hidden, self.pools = self.programs[f"prefill {rows}"](self.params, adapters, self.pools, batch)
-            self._score(quantum, tiles, rows, hidden, adapters)
-
-    def _score(self, quantum: Quantum, tiles: Sequence[Tile], rows: int, hidden: Array, adapters: Adapters) -> None:
-        for pieces, batch in score_batches(tiles, self.layout.page_size):
-            scores = self.programs[f"score {rows}"](self.params, adapters, hidden, batch)
-            quantum.scored.append((pieces, scores))
+            for pieces, scores in score_batches(tiles, tile_tokens):
+                adapters = Adapters.of(lora_weights, lora_scale, scores.adapter)
+                quantum.scored.append((pieces, self.programs[f"score {rows}"](self.params, adapters, hidden, scores)))
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:
@@ -175,17 +170,10 @@ class SamplingEngine:
     def _decode(self, quantum: Quantum, steps: int, lora_weights: LoraWeights, lora_scale: Array) -> None:
         for samples, rows in decode_calls(quantum.schedule.decoding, self._batch_sizes):
             batch = decode_batch(samples, rows, self.layout)
-            adapters = self._active(batch.adapter, lora_weights, lora_scale)
+            adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
             program = self.programs[f"decode {rows}"]
             decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
             quantum.decoded.append((samples, decoded))
-
-    def _active(self, row_adapter: Any, lora_weights: LoraWeights, lora_scale: Array) -> Adapters:
-        used = np.unique(row_adapter)
-        used = used[used >= 0]
-        active = np.zeros(lora_scale.shape[0], np.int32)
-        active[: len(used)] = used
-        return Adapters(lora_weights, lora_scale, active, np.int32(len(used)))
 
     # ---- the host's part, once the tokens are there
 
@@ -245,32 +233,34 @@ class SamplingEngine:
 
     # ---- programs
 
-    def _list_programs(self) -> Iterator[Program]:
+    def _list_programs(self, lora_weights: LoraWeights, lora_scale: Array) -> Iterator[Program]:
         """Every program of the sampling half: no input ever needs another one."""
         program = partial(Program, options=row_independent())
-        state = (self.params, self._adapters, self.pools)
+        adapters = partial(Adapters.of, lora_weights, lora_scale)
         and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
+
+        function = partial(programs.decode, self.model, self.layout, self.decode_steps)
         for rows in self._batch_sizes:
-            function = partial(programs.decode, self.model, self.layout, self.decode_steps)
-            arguments = (*state, decode_batch([], rows, self.layout), np.int32(0))
+            batch = decode_batch([], rows, self.layout)
+            arguments = (self.params, adapters(batch.adapter), self.pools, batch, np.int32(0))
             yield program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
+
+        function, tile_tokens = partial(programs.prefill, self.model, self.layout), self.layout.page_size
         for rows in PREFILL_ROWS:
-            yield from self._prefill_programs(program, rows, state, and_pools)
+            batch = prefill_batch([], rows, tile_tokens, self.layout)
+            arguments = (self.params, adapters(batch.adapter), self.pools, batch)
+            yield program(f"prefill {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
+
+        for rows in PREFILL_ROWS:
+            shape, scores = (rows * tile_tokens, self.model.hidden_size), empty_scores()
+            hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
+            arguments = (self.params, adapters(scores.adapter), hidden, scores)
+            yield program(f"score {rows}", programs.score, arguments, out_shardings=self._replicated)
+
         pages = np.zeros(self.num_sequences_max, np.int32)
         function = partial(copy_pages, num_pages=self.layout.num_pages)
-        yield program(
-            "copy pages", function, (self.pools, pages, pages), donate=(0,), out_shardings=self._pool_shardings
-        )
-
-    def _prefill_programs(self, program: Any, rows: int, state: tuple, and_pools: Any) -> Iterator[Program]:
-        tile_tokens = self.layout.page_size
-        function = partial(programs.prefill, self.model, self.layout)
-        arguments = (*state, prefill_batch([], rows, tile_tokens, self.layout))
-        yield program(f"prefill {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
-        shape = (rows * tile_tokens, self.model.hidden_size)
-        hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
-        arguments = (self.params, self._adapters, hidden, empty_scores())
-        yield program(f"score {rows}", programs.score, arguments, out_shardings=self._replicated)
+        arguments = (self.pools, pages, pages)
+        yield program("copy pages", function, arguments, donate=(0,), out_shardings=self._pool_shardings)
 
 
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:

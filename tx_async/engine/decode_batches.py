@@ -64,7 +64,8 @@ def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[lis
 
 
 def decode_calls(samples: Sequence[Sample], sizes: Sequence[int]) -> Iterator[tuple[Sequence[Sample], int]]:
-    """(sequences, rows) of each call: full ones first, the rest in the smallest that holds it."""
+    """(sequences, rows) of each call, full ones first; the rows of an adapter stand together."""
+    samples = sorted(samples, key=lambda sample: sample.spec.sampler_slot)
     for first in range(0, len(samples), sizes[-1]):
         some = samples[first : first + sizes[-1]]
         yield some, bucket(sizes, len(some))

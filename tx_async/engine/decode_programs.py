@@ -15,7 +15,7 @@ from jax import Array
 
 from tx_async.engine.kv_cache import CacheLayout, DecodeAttention, PagedAttention, Pools
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
-from tx_async.layers.lora import LoraActive, LoraWeights, layer_slice
+from tx_async.layers.lora import LoraActive, LoraWeights, layer_slice, tiles
 
 STOP_TOKENS_MAX = 16
 """Stop tokens that the device knows per row; further ones are found by the host a quantum later."""
@@ -32,9 +32,21 @@ class Adapters(NamedTuple):
     scale: Data
     active: Data
     num_active: Data
+    tile_start: Data
+    tile_adapter: Data
+    num_tiles: Data
 
     def for_rows(self, row_adapter: Data) -> LoraActive:
-        return LoraActive(self.weights, self.scale, self.active, self.num_active, row_adapter)
+        return LoraActive(*self, row_adapter)
+
+    @classmethod
+    def of(cls, weights: LoraWeights, scale: Data, row_adapter: np.ndarray) -> Adapters:
+        """For a batch whose rows have these slots (-1 = none)."""
+        used = np.unique(row_adapter[row_adapter >= 0])
+        active = np.zeros(scale.shape[0], np.int32)
+        active[: len(used)] = used
+        start, adapter, count = tiles(row_adapter)
+        return cls(weights, scale, active, np.int32(len(used)), start, adapter, np.int32(count))
 
 
 class PrefillBatch(NamedTuple):

@@ -1,13 +1,13 @@
 """LoRA beside a frozen linear layer: y = x W + (x A) B · scale, with the adapter chosen per row.
 
-`weights[stack][name] = (A, B)`: stacked over the layers of a stack, then over adapters, so that a scan over layers slices both.
-    A: [layers, adapters, in, rank]    B: [layers, adapters, rank, out]   fp32
+`weights[stack][name] = (A, B)`: stacked over the layers of a stack, then over adapters, so that a scan over layers
+    slices both. A: [layers, adapters, in, rank]    B: [layers, adapters, rank, out]   fp32
 Experts have one more axis: A [layers, adapters, experts, in, rank].
 
 Two ways to apply them, one interface (`deltas`):
 - `LoraRows` (training): the adapter axis is the row axis, A is already gathered per row; differentiable per row.
-- `LoraActive` (sampling): a loop over the adapters that are active in this batch; each row selects its own result, so no row's
-  bits depend on another adapter, and a batch without adapters costs nothing.
+- `LoraActive` (sampling): a loop over the adapters that are active in this batch; each row selects its own result, so
+  no row's bits depend on another adapter, and a batch without adapters costs nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 LoraWeights = dict[str, dict[str, tuple[Array, Array]]]
@@ -54,7 +55,8 @@ class ExpertLora(NamedTuple):
 
 
 class Lora(Protocol):
-    weights: LoraWeights
+    @property
+    def weights(self) -> Any: ...
 
     def of_experts(self, layer: LayerLora) -> ExpertLora: ...
 
@@ -63,7 +65,8 @@ class Lora(Protocol):
         ...
 
     def deltas(self, layer: LayerLora, names: tuple[str, ...], x: Array) -> list[Array]:
-        """x [R, L, in] -> for each name [R, L, out] in x's dtype. Names that the layer does not have give zeros of no cost."""
+        """x [R, L, in] -> for each name [R, L, out] in x's dtype. Names that the layer does not have give zeros of no
+        cost."""
         ...
 
 
@@ -91,6 +94,23 @@ class LoraRows:
         return jnp.einsum("rlk,rko->rlo", low, b.astype(x.dtype))
 
 
+TILE_ROWS = 4
+
+
+def tiles(row_adapter: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """(tile_start, tile_adapter, num_tiles) of `LoraActive` for int32 [R]; few where an adapter's rows are neighbours."""
+    num_rows, count = len(row_adapter), 0
+    height, covered = min(TILE_ROWS, num_rows), np.zeros(num_rows, bool)
+    start, adapter = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
+    for row in np.flatnonzero(row_adapter >= 0):
+        if not covered[row]:
+            first = min(int(row), num_rows - height)
+            tile = slice(first, first + height)
+            start[count], adapter[count], count = first, row_adapter[row], count + 1
+            covered[tile] |= row_adapter[tile] == row_adapter[row]
+    return start, adapter, count
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["layer"], meta_fields=["stack", "name"])
 @dataclass(frozen=True)
 class PairOfLayer:
@@ -103,7 +123,7 @@ class PairOfLayer:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["stacks", "scale", "active", "num_active", "row_adapter"],
+    data_fields=["stacks", "scale", "active", "num_active", "tile_start", "tile_adapter", "num_tiles", "row_adapter"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -114,6 +134,11 @@ class LoraActive:
     active: Array
     """[adapters] int32: the first `num_active` entries are the adapters of this batch."""
     num_active: Array
+    tile_start: Array
+    """[R] int32: the first `num_tiles` entries are the tiles of this batch, TILE_ROWS consecutive rows each. Of its
+    rows a tile serves those of its adapter; together they serve every row that has one."""
+    tile_adapter: Array
+    num_tiles: Array
     row_adapter: Array
     """[R] int32: adapter of each row; -1 = none."""
 
@@ -132,19 +157,35 @@ class LoraActive:
         def add_one(i: Array, total: Array) -> Array:
             adapter = self.active[i]
             a, b = self._adapter(pair, adapter, x.dtype)
-            return jnp.where(self._mine(adapter, total.ndim), jax.vmap(partial(function, a, b, self.scale[adapter]))(x), total)
+            rows = jax.vmap(partial(function, a, b, self.scale[adapter]))(x)
+            return jnp.where(self._mine(adapter, total.ndim), rows, total)
 
         a, b = self.stacks[pair.stack][pair.name]
         one = jax.eval_shape(function, a[0, 0], b[0, 0], self.scale[0], x[0])
         return jax.lax.fori_loop(0, self.num_active, add_one, jnp.zeros((x.shape[0], *one.shape), x.dtype))
 
     def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
-        def add_one(i: Array, totals: list[Array]) -> list[Array]:
-            adapter = self.active[i]
-            mine = self._mine(adapter, x.ndim)
-            return [jnp.where(mine, self._delta(layer[name], adapter, x), total) for name, total in zip(names, totals)]
+        """One adapter meets the whole batch at once; several meet tiles of a few rows, each row computed about once."""
+        pairs = [layer[name] for name in names]
+        height = min(TILE_ROWS, x.shape[0])
+        zeros = [jnp.zeros((*x.shape[:-1], self._out_features(pair)), x.dtype) for pair in pairs]
 
-        return jax.lax.fori_loop(0, self.num_active, add_one, [self._zeros(layer[name], x) for name in names])
+        def whole() -> list[Array]:
+            mine = self._mine(self.active[0], x.ndim)
+            return [jnp.where(mine, self._delta(pair, self.active[0], x), 0) for pair in pairs]
+
+        def add_tile(i: Array, totals: list[Array]) -> list[Array]:
+            start, adapter = self.tile_start[i], self.tile_adapter[i]
+            rows = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=height)
+            mine, here = (rows(self.row_adapter) == adapter)[:, None, None], rows(x)
+            deltas = [self._delta(pair, adapter, here) for pair in pairs]
+            new = [jnp.where(mine, delta, rows(total)) for delta, total in zip(deltas, totals, strict=True)]
+            return [jax.lax.dynamic_update_slice_in_dim(t, n, start, 0) for t, n in zip(totals, new, strict=True)]
+
+        def in_tiles() -> list[Array]:
+            return jax.lax.fori_loop(0, self.num_tiles, add_tile, zeros)
+
+        return jax.lax.cond(self.num_active == 1, whole, in_tiles)
 
     def _delta(self, pair: PairOfLayer, adapter: Array, x: Array) -> Array:
         a, b = self._adapter(pair, adapter, x.dtype)
@@ -152,8 +193,8 @@ class LoraActive:
         low = (low * self.scale[adapter]).astype(x.dtype)
         return jnp.einsum("rlk,ko->rlo", low, b)
 
-    def _zeros(self, pair: PairOfLayer, x: Array) -> Array:
-        return jnp.zeros((*x.shape[:-1], self.stacks[pair.stack][pair.name][1].shape[-1]), x.dtype)
+    def _out_features(self, pair: PairOfLayer) -> int:
+        return self.stacks[pair.stack][pair.name][1].shape[-1]
 
     def _mine(self, adapter: Array, ndim: int) -> Array:
         return (self.row_adapter == adapter).reshape(-1, *[1] * (ndim - 1))
