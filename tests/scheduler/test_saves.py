@@ -4,6 +4,7 @@ import pytest
 
 from tx_async.testing.reference import Reference
 from tx_async.testing.stage import Stage
+from tx_async.wire.operations import UnloadModel
 from tx_async.wire.records import SamplerRecord
 
 
@@ -201,6 +202,25 @@ def test_a_save_that_was_cut_off_is_made_again(stage: Stage, is_worker: bool):
     stage.run()
     assert not stage.error(save)
     Reference(stage).check()
+
+
+def test_a_save_does_not_count_before_the_steps_that_it_contains_are_answered(stage: Stage):
+    """Its files are written by another thread, and durable first. The step's answer is lost with the server, and then
+    the run is unloaded: no checkpoint may hold a step that its client was told had not run."""
+    model = stage.model()
+    step = stage.optim_step(model, 1)
+    save = stage.save(model, 2, "a")
+    worker = stage.worker
+    assert worker
+    while worker.inbox:
+        stage.execute_next()
+    stage.finish_a_save()
+    stage.settle()
+    assert stage.result(save) is None and not stage.catalog.checkpoints
+    stage.crash_server()
+    stage.submit_now(UnloadModel(model_id=model))
+    assert stage.error(step) and stage.error(save)
+    assert not stage.catalog.checkpoints
 
 
 def test_storage_refuses_a_save_and_its_run_goes_on(stage: Stage):

@@ -207,5 +207,12 @@ class Lane:
         """True when this seq_id can no longer be accepted: its turn is over."""
         return seq_id not in self.steps and seq_id > 0 and (seq_id < self.cursor or seq_id in self.burned)
 
+    def is_settled_before(self, seq_id: int) -> bool:
+        """Whether everything that the state at this operation consists of has been answered, and reported."""
+        return not any(
+            step.seq_id < seq_id and step.needs_replay and (not step.finished or step.num_outstanding)
+            for step in self.steps.values()
+        )
+
     def covered(self, seq_id: int) -> list[Step]:
         return [step for step in self.steps.values() if step.seq_id <= seq_id]

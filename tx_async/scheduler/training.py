@@ -65,6 +65,8 @@ class Training:
         self.slots = TrainingSlots(self.runs, self.snapshots, decisions)
         self.saves = Saves(self.runs, decisions)
         self.micro_batches = MicroBatches(self.runs, decisions, self.fair)
+        #: saves whose files are durable while steps that they contain are unanswered, with their sizes
+        self._held_saves: list[tuple[StepSent, int]] = []
         #: no operation begins any more; those that are half on the device still end
         self.is_draining = False
 
@@ -245,8 +247,21 @@ class Training:
                 self.snapshots.failed(answer)
 
     def settle(self) -> None:
-        """After every fact: make snapshots count whose operations have finished."""
+        """After every fact: make saves and snapshots count whose operations have all been answered."""
+        held, self._held_saves = self._held_saves, []
+        for sent, size_bytes in held:
+            if sent.is_current:
+                self._finish_save(sent, size_bytes)
         self.snapshots.settle()
+
+    def _finish_save(self, sent: StepSent, size_bytes: int) -> None:
+        """Its files may be there before the answers of what they contain, and one of those may still be bad."""
+        step = sent.step
+        assert isinstance(step.operation, SaveWeights)
+        if sent.lane.is_settled_before(step.seq_id):
+            self.saves.finished(sent.lane, step, step.operation, size_bytes)
+        else:
+            self._held_saves.append((sent, size_bytes))
 
     def _step_finished(self, sent: StepSent, event: CommandFinished) -> None:
         step, result = sent.step, event.result
@@ -255,9 +270,9 @@ class Training:
                 assert isinstance(result, Stepped)
                 finite = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
                 self.runs.succeed(step, {"metrics": finite})
-            case SaveWeights() as operation:
+            case SaveWeights():
                 assert isinstance(result, Saved)
-                self.saves.finished(sent.lane, step, operation, result.size_bytes)
+                self._finish_save(sent, result.size_bytes)
             case LoadWeights(path=path):
                 body = {"type": "load_weights", "path": path, "model_id": sent.lane.model_id}
                 self.runs.succeed(step, body)
