@@ -26,7 +26,9 @@ def inputs(row_adapter=None, adapters: int = R):
         for i, name in enumerate(NAMES)
     }
     lora = ExpertLora(pairs, jnp.arange(1.0, adapters + 1), row_adapter)
-    experts = jnp.array(np.random.default_rng(3).permuted(np.tile(np.arange(E), (R, L, 1)), axis=-1)[..., :K], jnp.int32)
+    experts = jnp.array(
+        np.random.default_rng(3).permuted(np.tile(np.arange(E), (R, L, 1)), axis=-1)[..., :K], jnp.int32
+    )
     return w, lora, normal(4, R, L, D), experts, jax.nn.softmax(normal(5, R, L, K))
 
 

@@ -15,9 +15,7 @@ from tx_async.wire.worker import EngineConfig
 
 
 def main(folder: str) -> None:
-    mesh = make_mesh(
-        EngineConfig(fully_sharded_data_parallel_size=2, expert_parallel_size=2, tensor_parallel_size=2)
-    )
+    mesh = make_mesh(EngineConfig(fully_sharded_data_parallel_size=2, expert_parallel_size=2, tensor_parallel_size=2))
     _, whole = load_model(folder)
     model, params = load_model(folder, mesh=mesh)
     pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tx_async.layers.attention import PackedAttention
-from tx_async.layers.lora import LoraActive, layer_slice
+from tx_async.layers.lora import LoraActive, layer_slice, tiles
 from tx_async.models.load import load_model
 from tx_async.testing import parity
 from tx_async.testing.models import make_model
@@ -40,13 +40,23 @@ class CachedAttention:
 
 @families
 def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(case, tmp_path):
-    """Row 0 has adapter 1, row 1 none, row 2 adapter 0: for latent attention this is the absorbed form, LoRA included."""
+    """Row 0 has adapter 1, row 1 none, row 2 adapter 0. For latent attention this is the absorbed form."""
     model, params = load_model(make_model(tmp_path, case.config, tokenizer=False))
     tokens = jnp.asarray(parity.tokens_of(case._replace(length=12), 0, rows=3))
     adapters = [parity.random_adapter(model, CONFIG, seed) for seed in (0, 1)]
     stacked = jax.tree.map(lambda a, b: jnp.stack([jnp.asarray(a), jnp.asarray(b)], axis=1), *adapters)
     scale, rows = jnp.full(2, LORA_ALPHA / CONFIG.rank), jnp.array([1, -1, 0], jnp.int32)
-    lora = LoraActive(stacked, scale, jnp.array([0, 1], jnp.int32), jnp.int32(2), rows)
+    start, adapter_of_tile, num_tiles = tiles(np.asarray(rows))
+    lora = LoraActive(
+        stacks=stacked,
+        scale=scale,
+        active=jnp.array([0, 1], jnp.int32),
+        num_active=jnp.int32(2),
+        tile_start=jnp.asarray(start),
+        tile_adapter=jnp.asarray(adapter_of_tile),
+        num_tiles=jnp.int32(num_tiles),
+        row_adapter=rows,
+    )
 
     @jax.jit
     def step(cache, tokens, positions):

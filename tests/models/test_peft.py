@@ -152,7 +152,7 @@ def peft_gradients(reference, folder: Path) -> tuple[dict[str, np.ndarray], dict
 
 
 def keep_own_blocks(reference) -> None:
-    """In a fused gate_up_proj B also has a gradient that mixes gate's A with up's output: no such weight exists here."""
+    """In a fused gate_up_proj, B also has a gradient between gate's A and up's output: no such weight exists here."""
     for name, parameter in reference.named_parameters():
         if name.endswith("experts.base_layer.lora_B.default.weight"):
             blocks = parameter.reshape(2, parameter.shape[0] // 2, 2, -1)
@@ -177,5 +177,7 @@ def test_an_adapter_made_by_peft_imports_and_gives_its_logits(case, tmp_path):
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     adapter, config = from_peft(model, tensors, json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()))
     assert not config.train_unembed
-    ours = jax.jit(parity.logits, static_argnums=0)(model, params, jnp.asarray(tokens), parity.rows_of(adapter, config, 1))
+    ours = jax.jit(parity.logits, static_argnums=0)(
+        model, params, jnp.asarray(tokens), parity.rows_of(adapter, config, 1)
+    )
     assert parity.relative_error(ours, theirs) < 2e-5

@@ -14,6 +14,7 @@ from tx_async.layers.weights import Weight
 from tx_async.models.decoder import Decoder
 from tx_async.wire.worker import EngineConfig
 
+
 def make_mesh(config: EngineConfig) -> Mesh | None:
     """The mesh of all devices, None for one device alone. Raises `ConfigError` when sizes and devices do not match."""
     sizes = (config.fully_sharded_data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size)

@@ -1,13 +1,14 @@
 """Hugging Face folders to parameters on their devices.
 
-Every buffer is made on its devices first; then each tensor is read once, in chunks of rows, and each chunk goes straight to
-its place in the shards that want it: cast, dequantised and transposed there. The host holds two chunks, never a tensor.
+Every buffer is made on its devices first; then each tensor is read once, in chunks of rows, and each chunk goes
+straight to its place in the shards that want it: cast, dequantised and transposed there. The host holds two chunks,
+never a tensor.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,7 +55,8 @@ def load_model(
 
 
 def fetch(base_model: str | Path) -> Path:
-    """The folder itself, or the hub's files in `huggingface_hub`'s cache: what is there is kept, what is missing resumed."""
+    """The folder itself, or the hub's files in `huggingface_hub`'s cache: what is there is kept, what is missing
+    resumed."""
     if Path(base_model).expanduser().is_dir():
         return Path(base_model).expanduser()
     from huggingface_hub import snapshot_download
@@ -87,7 +89,7 @@ def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | Non
 
     tensors = tensor_files.open_folder(folder)
     check(model, tensors)
-    leaves = {w: _Leaf(w, weight_sharding(w, model.mesh), "float32" if w.wide else dtype) for w in model.weights}
+    leaves = _empty_leaves(model.weights, [weight_sharding(weight, model.mesh) for weight in model.weights], dtype)
     places: dict[str, list[tuple[_Leaf, int]]] = {}
     for weight, leaf in leaves.items():
         for number, name in enumerate(weight.hf_names):
@@ -174,7 +176,8 @@ def _ranges(tensor: StoredTensor, tensors: dict[str, StoredTensor]) -> Iterator[
 
 
 def _block_size(tensor: StoredTensor, scale: StoredTensor) -> tuple[int, int]:
-    """Blocks are as large as the numbers of scales say, rounded up to the power of two that all known checkpoints use."""
+    """Blocks are as large as the numbers of scales say, rounded up to the power of two that all known checkpoints
+    use."""
     rows, cols = (
         1 << (-(-size // count) - 1).bit_length() for size, count in zip(tensor.shape, scale.shape, strict=True)
     )
@@ -197,17 +200,27 @@ class _Shard:
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    buffers: dict[jax.Device, Array]
+    buffers: dict[Any, Array]
+    """By device."""
+
+
+def _empty_leaves(weights: Sequence[Weight], shardings: Sequence[Sharding], dtype: str) -> dict[Weight, _Leaf]:
+    """Every buffer on every device, by one program."""
+
+    def zeros() -> list[Array]:
+        return [jnp.zeros(weight.shape, jnp.float32 if weight.wide else dtype) for weight in weights]
+
+    arrays = jax.jit(zeros, out_shardings=list(shardings))()
+    return {weight: _Leaf(weight, empty) for weight, empty in zip(weights, arrays, strict=True)}
 
 
 class _Leaf:
     """The buffers of one parameter on this process's devices, filled piece by piece."""
 
-    def __init__(self, weight: Weight, sharding: Sharding, dtype: str):
-        self.weight, self.sharding = weight, sharding
+    def __init__(self, weight: Weight, empty: Array):
+        self.weight, self.sharding = weight, empty.sharding
         self.lead = len(weight.shape) - len(weight.dims)
         shards: dict[tuple[int, ...], _Shard] = {}
-        empty = jax.jit(partial(jnp.zeros, weight.shape, dtype), out_shardings=sharding)()
         for piece in empty.addressable_shards:
             start = tuple(s.indices(size)[0] for s, size in zip(piece.index, weight.shape, strict=True))
             shards.setdefault(start, _Shard(start, piece.data.shape, {})).buffers[piece.device] = piece.data

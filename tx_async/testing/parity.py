@@ -49,7 +49,6 @@ _LLAMA3 = {
 _GLM = {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1}
 
 
-
 def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in keys}
 
@@ -62,8 +61,10 @@ CASES = (
     Case("qwen3_linear", QWEN3_TINY | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     Case("qwen3_yarn", QWEN3_TINY | {"rope_scaling": _YARN}, 100),
     Case("qwen3_yarn_factor", QWEN3_TINY | {"rope_scaling": _YARN | {"attention_factor": 1.3, "truncate": False}}, 100),
-    Case("qwen3_rope_parameters", QWEN3_TINY | {"rope_theta": None, "rope_parameters": _YARN | {"rope_theta": 5e5}},
-    100), Case("llama", LLAMA_TINY),
+    Case(
+        "qwen3_rope_parameters", QWEN3_TINY | {"rope_theta": None, "rope_parameters": _YARN | {"rope_theta": 5e5}}, 100
+    ),
+    Case("llama", LLAMA_TINY),
     Case("llama_llama3", LLAMA_TINY | {"rope_theta": 5e5, "rope_scaling": _LLAMA3}, 100),
     Case("llama_tied", LLAMA_TINY | {"tie_word_embeddings": True}),
     Case("llama_biases", LLAMA_TINY | {"attention_bias": True, "mlp_bias": True}),
@@ -97,7 +98,7 @@ def no_lora(model: Decoder, rows: int) -> LoraRows:
 def logits(model: Decoder, params: Params, tokens: Array, lora: Lora | None = None) -> Array:
     """One segment per row: [R, L] -> fp32 [R, L, V], the adapted unembedding included."""
     R, L = tokens.shape
-    lora = lora or no_lora(model, R)
+    lora = lora if lora is not None else no_lora(model, R)
     positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (R, L))
     attend = PackedAttention(positions, jnp.ones_like(positions))
     hidden, _ = model.forward(params, lora, jnp.asarray(tokens), positions, attend)
