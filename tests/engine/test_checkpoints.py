@@ -136,7 +136,7 @@ def test_another_shape_of_adapter_is_refused(bench, forget, other, message):
     forget(bench)
     with pytest.raises(UserError, match=message):
         bench.load(1, other, "run/a")
-    assert bench.engine.scales[1] == 0
+    assert bench.engine.ranks[1] == 0
 
 
 def folder(bench, key) -> Path:

@@ -1,9 +1,14 @@
 """No input compiles anything that was not known at start."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from tx_async.engine.compilation import CompilationCounter, Program, use_cache
+from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.engine import row_shapes
 from tx_async.testing.engine_bench import rl_segment, segment
 from tx_async.wire.worker import (
@@ -15,6 +20,7 @@ from tx_async.wire.worker import (
     SequenceSpec,
 )
 
+ROOT = Path(__file__).parents[2]
 ONE_OF_EACH = {"train_row_lengths": (32, 64), "max_context_length": 64}
 
 
@@ -110,9 +116,16 @@ def test_shapes_of_micro_batches_are_few_and_reach_the_context(config, platform,
     assert row_shapes(config, 100, platform) == expected
 
 
-def test_no_cache_folder_means_no_cache(monkeypatch):
-    def fail(*_):
-        raise AssertionError("the configuration of JAX must stay as it is")
-
-    monkeypatch.setattr("jax.config.update", fail)
-    use_cache("")
+def test_a_cache_whose_writer_was_killed_is_usable_again(tmp_path):
+    """In a process of its own: the cache of this one is chosen already."""
+    (tmp_path / "jit_killed-0123-cache").write_bytes(b"half")
+    code = f"""
+import jax
+from tx_async.engine.compilation import use_cache
+use_cache({str(tmp_path)!r})
+jax.jit(lambda x: x + 1)(1)
+"""
+    environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, cwd=ROOT)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert any(name.endswith("-cache") for name in names) and not any("killed" in name for name in names)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tx_async.engine.adapter_slots import lora_scale
 from tx_async.wire.worker import TRAIN_TENSORS, TrainMicroBatch
 
 
@@ -48,19 +49,22 @@ def shapes(rows: int, length: int, k: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def row_batch(
-    command: TrainMicroBatch, tensors: Sequence[np.ndarray], scratch_slot: int, scales: np.ndarray, vocab_size: int
-) -> RowBatch:
-    """Copies: the tensors are the transport's, and belong to it again when this call returns.
+    command: TrainMicroBatch, tensors: Sequence[np.ndarray], ranks: np.ndarray, vocab_size: int
+) -> tuple[RowBatch, int]:
+    """-> (the batch, the highest rank in it). Copies: the tensors belong to the transport again when this returns.
 
-    scales fp32 [slots + 1]. Asserts what the scheduler must have ensured.
+    ranks: int [slots + 1], of each slot's adapter, 0 for none; the last slot is the scratch slot. Asserts what the
+    scheduler must have ensured.
     """
+    scratch_slot = len(ranks) - 1
     slots = np.array([scratch_slot if slot < 0 else slot for slot in command.slots], np.int32)
     assert slots.max() <= scratch_slot, f"slot {slots.max()} of {scratch_slot}"
-    arrays = {"slots": slots, "scale": scales[slots]}
+    scale = np.array([lora_scale(rank) if rank else 0.0 for rank in ranks[slots]], np.float32)
+    arrays = {"slots": slots, "scale": scale}
     arrays |= {name: np.array(tensor) for name, tensor in zip(TRAIN_TENSORS, tensors, strict=True)}
     for name, expected in shapes(len(slots), command.row_length, command.targets_per_token).items():
         assert arrays[name].shape == expected.shape, f"{name} is {arrays[name].shape}, not {expected.shape}"
         assert arrays[name].dtype == expected.dtype, f"{name} is {arrays[name].dtype}, not {expected.dtype}"
     for name in ("tokens", "target_tokens"):
         assert arrays[name].min() >= 0 and arrays[name].max() < vocab_size, f"{name} outside of the vocabulary"
-    return RowBatch(**arrays)
+    return RowBatch(**arrays), int(ranks[slots].max())

@@ -26,14 +26,27 @@ log = logging.getLogger(__name__)
 
 
 def use_cache(folder: str) -> None:
-    """Keep compiled programs in `folder` ("" = not), whatever they took to compile. Call before the first jit."""
-    if not folder:
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES_MAX)
+    """Keep compiled programs in `folder`, whatever they took to compile; "" = as JAX itself is configured.
+
+    Call before the first jit.
+    """
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES_MAX)
+    if jax.config.jax_compilation_cache_dir and jax.config.jax_compilation_cache_max_size != -1:
+        _remove_incomplete(Path(jax.config.jax_compilation_cache_dir))
+
+
+def _remove_incomplete(folder: Path) -> None:
+    """JAX writes an entry, then its time of use. A process killed between the two leaves an entry without, and from
+    then on JAX can add nothing: looking for the oldest entry fails.
+    """
+    for entry in folder.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            entry.unlink(missing_ok=True)
 
 
 class CompilationCounter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SHORTEST_ROW = 32
 PREFERRED_ROW = 1024
 """Packed rows are filled up to this length; only a longer sequence needs a longer row."""
 TARGETS_PER_TOKEN = (1, 8, 32, 128)
+LOW_RANK = 8
 REMAT_TOKENS = 16_384
 """Micro-batches of more tokens recompute each layer in the backward pass, whatever `gradient_checkpointing` says."""
 
@@ -55,7 +57,7 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
 
 
 class JaxEngine:
-    """Commands change `training`, `scales`, `samplers`, and what `checkpoints` and `sampling` own."""
+    """Commands change `training`, `ranks`, `samplers`, and what `checkpoints` and `sampling` own."""
 
     def __init__(self, model: Decoder, params: Any, config: EngineConfig, folder: Path, checkpoints_base: str):
         """folder: of the base model."""
@@ -72,8 +74,8 @@ class JaxEngine:
         self.row_shapes = row_shapes(config, self.context, jax.default_backend())
         #: One slot more than adapters: the last one takes the gradients of unused rows.
         self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank, self.cut_state)
-        #: LORA_ALPHA / rank of each training slot; 0 where nothing was created yet.
-        self.scales = np.zeros(self.num_slots + 1, np.float32)
+        #: of the adapter in each training slot; 0 where nothing was created yet
+        self.ranks = np.zeros(self.num_slots + 1, np.int32)
         self.checkpoints = Checkpoints(checkpoints_base, model, config.max_lora_rank, writes=jax.process_index() == 0)
         self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut)
         self.sampling = SamplingEngine(
@@ -82,7 +84,7 @@ class JaxEngine:
         self._programs = _programs(self)
 
     def __repr__(self) -> str:
-        used = np.count_nonzero(self.scales)
+        used = np.count_nonzero(self.ranks)
         return f"<JaxEngine [{used}/{self.num_slots} training slots used | {self.num_compilations} programs compiled]>"
 
     def info(self) -> EngineInfo:
@@ -153,10 +155,10 @@ class JaxEngine:
     # ---- training
 
     def _train(self, command: wire.TrainMicroBatch, tensors: Sequence[np.ndarray]) -> Pending:
-        batch = row_batch(command, tensors, self.num_slots, self.scales, self.model.vocab_size)
-        program = self._programs[
-            train_program(len(command.slots), command.row_length, command.targets_per_token, command.forward_only)
-        ]
+        batch, rank = row_batch(command, tensors, self.ranks, self.model.vocab_size)
+        rows, length, k = len(command.slots), command.row_length, command.targets_per_token
+        rank = next(r for r in lora_ranks(rows, self.config.max_lora_rank) if r >= rank)
+        program = self._programs[train_program(rows, length, k, rank, command.forward_only)]
         if command.forward_only:
             logprobs, losses = program(self.params, self.training.weights, batch)
         else:
@@ -170,7 +172,7 @@ class JaxEngine:
         return partial(_stepped, outcome, command.adam.learning_rate)
 
     def _create_adapter(self, command: wire.CreateAdapter) -> Pending:
-        self.scales[command.slot] = adapter_slots.lora_scale(command.config.rank)
+        self.ranks[command.slot] = command.config.rank
         creation = Creation.of(command.config)
         self.training = self._programs["create_adapter"](self.training, np.int32(command.slot), creation)
         return _done
@@ -186,7 +188,7 @@ class JaxEngine:
             self.training = self._programs["load_state"](self.training, slot, state)
         else:
             self.training = self._programs["load_weights"](self.training, slot, saved.weights)
-        self.scales[command.slot] = adapter_slots.lora_scale(command.config.rank)
+        self.ranks[command.slot] = command.config.rank
         return partial(_loaded, saved.step if command.optimizer else 0)
 
     def _whole_state(self, key: str, saved: SavedAdapter) -> TrainingState:
@@ -236,8 +238,15 @@ def preferred_row_length(row_shapes: Sequence[tuple[int, int]]) -> int:
     return max((length for length in lengths if length <= PREFERRED_ROW), default=lengths[0])
 
 
-def train_program(rows: int, length: int, k: int, forward_only: bool) -> str:
-    return f"{'forward' if forward_only else 'forward_backward'} {rows}x{length} K={k}"
+def lora_ranks(rows: int, max_rank: int) -> tuple[int, ...]:
+    """Ranks that training programs are compiled for, ascending; lower ones run padded. An adapter alone in its program
+    meets the same one always. Neighbours of other ranks must not choose it: they would change how its sums are formed.
+    """
+    return (LOW_RANK, max_rank) if rows == 1 and max_rank > LOW_RANK else (max_rank,)
+
+
+def train_program(rows: int, length: int, k: int, rank: int, forward_only: bool) -> str:
+    return f"{'forward' if forward_only else 'forward_backward'} {rows}x{length} K={k} rank={rank}"
 
 
 def _programs(engine: JaxEngine) -> dict[str, Program]:
@@ -269,17 +278,17 @@ def _train_programs(engine: JaxEngine) -> Iterator[Program]:
     state, whole = engine.training, engine.replicated
     for rows, length in engine.row_shapes:
         remat = engine.config.gradient_checkpointing or rows * length > REMAT_TOKENS
-        for k in TARGETS_PER_TOKEN:
+        for k, rank in product(TARGETS_PER_TOKEN, lora_ranks(rows, engine.config.max_lora_rank)):
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
             yield Program(
-                train_program(rows, length, k, forward_only=True),
-                partial(train.forward, engine.model),
+                train_program(rows, length, k, rank, forward_only=True),
+                partial(train.forward, engine.model, rank),
                 (engine.params, state.weights, of_batch),
                 out_shardings=whole,
             )
             yield Program(
-                train_program(rows, length, k, forward_only=False),
-                partial(train.forward_backward, engine.model, remat),
+                train_program(rows, length, k, rank, forward_only=False),
+                partial(train.forward_backward, engine.model, rank, remat),
                 (engine.params, state.weights, state.gradients, of_batch),
                 donate=(2,),
                 out_shardings=(engine.cut, whole, whole),

@@ -22,18 +22,18 @@ HEAD = "head"
 """The stack of the unembedding, applied by `head.py`; all others belong to the model's forward."""
 
 
-def forward(model: Any, params: Any, weights: LoraWeights, batch: RowBatch) -> tuple[Array, Array]:
-    """-> (logprobs [R, L, K], losses [R, L]); leaves no trace."""
-    rows = _gather(weights, batch.slots)
+def forward(model: Any, rank: int, params: Any, weights: LoraWeights, batch: RowBatch) -> tuple[Array, Array]:
+    """-> (logprobs [R, L, K], losses [R, L]); leaves no trace. rank: none of the batch's adapters has more."""
+    rows = _gather(weights, batch.slots, rank)
     hidden = _trunk(model, params, rows, batch, remat=False)
     return head.forward(hidden, _unembedding(params, rows, batch), batch)
 
 
 def forward_backward(
-    model: Any, remat: bool, params: Any, weights: LoraWeights, gradients: LoraWeights, batch: RowBatch
+    model: Any, rank: int, remat: bool, params: Any, weights: LoraWeights, gradients: LoraWeights, batch: RowBatch
 ) -> tuple[LoraWeights, Array, Array]:
     """-> (gradients with this batch's added, logprobs [R, L, K], losses [R, L])."""
-    rows = _gather(weights, batch.slots)
+    rows = _gather(weights, batch.slots, rank)
     hidden, pullback = jax.vjp(lambda rows: _trunk(model, params, rows, batch, remat), rows)
     logprobs, losses, of_head = head.forward_backward(hidden, _unembedding(params, rows, batch), batch)
     (of_rows,) = pullback(of_head.hidden)
@@ -41,9 +41,13 @@ def forward_backward(
     return _accumulate(gradients, of_rows, batch.slots), logprobs, losses
 
 
-def _gather(weights: LoraWeights, slots: Array) -> LoraWeights:
-    """[layers, slots, ...] -> [layers, R, ...]"""
-    return jax.tree.map(lambda w: w[:, slots], weights)
+def _gather(weights: LoraWeights, slots: Array, rank: int) -> LoraWeights:
+    """[layers, slots, ...] -> [layers, R, ...], without the padding above `rank`."""
+
+    def pair(a: Array, b: Array) -> tuple[Array, Array]:
+        return a[..., :rank][:, slots], b[..., :rank, :][:, slots]
+
+    return {stack: {name: pair(*ab) for name, ab in names.items()} for stack, names in weights.items()}
 
 
 def _trunk(model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: bool) -> Array:
@@ -60,9 +64,10 @@ def _accumulate(gradients: LoraWeights, of_rows: LoraWeights, slots: Array) -> L
     """Add row after row: rows of one adapter in a stated order, unused rows into the scratch slot that nobody reads."""
 
     def add_row(r: Array | int, total: Array, rows: Array) -> Array:
-        mine = jax.lax.dynamic_index_in_dim(total, slots[r], 1, keepdims=False)
-        row = jax.lax.dynamic_index_in_dim(rows, r, 1, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(total, mine + row, slots[r], 1)
+        row = jax.lax.dynamic_slice_in_dim(rows, r, 1, axis=1)
+        place = [0, slots[r], *[0] * (total.ndim - 2)]
+        mine = jax.lax.dynamic_slice(total, place, row.shape)
+        return jax.lax.dynamic_update_slice(total, mine + row, place)
 
     def add_all(r: Array | int, totals: LoraWeights) -> LoraWeights:
         return jax.tree.map(lambda total, rows: add_row(r, total, rows), totals, of_rows)

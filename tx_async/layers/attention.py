@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tx_async.layers.residuals import keep
+
 Cache = Any
 """A pytree that the layer scan carries: () in training, the page pools in sampling."""
 
@@ -82,6 +84,7 @@ def packed_attention(q: Array, k: Array, v: Array, positions: Array, segment_ids
 def _forward(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float) -> tuple[Array, _Saved]:
     x = _blocks(q, k, v, positions, segment_ids)
     _, (out, lse) = jax.lax.scan(lambda _, i: (None, _attend_from(x, i, scale)), None, jnp.arange(x.q.shape[0]))
+    out, lse = keep((out, lse))
     return _rows(out, q.shape[1], q.shape[2]), _Saved(x, out, lse)
 
 

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tx_async.layers.residuals import keep
+
 LoraWeights = dict[str, dict[str, tuple[Array, Array]]]
 LayerLora = dict[str, tuple[Array, Array]]
 """One layer's slice: name -> (A [adapters, in, rank], B [adapters, rank, out])."""
@@ -90,7 +92,7 @@ class LoraRows:
     def _delta(self, ab: tuple[Array, Array], x: Array) -> Array:
         a, b = ab
         low = jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-        low = (low * self.scale[:, None, None]).astype(x.dtype)
+        low = keep((low * self.scale[:, None, None]).astype(x.dtype))
         return jnp.einsum("rlk,rko->rlo", low, b.astype(x.dtype))
 
 
@@ -98,7 +100,7 @@ TILE_ROWS = 4
 
 
 def tiles(row_adapter: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """(tile_start, tile_adapter, num_tiles) of `LoraActive` for int32 [R]; few where an adapter's rows are neighbours."""
+    """(tile_start, tile_adapter, num_tiles) of `LoraActive` for int32 [R]; fewest when adapters stand in order."""
     num_rows, count = len(row_adapter), 0
     height, covered = min(TILE_ROWS, num_rows), np.zeros(num_rows, bool)
     start, adapter = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)

@@ -20,6 +20,7 @@ from tx_async.layers.block import LayerWeights, Run
 from tx_async.layers.grouped import Blocks, block_shape, dispatch, experts_mlp, rearrange
 from tx_async.layers.lora import ExpertLora, LayerLora
 from tx_async.layers.mlp import GatedMlp
+from tx_async.layers.residuals import keep
 from tx_async.layers.router import SigmoidRouter, SoftmaxRouter
 from tx_async.layers.weights import Dim, Stack, Weight
 
@@ -132,6 +133,6 @@ def routed(w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights:
     inputs = rearrange(repeated, plan.source, plan.slot).reshape(-1, blocks[1], D)
     rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
     made_with = Blocks(plan.expert.reshape(-1), jnp.repeat(rows, blocks[0]), plan.used.reshape(-1))
-    out = experts_mlp(inputs, made_with, w, lora._replace(row_adapter=None))
+    out = keep(experts_mlp(inputs, made_with, w, lora._replace(row_adapter=None)))
     out = rearrange(out.reshape(R, -1, D), plan.slot, plan.source).reshape(R, L, k, D)
     return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)

@@ -1,4 +1,5 @@
-"""What every decoder shares: embedding, scanned stacks of pre-norm layers, final norm, and the table of its parameters."""
+"""What every decoder shares: embedding, scanned stacks of pre-norm layers, final norm, and the table of its
+parameters."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tx_async.layers.attention import Attend, Cache
 from tx_async.layers.block import Attention, Mlp, Run
 from tx_async.layers.lora import Lora, LoraTarget
 from tx_async.layers.norm import rms_norm
+from tx_async.layers.residuals import KEPT_ONLY
 from tx_async.layers.rope import Rope
 from tx_async.layers.sharding import gathered_spec_of
 from tx_async.layers.weights import Dim, Stack, Weight
@@ -102,12 +104,17 @@ class Decoder:
         cache: Cache = (),
         remat: bool = False,
     ) -> tuple[Array, Cache]:
-        """tokens, positions int32 [R, L] -> (hidden [R, L, D] after the final norm, cache)."""
+        """tokens, positions int32 [R, L] -> (hidden [R, L, D] after the final norm, cache).
+
+        remat: a layer keeps only its input for the backward pass.
+        """
         x, run = self._by_rows(params["embed"][tokens]), Run(lora, self.rope(positions), attend, self.mesh)
         for segment in self.segments:
             body = partial(self._run_layers, segment, run)
             layers = tuple((jnp.array(s.layers), params[s.name], lora.weights.get(s.name, {})) for s in segment)
-            (x, cache), _ = jax.lax.scan(jax.checkpoint(body) if remat else body, (x, cache), layers)
+            # Inside of a scan the compiler cannot merge the repeated work with the first, so nothing need stop it.
+            body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else KEPT_ONLY)
+            (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
         return rms_norm(x, params["norm"], self.rms_norm_eps), cache
 
     def _run_layers(

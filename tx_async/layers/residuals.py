@@ -1,0 +1,23 @@
+"""What a layer keeps for its backward pass: the outputs of its large products; all that lies between is made again.
+
+Elementwise work is cheap to repeat, but its results are as large as those of the products: without this choice a layer
+keeps twice the memory, and moving it costs more than making it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+NAME = "kept"
+KEPT_ONLY = jax.checkpoint_policies.save_only_these_names(NAME)
+"""Policy of `jax.checkpoint`."""
+
+T = TypeVar("T")
+
+
+def keep(x: T) -> T:
+    """Mark arrays that are worth their memory."""
+    return checkpoint_name(x, NAME)
