@@ -112,7 +112,7 @@ async def caught_up(server: InProcessServer) -> None:
     """Replays run for their effect after every result is known."""
     lanes = server.scheduler.state.training.runs.lanes
     with anyio.fail_after(10):
-        while any(lanes[model].cursor <= 2 * STEPS for model in RUNS):
+        while any(lanes[model].cursor <= 2 * STEPS for model in RUNS):  # noqa: ASYNC110
             await anyio.sleep(0.001)
 
 
