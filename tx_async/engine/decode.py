@@ -44,7 +44,8 @@ from tx_async.layers.lora import LoraWeights
 from tx_async.wire.worker import EngineConfig, FinishedSequence, Sampled, SequenceSpec
 from tx_async.worker.engine_api import Pending, Reply
 
-DECODE_STEPS = 8
+DECODE_STEPS = {"cpu": 4}
+"""Steps of one quantum, 16 elsewhere: a newcomer waits for one or two quanta, and on a CPU a step is long."""
 PREFILL_TOKENS = 1024
 CACHE_BYTES = 1 << 30
 """Size of the KV cache where nothing better is known."""
@@ -77,7 +78,7 @@ class SamplingEngine:
         """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer."""
         self.model, self.params, self.context, self.folder = model, params, context, folder
         self.num_sequences_max = config.sample_max_num_sequences
-        self.decode_steps = config.decode_steps or DECODE_STEPS
+        self.decode_steps = config.decode_steps or DECODE_STEPS.get(jax.default_backend(), 16)
         self.prefill_tokens = config.prefill_chunk_tokens or PREFILL_TOKENS
         dtype = jax.tree.leaves(params)[0].dtype
         self.layout = CacheLayout.plan(
