@@ -36,8 +36,9 @@ def use_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES_MAX)
-    if jax.config.jax_compilation_cache_dir and jax.config.jax_compilation_cache_max_size != -1:
-        _remove_incomplete(Path(jax.config.jax_compilation_cache_dir))
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] and settings["jax_compilation_cache_max_size"] != -1:
+        _remove_incomplete(Path(settings["jax_compilation_cache_dir"]))
 
 
 def _remove_incomplete(folder: Path) -> None:

@@ -105,7 +105,10 @@ def batch(step: int) -> list[Any]:
         data.append(
             tinker.Datum(
                 model_input=tinker.ModelInput.from_ints(tokens[:-1].tolist()),
-                loss_fn_inputs={"target_tokens": tokens[1:].tolist(), "weights": [1.0] * length},
+                loss_fn_inputs={
+                    "target_tokens": tinker.TensorData(data=tokens[1:].tolist(), dtype="int64"),
+                    "weights": tinker.TensorData(data=[1.0] * length, dtype="float32"),
+                },
             )
         )
     return data

@@ -39,8 +39,9 @@ def segment(length: int, seed: int = 0, loss_fn: str = "cross_entropy", vocab: i
 def rl_segment(length: int, seed: int, loss_fn: str, **inputs: Any) -> Segment:
     rng = np.random.default_rng(seed + 1000)
     noise = {"logprobs": -6 + rng.standard_normal(length), "advantages": rng.standard_normal(length)}
-    thresholds = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05}
-    return segment(length, seed, loss_fn, **noise | thresholds | inputs)
+    thresholds: dict[str, Any] = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05}
+    given: dict[str, Any] = thresholds | noise | inputs
+    return segment(length, seed, loss_fn, **given)
 
 
 def micro_batch(

@@ -66,25 +66,22 @@ class _Countdown:
 
 
 def _wrap(function: Callable[..., Any], when: Literal["before", "after"], countdown: _Countdown) -> Callable[..., Any]:
-    if inspect.iscoroutinefunction(function):
+    @functools.wraps(function)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        if when == "before":
+            countdown.tick()
+        result = await function(*args, **kwargs)
+        if when == "after":
+            countdown.tick()
+        return result
 
-        @functools.wraps(function)
-        async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if when == "before":
-                countdown.tick()
-            result = await function(*args, **kwargs)
-            if when == "after":
-                countdown.tick()
-            return result
-    else:
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if when == "before":
+            countdown.tick()
+        result = function(*args, **kwargs)
+        if when == "after":
+            countdown.tick()
+        return result
 
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if when == "before":
-                countdown.tick()
-            result = function(*args, **kwargs)
-            if when == "after":
-                countdown.tick()
-            return result
-
-    return wrapper
+    return awaited if inspect.iscoroutinefunction(function) else called

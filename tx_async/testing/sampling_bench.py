@@ -74,7 +74,7 @@ class SamplingBench:
         self.scale = np.zeros(slots, np.float32)
         self.context = self.config.max_context_length or self.model.max_position_embeddings
         self.engine = SamplingEngine(
-            self.model, self.params, self.config, self.context, str(folder), self.weights, self.scale
+            self.model, self.params, self.config, self.context, str(folder), self.weights, jnp.asarray(self.scale)
         )
         self._forward = jax.jit(partial(_logprobs, self.model))
         self.outcomes: dict[int, Outcome] = {}
@@ -101,7 +101,9 @@ class SamplingBench:
         return self._next_id
 
     def quantum(self, decode_steps: int = 4, prefill_tokens: int = 256) -> Sampled:
-        reply, tensors = self.engine.quantum(decode_steps, prefill_tokens, self.weights, self.scale)()
+        scale = jnp.asarray(self.scale)
+        reply, tensors = self.engine.quantum(decode_steps, prefill_tokens, self.weights, scale)()
+        assert isinstance(reply, Sampled)
         self.engine.sequences.check()
         self.outcomes |= {finished.sequence_id: Outcome(finished, tensors) for finished in reply.finished}
         self.replies.append(reply)
