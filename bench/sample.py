@@ -8,7 +8,7 @@
 - short_beside_training, train_and_sample: the same sample, and mixed, while a client trains all the time.
 - conversation: 8 turns, each with all that was said before and 24 new tokens.
 
-- short_beside_training, train_and_sample: the same sample, and mixed, while a client trains without pause.
+Prompts are random tokens and nothing stops early (`stop=[]`): every server has the same work. The base model samples.
 Each case runs twice, and the second run counts: the first one pays for compilation.
 """
 
