@@ -1,6 +1,7 @@
 """No input compiles anything that was not known at start."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,14 @@ jax.jit(lambda x: x + 1)(1)
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, cwd=ROOT)
     names = [path.name for path in tmp_path.iterdir()]
     assert any(name.endswith("-cache") for name in names) and not any("killed" in name for name in names)
+
+
+def test_no_program_copies_the_adapters_of_other_slots(bench):
+    """A change replaces the stacks in place. One that copied them would cost every tenant's memory at each step."""
+    slots = bench.engine.num_slots + 1
+    stacks = re.compile(rf"= f32\[[12],{slots},[^\]]*\]\S* copy\(")
+    rows = "1x32 K=1 rank=8"
+    for name in ("optim_step", "create_adapter", "load_state", "load_weights", f"forward_backward {rows}"):
+        program = bench.engine._programs[name]
+        program.compile()
+        assert not stacks.findall(program._compiled.as_text()), name

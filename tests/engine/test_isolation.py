@@ -115,3 +115,21 @@ def test_padding_of_lower_ranks_and_untrained_groups_stay_zero(bench):
             assert (a[..., 3:] == 0).all() and (b[:, 3:] == 0).all()
             assert (a != 0).any() == trained == (b != 0).any()
         assert all((x == 0).all() for x in tree["head"]["head"])
+
+
+def test_the_servers_maximum_rank_changes_no_bit_of_a_low_rank(make_bench):
+    """Low ranks have programs of their own, so a neighbour of a higher rank costs them nothing."""
+    alone, beside = make_bench(max_lora_rank=8), make_bench(max_lora_rank=16)
+    beside.create(1, rank=12)
+
+    def neighbour(step):
+        return [(1, [segment(30, 70 + step)])]
+
+    outputs, state = victim(alone, 0)
+    other_outputs, other_state = victim(beside, 0, neighbour)
+    assert_same_bits([x for x in outputs if isinstance(x, list)], [x for x in other_outputs if isinstance(x, list)])
+    for tree, wide in ((state.weights, other_state.weights), (state.m, other_state.m)):
+        for name, (a, b) in tree["layers"].items():
+            assert_same_bits((a, b), (wide["layers"][name][0][..., :8], wide["layers"][name][1][:, :8]))
+            assert (wide["layers"][name][0][..., 8:] == 0).all()
+    assert np.abs(beside.state(1).gradients["layers"]["q"][1]).max() > 0

@@ -76,7 +76,9 @@ def optim_step(state: TrainingState, slot: Array, adam: Adam) -> tuple[TrainingS
     finite = jax.tree.map(_all_finite, new.weights, new.m, new.v)
     taken = jax.tree.reduce(jnp.logical_and, finite, jnp.isfinite(norm))
     new = jax.tree.map(lambda after, before: jnp.where(taken, after, before), new, old)
-    new = new._replace(gradients=jax.tree.map(jnp.zeros_like, old.gradients))
+    # Always zero. Written as a choice that needs the old gradients: were it a constant, it could be stored before they
+    # are read, and to prevent that the compiler would copy the gradients of every slot.
+    new = new._replace(gradients=jax.tree.map(lambda g: jnp.where(new.step < 0, g, 0.0), old.gradients))
     return write_state(state, slot, new), StepOutcome(taken, norm, new.step)
 
 
