@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,6 +27,9 @@ from tx_async.journal.factory import open_journal
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.store import Store
 from tx_async.worker.supervisor import DEFAULT_ENGINE, Supervisor
+
+WORKERS_STOP_S = 2.0
+"""What draining and snapshots leave of `shutdown_ms` for the workers to end."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +69,9 @@ class Server:
                 for actor in (scheduler.run, router.run, supervisor.run, journal.supervise):
                     actors.start_soon(actor, name=actor.__qualname__)
                 yield scheduler
-                await scheduler.stop(config.shutdown_ms / 1000)
-                await supervisor.stop(config.shutdown_ms / 1000)
+                deadline = time.monotonic() + config.shutdown_ms / 1000
+                await scheduler.stop(config.shutdown_ms / 1000 - WORKERS_STOP_S)
+                await supervisor.stop(max(WORKERS_STOP_S, deadline - time.monotonic()))
                 actors.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
