@@ -64,7 +64,7 @@ def worker_schema() -> dict[str, Any]:
         "title": f"tx_async worker protocol, version {PROTOCOL_VERSION}",
         "description": "Header frames are these envelopes in msgpack. A ROUTER at the server, a DEALER at the worker.",
         "oneOf": list(roots),
-        "$defs": definitions,
+        "$defs": _ordered_sets(definitions),
     }
 
 
@@ -133,6 +133,17 @@ def _default(value: Any) -> str:
 
 def _json(value: Any) -> str:
     return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=1).decode() + "\n"
+
+
+def _ordered_sets(schema: Any) -> Any:
+    """The schema with the defaults of sets in one order: Python's own changes from process to process."""
+    if isinstance(schema, dict):
+        ordered = {key: _ordered_sets(value) for key, value in schema.items()}
+        default = ordered.get("default")
+        if isinstance(default, list) and all(isinstance(item, str) for item in default):
+            ordered["default"] = sorted(default)
+        return ordered
+    return [_ordered_sets(item) for item in schema] if isinstance(schema, list | tuple) else schema
 
 
 def _read(path: Path) -> str:
