@@ -131,21 +131,26 @@ def relative_error(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+def _torch() -> Any:
+    """torch is no dependency of the project: only who makes the golden files, or compares live, has it."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return torch
+
+
 def reference_model(folder: Path) -> Any:
     """The folder in transformers, fp32, on plain attention and expert loops."""
-    import torch
     import transformers
 
     transformers.logging.disable_progress_bar()
     options = {"attn_implementation": "eager"}
     if "experts" in (folder / "config.json").read_text():
         options["experts_implementation"] = "eager"
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_torch().float32, **options).eval()
 
 
 def reference_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    import torch
-
+    torch = _torch()
     with torch.no_grad():
         return reference_model(folder)(torch.tensor(tokens)).logits.numpy()
 
@@ -166,9 +171,7 @@ def greedy_prompts(case: Case, seed: int) -> list[np.ndarray]:
 
 def reference_greedy(folder: Path, case: Case, seed: int) -> np.ndarray:
     """int16 [prompts, GREEDY_TOKENS]: transformers' `generate`, which stops at no token."""
-    import torch
-
-    model = reference_model(folder)
+    torch, model = _torch(), reference_model(folder)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": GREEDY_TOKENS, "eos_token_id": None}
     model.generation_config.eos_token_id = None
     answers = []
