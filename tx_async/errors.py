@@ -162,8 +162,13 @@ class EngineError(ServerError):
 
 
 class StorageError(ServerError):
-    """The checkpoint storage could not be read or written."""
+    """The journal or the checkpoint storage could not be read or written: its disk is full, read-only or out of reach.
+    Try again in a moment."""
+
+    status = 503
 
 
 class ContentLost(StorageError):
     """What was stored is gone or damaged: trying again will not help."""
+
+    status = 500

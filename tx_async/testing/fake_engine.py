@@ -33,6 +33,8 @@ from tx_async.errors import (
     NonFiniteGradients,
     UnknownCheckpoint,
 )
+from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
+from tx_async.storage.store import Store
 from tx_async.wire.worker import (
     BASE_SLOT,
     LOSS_FNS,
@@ -158,7 +160,7 @@ class FakeEngine:
         self.num_commands = 0
         self._vocab_size = vocab_size
         self._context = min(context, self.config.max_context_length or context)
-        self._checkpoints_base = checkpoints_base
+        self._store = Store(checkpoints_base) if checkpoints_base else None
         #: checkpoints by key, when there is no folder for them
         self.files: dict[str, bytes] = {}
         self._training: dict[int, _Adapter] = {}
@@ -268,20 +270,19 @@ class FakeEngine:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         data = buffer.getvalue()
-        if self._checkpoints_base:
-            _write_atomically(Path(self._checkpoints_base) / key / ADAPTER_FILE, data)
+        if self._store is not None:
+            write_checkpoint_sync(self._store, key, {ADAPTER_FILE: data}, {"kind": kind})
         else:
             self.files[key] = data
         return len(data)
 
     def _load(self, key: str) -> _Adapter:
-        try:
-            if self._checkpoints_base:
-                data = (Path(self._checkpoints_base) / key / ADAPTER_FILE).read_bytes()
-            else:
-                data = self.files[key]
-        except (OSError, KeyError) as error:
-            raise UnknownCheckpoint(f"There is no checkpoint {key}.") from error
+        if self._store is not None:
+            data = read_checkpoint_sync(self._store, key)[1][ADAPTER_FILE]
+        elif key in self.files:
+            data = self.files[key]
+        else:
+            raise UnknownCheckpoint(f"There is no checkpoint {key}.")
         try:
             arrays = dict(np.load(io.BytesIO(data)))
         except Exception as error:  # numpy and zipfile raise what they like for damaged files
@@ -495,10 +496,3 @@ def _is_due(faults: Faults) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
