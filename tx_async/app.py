@@ -63,6 +63,7 @@ class Server:
                 records,
                 send=router.send,
                 delete_files=store.delete_prefix,
+                list_files=store.list_keys,
                 worker_status=supervisor.waiting_for,
             )
             async with anyio.create_task_group() as actors:

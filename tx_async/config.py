@@ -61,8 +61,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     sample_num_samples_max: int = 4_096
     long_poll_ms: int = 25_000
     """How long `retrieve_future` waits before it answers 408."""
-    seq_gap_ms: int = 120_000
-    """A missing predecessor in `seq_id` order is taken for burned after so long."""
+    seq_gap_ms: int = 15_000
+    """A missing predecessor in `seq_id` order is taken for burned when its client has been silent for so long."""
+    chunk_gap_ms: int = 60_000
+    """The same while it may be the first piece of a batch, which the SDK sends last."""
     train_share: float = 1.0
     """Weight of training against sampling when both have work."""
     sample_share: float = 1.0

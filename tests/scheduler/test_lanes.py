@@ -35,7 +35,7 @@ def test_a_burned_seq_id_holds_up_the_rest_for_a_bounded_time(stage: Stage):
     """A submit was refused on the way (a proxy's 4xx): its number is never sent again."""
     model = stage.model()
     later = stage.forward_backward(model, 2)
-    stage.wait(stage.policy.seq_gap_s - 1)
+    stage.wait(stage.policy.chunk_gap_s - 1)
     stage.run()
     assert stage.result(later) is None
     stage.wait(2)
@@ -45,11 +45,46 @@ def test_a_burned_seq_id_holds_up_the_rest_for_a_bounded_time(stage: Stage):
         stage.forward_backward(model, 1)
 
 
+def test_what_follows_a_gap_tells_how_long_it_is_waited_for(stage: Stage):
+    """The SDK took a number and then refused the step itself. It goes on; the step that it sends next cannot be a piece
+    of the batch after the gap, so nothing is missing that could still come."""
+    assert stage.policy.seq_gap_s < stage.policy.chunk_gap_s
+    model = stage.model()
+    after = [stage.forward_backward(model, 2), stage.optim_step(model, 3)]
+    stage.wait(stage.policy.seq_gap_s - 1)
+    stage.run()
+    assert stage.result(after[0]) is None
+    stage.wait(1)
+    stage.run()
+    assert not any(stage.error(request) for request in after)
+    Reference(stage).check()
+
+
+@pytest.mark.parametrize("is_accepted", [True, False])
+def test_a_batch_whose_pieces_take_long_to_arrive_is_not_cut(stage: Stage, is_accepted: bool):
+    """Two hundred megabytes over a thin line, with the first piece last; or the first piece meets a full queue, and the
+    SDK tries again now and then. The run waits as long as it hears of its client."""
+    model = stage.model()
+    pieces = [stage.forward_backward(model, 2)]
+    for seq_id in range(3, 9):
+        stage.wait(0.9 * stage.policy.chunk_gap_s)
+        if is_accepted:
+            pieces.append(stage.forward_backward(model, seq_id))
+        else:
+            stage.state.training.runs.heard_of(model, stage.now)
+    stage.wait(0.9 * stage.policy.chunk_gap_s)
+    stage.run()
+    pieces.append(stage.forward_backward(model, 1))
+    stage.run()
+    assert not any(stage.error(request) for request in pieces)
+    Reference(stage).check()
+
+
 def test_a_latecomer_stays_out_after_a_restart_too(stage: Stage):
     """The gap was given up and the operation after it has reported its result; then the server restarts."""
     model = stage.model()
     stage.forward_backward(model, 2)
-    stage.wait(stage.policy.seq_gap_s + 1)
+    stage.wait(stage.policy.chunk_gap_s + 1)
     stage.run()
     stage.crash_server()
     stage.settle()
@@ -62,7 +97,7 @@ def test_a_latecomer_whose_commit_was_on_its_way_when_the_gap_was_given_up_fails
     later = stage.forward_backward(model, 2)
     late = OptimStep(model_id=model, seq_id=1, adam_params=AdamParams())
     stage.operations[model, 1] = late
-    stage.now += stage.policy.seq_gap_s + 1
+    stage.now += stage.policy.chunk_gap_s + 1
     stage.submit(late)
     stage.state.training.runs.decisions.now = stage.now
     stage.state.training.runs.burn_gaps()

@@ -1,6 +1,7 @@
 """Samples of many sessions on one device: in turns, from the right weights, each ending once."""
 
 import msgspec
+import pytest
 
 from tx_async.scheduler.events import RequestCancelled, SessionEnded, WorkerLost, WorkerReady
 from tx_async.testing.reference import Reference
@@ -148,8 +149,8 @@ def test_more_adapter_versions_than_slots_take_turns(stage: Stage):
 
 
 def test_nothing_is_sampled_from_a_slot_before_its_adapter_is_there(stage: Stage):
-    """The files cannot be read: the samples fail, and no sequence was prefilled with what was in the slot before (which
-    would also have gone into the prefix cache under the wrong name)."""
+    """The files cannot be read: no sequence was prefilled with what was in the slot before (which would also have gone
+    into the prefix cache under the wrong name)."""
     model = stage.model()
     stage.save(model, 1, "a")
     stage.run()
@@ -158,10 +159,62 @@ def test_nothing_is_sampled_from_a_slot_before_its_adapter_is_there(stage: Stage
     stage.worker.engine.kept.clear()  # type: ignore[union-attr]
     stage.storage.is_down = True
     stage.executed.clear()
-    sample = stage.ask(sampler)
+    stage.ask(sampler)
     stage.run()
-    assert "could not be read" in stage.error(sample)
     assert not any(isinstance(command, AdmitSequences) for command in stage.executed)
+
+
+@pytest.fixture
+def outage(stage: Stage) -> str:
+    """A sampling session whose weights storage does not deliver."""
+    model = stage.model()
+    stage.save(model, 1, "a")
+    stage.run()
+    sampler = stage.sampler(path=f"tinker://{model}/weights/a")
+    stage.worker.engine.kept.clear()  # type: ignore[union-attr]
+    stage.storage.is_down = True
+    stage.executed.clear()
+    return sampler
+
+
+def num_loads(stage: Stage) -> int:
+    return sum(isinstance(command, LoadSampler) for command in stage.executed)
+
+
+def test_samples_wait_out_an_outage_of_storage_and_others_go_on(stage: Stage, outage: str):
+    """Storage is asked again after ever longer pauses; samples of other weights are not held up."""
+    waiting = stage.ask(outage)
+    for _ in range(240):
+        stage.wait(1)
+        stage.run()
+    other = stage.ask(stage.sampler())
+    stage.run()
+    assert not stage.error(other) and stage.result(waiting) is None
+    assert 8 <= num_loads(stage) <= 20
+    stage.storage.is_down = False
+    stage.wait(30)
+    stage.run()
+    assert not stage.error(waiting) and not stage.state.workers["w0"].sampler_outages
+    Reference(stage).check()
+
+
+def test_an_outage_that_does_not_end_fails_the_samples_and_says_why(stage: Stage, outage: str):
+    waiting = stage.ask(outage)
+    for _ in range(25):
+        stage.run()
+        assert stage.result(waiting) is None
+        stage.wait(24)
+    stage.wait(30)
+    stage.run()
+    assert "could not be read" in stage.error(waiting)
+
+
+def test_samples_of_files_that_are_damaged_fail_at_once(stage: Stage, outage: str):
+    stage.storage.is_down = False
+    stage.storage.damaged.update(stage.storage.files)
+    sample = stage.ask(outage)
+    stage.run()
+    assert "damaged" in stage.error(sample)
 
 
 def test_a_failed_quantum_is_tried_again_without_its_sequences_being_lost(stage: Stage):

@@ -232,3 +232,42 @@ def test_storage_refuses_a_save_and_its_run_goes_on(stage: Stage):
     again = stage.save(model, 2, "a")
     stage.run()
     assert "could not be written" in stage.error(save) and not stage.error(again)
+
+
+def test_a_load_waits_out_an_outage_of_storage_and_the_run_waits_with_it(stage: Stage):
+    model, other = stage.model(), stage.model()
+    stage.train(model, 1)
+    stage.save(model, 3, "a")
+    stage.train(model, 1, first_seq_id=4)
+    stage.run()
+    stage.worker.engine.kept.clear()  # type: ignore[union-attr]
+    stage.storage.is_down = True
+    load = stage.load(model, 6, f"tinker://{model}/weights/a")
+    later = stage.optim_step(model, 7)
+    fine = stage.optim_step(other, 1)
+    for _ in range(10):
+        stage.run()
+        stage.wait(25)
+    assert stage.result(load) is None and stage.result(later) is None and not stage.error(fine)
+    stage.storage.is_down = False
+    stage.wait(30)
+    stage.run()
+    assert not stage.error(load) and not stage.error(later)
+    Reference(stage).check()
+
+
+def test_a_load_that_storage_does_not_deliver_for_too_long_fails_alone(stage: Stage):
+    model = stage.model()
+    stage.train(model, 1)
+    stage.save(model, 3, "a")
+    stage.run()
+    stage.worker.engine.kept.clear()  # type: ignore[union-attr]
+    stage.storage.is_down = True
+    load = stage.load(model, 4, f"tinker://{model}/weights/a")
+    later = stage.optim_step(model, 5)
+    for _ in range(30):
+        stage.run()
+        stage.wait(25)
+    stage.run()
+    assert "could not be read" in stage.error(load) and not stage.error(later)
+    Reference(stage).check()

@@ -111,6 +111,7 @@ class TrainingRuns(RuleBasedStateMachine):
 
     def teardown(self):
         self.stage.quiesce()
+        self.stage.tidy()
         Reference(self.stage).check()
 
 

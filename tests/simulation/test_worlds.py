@@ -29,6 +29,7 @@ def run(seed: int) -> World:
     for _ in range(EVENTS):
         world.act()
     world.quiesce()
+    world.tidy()
     reference = Reference(world)
     reference.check()
     return world

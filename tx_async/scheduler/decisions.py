@@ -14,7 +14,7 @@ import numpy as np
 
 from tx_async.errors import TxError
 from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.events import Append, DeleteFiles, FetchBody, Finish, Instruction
+from tx_async.scheduler.events import Append, DeleteFiles, FetchBody, Finish, Instruction, ListFiles
 from tx_async.scheduler.worker_state import WorkerState
 from tx_async.wire import results
 from tx_async.wire.records import Change, RequestRecord, ResultRecord
@@ -45,6 +45,9 @@ class Decisions:
 
     def fetch_body(self, request_id: str) -> None:
         self._instructions.append(FetchBody(request_id))
+
+    def list_files(self, model_id: str, prefix: str) -> None:
+        self._instructions.append(ListFiles(model_id, prefix))
 
     def delete_files(self, storage_key: str) -> None:
         """Unless a record, or a sample that is being drawn, still needs them. Decided before it happens: the deletion

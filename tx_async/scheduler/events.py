@@ -68,6 +68,13 @@ class BodyLoaded(Struct, frozen=True):
     """Why it is lost."""
 
 
+class FilesListed(Struct, frozen=True):
+    """What storage has below a prefix that belongs to a run; None when it did not answer."""
+
+    model_id: str
+    keys: tuple[str, ...] | None
+
+
 class Tick(Struct, frozen=True):
     """Time has passed."""
 
@@ -81,6 +88,7 @@ Fact = (
     | CommandFinished
     | CommandFailed
     | BodyLoaded
+    | FilesListed
     | Tick
 )
 
@@ -115,10 +123,17 @@ class FetchBody(Struct, frozen=True):
     request_id: str
 
 
+class ListFiles(Struct, frozen=True):
+    """List the keys below a prefix that belongs to a run, and come back with `FilesListed`."""
+
+    model_id: str
+    prefix: str
+
+
 class DeleteFiles(Struct, frozen=True):
     """Delete what is stored under a key or prefix, once everything decided before is durable."""
 
     storage_key: str
 
 
-Instruction = Append | Finish | Send | FetchBody | DeleteFiles
+Instruction = Append | Finish | Send | FetchBody | ListFiles | DeleteFiles

@@ -12,14 +12,18 @@ from typing import Any
 
 from msgspec import Struct
 
+from tx_async.scheduler.outages import Outage
 from tx_async.scheduler.packing import PackedRequest
-from tx_async.wire.operations import ForwardBackward, LoadWeights, Operation, OptimStep
+from tx_async.scheduler.policy import Policy
+from tx_async.wire.operations import ForwardBackward, LoadWeights, Operation, OptimStep, Rejected
 from tx_async.wire.records import ModelRecord, RequestRecord, Snapshot
 
 FORWARD = "Forward"
 """Kind of a forward_backward that leaves no gradients."""
 REPLAYED_KINDS = (ForwardBackward.__name__, OptimStep.__name__, LoadWeights.__name__)
 """What a run's state depends on; saves, forward passes and refusals leave it as it is."""
+CHUNK_KINDS = (ForwardBackward.__name__, FORWARD, Rejected.__name__)
+"""What a piece of a batch may be."""
 ALONE_FROM_ATTEMPT = 2
 """An operation that was running when a worker died so often runs without company: the next death tells who it was."""
 
@@ -37,6 +41,8 @@ class Step(Struct, eq=False):
     """Times in a row that it was running when a worker died or the engine failed."""
     failed_in_company: bool = False
     """A micro-batch that it shared with others failed: it runs alone, so that only the culprit fails."""
+    outage: Outage | None = None
+    """Storage does not deliver what it is to load."""
 
     # ---- of the current run; cleared by `restart`
     run: int = 0
@@ -86,8 +92,8 @@ class Lane:
         self.cursor = self.base_seq_id + 1
         #: seq_ids that will never come: later ones have gone ahead
         self.burned: set[int] = set()
-        #: when the cursor was first seen waiting for a missing predecessor
-        self.gap_since: float | None = None
+        #: when the newest submission of the run arrived, accepted or refused for the moment: its client is there
+        self.heard_at = 0.0
         #: True while the device holds base + operations up to the cursor
         self.resident = False
         #: how often the device state was lost: answers that belong to an earlier one are ignored
@@ -99,14 +105,15 @@ class Lane:
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
         self.snapshot_due = False
-        #: storage refused the last one: none before this time, and the slot is not left if that needed one
-        self.no_snapshot_before = 0.0
+        #: storage refuses them: none is taken meanwhile, and the slot is not left if that needed one
+        self.snapshot_outage = Outage()
         self.last_active = 0.0
         #: turn of the trainer since which the lane waits to be served
         self.waiting_since_turn = 0
-        #: storage did not deliver: not tried again before this time
+        #: it cannot go on before this time
         self.blocked_until = 0.0
-        self.num_load_failures = 0
+        #: storage does not deliver its base
+        self.base_outage = Outage()
 
     def __repr__(self) -> str:
         waiting = sum(seq_id >= self.cursor for seq_id in self.steps)
@@ -169,23 +176,36 @@ class Lane:
             elif not step.finished or step.needs_replay:
                 return step
             self.cursor += 1
-            self.gap_since = None
 
     def advance(self) -> None:
         """The operation at the cursor is wholly in the device's stream."""
         self.steps[self.cursor].is_sent = True
         self.cursor += 1
-        self.gap_since = None
 
     @property
     def has_gap(self) -> bool:
         return self.cursor not in self.steps and any(seq_id > self.cursor for seq_id in self.steps)
 
+    def gap_limit(self, policy: Policy) -> float:
+        """Seconds without a word from the client after which what is missing is taken for burned: it will never come.
+
+        The SDK sends an operation when the one before it has been answered, accepted or not. Its one exception is a
+        batch in pieces: pieces 2..N come first, at once, and piece 1 when they have been accepted. So
+        - when anything else than a piece follows the gap, the missing one was refused on its way, or by the SDK
+          itself after it had taken its number; only clients that send as they like, and a network that reorders, are
+          waited for;
+        - while nothing but pieces follow, piece 1 may be on its way: five megabytes or one huge datum over a thin
+          line, or between two attempts of the SDK, which are up to 30 s apart.
+        The time counts from the newest submission, so a long upload of many pieces is never cut. A client that
+        is blocked by the gap falls silent, so the gap always ends.
+        """
+        is_batch = all(step.kind in CHUNK_KINDS for seq_id, step in self.steps.items() if seq_id > self.cursor)
+        return policy.chunk_gap_s if is_batch else policy.seq_gap_s
+
     def burn_gap(self) -> None:
         """Nobody will send what is missing before the next accepted operation."""
         following = min(seq_id for seq_id in self.steps if seq_id > self.cursor)
         self.burned.update(range(self.cursor, following))
-        self.gap_since = None
 
     def lose_device_state(self) -> None:
         """The slot's content is gone or not to be trusted: everything after the base runs again."""

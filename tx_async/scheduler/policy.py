@@ -10,7 +10,9 @@ class Policy(Struct, frozen=True, kw_only=True):
     """All commands that a worker has not answered; small ones (optimizer steps, saves) count too."""
     train_share: float = 1.0
     sample_share: float = 1.0
-    seq_gap_s: float = 120.0
+    seq_gap_s: float = 15.0
+    chunk_gap_s: float = 60.0
+    """See `Lane.gap_limit`."""
     snapshot_every_steps: int = 16
     snapshot_every_bytes: int = 256 * 2**20
     snapshot_idle_s: float = 30.0
@@ -18,8 +20,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     """A request that was running each time when a worker died so often fails instead of killing a next one."""
     patience_turns: int = 32
     """Micro-batches that one session's runs on the device may go before its runs that wait for a slot."""
-    load_retry_s: float = 2.0
-    """Pause before files that storage could not deliver are asked for again."""
+    storage_patience_s: float = 600.0
+    """How long something new waits for files that storage does not deliver; what repeats a run's state waits on."""
     result_retention_s: float = 24 * 3600
     results_kept_max: int = 100_000
     """Finished requests that are remembered; beyond that the oldest go before their time."""

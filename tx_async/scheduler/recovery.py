@@ -29,6 +29,7 @@ def restore(training: Training) -> list[RequestRecord]:
     for lane in list(training.runs.lanes.values()):
         _refuse_latecomers(training, lane)
         training.runs.lose_state(lane)
+        training.runs.littered[lane.model_id] = training.decisions.now
     return samples
 
 

@@ -51,7 +51,7 @@ class Rollouts:
         #: adapter version -> how many jobs need it
         self.versions: Counter[str] = Counter()
         self.fair: FairQueue[str] = FairQueue()
-        self.slots = SamplerSlots(decisions)
+        self.slots = SamplerSlots(decisions, policy)
         #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
         self.is_draining = False
         self._last_sequence_id = 0
@@ -169,8 +169,8 @@ class Rollouts:
         error = error_of(event.category, event.message)
         match answer:
             case SamplerSent(version=version):
-                self.slots.failed(worker, version)
-                self._end_all((job for job in self.jobs.values() if job.version == version), error)
+                if self.slots.failed(worker, version, error):
+                    self._end_all((job for job in self.jobs.values() if job.version == version), error)
             case AdmissionSent(sequence_ids=ids) if error.category == "user" and len(self._jobs_of(worker, ids)) == 1:
                 self._end_all(self._jobs_of(worker, ids), error)
             case AdmissionSent(sequence_ids=ids) | QuantumSent(sequence_ids=ids):
@@ -256,7 +256,7 @@ class Admission:
         if version in self._without_slot or version == self._leaving:
             return False
         if self.slots.bring(self.worker, version):
-            return version not in self.worker.loading_samplers
+            return self.slots.is_loaded(self.worker, version)
         self._without_slot.add(version)
         self._leaving = self._leaving or self.slots.least_recent(self.worker)
         return False

@@ -9,6 +9,7 @@ import msgspec
 from tx_async.errors import CorruptedModel, ServerError, TxError, UserError
 from tx_async.scheduler.decisions import Decisions
 from tx_async.scheduler.lanes import REPLAYED_KINDS, Lane, Step
+from tx_async.scheduler.outages import Outage
 from tx_async.scheduler.policy import Policy
 from tx_async.scheduler.worker_state import WorkerState
 from tx_async.wire import results
@@ -35,12 +36,14 @@ class Runs:
         self.ready: dict[str, None] = {}
         #: model_ids that wait for missing predecessors
         self.gaps: set[str] = set()
+        #: model_ids whose storage may hold snapshots that nobody waits for any more -> since when
+        self.littered: dict[str, float] = {}
         #: counts micro-batches: what waiting is measured in
         self.turn = 0
 
     def create(self, model: ModelRecord) -> Lane:
         self.lanes[model.model_id] = lane = Lane(model)
-        lane.last_active = self.decisions.now
+        lane.last_active = lane.heard_at = self.decisions.now
         return lane
 
     def update(self, lane: Lane, **fields: Any) -> Put:
@@ -50,8 +53,13 @@ class Runs:
 
     def touch(self, lane: Lane) -> None:
         """The run was used: in memory at once, on disk with the record's next version."""
-        lane.last_active = self.decisions.now
+        lane.last_active = lane.heard_at = self.decisions.now
         self.decisions.catalog.apply([self.update(lane, last_request_at=self.decisions.now)])
+
+    def heard_of(self, model_id: str, now: float) -> None:
+        """A submission arrived that was not accepted, for now: its client will try again."""
+        if lane := self.lanes.get(model_id):
+            lane.heard_at = max(lane.heard_at, now)
 
     def refresh(self, lane: Lane) -> None:
         """Look again whether the lane can go on."""
@@ -63,7 +71,6 @@ class Runs:
             return
         self.ready.pop(lane.model_id, None)
         if lane.has_gap:
-            lane.gap_since = self.decisions.now if lane.gap_since is None else lane.gap_since
             self.gaps.add(lane.model_id)
 
     @property
@@ -83,7 +90,7 @@ class Runs:
     def burn_gaps(self) -> None:
         for model_id in sorted(self.gaps):
             lane = self.lanes[model_id]
-            if lane.gap_since is not None and self.decisions.now - lane.gap_since >= self.policy.seq_gap_s:
+            if lane.has_gap and self.decisions.now - lane.heard_at >= lane.gap_limit(self.policy):
                 lane.burn_gap()
                 self.refresh(lane)
 
@@ -117,6 +124,7 @@ class Runs:
         """Everything of the operation was answered: it is not under suspicion, and its body is in the journal only."""
         step.num_outstanding = 0
         step.attempts = 0
+        step.outage = None
         step.operation = None
         step.packed = None
         step.parts = {}
@@ -135,6 +143,12 @@ class Runs:
                 return
         self.lose_state(lane)
 
+    def wait_for_storage(self, lane: Lane, outage: Outage) -> None:
+        """It may only be out of reach for a while: that damages nothing."""
+        outage.failed(self.decisions.now)
+        lane.blocked_until = outage.until
+        self.lose_state(lane)
+
     def refuse(self, lane: Lane, error: TxError) -> None:
         """The run cannot go on with the server's present configuration: what is unfinished fails, nothing is lost."""
         for step in sorted(lane.steps.values(), key=lambda step: step.seq_id):
@@ -148,6 +162,8 @@ class Runs:
         """The device state is gone or spoiled: the run starts again from its base."""
         for snapshot in lane.durable_snapshots:  # results that it contains were not reported: it cannot be a base
             self.decisions.delete_files(snapshot.key)
+        if lane.pending_snapshots:
+            self.littered[lane.model_id] = self.decisions.now
         lane.lose_device_state()
         for worker in self.workers.values():
             if lane.model_id in worker.training_slots:

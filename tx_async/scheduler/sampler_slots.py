@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from tx_async.errors import TxError
 from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.outages import Outage
+from tx_async.scheduler.policy import Policy
 from tx_async.scheduler.worker_state import WorkerState
 from tx_async.wire.worker import BASE_SLOT, LoadSampler
 
@@ -16,13 +19,17 @@ class SamplerSent(Struct, frozen=True):
 
 
 class SamplerSlots:
-    def __init__(self, decisions: Decisions):
+    def __init__(self, decisions: Decisions, policy: Policy):
         self.decisions = decisions
+        self.policy = policy
 
     def bring(self, worker: WorkerState, version: str) -> bool:
-        """Have a version loaded, or on its way. False while every slot is held by running sequences of other
-        versions."""
+        """Have a version loaded, on its way, or waiting for storage. False while every slot is held by running
+        sequences of other versions."""
         slots = worker.sampler_slots
+        outage = worker.sampler_outages.get(version)
+        if outage is not None and outage.until > self.decisions.now:
+            return True
         if version in slots:
             slots.touch(version)
             return True
@@ -39,13 +46,31 @@ class SamplerSlots:
         self.decisions.send(worker, LoadSampler(sampler_slot=slot, key=version), SamplerSent(version))
         return True
 
+    def is_loaded(self, worker: WorkerState, version: str) -> bool:
+        return version in worker.sampler_slots and version not in worker.loading_samplers
+
     def finished(self, worker: WorkerState, version: str) -> None:
         worker.loading_samplers.discard(version)
+        worker.sampler_outages.pop(version, None)
 
-    def failed(self, worker: WorkerState, version: str) -> None:
+    def failed(self, worker: WorkerState, version: str, error: TxError) -> bool:
+        """True when trying again will not help, or has not helped for `storage_patience_s`."""
         worker.loading_samplers.discard(version)
         if version in worker.sampler_slots:
             worker.sampler_slots.release(version)
+        self._forget_old_outages(worker)
+        outage = worker.sampler_outages.setdefault(version, Outage())
+        outage.failed(self.decisions.now)
+        is_over = error.category == "user" or outage.has_lasted(self.decisions.now) >= self.policy.storage_patience_s
+        if is_over:
+            del worker.sampler_outages[version]
+        return is_over
+
+    def _forget_old_outages(self, worker: WorkerState) -> None:
+        """Of versions that nobody asks for any more."""
+        oldest = self.decisions.now - self.policy.storage_patience_s
+        for version in [name for name, outage in worker.sampler_outages.items() if outage.until < oldest]:
+            del worker.sampler_outages[version]
 
     def least_recent(self, worker: WorkerState) -> str | None:
         return worker.sampler_slots.victim(lambda _version: True)

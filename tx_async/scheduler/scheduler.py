@@ -29,6 +29,7 @@ from tx_async.errors import (
     InvalidRequest,
     NotFound,
     NotReady,
+    Overloaded,
     ResultGone,
     SessionGone,
     StorageError,
@@ -48,8 +49,10 @@ from tx_async.scheduler.events import (
     DeleteFiles,
     Fact,
     FetchBody,
+    FilesListed,
     Finish,
     Instruction,
+    ListFiles,
     RequestAccepted,
     RequestCancelled,
     Send,
@@ -110,6 +113,7 @@ class Scheduler:
         *,
         send: Callable[[str, Command, Sequence[np.ndarray]], int],
         delete_files: Callable[[str], Awaitable[Any]],
+        list_files: Callable[[str], Awaitable[Sequence[str]]],
         worker_status: Callable[[], list[str]],
         clock: Clock | None = None,
     ):
@@ -119,6 +123,7 @@ class Scheduler:
         self.clock = clock or SystemClock()
         self._send = send
         self._delete_files = delete_files
+        self._list_files = list_files
         self._worker_status = worker_status
         self.catalog = Catalog(records)
         self.state = SchedulerState(self.catalog, base_model, policy_of(config), self.clock.now())
@@ -234,6 +239,8 @@ class Scheduler:
                     self._perform_send(instruction)
                 case FetchBody():
                     self._spawn(self._fetch_body(instruction.request_id))
+                case ListFiles():
+                    self._spawn(self._list(instruction))
                 case _:
                     self.outbox.post(instruction)
 
@@ -284,6 +291,14 @@ class Scheduler:
             await self._delete_files(storage_key)
         except StorageError as error:
             _log.warning("Files of %s were not deleted: %s", storage_key, error)
+
+    async def _list(self, instruction: ListFiles) -> None:
+        keys = None
+        try:
+            keys = tuple(await self._list_files(instruction.prefix))
+        except StorageError as error:
+            _log.warning("Files of %s were not listed: %s", instruction.prefix, error)
+        self._handle(FilesListed(instruction.model_id, keys))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -433,10 +448,14 @@ class Scheduler:
         digest = operations.body_digest(body)
         if known := self.catalog.find_request(*key):
             return submissions.same(known, digest)
-        accepting = self._accepting.get(key) or self._begin(key, owner, operation, body, digest)
-        request = submissions.same(accepting.request, digest)
-        # A client that gives up must not take back what may be durable already.
-        await asyncio.shield(accepting.task)
+        try:
+            accepting = self._accepting.get(key) or self._begin(key, owner, operation, body, digest)
+            request = submissions.same(accepting.request, digest)
+            # A client that gives up must not take back what may be durable already.
+            await asyncio.shield(accepting.task)
+        except (Overloaded, StorageError):
+            self.state.training.runs.heard_of(key[0], self.clock.now())  # it will come again: its number is not burned
+            raise
         return request
 
     def _begin(self, key: tuple[str, int], owner: str, operation: Operation, body: bytes, digest: str) -> Accepting:
@@ -597,6 +616,7 @@ def policy_of(config: ServerConfig) -> Policy:
         train_share=config.train_share,
         sample_share=config.sample_share,
         seq_gap_s=config.seq_gap_ms / 1000,
+        chunk_gap_s=config.chunk_gap_ms / 1000,
         snapshot_every_steps=config.snapshot_every_steps,
         snapshot_every_bytes=config.snapshot_every_bytes,
         snapshot_idle_s=config.snapshot_idle_s,

@@ -22,9 +22,6 @@ from tx_async.wire.worker import SaveAdapter
 PENDING_MAX = 2
 """Snapshots of one run on their way; the next one that is merely due waits until storage has caught up."""
 
-SAVE_RETRY_S = 10.0
-"""Pause after storage refused a run's snapshot. Until then it also keeps its slot."""
-
 
 class SnapshotSent(Struct, frozen=True):
     lane: Lane
@@ -37,6 +34,8 @@ class Snapshots:
         self.decisions = decisions
         #: model_ids with snapshots that are durable and do not count yet
         self._unsettled: dict[str, None] = {}
+        #: tells this life of the server from earlier ones
+        self._life = f"{round(decisions.now * 1e6):x}"
 
     def take_if_due(self, worker: WorkerState, lane: Lane) -> None:
         policy = self.runs.policy
@@ -44,7 +43,7 @@ class Snapshots:
             lane.snapshot_due = True
         if lane.num_bytes_since_snapshot >= policy.snapshot_every_bytes:
             lane.snapshot_due = True
-        may_take = len(lane.pending_snapshots) < PENDING_MAX and lane.no_snapshot_before <= self.decisions.now
+        may_take = len(lane.pending_snapshots) < PENDING_MAX and lane.snapshot_outage.until <= self.decisions.now
         if lane.snapshot_due and may_take and lane.is_dirty:
             self.take(worker, lane)
 
@@ -53,8 +52,8 @@ class Snapshots:
         slot = worker.training_slots.slot_of(lane.model_id)
         assert slot is not None and lane.resident and lane.is_between_operations
         seq_id = lane.cursor - 1
-        # A name is used once in a server's life: a write that was given up may still be going on.
-        snapshot = Snapshot(f"{snapshots_of(lane.model_id)}/{seq_id}~{lane.num_losses}", seq_id)
+        # A name is used once: a write that was given up, or whose server died, may still be going on.
+        snapshot = Snapshot(f"{snapshots_of(lane.model_id)}/{seq_id}~{self._life}-{lane.num_losses}", seq_id)
         command = SaveAdapter(slot=slot, config=lane.model.lora, key=snapshot.key, kind="snapshot")
         self.decisions.send(worker, command, SnapshotSent(lane, snapshot))
         lane.pending_snapshots.append(snapshot)
@@ -66,7 +65,7 @@ class Snapshots:
         """Snapshot every dirty resident run that has been idle since then."""
         for lane in self.runs.lanes.values():
             is_idle = lane.resident and lane.last_active <= idle_since and lane.is_between_operations
-            may_take = not lane.pending_snapshots and lane.no_snapshot_before <= self.decisions.now
+            may_take = not lane.pending_snapshots and lane.snapshot_outage.until <= self.decisions.now
             if is_idle and may_take and lane.is_dirty:
                 self.take(worker, lane)
 
@@ -79,6 +78,7 @@ class Snapshots:
 
     def finished(self, answer: SnapshotSent) -> None:
         lane = answer.lane
+        lane.snapshot_outage.over()
         if answer.snapshot not in lane.pending_snapshots or lane.model_id not in self.runs.lanes:
             self.decisions.delete_files(answer.snapshot.key)  # nobody waits for it any more
         else:
@@ -92,7 +92,8 @@ class Snapshots:
         if answer.snapshot not in lane.pending_snapshots:
             return
         lane.pending_snapshots.remove(answer.snapshot)
-        lane.no_snapshot_before = self.decisions.now + SAVE_RETRY_S
+        lane.snapshot_outage.failed(self.decisions.now)
+        lane.snapshot_due = True
         if not lane.resident and lane.model_id in self.runs.lanes:
             self.runs.lose_state(lane)
 

@@ -16,6 +16,7 @@ from tx_async.scheduler.events import (
     CommandFailed,
     CommandFinished,
     Fact,
+    FilesListed,
     Instruction,
     RequestAccepted,
     RequestCancelled,
@@ -27,6 +28,7 @@ from tx_async.scheduler.events import (
 from tx_async.scheduler.fairness import Shares
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.scheduler.lanes import Step
+from tx_async.scheduler.orphans import Orphans
 from tx_async.scheduler.policy import Policy
 from tx_async.scheduler.recovery import restore
 from tx_async.scheduler.retention import Retention
@@ -49,7 +51,8 @@ class SchedulerState:
         self.training = Training(self.decisions, policy, self.workers)
         self.rollouts = Rollouts(self.decisions, policy, self.workers)
         self.retention = Retention(self.decisions, self.training.runs, self.rollouts, policy)
-        self.shares = Shares({"train": policy.train_share, "sample": policy.sample_share})
+        self.orphans = Orphans(self.training.runs, self.decisions)
+        self.shares: Shares[Kind] = Shares({"train": policy.train_share, "sample": policy.sample_share})
         #: samples that were accepted before a restart and whose bodies are being read
         self.restoring: set[str] = set()
 
@@ -92,6 +95,8 @@ class SchedulerState:
                 self._answered(fact)
             case BodyLoaded():
                 self._body_loaded(fact)
+            case FilesListed():
+                self.orphans.found(fact)
             case Tick():
                 self._tick()
         self.training.settle()
@@ -197,6 +202,7 @@ class SchedulerState:
         if trainer := self._trainer():
             self.training.snapshots.take_all(trainer, idle_since=self.decisions.now - self.policy.snapshot_idle_s)
         self.retention.sweep_if_due()
+        self.orphans.look()
 
     # ---- deciding what runs next
 

@@ -16,6 +16,7 @@ from tx_async.scheduler.events import CommandFailed, CommandFinished
 from tx_async.scheduler.fairness import FairQueue
 from tx_async.scheduler.lanes import Lane, Step
 from tx_async.scheduler.micro_batches import MicroBatches, RowsSent
+from tx_async.scheduler.outages import Outage
 from tx_async.scheduler.policy import Policy
 from tx_async.scheduler.runs import Runs, error_of
 from tx_async.scheduler.saves import Saves
@@ -285,11 +286,19 @@ class Training:
                 self.runs.fail(step, error)
             case OptimStep() if error.category == "user":
                 self.runs.fail(step, error, had_effect=True)  # NaN gradients: cleared, weights as before
-            case LoadWeights() if error.category == "user" and not step.finished:
+            case LoadWeights() if not step.finished and (error.category == "user" or self._is_given_up(step)):
                 self.runs.fail(step, error)
                 self.runs.lose_state(lane)
+            case LoadWeights() if error.category == "server":
+                step.outage = step.outage or Outage()
+                self.runs.wait_for_storage(lane, step.outage)
             case _:
                 self.runs.try_again(step, error)
+
+    def _is_given_up(self, step: Step) -> bool:
+        """Storage has not delivered what it is to load for too long."""
+        now = self.decisions.now
+        return step.outage is not None and step.outage.has_lasted(now) >= self.policy.storage_patience_s
 
     def body_loaded(self, request: RequestRecord, operation: Operation | None, error: TxError) -> None:
         lane = self.runs.lanes.get(request.subject)

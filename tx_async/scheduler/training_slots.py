@@ -14,9 +14,6 @@ from tx_async.scheduler.worker_state import WorkerState
 from tx_async.wire.records import Delete
 from tx_async.wire.worker import CreateAdapter, LoadAdapter
 
-LOAD_RETRY_MAX_S = 60.0
-"""Longest pause between two attempts to read a run's base from a storage that does not answer."""
-
 
 class BaseSent(Struct, frozen=True):
     """The lane's base is being put into a slot."""
@@ -68,7 +65,7 @@ class TrainingSlots:
 
     def _may_leave(self, lane: Lane) -> bool:
         """Not in the middle of a request, and not while storage refuses to take what the slot holds."""
-        is_refused = lane.no_snapshot_before > self.decisions.now and lane.is_dirty
+        is_refused = lane.snapshot_outage.until > self.decisions.now and lane.is_dirty
         return lane.is_between_operations and not is_refused
 
     def _evict(self, worker: WorkerState, lane: Lane) -> None:
@@ -84,7 +81,7 @@ class TrainingSlots:
         lane = answer.lane
         if not answer.is_current:
             return
-        lane.num_load_failures = 0
+        lane.base_outage.over()
         first = lane.steps.get(0)
         if first is not None and not first.finished:
             path, model_id = lane.model.created_from_path, lane.model_id
@@ -97,20 +94,14 @@ class TrainingSlots:
         error = error_of(event.category, event.message)
         first = lane.steps.get(0)
         is_creation = first is not None and not first.finished
-        gives_up = is_creation and lane.num_load_failures >= self.runs.policy.attempts_max
+        waited = lane.base_outage.has_lasted(self.decisions.now)
+        gives_up = is_creation and waited >= self.runs.policy.storage_patience_s
         if error.category != "user" and not gives_up:
-            self._retry_later(lane)
+            self.runs.wait_for_storage(lane, lane.base_outage)
         elif is_creation:
             self.runs.abandon(lane, error, Delete("model", lane.model_id))
         else:
             self._without(lane, answer.key, error)
-
-    def _retry_later(self, lane: Lane) -> None:
-        """Storage may only be out of reach for a while: that damages nothing."""
-        pause = self.runs.policy.load_retry_s * 2**lane.num_load_failures
-        lane.num_load_failures = min(lane.num_load_failures + 1, 16)
-        lane.blocked_until = self.decisions.now + min(pause, LOAD_RETRY_MAX_S)
-        self.runs.lose_state(lane)
 
     def _without(self, lane: Lane, key: str | None, error: TxError) -> None:
         """What the run starts from is damaged: an older snapshot and a longer replay, or the end of the run."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from tx_async.scheduler.adapters import SlotCache
 from tx_async.scheduler.events import Send
+from tx_async.scheduler.outages import Outage
 from tx_async.scheduler.policy import Policy
 from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
 
@@ -24,8 +25,10 @@ class WorkerState:
         self.sampler_slots: SlotCache[str] = SlotCache(info.num_sampler_slots)
         #: versions in `sampler_slots` whose files are being read: nothing is sampled from a slot before that succeeded
         self.loading_samplers: set[str] = set()
-        #: command number -> (what to do with the answer, whether the command was a quantum)
-        self.in_flight: dict[int, tuple[Any, bool]] = {}
+        #: versions that storage does not deliver; disjoint from `sampler_slots` except while they are tried again
+        self.sampler_outages: dict[str, Outage] = {}
+        #: command number -> (what to do with the answer, the kind of quantum that the command was)
+        self.in_flight: dict[int, tuple[Any, Kind | None]] = {}
         #: train micro-batches and sample quanta among them: what `quanta_in_flight_max` bounds
         self.num_quanta = 0
         #: sequence_id -> job, admitted and not ended

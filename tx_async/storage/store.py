@@ -189,6 +189,10 @@ class Store:
     async def list(self, prefix: str = "") -> list[Entry]:
         return await asyncio.to_thread(self.list_sync, prefix)
 
+    async def list_keys(self, prefix: str = "") -> list[str]:
+        """Of everything below `prefix/`, sorted."""
+        return [entry.key for entry in await self.list(prefix)]
+
     async def size(self, prefix: str = "") -> int:
         return await asyncio.to_thread(self.size_sync, prefix)
 

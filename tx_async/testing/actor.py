@@ -44,6 +44,7 @@ class InProcessServer:
             records,
             send=self.send,
             delete_files=self.delete,
+            list_files=self.list,
             worker_status=lambda: [],
         )
 
@@ -78,6 +79,9 @@ class InProcessServer:
             self.scheduler.on_event(dispatch.BatchFailed("w0", number, error.category, error.message, False))
             return
         self.scheduler.on_event(dispatch.BatchFinished("w0", number, result, arrays, 1.0))
+
+    async def list(self, prefix: str) -> list[str]:
+        return self.storage.list(prefix)
 
     async def delete(self, key: str) -> None:
         self.deleted.append(key)

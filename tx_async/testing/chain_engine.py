@@ -126,6 +126,12 @@ class Storage:
         self.files[key] = adapter
         self.damaged.discard(key)
 
+    def list(self, prefix: str) -> list[str]:
+        """Each adapter is a folder of one file."""
+        if self.is_down:
+            raise StorageError(f"{prefix} could not be listed.")
+        return [f"{key}/adapter" for key in self.files if key.startswith(prefix + "/")]
+
     def delete(self, prefix: str) -> None:
         for key in [key for key in self.files if key == prefix or key.startswith(prefix + "/")]:
             del self.files[key]

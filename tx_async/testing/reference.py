@@ -68,6 +68,7 @@ class Reference:
             self._run_of(name)
         self._check_files()
         self._check_device()
+        self._check_no_orphans()
         self._check_samples()
         self._check_journal()
         for request_id in self.world.acknowledged:
@@ -174,6 +175,19 @@ class Reference:
                 if snapshot.key not in world.storage.damaged:
                     expected = self._state_at(model.model_id, snapshot.seq_id)
                     assert world.storage.files.get(snapshot.key) == expected, f"{snapshot}"
+
+    def _check_no_orphans(self) -> None:
+        """Storage has those snapshots that a run knows, and no others; once there was time to look (`World.tidy`)."""
+        world = self.world
+        if world.state.training.runs.littered or world.listings:
+            return
+        known = {
+            snapshot.key
+            for lane in world.state.training.runs.lanes.values()
+            for snapshot in (*lane.model.snapshots, *lane.durable_snapshots, *lane.pending_snapshots)
+        }
+        there = {key for key in world.storage.files if "/snapshots/" in key}
+        assert there <= known, f"orphans {there - known}"
 
     def _state_at(self, name: str, seq_id: int) -> Adapter:
         states = self.states[name]

@@ -28,8 +28,10 @@ from tx_async.scheduler.events import (
     DeleteFiles,
     Fact,
     FetchBody,
+    FilesListed,
     Finish,
     Instruction,
+    ListFiles,
     RequestAccepted,
     RequestCancelled,
     Send,
@@ -38,6 +40,7 @@ from tx_async.scheduler.events import (
     WorkerReady,
 )
 from tx_async.scheduler.interface import BaseModelInfo
+from tx_async.scheduler.orphans import LOOK_AFTER_S
 from tx_async.scheduler.outbox import changes_of
 from tx_async.scheduler.policy import Policy
 from tx_async.scheduler.quota import Quota
@@ -89,7 +92,9 @@ INFO = EngineInfo(
     prefill_tokens=8,
 )
 BASE = BaseModelInfo(name="base", path="", architecture="Chain", vocab_size=100, max_context_length=16)
-POLICY = Policy(snapshot_every_steps=3, snapshot_idle_s=20.0, seq_gap_s=60.0, patience_turns=6, attempts_max=50)
+POLICY = Policy(
+    snapshot_every_steps=3, snapshot_idle_s=20.0, seq_gap_s=30.0, chunk_gap_s=60.0, patience_turns=6, attempts_max=50
+)
 CONFIG = ServerConfig(queued_requests_max=5_000)
 
 
@@ -140,6 +145,8 @@ class World:
         self.commits: deque[tuple[tuple[Change, ...], Callable[[], None]]] = deque()
         #: bodies that the server is reading
         self.reads: list[str] = []
+        #: folders that the server has asked storage for, with what it found there
+        self.listings: list[FilesListed] = []
         #: submissions whose commit is on its way
         self.accepting: dict[tuple[str, int], Accepted] = {}
         self.num_requests = 0
@@ -212,10 +219,12 @@ class World:
             self._write(self.commits.popleft()[0])
         self.commits.clear()
         self.reads.clear()
+        self.listings.clear()
         for accepting in self.accepting.values():
             self.to_send.append(accepting.operation)
         self.accepting.clear()
         self._end_worker()
+        self.now += 0.001  # no two lives begin at the same moment
         self._start_server()
 
     def _write(self, changes: Sequence[Change]) -> None:
@@ -243,8 +252,17 @@ class World:
                     self._send(instruction)
                 case FetchBody():
                     self.reads.append(instruction.request_id)
+                case ListFiles():
+                    self.listings.append(self._list(instruction))
                 case _:
                     self.commits.append((changes_of(instruction), lambda item=instruction: self._show(item)))
+
+    def _list(self, instruction: ListFiles) -> FilesListed:
+        """Storage is asked now; the answer arrives later."""
+        try:
+            return FilesListed(instruction.model_id, tuple(self.storage.list(instruction.prefix)))
+        except StorageError:
+            return FilesListed(instruction.model_id, None)
 
     def _show(self, item: Instruction) -> None:
         if isinstance(item, Finish):
@@ -608,6 +626,9 @@ class World:
         body = self.disk.bodies.get(name)
         self.handle(BodyLoaded(name, operations.decode(body[2]) if body else None, "gone"))
 
+    def deliver_a_listing(self) -> None:
+        self.handle(self.listings.pop(0))
+
     def pass_time(self) -> None:
         self.now += self.random.choice([0.1, 1.0, 5.0, 30.0])
         self.handle(Tick())
@@ -654,6 +675,8 @@ class World:
             choices.append((3.0, self.commit_some))
         if self.reads:
             choices.append((3.0, self.read_body))
+        if self.listings:
+            choices.append((1.0, self.deliver_a_listing))
         if self.worker is None:
             choices.append((1.0, self.start_worker))
             return choices
@@ -694,6 +717,13 @@ class World:
             else:
                 return
         raise AssertionError(f"{len(self.quota)} requests never ended: {self.state!r}")
+
+    def tidy(self) -> None:
+        """Time passes until what was left behind by deaths has been looked for."""
+        while self.state.training.runs.littered:
+            self.now += LOOK_AFTER_S
+            self.handle(Tick())
+            self.quiesce()
 
     # ---- invariants of every moment
 

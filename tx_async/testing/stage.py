@@ -155,9 +155,11 @@ class Stage(World):
 
     def settle(self) -> None:
         """Everything that waits for the disk becomes durable."""
-        while self.commits or self.reads:
+        while self.commits or self.reads or self.listings:
             if self.commits:
                 self.commit_some()
+            elif self.listings:
+                self.deliver_a_listing()
             else:
                 self.read_body()
 

@@ -1,0 +1,55 @@
+"""Snapshots that nobody knows: their files were written, or half written, when the worker or the server died, and the
+journal never heard of them.
+
+Looking takes three steps, so that it can never meet a snapshot that is just being taken: the folder is listed; what was
+listed is compared with what the run knows *then*; what it does not know is deleted. A snapshot taken after the listing
+is not in it, because no name is used twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from tx_async.scheduler.decisions import Decisions
+from tx_async.scheduler.events import FilesListed
+from tx_async.scheduler.lanes import Lane
+from tx_async.scheduler.runs import Runs, snapshots_of
+
+LOOK_AFTER_S = 60.0
+"""After a death; until then a process that was given up may still be writing."""
+LOOKS_PER_TICK = 16
+
+
+class Orphans:
+    def __init__(self, runs: Runs, decisions: Decisions):
+        self.runs = runs
+        self.decisions = decisions
+
+    def look(self) -> None:
+        """Have the folders of some runs listed whose worker or server has died."""
+        limit = self.decisions.now - LOOK_AFTER_S
+        due = [model_id for model_id, since in self.runs.littered.items() if since <= limit]
+        for model_id in due[:LOOKS_PER_TICK]:
+            del self.runs.littered[model_id]
+            if model_id in self.runs.lanes:
+                self.decisions.list_files(model_id, snapshots_of(model_id))
+
+    def found(self, fact: FilesListed) -> None:
+        lane = self.runs.lanes.get(fact.model_id)
+        if lane is None:
+            return
+        if fact.keys is None:  # storage did not answer
+            self.runs.littered[fact.model_id] = self.decisions.now
+            return
+        for folder in _folders(fact.keys) - _known(lane):
+            self.decisions.delete_files(folder)
+
+
+def _folders(keys: Collection[str]) -> set[str]:
+    """Each snapshot is a folder of files."""
+    return {key.rpartition("/")[0] for key in keys}
+
+
+def _known(lane: Lane) -> set[str]:
+    snapshots = (*lane.model.snapshots, *lane.durable_snapshots, *lane.pending_snapshots)
+    return {snapshot.key for snapshot in snapshots}
