@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from machine import Matmul, Memory, describe
+from machine import measure as measure_once
 
 from tx_async.engine.decode_batches import batch_sizes, decode_batch
 from tx_async.engine.decode_programs import Adapters
@@ -82,12 +81,9 @@ def step_function(
 def floors(bench: SamplingBench, rows: int) -> dict[str, Callable[[], Any]]:
     """Bytes of all weights but the embedding, read once; and as many multiplications as a step has, in one matmul."""
     num_weights = sum(x.size for x in jax.tree.leaves(bench.params)) - bench.params["embed"].size
-    weights, read = jnp.ones(num_weights, jnp.float32), jax.jit(lambda x: x.sum())
-    side = int((num_weights * rows) ** (1 / 3))
-    square, multiply = jnp.ones((side, side)), jax.jit(lambda x: x @ x)
     return {
-        "floor: weights read once": lambda: read(weights).block_until_ready(),
-        "floor: multiplications": lambda: multiply(square).block_until_ready(),
+        "floor: weights read once": Memory(4 * num_weights).read,
+        "floor: multiplications": Matmul(int((num_weights * rows) ** (1 / 3)), products=1).run,
     }
 
 
@@ -99,10 +95,8 @@ def measure(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     end = time.perf_counter() + seconds * len(functions)
     while time.perf_counter() < end:
         for name, function in functions.items():
-            wall, processor = time.perf_counter(), time.process_time()
-            function()
-            spent = time.perf_counter() - wall, time.process_time() - processor
-            best[name] = min(best[name][0], spent[0]), min(best[name][1], spent[1])
+            spent = measure_once(function)
+            best[name] = min(best[name][0], spent.wall), min(best[name][1], spent.cpu)
     return best
 
 
@@ -117,7 +111,7 @@ def main() -> None:
     if unknown := sorted(set(options.batch) - set(known)):
         parser.error(f"no program decodes {unknown} rows; there are {list(known)}")
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "bench"))
-    results: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "context": options.context}
+    results: dict[str, Any] = {"machine": describe(), "context": options.context}
     with tempfile.TemporaryDirectory() as folder:
         bench = SamplingBench(
             make_qwen3(folder, tokenizer=False, **MODEL),
@@ -140,7 +134,8 @@ def report(results: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(results, indent=2))
         return
     for name, value in results.items():
-        text = f"{value['wall_ms']:8.2f} ms wall {value['cpu_ms']:8.2f} ms cpu" if isinstance(value, dict) else value
+        timed = isinstance(value, dict) and "wall_ms" in value
+        text = f"{value['wall_ms']:8.2f} ms wall {value['cpu_ms']:8.2f} ms cpu" if timed else value
         print(f"{name:40s} {text}")
 
 

@@ -17,19 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "HF_HUB_OFFLINE": "1"}
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from machine import Matmul, describe, measure
 
 from tx_async.engine.engine import JaxEngine, create
 from tx_async.scheduler.packing import fill, pack
@@ -59,34 +57,8 @@ MODEL = {
 }
 TENANTS = {"uniform": 1, "mixed": 1, "tenants4": 4, "tenants8": 8, "forward": 1}
 MATMUL_SIZE = 1024
-MATMULS = 4
 
 Lengths = Sequence[int]
-
-
-class Span(NamedTuple):
-    wall_s: float
-    cpu_s: float
-
-
-def measure(function: Callable[[], Any]) -> Span:
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return Span(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-class Matmul:
-    """The machine's rate at this moment: FLOP per second by the clock, and per second of processor time."""
-
-    def __init__(self) -> None:
-        self.x = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
-        self.run = jax.jit(lambda x: x @ x)
-        self.run(self.x).block_until_ready()
-
-    def rate(self) -> Span:
-        span = measure(lambda: [self.run(self.x).block_until_ready() for _ in range(MATMULS)])
-        flop = MATMULS * 2 * MATMUL_SIZE**3
-        return Span(flop / span.wall_s, flop / span.cpu_s)
 
 
 def lengths_of(case: str) -> list[int]:
@@ -140,13 +112,11 @@ def run(engine: JaxEngine, case: str, repeats: int, matmul: Matmul) -> dict[str,
         for command, tensors, real in batches:
             span = measure(engine.execute(command, tensors))
             after = matmul.rate()
-            walls.append((real * flop_per_token, span.wall_s * (before.wall_s + after.wall_s) / 2))
-            cpus.append((real * flop_per_token, span.cpu_s * (before.cpu_s + after.cpu_s) / 2))
-            rates.append(after.wall_s)
-            seconds, tokens, before = seconds + span.wall_s, tokens + real, after
-    steps = [
-        measure(engine.execute(OptimStep(slot=slot, adam=AdamParams()), [])).wall_s for slot in range(TENANTS[case])
-    ]
+            walls.append((real * flop_per_token, span.wall * (before.wall + after.wall) / 2))
+            cpus.append((real * flop_per_token, span.cpu * (before.cpu + after.cpu) / 2))
+            rates.append(after.wall)
+            seconds, tokens, before = seconds + span.wall, tokens + real, after
+    steps = [measure(engine.execute(OptimStep(slot=slot, adam=AdamParams()), [])).wall for slot in range(TENANTS[case])]
     padded = sum(command.row_length for command, *_ in batches)
     return {
         "tokens_per_s": tokens / seconds,
@@ -212,8 +182,8 @@ def run_torch(folder: Path, rank: int, repeats: int) -> dict[str, Any]:
     step()
     span = [measure(step) for _ in range(4 * repeats)]
     matmuls = [measure(lambda: x @ x) for _ in range(8)]
-    seconds, flop = median(s.wall_s for s in span), 2 * MATMUL_SIZE**3
-    return {"tokens_per_s": tokens.numel() / seconds, "matmul_gflops": flop / median(s.wall_s for s in matmuls) / 1e9}
+    seconds, flop = median(s.wall for s in span), 2 * MATMUL_SIZE**3
+    return {"tokens_per_s": tokens.numel() / seconds, "matmul_gflops": flop / median(s.wall for s in matmuls) / 1e9}
 
 
 def main() -> None:
@@ -227,20 +197,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        engine, matmul = make_engine(folder, options.rank, options.max_lora_rank), Matmul()
+        engine, matmul = make_engine(folder, options.rank, options.max_lora_rank), Matmul(MATMUL_SIZE)
         results: dict[str, Any] = {case: run(engine, case, options.repeats, matmul) for case in options.cases}
         engine.close()
         if options.torch:
             results["torch"] = run_torch(folder, options.rank, options.repeats)
-    machine = {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "jax": jax.__version__,
-    }
     print(
         json.dumps(
-            {"benchmark": "train_floor", "machine": machine, "results": results}, indent=None if options.json else 1
+            {"benchmark": "train_floor", "machine": describe(), "results": results}, indent=None if options.json else 1
         )
     )
     if not options.json:

@@ -1,0 +1,454 @@
+"""Training and decoding on an accelerator, as shares of what its arithmetic and memory allow: one command, one table.
+
+    python bench/gpu.py [--models 0.6B 4B] [--rows 1 4] [--batches 1 8 128 256] [--budget 440] [--tiny] [--json]
+
+Qwen3 in bf16 with random weights made on the device: no network, no files. Each case drives the engine with the
+commands that a worker gets.
+
+- train R x 4096: forward_backward at rank 32, R packed rows of five sequences each, two micro-batches in flight. Useful
+  FLOP are 4 N per token, N = parameters of all products; attention's and the adapter's own are not counted. The share
+  is of the bf16 rate of a large matrix product. Goal: 40 %.
+- decode B: B sequences of different prompts of --context tokens, base model, temperature 1. A step must read every
+  weight (but the embedding) and every key and value once; the share is of the measured memory bandwidth. Goals: 75 % at
+  batch 1, 60 % at 128.
+- prefill B: the prompts of those sequences, 2 N FLOP per token.
+
+Everything ends within --budget seconds, compilation included: what does not fit is listed as skipped. Programs stay in
+.cache/bench-jax, so a second run compiles nothing. --tiny is a model of two layers that a CPU runs in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import Matmul, Memory, describe
+
+from tx_async.engine import compilation
+from tx_async.engine.decode_batches import PREFILL_ROWS, bucket
+from tx_async.engine.engine import JaxEngine
+from tx_async.engine.kv_cache import token_bytes
+from tx_async.engine.sharding import tree_of
+from tx_async.layers.weights import Weight
+from tx_async.models.decoder import Decoder, Params
+from tx_async.models.load import from_config
+from tx_async.scheduler.packing import fill, pack
+from tx_async.testing.models import QWEN3_TINY
+from tx_async.wire.operations import Datum, ForwardBackward
+from tx_async.wire.tensors import Tensor
+from tx_async.wire.worker import (
+    BASE_SLOT,
+    AdapterConfig,
+    AdmitSequences,
+    CancelSequences,
+    CreateAdapter,
+    EngineConfig,
+    Sampled,
+    SampleQuantum,
+    SequenceSpec,
+    TrainMicroBatch,
+)
+
+ROOT = Path(__file__).parents[1]
+QWEN3 = QWEN3_TINY | {
+    "vocab_size": 151_936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6B": QWEN3
+    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "4B": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "tiny": QWEN3_TINY,
+}
+TINY = {"models": ["tiny"], "rows": [2], "batches": [1, 8], "row_length": 128, "context": 32, "seconds": 0.2}
+DTYPE = "bfloat16"
+RANK = 32
+SEGMENTS = (6, 4, 3, 2, 1)
+"""How the sequences of a packed row share it, in sixteenths."""
+GOALS = {"train": 0.40, "decode 1": 0.75, "decode 128": 0.60}
+IN_FLIGHT = 2
+MATMUL_SIZE = {"cpu": 256}
+MEMORY_BYTES = {"cpu": 1 << 24}
+NEW_TOKENS_MAX = 2048
+QUANTA_KEPT = 16
+"""A batch decodes at least this many quanta of its own before its pages run out: the KV cache is sized for it."""
+CACHE_SHARE_MAX = 0.5
+"""Of the device's memory, for the KV cache."""
+
+Prompt = np.ndarray
+
+
+class Result(NamedTuple):
+    tokens_per_s: float
+    share: float
+    of: str
+    """What `share` is a share of."""
+    note: str = ""
+
+
+class Limits(NamedTuple):
+    """The device's ceilings."""
+
+    matmul: Matmul
+    memory: Memory
+
+
+class Table:
+    """Every case by name: its result, or why it has none."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.began = time.monotonic()
+        #: (model, case) -> result or reason, in the order of the table
+        self.rows: dict[tuple[str, str], Result | str] = {
+            (model, case): "not reached in time" for model in options.models for case in cases(options)
+        }
+        #: of the device, once they are measured
+        self.limits: dict[str, float] = {}
+        #: seconds of the slowest case so far, its compilation included
+        self.slowest_s = 0.0
+        self._lock = threading.Lock()
+        self._is_printed = False
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def end_in_time(self) -> None:
+        """Print what there is when the time is over, and end the process whatever it is doing."""
+        timer = threading.Timer(max(0.0, self.options.budget - self.elapsed), self._give_up)
+        timer.daemon = True
+        timer.start()
+
+    def run(self, model: str, case: str, deadline: float, function: Callable[[], Result]) -> None:
+        """Run a case, unless it would likely end after `deadline` (seconds since the start)."""
+        if self.elapsed + self.slowest_s > deadline:
+            return
+        before = self.elapsed
+        try:
+            self.rows[model, case] = function()
+        except Exception as error:  # out of memory, a kernel that is missing: the other cases may still work
+            self.rows[model, case] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        self.slowest_s = max(self.slowest_s, self.elapsed - before)
+        print(f"{self.elapsed:5.0f} s  {model} {case}: {self.rows[model, case]}", file=sys.stderr, flush=True)
+
+    def print(self) -> None:
+        """Once, whoever comes first."""
+        with self._lock:
+            if not self._is_printed:
+                self._is_printed = True
+                self._print()
+
+    def _print(self) -> None:
+        if self.options.json:
+            rows = [
+                {"model": model, "case": case} | (row._asdict() if isinstance(row, Result) else {"skipped": row})
+                for (model, case), row in self.rows.items()
+            ]
+            answer = {"benchmark": "gpu", "machine": describe(), "limits": self.limits, "results": rows}
+            print(json.dumps(answer, indent=1), flush=True)
+            return
+        print(", ".join(f"{name}: {value}" for name, value in describe().items()))
+        print(", ".join(f"{name}: {value:,.0f}" for name, value in self.limits.items()) + f", dtype: {DTYPE}")
+        print(f"{'model':6s} {'case':14s} {'tokens/s':>10s} {'share':>16s} {'goal':>6s}")
+        for (model, case), row in self.rows.items():
+            print(f"{model:6s} {case:14s} {_columns(case, row)}")
+        print(f"{self.elapsed:.0f} s in all", flush=True)
+
+    def _give_up(self) -> None:
+        self.print()
+        os._exit(0)
+
+
+def _columns(case: str, row: Result | str) -> str:
+    if isinstance(row, str):
+        return f"skipped: {row}"
+    wanted = GOALS.get(case, GOALS.get(case.split()[0]))
+    goal = f"{wanted:.0%}" if wanted else "–"
+    return f"{row.tokens_per_s:10,.0f} {f'{row.share:.1%} of {row.of}':>16s} {goal:>6s}  {row.note}"
+
+
+def cases(options: argparse.Namespace) -> list[str]:
+    """Names, in the order in which they run: what has a goal first."""
+    return [
+        *(f"train {rows}x{options.row_length}" for rows in options.rows),
+        *(f"decode {batch}" for batch in options.batches),
+        f"prefill {max(options.batches)}",
+    ]
+
+
+# ---- the model
+
+
+def random_model(name: str) -> tuple[Decoder, Params]:
+    """Norms are one, matrices keep the size of what goes through them."""
+    model = from_config(SHAPES[name])
+    leaves = {weight: _random_leaf(weight, i) for i, weight in enumerate(model.weights)}
+    params = tree_of(model, leaves)
+    if model.tied:
+        params["head"] = jax.jit(jnp.transpose)(params["embed"])
+    return model, params
+
+
+def _random_leaf(weight: Weight, seed: int) -> jax.Array:
+    if len(weight.dims) == 1:
+        return jnp.ones(weight.shape, DTYPE)
+    scale = weight.dims[1 if weight.name == "embed" else 0].size ** -0.5
+    return jax.jit(lambda key: jax.random.normal(key, weight.shape, DTYPE) * jnp.asarray(scale, DTYPE))(
+        jax.random.key(seed)
+    )
+
+
+def matrix_bytes(params: Params) -> int:
+    """What one step reads: everything but the embedding, of which it reads a row per sequence."""
+    return sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"].nbytes
+
+
+def matrix_parameters(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params)) - params["embed"].size
+
+
+@contextmanager
+def engine_of(model: Decoder, params: Params, **config: Any) -> Iterator[JaxEngine]:
+    """Its buffers are free again afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = JaxEngine(model, params, EngineConfig(max_lora_rank=RANK, **config), Path(folder), folder)
+        try:
+            yield engine
+        finally:
+            engine.close()
+            del engine
+            gc.collect()
+
+
+# ---- training
+
+
+def train(model: Decoder, params: Params, rows: int, options: argparse.Namespace, limits: Limits) -> Result:
+    length = options.row_length
+    config = {"train_row_lengths": (length,), "max_context_length": 2 * length, "train_micro_batch_size": rows}
+    small = {"max_lora_adapters": 1, "max_sampler_adapters": 1, "sample_max_num_sequences": 1, "kv_cache_tokens": 1}
+    with engine_of(model, params, **config, **small) as engine:
+        engine.execute(CreateAdapter(slot=0, config=AdapterConfig(rank=RANK)), [])()
+        command, tensors = micro_batch(engine, rows, length)
+        run = partial(engine.execute, command, tensors)
+        run()()  # compiles
+        before = limits.matmul.rate().wall
+        started, batches, pending = time.perf_counter(), 0, [run() for _ in range(IN_FLIGHT)]
+        while time.perf_counter() < started + options.seconds:
+            pending.append(run())
+            pending.pop(0)()
+            batches += 1
+        for wait in pending:
+            wait()
+        seconds = time.perf_counter() - started
+        matmul = (before + limits.matmul.rate().wall) / 2
+    batches += len(pending)
+    rate = batches * rows * length / seconds
+    note = f"{1e3 * seconds / batches:.1f} ms per micro-batch"
+    return Result(rate, 4 * matrix_parameters(params) * rate / matmul, "matmul", note)
+
+
+def micro_batch(engine: JaxEngine, num_rows: int, length: int) -> tuple[TrainMicroBatch, list[np.ndarray]]:
+    """Full rows of one adapter, packed as the scheduler packs them."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(num_rows):
+        data = tuple(_datum(rng, length * part // 16, engine.model.vocab_size) for part in SEGMENTS)
+        operation = ForwardBackward(model_id="m", seq_id=0, data=data, loss_fn="cross_entropy")
+        (row,) = pack(operation, engine.info()).rows
+        rows.append((operation, row))
+    command = TrainMicroBatch(slots=(0,) * num_rows, row_length=length, targets_per_token=1, forward_only=False)
+    return command, fill(rows, length, 1)
+
+
+def _datum(rng: np.random.Generator, length: int, vocab_size: int) -> Datum:
+    tokens, targets = rng.integers(0, vocab_size, (2, length))
+    return Datum(tokens.astype(np.int32).tobytes(), {"target_tokens": Tensor.of(targets.astype(np.int64))})
+
+
+# ---- decoding
+
+
+class Rollouts:
+    """Sequences that one engine decodes, a batch of another size at a time."""
+
+    def __init__(self, engine: JaxEngine, options: argparse.Namespace, limits: Limits):
+        self.engine, self.options, self.limits = engine, options, limits
+        self.steps = engine.sampling.decode_steps
+        self.cache_tokens = (engine.sampling.layout.num_pages - 1) * engine.sampling.layout.page_size
+        self.step_bytes = matrix_bytes(engine.params)
+        self.token_bytes = token_bytes(engine.model, DTYPE)
+        #: of the newest batch
+        self.prefill_s = 0.0
+
+    def decode(self, batch: int) -> Result:
+        context, new_tokens = self.options.context, self._new_tokens(batch)
+        if new_tokens < QUANTA_KEPT * self.steps:
+            raise MemoryError(f"the KV cache holds {self.cache_tokens} tokens only")
+        self._compile(batch)
+        before = self.limits.memory.rate()
+        try:
+            self._admit(batch, new_tokens)
+            started = time.perf_counter()
+            self._quantum(batch)  # prefills everybody
+            self.prefill_s = time.perf_counter() - started
+            started = time.perf_counter()
+            self._quantum(batch)
+            quantum_s = time.perf_counter() - started
+            self.prefill_s -= quantum_s
+            quanta = min(new_tokens // self.steps - 3, max(3, int(self.options.seconds / quantum_s)))
+            started = time.perf_counter()
+            for _ in range(quanta):
+                self._quantum(batch)
+            seconds = (time.perf_counter() - started) / (quanta * self.steps)
+        finally:
+            self.engine.execute(CancelSequences(sequence_ids=tuple(range(batch))), [])()
+        bandwidth = (before + self.limits.memory.rate()) / 2
+        position = context + self.steps * (2 + quanta / 2)  # on average
+        moved = self.step_bytes + batch * position * self.token_bytes
+        note = f"{1e3 * seconds:.2f} ms per step, {batch * position * self.token_bytes / moved:.0%} of the bytes are KV"
+        return Result(batch / seconds, moved / seconds / bandwidth, "memory", note)
+
+    def prefill(self, batch: int) -> Result:
+        """Of the newest batch, which must be this one."""
+        if not self.prefill_s:
+            raise RuntimeError(f"decode {batch} did not run")
+        rate = batch * self.options.context / self.prefill_s
+        share = 2 * matrix_parameters(self.engine.params) * rate / self.limits.matmul.rate().wall
+        return Result(rate, share, "matmul", f"{self.prefill_s:.2f} s for all prompts")
+
+    def _new_tokens(self, batch: int) -> int:
+        """What each may sample: none ever gives up its pages to another one."""
+        page = self.engine.sampling.layout.page_size
+        each = self.cache_tokens // batch // page * page - 2 * page
+        return min(each, self.engine.context) - self.options.context
+
+    def _compile(self, batch: int) -> None:
+        """What the batch will run, so that only running is timed."""
+        programs = self.engine.sampling.programs
+        sizes = sorted(int(name.split()[1]) for name in programs if name.startswith("decode "))
+        tiles = batch * self.engine.sampling.layout.pages_for(self.options.context - 1)
+        full_calls, rest = divmod(tiles, PREFILL_ROWS[-1])
+        programs[f"decode {bucket(sizes, min(batch, sizes[-1]))}"].compile()
+        if full_calls:
+            programs[f"prefill {PREFILL_ROWS[-1]}"].compile()
+        if rest:
+            programs[f"prefill {bucket(PREFILL_ROWS, rest)}"].compile()
+
+    def _admit(self, batch: int, new_tokens: int) -> None:
+        rng = np.random.default_rng(batch)
+        prompts = rng.integers(0, self.engine.model.vocab_size, (batch, self.options.context)).astype(np.int32)
+        sequences = tuple(
+            SequenceSpec(
+                sequence_id=i,
+                sampler_slot=BASE_SLOT,
+                adapter_version="base",
+                prompt=i,
+                max_tokens=new_tokens,
+                seed=i,
+            )
+            for i in range(batch)
+        )
+        self.engine.execute(AdmitSequences(sequences=sequences), list(prompts))()
+
+    def _quantum(self, batch: int) -> None:
+        """Everybody's next tokens. Nobody shares the budget: half of what is left is always a whole prompt."""
+        budget = 4 * batch * self.options.context
+        command = SampleQuantum(decode_steps=self.steps, prefill_tokens=budget)
+        reply, _ = self.engine.execute(command, [])()
+        assert isinstance(reply, Sampled)
+        assert reply.num_running == batch and not reply.num_waiting and not reply.finished, reply
+
+
+def rollout_config(model: Decoder, options: argparse.Namespace) -> dict[str, Any]:
+    """A KV cache for the largest batch, as far as the device's memory goes."""
+    each = options.context + (QUANTA_KEPT + 2) * 16
+    wanted = max(options.batches) * each
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory:
+        wanted = min(wanted, int(CACHE_SHARE_MAX * memory) // token_bytes(model, DTYPE))
+    return {
+        "max_lora_adapters": 1,
+        "max_sampler_adapters": 1,
+        "sample_max_num_sequences": max(options.batches),
+        "kv_cache_tokens": wanted,
+        "max_context_length": options.context + NEW_TOKENS_MAX,
+        "prefix_cache": False,
+    }
+
+
+# ---- everything
+
+
+def measure_model(name: str, options: argparse.Namespace, limits: Limits, table: Table, deadline: float) -> None:
+    model, params = random_model(name)
+    jax.block_until_ready(params)
+    for rows in options.rows:
+        case = partial(train, model, params, rows, options, limits)
+        table.run(name, f"train {rows}x{options.row_length}", deadline, case)
+    with engine_of(model, params, **rollout_config(model, options)) as engine:
+        rollouts = Rollouts(engine, options, limits)
+        for batch in options.batches:
+            table.run(name, f"decode {batch}", deadline, partial(rollouts.decode, batch))
+        table.run(name, f"prefill {batch}", deadline, partial(rollouts.prefill, batch))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["0.6B", "4B"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="packed rows of a training micro-batch")
+    parser.add_argument("--row-length", type=int, default=4096, help="a multiple of 16")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 128, 256], help="of decoding")
+    parser.add_argument("--context", type=int, default=512, help="tokens of each prompt")
+    parser.add_argument("--seconds", type=float, default=3, help="of measuring in each case")
+    parser.add_argument("--budget", type=float, default=440, help="seconds for everything")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.tiny:
+        vars(options).update(TINY)
+    options.batches = sorted(set(options.batches))
+    return options
+
+
+def main() -> None:
+    options = parse()
+    table = Table(options)
+    table.end_in_time()
+    compilation.use_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "bench-jax"))
+    platform = jax.default_backend()
+    limits = Limits(
+        Matmul(MATMUL_SIZE.get(platform, 8192), 8, DTYPE), Memory(MEMORY_BYTES.get(platform, 1 << 31), DTYPE)
+    )
+    table.limits = {
+        "matmul_gflops": limits.matmul.rate().wall / 1e9,
+        "memory_gb_per_s": limits.memory.rate() / 1e9,
+    }
+    for number, name in enumerate(options.models, 1):
+        deadline = options.budget * number / len(options.models)
+        measure_model(name, options, limits, table, deadline)
+        gc.collect()
+    table.print()
+
+
+if __name__ == "__main__":
+    main()

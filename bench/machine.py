@@ -1,0 +1,85 @@
+"""What this machine does at most, right now: the rate of a large matrix product, and of memory.
+
+Benchmarks set their own rates against these, measured in the same run, so that whatever else runs slows both.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Measured(NamedTuple):
+    """One quantity by the clock, and by processor time summed over threads."""
+
+    wall: float
+    cpu: float
+
+
+def measure(function: Callable[[], Any]) -> Measured:
+    """Seconds of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return Measured(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+class Matmul:
+    """Square products, each of the one before it: nothing is multiplied by zero, and none starts early."""
+
+    def __init__(self, size: int = 1024, products: int = 4, dtype: Any = jnp.float32):
+        self.flop = 2 * size**3 * products
+        keys = jax.random.split(jax.random.key(0))
+        self._x, weights = (jax.random.normal(key, (size, size), jnp.float32).astype(dtype) for key in keys)
+        self._weights = weights * jnp.asarray(size**-0.5, dtype)
+        self._products, self._multiply = products, jax.jit(jnp.matmul)
+        self.run()
+
+    def run(self) -> None:
+        x = self._x
+        for _ in range(self._products):
+            x = self._multiply(x, self._weights)
+        x.block_until_ready()
+
+    def rate(self) -> Measured:
+        """FLOP/s."""
+        seconds = measure(self.run)
+        return Measured(self.flop / seconds.wall, self.flop / seconds.cpu)
+
+
+class Memory:
+    """An array read once (summed), and one copied: whichever moves more bytes per second."""
+
+    def __init__(self, num_bytes: int, dtype: Any = jnp.float32):
+        self.values = jnp.ones(num_bytes // jnp.dtype(dtype).itemsize, dtype)
+        self._sum = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+        self._copy = jax.jit(jnp.negative)
+        self.rate(repeats=1)
+
+    def read(self) -> Array:
+        return self._sum(self.values).block_until_ready()
+
+    def copy(self) -> Array:
+        return self._copy(self.values).block_until_ready()
+
+    def rate(self, repeats: int = 3) -> float:
+        """Bytes/s by the clock, the best of a few turns."""
+        read = min(measure(self.read).wall for _ in range(repeats))
+        copy = min(measure(self.copy).wall for _ in range(repeats))
+        return self.values.nbytes * max(1 / read, 2 / copy)
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
