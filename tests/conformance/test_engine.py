@@ -365,6 +365,19 @@ def test_a_checkpoint_that_does_not_exist_fails_alone(bench):
     assert bench.step().step == 4
 
 
+def test_a_slot_whose_load_failed_has_nothing_of_the_run_before_it(make):
+    bench, fresh = make(), make()
+    bench.trained(0)
+    fresh.create(0)
+    with pytest.raises(UnknownCheckpoint):
+        bench.load(0, "run/nothing")
+    try:
+        shown = bench.logprobs(0)
+    except TxError:
+        return  # an empty slot
+    np.testing.assert_array_equal(shown, fresh.logprobs(0))
+
+
 # ---- sampling
 
 

@@ -180,6 +180,14 @@ class JaxEngine:
     # ---- checkpoints
 
     def _load_adapter(self, command: wire.LoadAdapter) -> Pending:
+        try:
+            return self._load_into_slot(command)
+        except TxError:
+            # What is in the slot is another run's, and no command that is already on its way may take it for this one's.
+            self._create_adapter(wire.CreateAdapter(slot=command.slot, config=command.config))
+            raise
+
+    def _load_into_slot(self, command: wire.LoadAdapter) -> Pending:
         saved = self.checkpoints.load(command.key)
         check_same(command.key, saved.config, command.config)
         slot = np.int32(command.slot)
