@@ -41,6 +41,17 @@ def use_cache(folder: str) -> None:
         _remove_incomplete(Path(settings["jax_compilation_cache_dir"]))
 
 
+def keep_cache_on_every_host() -> None:
+    """JAX lets process 0 alone write its cache, for file systems that many hosts share. Here every host has a folder
+    of its own, and a process that compiled everything anew would keep its mesh waiting at each restart.
+
+    Call once the devices are known: until then JAX looks there for this process's place among the others.
+    """
+    from jax._src import distributed
+
+    distributed.global_state.process_id = 0
+
+
 def _remove_incomplete(folder: Path) -> None:
     """JAX writes an entry, then its time of use. A process killed between the two leaves an entry without, and from
     then on JAX can add nothing: looking for the oldest entry fails.

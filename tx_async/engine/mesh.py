@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tx_async.engine import compilation
 from tx_async.engine.sharding import make_mesh
 from tx_async.errors import ConfigError
 from tx_async.layers.sharding import AXES, spec_of
@@ -43,6 +44,7 @@ def build(config: EngineConfig, process_id: int, progress: ReportProgress) -> Me
     if config.num_processes > 1:
         _join(config, process_id, progress)
     mesh = _mesh_of_all(config)
+    compilation.keep_cache_on_every_host()
     if mesh is not None:
         progress("testing collectives", 0, 1)
         _refuse_wrong(wrong_collectives(mesh))
