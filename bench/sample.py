@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -175,12 +177,21 @@ def main() -> None:
     client = Client(options.base_url, options.base_model, options.api_key, options.vocab)
     results: dict[str, Any] = {}
     for name in options.cases:
-        CASES[name](client)
-        results[name] = CASES[name](client)
-        if not options.json:
-            print(f"{name:24s} " + "  ".join(f"{key} {value:.3f}" for key, value in results[name].items()), flush=True)
+        try:
+            CASES[name](client)
+            results[name] = CASES[name](client)
+        except Exception as error:  # this server cannot do this one; the others still count
+            results[name] = {"failed": repr(error)[:300]}
+        print(f"{name:24s} {_line(results[name])}", file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
-        print(json.dumps(results, indent=2))
+        answer = {"benchmark": "sample", "server": options.base_url, "sdk": version("tinker"), "results": results}
+        print(json.dumps(answer, indent=2))
+    if any("failed" in result for result in results.values()):
+        sys.exit(1)
+
+
+def _line(result: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value:.3f}" if key != "failed" else f"failed: {value}" for key, value in result.items())
 
 
 if __name__ == "__main__":

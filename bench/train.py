@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -106,14 +108,23 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="JSON only")
     options = parser.parse_args()
     trainers = [Trainer(options, seed) for seed in range(max(CASES[case] for case in options.cases))]
-    results = {case: run(case, trainers[: CASES[case]], options.seconds) for case in options.cases}
-    print(
-        json.dumps(
-            {"benchmark": "train", "server": options.base_url, "results": results}, indent=None if options.json else 1
-        )
-    )
+    results: dict[str, dict[str, Any]] = {}
+    for case in options.cases:
+        try:
+            results[case] = run(case, trainers[: CASES[case]], options.seconds)
+        except Exception as error:  # this server cannot do this one; the others still count
+            results[case] = {"failed": repr(error)[:300]}
+        print(_line(case, results[case]), file=sys.stderr, flush=True)
+    answer = {"benchmark": "train", "server": options.base_url, "sdk": version("tinker"), "results": results}
+    print(json.dumps(answer, indent=None if options.json else 1))
     if not options.json:
-        print(", ".join(f"{case}: {result['tokens_per_s']:.0f} tokens/s" for case, result in results.items()))
+        print(", ".join(_line(case, result) for case, result in results.items()))
+    if any("failed" in result for result in results.values()):
+        sys.exit(1)
+
+
+def _line(case: str, result: dict[str, Any]) -> str:
+    return f"{case}: {result['failed'] if 'failed' in result else format(result['tokens_per_s'], '.0f') + ' tokens/s'}"
 
 
 if __name__ == "__main__":
