@@ -33,6 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +95,7 @@ QUANTA_KEPT = 16
 CACHE_SHARE_MAX = 0.5
 """Of the device's memory, for the KV cache."""
 
-Prompt = np.ndarray
+NOT_REACHED = "not reached in time"
 
 
 class Result(NamedTuple):
@@ -119,7 +121,7 @@ class Table:
         self.began = time.monotonic()
         #: (model, case) -> result or reason, in the order of the table
         self.rows: dict[tuple[str, str], Result | str] = {
-            (model, case): "not reached in time" for model in options.models for case in cases(options)
+            (model, case): NOT_REACHED for model in options.models for case in cases(options)
         }
         #: of the device, once they are measured
         self.limits: dict[str, float] = {}
@@ -146,9 +148,15 @@ class Table:
         try:
             self.rows[model, case] = function()
         except Exception as error:  # out of memory, a kernel that is missing: the other cases may still work
-            self.rows[model, case] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            self.rows[model, case] = reason(error)
         self.slowest_s = max(self.slowest_s, self.elapsed - before)
         print(f"{self.elapsed:5.0f} s  {model} {case}: {self.rows[model, case]}", file=sys.stderr, flush=True)
+
+    def fail(self, model: str, error: Exception) -> None:
+        """Nothing more comes of this model."""
+        for key, row in self.rows.items():
+            if key[0] == model and row == NOT_REACHED:
+                self.rows[key] = reason(error)
 
     def print(self) -> None:
         """Once, whoever comes first."""
@@ -186,6 +194,10 @@ def _columns(case: str, row: Result | str) -> str:
     return f"{row.tokens_per_s:10,.0f} {f'{row.share:.1%} of {row.of}':>16s} {goal:>6s}  {row.note}"
 
 
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
 def cases(options: argparse.Namespace) -> list[str]:
     """Names, in the order in which they run: what has a goal first."""
     return [
@@ -201,20 +213,23 @@ def cases(options: argparse.Namespace) -> list[str]:
 def random_model(name: str) -> tuple[Decoder, Params]:
     """Norms are one, matrices keep the size of what goes through them."""
     model = from_config(SHAPES[name])
-    leaves = {weight: _random_leaf(weight, i) for i, weight in enumerate(model.weights)}
-    params = tree_of(model, leaves)
+    params = tree_of(model, dict(zip(model.weights, jax.jit(partial(_random_leaves, model.weights))(), strict=True)))
     if model.tied:
         params["head"] = jax.jit(jnp.transpose)(params["embed"])
-    return model, params
+    return model, jax.block_until_ready(params)
 
 
-def _random_leaf(weight: Weight, seed: int) -> jax.Array:
-    if len(weight.dims) == 1:
-        return jnp.ones(weight.shape, DTYPE)
-    scale = weight.dims[1 if weight.name == "embed" else 0].size ** -0.5
-    return jax.jit(lambda key: jax.random.normal(key, weight.shape, DTYPE) * jnp.asarray(scale, DTYPE))(
-        jax.random.key(seed)
-    )
+def _random_leaves(weights: tuple[Weight, ...]) -> list[jax.Array]:
+    def leaf(weight: Weight, key: jax.Array) -> jax.Array:
+        if len(weight.dims) == 1:
+            return jnp.ones(weight.shape, DTYPE)
+        fan_in = weight.dims[1 if weight.name == "embed" else 0].size
+        return jax.random.normal(key, weight.shape, DTYPE) * jnp.asarray(fan_in**-0.5, DTYPE)
+
+    return [
+        leaf(weight, key)
+        for weight, key in zip(weights, jax.random.split(jax.random.key(0), len(weights)), strict=True)
+    ]
 
 
 def matrix_bytes(params: Params) -> int:
@@ -401,7 +416,6 @@ def rollout_config(model: Decoder, options: argparse.Namespace) -> dict[str, Any
 
 def measure_model(name: str, options: argparse.Namespace, limits: Limits, table: Table, deadline: float) -> None:
     model, params = random_model(name)
-    jax.block_until_ready(params)
     for rows in options.rows:
         case = partial(train, model, params, rows, options, limits)
         table.run(name, f"train {rows}x{options.row_length}", deadline, case)
@@ -445,7 +459,10 @@ def main() -> None:
     }
     for number, name in enumerate(options.models, 1):
         deadline = options.budget * number / len(options.models)
-        measure_model(name, options, limits, table, deadline)
+        try:
+            measure_model(name, options, limits, table, deadline)
+        except Exception as error:  # it does not fit: another model may
+            table.fail(name, error)
         gc.collect()
     table.print()
 
