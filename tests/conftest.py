@@ -25,7 +25,14 @@ os.environ |= {
     "TINKER_TELEMETRY": "0",
 }
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# How long an example takes is the machine's business: shared ones are slow at times.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("suite")
 
 TEST_S = 300
 """A test that takes longer hangs: it fails with the stack of every thread."""

@@ -26,36 +26,46 @@ def test_idle_time_is_not_credit():
     assert turns.count("b") in (9, 10, 11)
 
 
+def turns_of(shares: Shares[str], num_turns: int, cost_ms: float) -> list[str]:
+    """Whose quantum is sent each time, when all of them have work and each is answered before the next."""
+    turns = []
+    for _ in range(num_turns):
+        name = shares.order(lambda _: True)[0]
+        shares.charge(name)
+        shares.measured(name, cost_ms)
+        turns.append(name)
+    return turns
+
+
 def test_shares_follow_their_weights():
     shares = Shares({"train": 3.0, "sample": 1.0})
+    assert 290 <= turns_of(shares, 400, cost_ms=10).count("train") <= 310
+
+
+def test_shares_are_of_time_and_not_of_turns():
+    shares = Shares({"train": 1.0, "sample": 1.0})
+    shares.measured("train", 500)
+    shares.measured("sample", 100)
     turns = []
-    for _ in range(400):
+    for _ in range(120):
         name = shares.order(lambda _: True)[0]
-        shares.charge(name, 10)
+        shares.charge(name)
         turns.append(name)
-    assert 290 <= turns.count("train") <= 310
+    assert 18 <= turns.count("train") <= 22
+    assert ("train", "train") not in zip(turns, turns[1:], strict=False), "a long quantum is charged before its answer"
 
 
 def test_an_idle_class_leaves_its_share_to_the_other_and_saves_none_up():
     shares = Shares({"train": 1.0, "sample": 1.0})
+    for name in ("train", "sample"):
+        shares.measured(name, 10)
     for _ in range(100):
         assert shares.order(lambda name: name == "train") == ["train"]
-        shares.charge("train", 10)
-    turns = []
-    for _ in range(20):
-        name = shares.order(lambda _: True)[0]
-        shares.charge(name, 10)
-        turns.append(name)
-    assert turns.count("sample") in (9, 10, 11)
+        shares.charge("train")
+    assert turns_of(shares, 20, cost_ms=10).count("sample") in (9, 10, 11)
 
 
 def test_a_quantum_that_was_compiled_first_does_not_cost_its_class_the_next_minute():
     shares = Shares({"train": 1.0, "sample": 1.0})
-    shares.order(lambda _: True)
-    shares.charge("train", 60_000)
-    turns = []
-    for _ in range(100):
-        name = shares.order(lambda _: True)[0]
-        shares.charge(name, 20)
-        turns.append(name)
-    assert turns.count("train") > 30
+    shares.measured("train", 60_000)
+    assert turns_of(shares, 300, cost_ms=20).count("train") > 90

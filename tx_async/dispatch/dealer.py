@@ -157,6 +157,7 @@ class Dealer:
         self._next_number = 1
         #: number -> when it arrived, of commands not answered yet
         self._arrived: dict[int, float] = {}
+        self._last_answer = 0.0
         # The thread's own:
         self._is_attached = False
         self._heartbeat_s = HELLO_INTERVAL_S
@@ -226,7 +227,9 @@ class Dealer:
 
     def reply(self, number: int, result: Result, tensors: Sequence[np.ndarray] = ()) -> None:
         """Answer a command; its own tensors must not be read any more. Only process 0 of a mesh says what came out."""
-        elapsed_ms = 1000 * (time.perf_counter() - self._arrived.pop(number))
+        now = time.perf_counter()
+        elapsed_ms = 1000 * (now - max(self._arrived.pop(number), self._last_answer))
+        self._last_answer = now
         if self._hello.process_id != 0:
             result, tensors = Done(), ()
         specs = specs_of(tensors)

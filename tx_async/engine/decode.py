@@ -27,7 +27,6 @@ from tx_async.engine.decode_batches import (
     batch_sizes,
     bucket,
     decode_batch,
-    decode_calls,
     empty_scores,
     prefill_batch,
     prefill_calls,
@@ -39,6 +38,7 @@ from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
 from tx_async.engine.stops import StopStrings, load_decoder
+from tx_async.engine.streams import Stream
 from tx_async.errors import InvalidRequest
 from tx_async.layers.lora import LoraWeights
 from tx_async.wire.worker import EngineConfig, FinishedSequence, Sampled, SequenceSpec
@@ -46,7 +46,8 @@ from tx_async.worker.engine_api import Pending, Reply
 
 DECODE_STEPS = {"cpu": 4}
 """Steps of one quantum, 16 elsewhere: a newcomer waits for one or two quanta, and on a CPU a step is long."""
-PREFILL_TOKENS = 1024
+PREFILL_TOKENS = {"cpu": 256}
+"""Prompt tokens of one quantum, 1,024 elsewhere."""
 CACHE_BYTES = 1 << 30
 """Size of the KV cache where nothing better is known."""
 
@@ -57,7 +58,7 @@ class Quantum:
 
     schedule: Schedule
     progress: dict[int, int]
-    decoded: list[tuple[Sequence[Sample], Decoded]] = field(default_factory=list)
+    decoded: tuple[Sequence[Sample], Decoded] | None = None
     scored: list[tuple[list[Piece], tuple[Array, ...]]] = field(default_factory=list)
     reply: Reply | None = None
 
@@ -74,12 +75,15 @@ class SamplingEngine:
         folder: str,
         lora_weights: LoraWeights,
         lora_scale: Array,
+        stream: Stream,
     ):
-        """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer."""
+        """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer; stream: what
+        every program of sampling is dispatched on."""
         self.model, self.params, self.context, self.folder = model, params, context, folder
+        self.stream = stream
         self.num_sequences_max = config.sample_max_num_sequences
         self.decode_steps = config.decode_steps or DECODE_STEPS.get(jax.default_backend(), 16)
-        self.prefill_tokens = config.prefill_chunk_tokens or PREFILL_TOKENS
+        self.prefill_tokens = config.prefill_chunk_tokens or PREFILL_TOKENS.get(jax.default_backend(), 1024)
         dtype = jax.tree.leaves(params)[0].dtype
         self.layout = CacheLayout.plan(
             _cache_tokens(model, dtype, config, context), config.kv_page_size, context, jax.default_backend()
@@ -90,14 +94,16 @@ class SamplingEngine:
         self._pool_shardings = pool_shardings(model, mesh) if mesh else None
         #: page pools on the device; replaced by every dispatch
         self.pools: Pools = self.layout.new_pools(model, dtype, self._pool_shardings)
+        self._batch_sizes = batch_sizes(self.num_sequences_max, jax.default_backend())
         self.sequences = Sequences(
-            PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache), self.num_sequences_max
+            PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache),
+            self.num_sequences_max,
+            self._batch_sizes[-1],
         )
         self._num_admitted = 0
         #: the newest quantum: all before it are settled
         self._last: Quantum | None = None
         self._lock = threading.RLock()
-        self._batch_sizes = batch_sizes(self.num_sequences_max, jax.default_backend())
         self.programs = {program.name: program for program in self._list_programs(lora_weights, lora_scale)}
 
     def __repr__(self) -> str:
@@ -124,9 +130,7 @@ class SamplingEngine:
             self._settle_last()
             schedule = self.sequences.schedule(steps, max(prefill_tokens, self.layout.page_size))
             quantum = Quantum(schedule, _prefill_progress(schedule))
-            self._prefill(quantum, lora_weights, lora_scale)
-            self._copy_pages(schedule.copies)
-            self._decode(quantum, steps, lora_weights, lora_scale)
+            self.stream.run(self._dispatch, quantum, steps, lora_weights, lora_scale)
             self._last = quantum
         return partial(self._wait, quantum)
 
@@ -150,6 +154,11 @@ class SamplingEngine:
 
     # ---- dispatch
 
+    def _dispatch(self, quantum: Quantum, steps: int, lora_weights: LoraWeights, lora_scale: Array) -> None:
+        self._prefill(quantum, lora_weights, lora_scale)
+        self._copy_pages(quantum.schedule.copies)
+        self._decode(quantum, steps, lora_weights, lora_scale)
+
     def _prefill(self, quantum: Quantum, lora_weights: LoraWeights, lora_scale: Array) -> None:
         tile_tokens = self.layout.page_size
         for tiles in prefill_calls(quantum.schedule.prefill, tile_tokens):
@@ -169,19 +178,22 @@ class SamplingEngine:
         self.pools = self.programs["copy pages"](self.pools, pairs[0], pairs[1])
 
     def _decode(self, quantum: Quantum, steps: int, lora_weights: LoraWeights, lora_scale: Array) -> None:
-        for samples, rows in decode_calls(quantum.schedule.decoding, self._batch_sizes):
-            batch = decode_batch(samples, rows, self.layout)
-            adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
-            program = self.programs[f"decode {rows}"]
-            decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
-            quantum.decoded.append((samples, decoded))
+        if not quantum.schedule.decoding:
+            return
+        # The rows of an adapter stand together.
+        samples = sorted(quantum.schedule.decoding, key=lambda sample: sample.spec.sampler_slot)
+        rows = bucket(self._batch_sizes, len(samples))
+        batch = decode_batch(samples, rows, self.layout)
+        adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
+        program = self.programs[f"decode {rows}"]
+        decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
+        quantum.decoded = (samples, decoded)
 
     # ---- the host's part, once the tokens are there
 
     def _wait(self, quantum: Quantum) -> Reply:
         if quantum.reply is None:
-            for _, decoded in quantum.decoded:  # before the lock: `admit` must not wait for the device
-                jax.block_until_ready(decoded)
+            jax.block_until_ready(quantum.decoded)  # before the lock: `admit` must not wait for the device
         with self._lock:
             if quantum.reply is None:
                 self._settle(quantum)
@@ -197,7 +209,8 @@ class SamplingEngine:
             _store_scores(pieces, Scores(*(np.asarray(array) for array in arrays)))
         finished: list[FinishedSequence] = []
         tensors: list[np.ndarray] = []
-        for samples, decoded in quantum.decoded:
+        if quantum.decoded:
+            samples, decoded = quantum.decoded
             out = _fetch(decoded, samples)
             for row, sample in enumerate(samples):
                 reason = self._extend(sample, row, out, quantum.progress)

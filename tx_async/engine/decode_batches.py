@@ -43,7 +43,7 @@ class Piece:
 
 
 def batch_sizes(num_sequences_max: int, platform: str) -> tuple[int, ...]:
-    """Ascending; more sequences than the last one are decoded by several calls."""
+    """Ascending; of more sequences than the last one some decode in one quantum, others in the next."""
     most = max(BATCHES[0], min(num_sequences_max, CPU_BATCH_MAX) if platform == "cpu" else num_sequences_max)
     return (*(size for size in BATCHES if size < most), most)
 
@@ -61,14 +61,6 @@ def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[lis
     ]
     for first in range(0, len(tiles), PREFILL_ROWS[-1]):
         yield tiles[first : first + PREFILL_ROWS[-1]]
-
-
-def decode_calls(samples: Sequence[Sample], sizes: Sequence[int]) -> Iterator[tuple[Sequence[Sample], int]]:
-    """(sequences, rows) of each call, full ones first; the rows of an adapter stand together."""
-    samples = sorted(samples, key=lambda sample: sample.spec.sampler_slot)
-    for first in range(0, len(samples), sizes[-1]):
-        some = samples[first : first + sizes[-1]]
-        yield some, bucket(sizes, len(some))
 
 
 def page_tables(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> np.ndarray:

@@ -24,6 +24,7 @@ from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.optimizer import Adam, StepOutcome
+from tx_async.engine.streams import OwnStream, SameStream, can_overlap
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
 from tx_async.models.decoder import Decoder
 from tx_async.models.load import fetch, load_model
@@ -78,8 +79,10 @@ class JaxEngine:
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
         self.checkpoints = Checkpoints(checkpoints_base, model, config.max_lora_rank, writes=jax.process_index() == 0)
         self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut)
+        self.overlaps = can_overlap(model.mesh)
+        stream = OwnStream("sampling") if self.overlaps else SameStream()
         self.sampling = SamplingEngine(
-            model, params, config, self.context, str(folder), self.samplers.weights, self.samplers.scale
+            model, params, config, self.context, str(folder), self.samplers.weights, self.samplers.scale, stream
         )
         self._programs = _programs(self)
 
@@ -102,6 +105,7 @@ class JaxEngine:
             prefill_tokens=self.sampling.prefill_tokens,
             num_devices=jax.device_count(),
             platform=jax.default_backend(),
+            overlaps=self.overlaps,
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
         )
 
@@ -110,6 +114,7 @@ class JaxEngine:
         return self._counter.count
 
     def close(self) -> None:
+        self.sampling.stream.close()
         self._counter.close()
 
     def compile_ahead(self, progress: ReportProgress) -> None:
@@ -220,7 +225,8 @@ class JaxEngine:
     def _load_sampler(self, command: wire.LoadSampler) -> Pending:
         saved = self.checkpoints.load(command.key)
         slot = command.sampler_slot
-        weights = self._programs["load_sampler"](self.samplers.weights, np.int32(slot), saved.weights)
+        program = self._programs["load_sampler"]
+        weights = self.sampling.stream.run(program, self.samplers.weights, np.int32(slot), saved.weights)
         self.samplers.load(slot, weights, adapter_slots.lora_scale(saved.config.rank))
         return partial(_loaded, 0)
 

@@ -40,6 +40,8 @@ class Sample:
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are in `pages`; one fewer than all of them while it decodes."""
+    last_turn: int = 0
+    """The quantum that it decoded in last, or began in."""
     num_cached: int = 0
     """Prompt tokens that it found in the prefix cache when it was first admitted."""
     was_admitted: bool = False
@@ -83,9 +85,13 @@ class Schedule:
 class Sequences:
     """Owner of every sequence between admission and end, and of their pages."""
 
-    def __init__(self, cache: PrefixCache, num_running_max: int):
+    def __init__(self, cache: PrefixCache, num_running_max: int, num_decoding_max: int):
+        """num_decoding_max: sequences that one quantum decodes; more take turns."""
         self.cache = cache
         self.num_running_max = num_running_max
+        self.num_decoding_max = num_decoding_max
+        #: number of the newest quantum
+        self._turn = 0
         #: oldest first; disjoint from `running`
         self.waiting: deque[Sample] = deque()
         #: by order, oldest first: prefilling or decoding; only these own pages
@@ -133,8 +139,23 @@ class Sequences:
             self._admit_waiting(decode_steps, budget, schedule)
         self.cache.release(self._held)
         self._held = []
-        schedule.decoding = [sample for sample in self.running if sample.num_to_prefill == 0]
+        schedule.decoding = self._decoding()
         return schedule
+
+    def _decoding(self) -> list[Sample]:
+        """Who decodes now: where not all can, half of the places go to those that are nearest to their end, because
+        only a finished sequence is worth anything to its client, the others to those that have waited longest.
+        """
+        self._turn += 1
+        ready = [sample for sample in self.running if sample.num_to_prefill == 0]
+        if len(ready) > self.num_decoding_max:
+            ready.sort(key=lambda sample: (sample.limit - len(sample.tokens), sample.order))
+            places = self.num_decoding_max // 2
+            others = sorted(ready[places:], key=lambda sample: (sample.last_turn, sample.order))
+            ready = ready[:places] + others[: self.num_decoding_max - places]
+        for sample in ready:
+            sample.last_turn = self._turn
+        return ready
 
     def _reserve(self, decode_steps: int, schedule: Schedule) -> None:
         """Pages for the next tokens of everyone who runs; the youngest gives way."""
@@ -210,7 +231,7 @@ class Sequences:
         return True
 
     def _run(self, sample: Sample, pages: list[int], num_computed: int) -> None:
-        sample.pages, sample.num_computed = pages, num_computed
+        sample.pages, sample.num_computed, sample.last_turn = pages, num_computed, self._turn
         if not sample.was_admitted:
             sample.was_admitted, sample.num_cached = True, num_computed
         place = sum(other.order < sample.order for other in self.running)

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
 
-QUANTUM_MS_MAX = 500.0
+QUANTUM_MS_MAX = 2000.0
 
 
 class FairQueue(Generic[Key]):
@@ -33,14 +33,19 @@ class FairQueue(Generic[Key]):
             self._charged[key] += tokens
 
 
-class Shares:
-    """Two classes of work share the device's time by weight; an idle class leaves its share to the other."""
+class Shares(Generic[Key]):
+    """Classes of work share the device's time by weight; an idle class leaves its share to the others.
 
-    def __init__(self, weights: dict[str, float]):
+    A quantum is charged when it is sent, so that the next one is another class's turn; and because nobody knows yet
+    what it will take, with what the last one of its class took.
+    """
+
+    def __init__(self, weights: dict[Key, float]):
         self._weights = weights
         self._used = dict.fromkeys(weights, 0.0)
+        self._last_ms = dict.fromkeys(weights, 0.0)
 
-    def order(self, has_work: Callable[[str], bool]) -> list[str]:
+    def order(self, has_work: Callable[[Key], bool]) -> list[Key]:
         busy = [name for name in self._weights if has_work(name)]
         level = min((self._used[name] for name in busy), default=0.0)
         for name in self._used:
@@ -48,6 +53,10 @@ class Shares:
             self._used[name] = self._used[name] - level if name in busy else 0.0
         return sorted(busy, key=self._used.__getitem__)
 
-    def charge(self, name: str, cost_ms: float) -> None:
-        """A quantum that took very long was compiled first, which is nobody's share."""
-        self._used[name] += min(cost_ms, QUANTUM_MS_MAX) / self._weights[name]
+    def charge(self, name: Key) -> None:
+        """One of its quanta is sent."""
+        self._used[name] += self._last_ms[name] / self._weights[name]
+
+    def measured(self, name: Key, cost_ms: float) -> None:
+        """What one took. One that took very long was compiled first, which is nobody's share."""
+        self._last_ms[name] = min(cost_ms, QUANTUM_MS_MAX)

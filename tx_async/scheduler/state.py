@@ -1,7 +1,8 @@
 """The scheduler's mind: facts in, instructions out. No I/O, no clock, no await; mutated through `handle` only.
 
-A worker always has up to `quanta_in_flight_max` quanta ahead. A quantum is a train micro-batch or a few decode steps;
-between any two of them anything else may come: that is how training and sampling, and all tenants, share one device.
+A worker always has up to `quanta_in_flight_max` quanta ahead (of each kind, where its engine runs them side by side). A
+quantum is a train micro-batch or a few decode steps; between any two of them anything else may come: that is how
+training and sampling, and all tenants, share one device.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tx_async.scheduler.retention import Retention
 from tx_async.scheduler.rollouts import Rollouts, SamplingAnswer
 from tx_async.scheduler.sampling import BASE_NAMESPACE, SampleJob
 from tx_async.scheduler.training import Training, TrainingAnswer
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.worker_state import Kind, WorkerState
 from tx_async.wire.operations import Operation, Sample
 from tx_async.wire.records import DropBody, ModelRecord, RequestRecord
 
@@ -170,14 +171,14 @@ class SchedulerState:
         worker = self.workers.get(fact.worker_id)
         if worker is None or fact.number not in worker.in_flight:
             return
-        answer, is_quantum = worker.answered(fact.number)
+        answer, kind = worker.answered(fact.number)
         if isinstance(fact, CommandFinished):
             if isinstance(answer, TrainingAnswer):
                 self.training.finished(answer, fact)
             elif isinstance(answer, SamplingAnswer):
                 self.rollouts.finished(worker, answer, fact)
-            if is_quantum:
-                self.shares.charge("train" if isinstance(answer, TrainingAnswer) else "sample", fact.elapsed_ms)
+            if kind:
+                self.shares.measured(kind, fact.elapsed_ms)
         elif isinstance(answer, TrainingAnswer):
             self.training.failed(answer, fact)
         elif isinstance(answer, SamplingAnswer):
@@ -213,18 +214,23 @@ class SchedulerState:
     def _advance(self, worker: WorkerState) -> None:
         trains, samples = worker is self._trainer(), "sample" in worker.capabilities
 
-        def has_work(name: str) -> bool:
-            if name == "train":
+        def has_work(kind: Kind) -> bool:
+            if kind == "train":
                 return trains and self.training.has_work
             return samples and self.rollouts.has_work(worker)
 
         self._end_reservation(worker)
-        while not worker.is_full(self.policy):
-            for name in self.shares.order(has_work):
-                if self.training.issue(worker) if name == "train" else self.rollouts.issue(worker):
-                    break
-            else:
-                return
+        while any(self._issue(worker, kind) for kind in self.shares.order(has_work)):
+            pass
+
+    def _issue(self, worker: WorkerState, kind: Kind) -> bool:
+        """Send one quantum of this kind. False when there was none, or when the worker has enough ahead."""
+        if worker.is_full(self.policy, kind):
+            return False
+        is_sent = self.training.issue(worker) if kind == "train" else self.rollouts.issue(worker)
+        if is_sent:
+            self.shares.charge(kind)
+        return is_sent
 
     def _end_reservation(self, worker: WorkerState) -> None:
         """A suspect has had its turn alone, or will not have it."""

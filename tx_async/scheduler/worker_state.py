@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from tx_async.scheduler.events import Send
 from tx_async.scheduler.outages import Outage
 from tx_async.scheduler.policy import Policy
 from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
+
+
+Kind = Literal["train", "sample"]
 
 
 class WorkerState:
@@ -30,7 +33,7 @@ class WorkerState:
         #: command number -> (what to do with the answer, the kind of quantum that the command was)
         self.in_flight: dict[int, tuple[Any, Kind | None]] = {}
         #: train micro-batches and sample quanta among them: what `quanta_in_flight_max` bounds
-        self.num_quanta = 0
+        self.quanta: dict[Kind, int] = {"train": 0, "sample": 0}
         #: sequence_id -> job, admitted and not ended
         self.sequences: dict[int, Any] = {}
         #: the training step or sample job that has the device for itself, or waits until it is empty
@@ -44,19 +47,35 @@ class WorkerState:
             f"{len(self.sequences)} sequences]>"
         )
 
-    def is_full(self, policy: Policy) -> bool:
-        """It has enough ahead: what is issued later can still take turns."""
-        return self.num_quanta >= policy.quanta_in_flight_max or len(self.in_flight) >= policy.commands_in_flight_max
+    @property
+    def num_quanta(self) -> int:
+        return sum(self.quanta.values())
+
+    def is_full(self, policy: Policy, kind: Kind) -> bool:
+        """It has enough of this kind ahead: what is issued later can still take turns."""
+        num_quanta = self.quanta[kind] if self.info.overlaps else self.num_quanta
+        return num_quanta >= policy.quanta_in_flight_max or len(self.in_flight) >= policy.commands_in_flight_max
 
     def send(self, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> Send:
         self._last_number += 1
-        is_quantum = isinstance(command, TrainMicroBatch | SampleQuantum)
-        self.in_flight[self._last_number] = (on_answer, is_quantum)
-        self.num_quanta += is_quantum
+        kind = _kind_of(command)
+        self.in_flight[self._last_number] = (on_answer, kind)
+        if kind:
+            self.quanta[kind] += 1
         return Send(self.worker_id, self._last_number, command, tensors)
 
-    def answered(self, number: int) -> tuple[Any, bool]:
+    def answered(self, number: int) -> tuple[Any, Kind | None]:
         """What was noted for a command, which is no longer in flight."""
-        on_answer, is_quantum = self.in_flight.pop(number)
-        self.num_quanta -= is_quantum
-        return on_answer, is_quantum
+        on_answer, kind = self.in_flight.pop(number)
+        if kind:
+            self.quanta[kind] -= 1
+        return on_answer, kind
+
+
+def _kind_of(command: Command) -> Kind | None:
+    match command:
+        case TrainMicroBatch():
+            return "train"
+        case SampleQuantum():
+            return "sample"
+    return None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tx_async.engine.decode import SamplingEngine
+from tx_async.engine.streams import SameStream
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, init_weights, layer_slice
 from tx_async.models.load import load_model
@@ -74,7 +75,14 @@ class SamplingBench:
         self.scale = np.zeros(slots, np.float32)
         self.context = self.config.max_context_length or self.model.max_position_embeddings
         self.engine = SamplingEngine(
-            self.model, self.params, self.config, self.context, str(folder), self.weights, jnp.asarray(self.scale)
+            self.model,
+            self.params,
+            self.config,
+            self.context,
+            str(folder),
+            self.weights,
+            jnp.asarray(self.scale),
+            SameStream(),
         )
         self._forward = jax.jit(partial(_logprobs, self.model))
         self.outcomes: dict[int, Outcome] = {}

@@ -131,6 +131,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     prefill_tokens: int
     num_devices: int = 1
     platform: str = "cpu"
+    overlaps: bool = False
+    """Training and sampling run side by side: a quantum of one waits for no quantum of the other."""
     adapter_bytes: int = 0
     """Device bytes of one training slot: A, B, m, v and one gradient."""
 
@@ -416,6 +418,7 @@ class CommandFinished(Struct, tag=True, frozen=True, kw_only=True):
     number: int
     result: Result
     elapsed_ms: float
+    """Since it arrived, or since the answer before it: what it took of a device that works in order."""
     tensors: tuple[TensorSpec, ...] = ()
 
 

@@ -1,8 +1,8 @@
 """The worker process's loop: the one ordered command stream of this host, from the server to the engine and back.
 
-The main thread issues commands and never waits for the device. Each command's `Pending` goes to the completion
-thread, which waits for the outcomes in the same order and answers; saved adapters wait on threads of their own,
-because files may take long and nobody behind them should.
+The main thread issues commands and never waits for the device. Each command's `Pending` goes to a completion thread,
+which waits for the outcomes in the same order and answers; where the engine runs sampling beside training, sampling has
+its own. Saved adapters wait on threads of their own: files may take long, and nobody behind them should.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tx_async.dispatch.dealer import Dealer, Received
 from tx_async.errors import TxError
-from tx_async.wire.worker import SaveAdapter, Welcome
+from tx_async.wire.worker import AdmitSequences, CancelSequences, LoadSampler, SampleQuantum, SaveAdapter, Welcome
 from tx_async.worker.engine_api import Engine, Pending, ReportProgress
 from tx_async.worker.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)
 
+SAMPLING = (AdmitSequences, CancelSequences, LoadSampler, SampleQuantum)
 SAVING_THREADS = 2
 UNANSWERED_COMMANDS_MAX = 64
 """Issued commands whose outcome is still awaited; the server keeps far fewer in flight."""
 
+Completions = queue.Queue[tuple[int, Pending] | None]
 CreateEngine = Callable[[Welcome, ReportProgress], Engine]
 
 
@@ -35,7 +37,9 @@ class Worker:
         self.dealer = dealer
         self.create_engine = create_engine
         #: issued commands in stream order; None ends the completion thread
-        self._pending: queue.Queue[tuple[int, Pending] | None] = queue.Queue(UNANSWERED_COMMANDS_MAX)
+        self._completions: Completions = queue.Queue(UNANSWERED_COMMANDS_MAX)
+        #: those of sampling; the same queue where nothing overlaps
+        self._sampling: Completions = self._completions
         #: set by the first fatal error, on any thread; nothing is answered after it
         self._crash: BaseException | None = None
         #: False while the engine is being built
@@ -46,7 +50,10 @@ class Worker:
         welcome = self.dealer.attach()
         engine = self.create_engine(welcome, self.dealer.progress)
         self.dealer.count_compilations = lambda: engine.num_compilations
-        self.dealer.ready(engine.info())
+        info = engine.info()
+        if info.overlaps:
+            self._sampling = queue.Queue(UNANSWERED_COMMANDS_MAX)
+        self.dealer.ready(info)
         self.is_serving = True
         self._serve(engine)
         if self._crash:
@@ -56,15 +63,21 @@ class Worker:
         return ExitCode.STOPPED
 
     def _serve(self, engine: Engine) -> None:
-        completions = threading.Thread(target=self._complete_all, name="completions", daemon=True)
-        completions.start()
+        queues = [self._completions] if self._sampling is self._completions else [self._completions, self._sampling]
+        threads = [
+            threading.Thread(target=self._complete_all, args=(q,), name="completions", daemon=True) for q in queues
+        ]
+        for thread in threads:
+            thread.start()
         with ThreadPoolExecutor(SAVING_THREADS, thread_name_prefix="saving") as saving:
             for received in self.dealer.commands():
                 if self._crash:
                     break
                 self._issue(engine, received, saving)
-            self._pending.put(None)
-            completions.join()
+            for completions in queues:
+                completions.put(None)
+            for thread in threads:
+                thread.join()
 
     def _issue(self, engine: Engine, received: Received, saving: ThreadPoolExecutor) -> None:
         try:
@@ -74,10 +87,11 @@ class Worker:
         if isinstance(received.command, SaveAdapter):
             saving.submit(self._complete, received.number, pending)
         else:
-            self._pending.put((received.number, pending))
+            completions = self._sampling if isinstance(received.command, SAMPLING) else self._completions
+            completions.put((received.number, pending))
 
-    def _complete_all(self) -> None:
-        while (item := self._pending.get()) is not None:
+    def _complete_all(self, completions: Completions) -> None:
+        while (item := completions.get()) is not None:
             self._complete(*item)
 
     def _complete(self, number: int, pending: Pending) -> None:

@@ -1,0 +1,86 @@
+"""Whose turn it is to decode, where not all can at once."""
+
+import numpy as np
+
+from tx_async.engine.prefix_cache import PageKeys, PrefixCache
+from tx_async.engine.sequences import Sample, Sequences, prompt_key
+from tx_async.wire.worker import SequenceSpec
+
+STEPS = 4
+
+
+def sequences(num_decoding_max: int) -> Sequences:
+    return Sequences(PrefixCache(num_pages=2000, page_size=16, enabled=False), 64, num_decoding_max)
+
+
+def admit(line: Sequences, number: int, max_tokens: int) -> Sample:
+    prompt = np.array([number], np.int32)
+    spec = SequenceSpec(sequence_id=number, sampler_slot=-1, adapter_version="", prompt=0, max_tokens=max_tokens)
+    sample = Sample(
+        order=number,
+        spec=spec,
+        prompt_key=prompt_key(spec, prompt),
+        num_prompt=1,
+        limit=1 + max_tokens,
+        tokens=[number],
+        keys=PageKeys("", 16),
+    )
+    line.admit(sample)
+    return sample
+
+
+def quantum(line: Sequences) -> list[int]:
+    """-> sequence_ids that decoded; those at their limit have left."""
+    decoding = list(line.schedule(STEPS, 64).decoding)
+    for sample in decoding:
+        sample.tokens += [0] * min(STEPS, sample.limit - len(sample.tokens))
+        sample.num_computed = len(sample.tokens) - 1
+        if len(sample.tokens) == sample.limit:
+            line.finish(sample)
+    line.check()
+    return [sample.spec.sequence_id for sample in decoding]
+
+
+def test_all_decode_while_there_is_room():
+    line = sequences(num_decoding_max=4)
+    for number in range(4):
+        admit(line, number, max_tokens=100)
+    assert quantum(line) == quantum(line) == [0, 1, 2, 3]
+
+
+def test_a_short_one_is_not_behind_the_long_ones_before_it():
+    line = sequences(num_decoding_max=8)
+    for number in range(32):
+        admit(line, number, max_tokens=256)
+    for _ in range(3):
+        quantum(line)
+    admit(line, 32, max_tokens=8)
+    assert 32 in quantum(line)
+    assert 32 in quantum(line)
+    assert 32 not in {sample.spec.sequence_id for sample in line}
+
+
+def test_a_stream_of_short_ones_does_not_stop_a_long_one():
+    line = sequences(num_decoding_max=4)
+    long = [admit(line, number, max_tokens=40) for number in range(4)]
+    number, num_quanta = 4, 0
+    while any(sample in long for sample in line):
+        for _ in range(4):
+            admit(line, number, max_tokens=4)
+            number += 1
+        quantum(line)
+        num_quanta += 1
+        assert num_quanta < 400
+    assert num_quanta > 10
+
+
+def test_who_waited_longest_decodes_next():
+    line = sequences(num_decoding_max=4)
+    for number in range(12):
+        admit(line, number, max_tokens=1000)
+    gaps = {number: 0 for number in range(12)}
+    for _ in range(50):
+        chosen = quantum(line)
+        assert len(chosen) == 4
+        gaps = {number: 0 if number in chosen else gap + 1 for number, gap in gaps.items()}
+        assert max(gaps.values()) <= 6

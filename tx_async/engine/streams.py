@@ -1,0 +1,51 @@
+"""A second stream of device work, beside the one of the thread that executes commands.
+
+XLA's CPU client runs what one thread dispatches in order, one program after the other, and what two threads dispatch
+side by side. So on a CPU sampling gets a thread of its own: a decode step never waits for the end of a training
+micro-batch. Accelerators run programs in order whoever dispatches them, and on a mesh every process must dispatch in
+one order: there `Stream` adds nothing and is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import jax
+
+
+class Stream(Protocol):
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call `function`, which dispatches, on this stream; -> what it returns."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SameStream:
+    """The caller's own."""
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    def close(self) -> None:
+        pass
+
+
+class OwnStream:
+    """A thread that does nothing else."""
+
+    def __init__(self, name: str):
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self._thread.submit(function, *arguments).result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+def can_overlap(mesh: Any) -> bool:
+    """Whether two streams run side by side here. mesh: None on a single device."""
+    return mesh is None and jax.default_backend() == "cpu"
