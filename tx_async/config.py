@@ -78,6 +78,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     result_cache_bytes: int = 256 * 2**20
     """Newest results kept in memory; older ones are read from the journal."""
     session_retention_s: int = 30 * 24 * 3600
+    """Sessions that have ended, with their training runs (not their checkpoints), since their last use."""
+    retention_interval_s: int = 60
+    """Between two looks for what these limits let go."""
     snapshot_every_steps: int = 16
     """Optimizer steps between two snapshots of a model."""
     snapshot_every_bytes: int = 256 * 2**20

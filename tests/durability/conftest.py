@@ -1,7 +1,8 @@
 """`--kills N` runs more seeds of every killing test."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tx_async.testing.durability import Told, serving, stored, train
 
 FAKE_STEPS = 10
 JAX_STEPS = 8
+SIDE_BY_SIDE_MAX = 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +36,32 @@ def sockets_of_the_sdk() -> Iterator[None]:
     """Found while the warnings about them are still ignored."""
     yield
     gc.collect()
+
+
+class SideBySide:
+    """All cases of a test begin together, each with a server and a client of its own: they mostly wait, for processes
+    to start and for the SDK's pauses. Each test then waits for its own case."""
+
+    def __init__(self, items: list[pytest.Item], pool: ThreadPoolExecutor):
+        self._items = items
+        self._pool = pool
+        #: node id of a test -> its case
+        self._cases: dict[str, Future[None]] = {}
+
+    def run(self, test: pytest.Item, case: Callable[..., None]) -> None:
+        """`case` is called with the parameters of a test. Raises what it has raised for this one."""
+        if test.nodeid not in self._cases:
+            name = test.originalname  # type: ignore[attr-defined]
+            for item in self._items:
+                if item.path == test.path and getattr(item, "originalname", None) == name:
+                    self._cases[item.nodeid] = self._pool.submit(case, **item.callspec.params)  # type: ignore[attr-defined]
+        self._cases[test.nodeid].result()
+
+
+@pytest.fixture(scope="session")
+def side_by_side(request: pytest.FixtureRequest) -> Iterator[SideBySide]:
+    with ThreadPoolExecutor(SIDE_BY_SIDE_MAX) as pool:
+        yield SideBySide(request.session.items, pool)
 
 
 @pytest.fixture(scope="session")

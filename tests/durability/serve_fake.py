@@ -1,5 +1,5 @@
-"""The real server process, with workers that need no JAX, with fail points, and with a disk that is full while the file
-that DISK_FULL_FILE names exists."""
+"""The real server process, with workers that need no JAX, with fail points, with a disk that is full while the file
+that DISK_FULL_FILE names exists, and with a quick eye for what deaths have left behind."""
 
 import functools
 import os
@@ -10,6 +10,7 @@ import tx_async.app
 from tx_async import cli
 from tx_async.errors import StorageError
 from tx_async.journal.sqlite import SqliteDriver
+from tx_async.scheduler import orphans
 from tx_async.testing import fail_points
 
 write = SqliteDriver.apply
@@ -27,6 +28,7 @@ async def write_unless_full(driver, changes) -> None:
 
 if "DISK_FULL_FILE" in os.environ:
     SqliteDriver.apply = write_unless_full
+orphans.LOOK_AFTER_S = 1.0
 tx_async.app.create_app = functools.partial(tx_async.app.create_app, engine="tx_async.testing.fake_worker:create")
 fail_points.install()
 sys.exit(cli.main(sys.argv[1:]))

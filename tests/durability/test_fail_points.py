@@ -8,23 +8,37 @@ from tx_async.testing import fail_points
 from tx_async.testing.durability import Told, reviving, serving, stored, train, wait_until
 
 STEPS = 10
-COUNTS = {"files_delete": 1, "body_read": 1, "adapter_load": 1, "adapter_save": 1, "payload_write": 9, "accept": 6}
+ONCE = ("files_list", "files_delete", "body_read", "result_read", "adapter_load", "adapter_save", "recovery")
+COUNTS = dict.fromkeys(ONCE, 1) | {"journal_open": 1, "payload_write": 9, "accept": 6}
 """At which of its occasions in a life the point strikes; 4 for all others."""
+CASES = {"server": fail_points.SERVER_POINTS, "worker": fail_points.WORKER_POINTS}
 
 
+@pytest.mark.parametrize("who", CASES)
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("points", [fail_points.SERVER_POINTS, fail_points.WORKER_POINTS], ids=["server", "worker"])
 def test_a_run_through_a_crash_at_each_fail_point(
-    fake_clean: tuple[Told, dict[str, str]], tiny_qwen3: Path, tmp_path: Path, when: str, points: dict[str, str]
+    fake_clean: tuple[Told, dict[str, str]],
+    tiny_qwen3: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    side_by_side,
+    request: pytest.FixtureRequest,
+    who: str,
+    when: str,
 ):
-    specs = [f"{when}_{point}:{COUNTS.get(point, 4)}:{tmp_path / point}" for point in points]
-    environ = {fail_points.VARIABLE: ",".join(specs)}
-    with (
-        serving(tmp_path / "server", tiny_qwen3, environ=environ, snapshot_every_steps=3) as server,
-        reviving(server),
-    ):
-        told = train(server.base_url, tiny_qwen3, STEPS)
-        wait_until(lambda: server.get("/api/v1/healthz")[0] == 200)
-    assert [point for point in points if not (tmp_path / point).exists()] == []
-    assert told == fake_clean[0]
-    assert stored(server) == fake_clean[1]
+    def case(who: str, when: str) -> None:
+        folder, points = tmp_path_factory.mktemp(f"{when}-{who}"), CASES[who]
+
+        def left() -> list[str]:
+            return [point for point in points if not (folder / point).exists()]
+
+        specs = [f"{when}_{point}:{COUNTS.get(point, 4)}:{folder / point}" for point in points]
+        environ = {fail_points.VARIABLE: ",".join(specs)}
+        settings = {"snapshot_every_steps": 3, "result_cache_bytes": 0}
+        with serving(folder / "server", tiny_qwen3, environ=environ, **settings) as server, reviving(server):
+            told = train(server.base_url, tiny_qwen3, STEPS)
+            wait_until(lambda: not left(), timeout_s=15)
+            wait_until(lambda: server.get("/api/v1/healthz")[0] == 200)
+        assert told == fake_clean[0]
+        assert stored(server) == fake_clean[1]
+
+    side_by_side.run(request.node, case)

@@ -1,15 +1,14 @@
-"""Damaged files, torn logs, a full disk, orderly stops, too many models, and PostgreSQL."""
+"""Damaged files, torn logs, a full disk, orderly stops, and PostgreSQL."""
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tx_async.testing.durability import (
     Told,
-    batch,
     killing,
     newest_snapshot,
     serving,
@@ -20,6 +19,9 @@ from tx_async.testing.durability import (
 from tx_async.testing.server import Server
 
 STEPS = 10
+SHUTDOWN_MS = 4_000
+Events = dict[int, Callable[[], None]]
+"""What happens to the server after a step was sent."""
 Clean = tuple[Told, dict[str, str]]
 
 
@@ -28,7 +30,9 @@ def restart(server: Server) -> None:
     server.wait_accepting()
 
 
-def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(fake_clean: Clean, tiny_qwen3: Path, tmp_path: Path):
+def damaged_snapshot(server: Server) -> Events:
+    """The newest one: the one before it and a longer replay must do."""
+
     def damage() -> None:
         server.stop()
         (file,) = newest_snapshot(server).glob("*.npz")
@@ -37,10 +41,84 @@ def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(fake_clean: C
         file.write_bytes(content)
         restart(server)
 
-    with serving(tmp_path, tiny_qwen3, snapshot_every_steps=3) as server:
-        told = train(server.base_url, tiny_qwen3, STEPS, at={7: damage})
-    assert told == fake_clean[0]
-    assert stored(server) == fake_clean[1]
+    return {7: damage}
+
+
+def torn_log(server: Server) -> Events:
+    """A transaction was being appended when the machine stopped: its frames are incomplete."""
+
+    def tear() -> None:
+        server.kill()
+        log = server.data_dir / "tx_async.db-wal"
+        with log.open("ab") as file:
+            file.write(log.read_bytes()[32:2_000])
+        restart(server)
+
+    return {3: tear, 6: tear}
+
+
+def truncated_log(server: Server) -> Events:
+    """The end of the log is gone, and with it what was not acknowledged: half a transaction that was under way."""
+
+    def truncate() -> None:
+        server.kill()
+        log = server.data_dir / "tx_async.db-wal"
+        whole = log.stat().st_size
+        with log.open("ab") as file:
+            file.write(log.read_bytes()[32:10_000])
+            file.truncate(whole + 5_000)
+        restart(server)
+
+    return {4: truncate}
+
+
+def full_disk(server: Server) -> Events:
+    """For two seconds the journal cannot write. (`test_full_disk.py` fills a real one, where it may.)"""
+    full = Path(server.environ["DISK_FULL_FILE"])
+
+    def fill() -> None:
+        full.touch()
+        time.sleep(2)
+        full.unlink()
+        assert "disk is full" in server.log()
+
+    return {4: fill}
+
+
+def orderly_stops(server: Server) -> Events:
+    """They are quick, and so is the next start."""
+
+    def stop_and_start() -> None:
+        began = time.monotonic()
+        assert server.stop() == 0
+        stopped = time.monotonic()
+        server.start()
+        server.wait_ready()
+        assert stopped - began < SHUTDOWN_MS / 1000 + 1 and time.monotonic() - stopped < 8
+
+    return {3: stop_and_start, 7: stop_and_start}
+
+
+@pytest.mark.parametrize("trouble", [damaged_snapshot, torn_log, truncated_log, full_disk, orderly_stops])
+def test_a_run_through_trouble_is_the_uninterrupted_run(
+    fake_clean: Clean,
+    tiny_qwen3: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    side_by_side,
+    request: pytest.FixtureRequest,
+    trouble: Callable[[Server], Events],
+):
+    def case(trouble: Callable[[Server], Events]) -> None:
+        folder = tmp_path_factory.mktemp("server")
+        # Whoever stops in order has more to snapshot.
+        settings = {"snapshot_every_steps": 100 if trouble is orderly_stops else 3, "shutdown_ms": SHUTDOWN_MS}
+        environ = {"DISK_FULL_FILE": str(folder / "full")}
+        with serving(folder, tiny_qwen3, environ=environ, **settings) as server:
+            told = train(server.base_url, tiny_qwen3, STEPS, at=trouble(server))
+        assert told == fake_clean[0]
+        assert stored(server) == fake_clean[1]
+
+    side_by_side.run(request.node, case)
 
 
 def test_nothing_good_is_left_and_the_client_is_told(tiny_qwen3: Path, tmp_path: Path):
@@ -57,81 +135,6 @@ def test_nothing_good_is_left_and_the_client_is_told(tiny_qwen3: Path, tmp_path:
         pytest.raises(tinker.RequestFailedError, match="none of its snapshots can be read"),
     ):
         train(server.base_url, tiny_qwen3, STEPS, at={7: damage})
-
-
-def test_a_torn_log_is_no_loss(fake_clean: Clean, tiny_qwen3: Path, tmp_path: Path):
-    """A transaction was being appended when the machine stopped: its frames are incomplete."""
-
-    def tear() -> None:
-        server.kill()
-        log = tmp_path / "tx_async.db-wal"
-        with log.open("ab") as file:
-            file.write(log.read_bytes()[32:2_000])
-        restart(server)
-
-    with serving(tmp_path, tiny_qwen3, snapshot_every_steps=3) as server:
-        told = train(server.base_url, tiny_qwen3, STEPS, at={3: tear, 6: tear})
-    assert told == fake_clean[0]
-    assert stored(server) == fake_clean[1]
-
-
-def test_a_full_disk_is_a_delay(fake_clean: Clean, tiny_qwen3: Path, tmp_path: Path):
-    """For two seconds in the middle of the run, the journal cannot write."""
-    full = tmp_path / "full"
-
-    def fill() -> None:
-        full.touch()
-        time.sleep(2)
-        full.unlink()
-
-    environ = {"DISK_FULL_FILE": str(full)}
-    with serving(tmp_path / "server", tiny_qwen3, environ=environ, snapshot_every_steps=3) as server:
-        told = train(server.base_url, tiny_qwen3, STEPS, at={4: fill})
-        log = server.log()
-    assert "disk is full" in log
-    assert told == fake_clean[0]
-    assert stored(server) == fake_clean[1]
-
-
-def test_an_orderly_stop_in_the_middle_is_quick_and_so_is_the_next_start(
-    fake_clean: Clean, tiny_qwen3: Path, tmp_path: Path
-):
-    took: list[float] = []
-
-    def stop_and_start() -> None:
-        began = time.monotonic()
-        assert server.stop() == 0
-        took.append(time.monotonic() - began)
-        server.start()
-        server.wait_ready()
-        took.append(time.monotonic() - began - took[0])
-
-    with serving(tmp_path, tiny_qwen3, snapshot_every_steps=100, shutdown_ms=4000) as server:
-        told = train(server.base_url, tiny_qwen3, STEPS, at={3: stop_and_start, 7: stop_and_start})
-    assert told == fake_clean[0]
-    assert stored(server) == fake_clean[1]
-    assert max(took) < 8, took
-
-
-def test_many_models_on_few_slots_train_as_if_each_were_alone(tiny_qwen3: Path, tmp_path: Path):
-    import tinker
-
-    def losses(folder: Path, slots: int, num_models: int) -> list[list[float]]:
-        backend = {"max_lora_adapters": slots}
-        with (
-            serving(folder, tiny_qwen3, backend=backend, snapshot_every_steps=100) as server,
-            tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy") as service,
-        ):
-            name = str(tiny_qwen3)
-            trainers = [service.create_lora_training_client(name, rank=4, seed=i).result() for i in range(num_models)]
-            futures = [[] for _ in trainers]
-            for step in range(3):
-                for i, trainer in enumerate(trainers):
-                    futures[i].append(trainer.forward_backward(batch(100 * i + step), "cross_entropy"))
-                    trainer.optim_step(tinker.AdamParams(learning_rate=0.01))
-            return [[future.result().metrics["loss:sum"] for future in run] for run in futures]
-
-    assert losses(tmp_path / "few", 2, 16) == losses(tmp_path / "many", 16, 16)
 
 
 @pytest.fixture(scope="module")

@@ -5,34 +5,46 @@ from pathlib import Path
 
 import pytest
 
-from tx_async.testing.durability import Told, killing, serving, stored, train
+from tx_async.testing.durability import Told, killing, serving, snapshots, stored, train, wait_until
 
 FAKE_STEPS = 10
 JAX_STEPS = 8
+SNAPSHOTS_KEPT = 2
 Clean = tuple[Told, dict[str, str]]
 
 
 @pytest.mark.parametrize("kinds", [("worker",), ("server",), ("worker", "server", "both")], ids="-".join)
 def test_a_run_through_kills_is_the_uninterrupted_run(
-    fake_clean: Clean, tiny_qwen3: Path, tmp_path: Path, kinds: tuple[str, ...], kill_seed: int
+    fake_clean: Clean,
+    tiny_qwen3: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    side_by_side,
+    request: pytest.FixtureRequest,
+    kinds: tuple[str, ...],
+    kill_seed: int,
 ):
-    with serving(tmp_path, tiny_qwen3, snapshot_every_steps=3) as server:
-        with killing(server, kill_seed, kinds, number=4, every_s=(0.1, 0.6)) as killed:
-            told = train(server.base_url, tiny_qwen3, FAKE_STEPS, pace_s=0.25)
-        server.wait_ready()
-    assert len(killed) >= 2
-    assert told == fake_clean[0]
-    assert stored(server) == fake_clean[1]
+    def case(kinds: tuple[str, ...], kill_seed: int) -> None:
+        with serving(tmp_path_factory.mktemp("server"), tiny_qwen3, snapshot_every_steps=3) as server:
+            with killing(server, kill_seed, kinds, number=4, every_s=(0.1, 0.6)) as killed:
+                told = train(server.base_url, tiny_qwen3, FAKE_STEPS, pace_s=0.25)
+            server.wait_ready()
+            # What was written just before a death is found and removed.
+            wait_until(lambda: len(snapshots(server)) <= SNAPSHOTS_KEPT)
+        assert len(killed) >= 2
+        assert told == fake_clean[0]
+        assert stored(server) == fake_clean[1]
+
+    side_by_side.run(request.node, case)
 
 
-@pytest.mark.parametrize("kinds", [("worker",), ("both",)], ids="-".join)
 def test_a_run_of_the_jax_engine_through_kills_is_the_uninterrupted_run(
-    jax_clean: Clean, tiny_qwen3: Path, tmp_path: Path, kinds: tuple[str, ...], kill_seed: int
+    jax_clean: Clean, tiny_qwen3: Path, tmp_path: Path, kill_seed: int
 ):
+    """A worker alone, then server and worker together, or the other way round."""
     with serving(tmp_path, tiny_qwen3, fake=False, snapshot_every_steps=3) as server:
-        with killing(server, kill_seed, kinds, number=1, every_s=(0.3, 2.5)) as killed:
+        with killing(server, kill_seed, ("worker", "both"), number=2, every_s=(0.3, 2.5)) as killed:
             told = train(server.base_url, tiny_qwen3, JAX_STEPS, pace_s=0.4)
         server.wait_ready()
-    assert killed
+    assert sorted(killed) == ["both", "worker"]
     assert told == jax_clean[0]
     assert stored(server) == jax_clean[1]

@@ -623,4 +623,5 @@ def policy_of(config: ServerConfig) -> Policy:
         result_retention_s=config.result_retention_s,
         results_kept_max=config.results_kept_max,
         session_retention_s=config.session_retention_s,
+        retention_interval_s=config.retention_interval_s,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import random
 import signal
 import threading
@@ -150,8 +151,12 @@ def stored(server: Server) -> dict[str, str]:
 
 def newest_snapshot(server: Server) -> Path:
     """Its folder; the server has one run."""
-    snapshots = [path for path in (server.data_dir / "checkpoints").glob("*/snapshots/*") if path.is_dir()]
-    return max(snapshots, key=lambda path: int(path.name.partition("~")[0]))
+    return max(snapshots(server), key=lambda path: int(path.name.partition("~")[0]))
+
+
+def snapshots(server: Server) -> list[Path]:
+    """Folders of all snapshots of all runs, known or not."""
+    return [path for path in (server.data_dir / "checkpoints").glob("*/snapshots/*") if path.is_dir()]
 
 
 def _hash(file: Path) -> str:
@@ -206,17 +211,18 @@ KILLS = {"worker": kill_worker, "server": kill_server, "both": kill_both}
 def killing(
     server: Server, seed: int, kinds: tuple[str, ...], number: int, every_s: tuple[float, float]
 ) -> Iterator[list[str]]:
-    """Kill something `number` times while the body runs, at moments that the seed decides; each time, wait until the
-    server is back. Yields what was killed so far."""
+    """Kill something `number` times while the body runs, each kind in turn, at moments and in an order that the seed
+    decides; each time, wait until the server is back. Yields what was killed so far."""
     killed: list[str] = []
     choose = random.Random(seed)
+    order = itertools.cycle(choose.sample(kinds, len(kinds)))
     over = threading.Event()
 
     def kill_repeatedly() -> None:
         for _ in range(number):
             if over.wait(choose.uniform(*every_s)):
                 return
-            kind = choose.choice(kinds)
+            kind = next(order)
             killed.append(kind)
             KILLS[kind](server)
             deadline = time.monotonic() + 60

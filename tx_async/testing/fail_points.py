@@ -19,6 +19,8 @@ from typing import Any, Literal
 VARIABLE = "FAIL_POINTS"
 
 SERVER_POINTS = {
+    "journal_open": "tx_async.journal.sqlite:SqliteDriver.open",
+    "recovery": "tx_async.scheduler.scheduler:Scheduler._recover",
     "journal_commit": "tx_async.journal.sqlite:SqliteDriver.apply",
     "payload_write": "tx_async.journal.payloads:Payloads.write",
     "body_read": "tx_async.journal.journal:Journal.read_body",
@@ -26,6 +28,8 @@ SERVER_POINTS = {
     "outbox_show": "tx_async.scheduler.scheduler:Scheduler._show",
     "command_send": "tx_async.dispatch.router:Router.send",
     "result_handle": "tx_async.scheduler.scheduler:Scheduler.on_event",
+    "result_read": "tx_async.journal.journal:Journal.read_result",
+    "files_list": "tx_async.storage.store:Store.list_keys",
     "files_delete": "tx_async.storage.store:Store.delete_prefix",
 }
 WORKER_POINTS = {
