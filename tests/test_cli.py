@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tx_async import cli, keys, serve
-from tx_async.api.owner import Owners, hash_key, read_registry
+from tx_async.api.owner import Owners, hash_key, is_loopback, read_registry
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError, Unauthorized
 from tx_async.testing.server import free_port, running_server
@@ -72,16 +72,16 @@ def test_unknown_commands_and_flags_are_refused_by_argparse():
 
 
 @pytest.mark.parametrize(
-    ("host", "is_loopback"),
+    ("host", "is_local"),
     [
         *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")),
         *((host, False) for host in ("0.0.0.0", "::", "192.168.1.1", "example.org", "")),
     ],
 )
-def test_only_loopback_may_do_without_keys(host, is_loopback):
-    assert serve.is_loopback(host) == is_loopback
+def test_only_loopback_may_do_without_keys(host, is_local):
+    assert is_loopback(host) == is_local
     serve.check_exposure(ServerConfig(host=host, api_keys_file="/some/file"))
-    if not is_loopback:
+    if not is_local:
         with pytest.raises(ConfigError, match="api_keys_file"):
             serve.check_exposure(ServerConfig(host=host))
 

@@ -10,7 +10,6 @@ journal brings it back.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import resource
@@ -24,6 +23,7 @@ from hypercorn.config import Sockets
 from hypercorn.utils import LifespanFailureError, wrap_app
 
 from tx_async import logs
+from tx_async.api.owner import is_loopback
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 
@@ -64,13 +64,6 @@ def check_exposure(config: ServerConfig) -> None:
         f"host {config.host} can be reached from other machines, so api_keys_file must be set: "
         "make one with `tx-async keys add NAME`, or listen on 127.0.0.1."
     )
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Server:

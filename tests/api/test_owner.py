@@ -25,6 +25,16 @@ def test_without_a_registry_each_key_is_its_own_tenant():
     assert owners.authenticate(None) == owners.authenticate("")
 
 
+def test_without_a_registry_only_loopback_is_answered():
+    """Whatever started the server: nobody else's machine may use one without keys."""
+    for address in ("127.0.0.1", "127.3.2.1", "::1", "", "/run/tx.sock", "testserver"):
+        owner.Owners().authenticate("tml-a", address)
+    for address in ("192.168.1.5", "10.0.0.1", "::", "2001:db8::1"):
+        with pytest.raises(Unauthorized, match="api_keys_file"):
+            owner.Owners().authenticate("tml-a", address)
+        owner.Owners({owner.hash_key("tml-a"): "alice"}).authenticate("tml-a", address)
+
+
 @pytest.mark.parametrize("line", ["tml-plain-key alice", "abc", "Z" * 64])
 def test_a_line_that_is_no_hash_is_named(tmp_path, line):
     file = tmp_path / "keys"

@@ -144,3 +144,12 @@ def test_openapi_names_every_route_and_every_reference_resolves():
     assert described == {(row.method, row.path.replace(":path}", "}")) for row in ROUTES}
     references = set(re.findall(r"#/components/schemas/(\w+)", openapi.render().decode()))
     assert references <= set(document["components"]["schemas"])
+
+
+async def test_a_server_without_keys_does_not_answer_other_machines(client):
+    """Under a bare ASGI server nothing has checked where it listens."""
+    path = "/api/v1/get_server_capabilities"
+    assert (await client.get(path)).status_code == 200
+    refused = await client.get(f"http://192.168.7.1{path}")
+    assert refused.status_code == 401 and "api_keys_file" in refused.text
+    assert (await client.get("http://192.168.7.1/api/v1/healthz")).status_code in (200, 503)

@@ -73,7 +73,7 @@ class Endpoint:
         await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:
-        owner = "" if self.row.public else self._api.owners.authenticate(request.headers.get("x-api-key"))
+        owner = "" if self.row.public else self._authenticate(request)
         call = Call(self._api, request, owner)
         if self._decodes is None:
             answer = await self.row.handler(call)
@@ -81,6 +81,10 @@ class Endpoint:
             content = await body.read(request, CONTROL_BODY_BYTES_MAX)
             answer = await self.row.handler(call, body.decode_json(content, self._decodes))
         return answer if isinstance(answer, Response) else json_response(answer)
+
+    def _authenticate(self, request: Request) -> str:
+        reached_at, _port = request.scope.get("server") or ("", None)
+        return self._api.owners.authenticate(request.headers.get("x-api-key"), reached_at)
 
 
 def _parameters(handler: Callable[..., Any]) -> list[str]:

@@ -1,12 +1,13 @@
 """Who is asking. A tenant is its API key: what it makes belongs to the key's hash, and the key itself is never kept.
 
-Without a registry any key will do (a server on loopback has one user, or several who trust each other); with one, only
-the keys whose hashes it lists. The file has one key a line, `<hash> <name>`; `#` begins a comment.
+Without a registry any key will do, on loopback only (it has one user, or several who trust each other); with one, only
+the keys whose hashes it lists do. The file has one key a line, `<hash> <name>`; `#` begins a comment.
 """
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,12 +61,31 @@ class Owners:
     def __repr__(self) -> str:
         return "<Owners any key>" if self._registry is None else f"<Owners {len(self._registry)} keys>"
 
-    def authenticate(self, key: str | None) -> str:
-        """The owner. Raises `Unauthorized`."""
-        if self._registry is not None and (not key or hash_key(key) not in self._registry):
+    def authenticate(self, key: str | None, reached_at: str = "") -> str:
+        """The owner. reached_at: the server's own address on this connection, "" = none. Raises `Unauthorized`."""
+        if self._registry is None:
+            if is_address(reached_at) and not is_loopback(reached_at):
+                raise Unauthorized(
+                    "This server has no API keys and therefore answers on loopback only: its operator must set "
+                    "api_keys_file (`tx-async keys add NAME` makes one)."
+                )
+        elif not key or hash_key(key) not in self._registry:
             raise Unauthorized()
         return owner_of(key or "")
 
     def name_of(self, key: str | None) -> str:
         """How the registry calls a key."""
         return (self._registry or {}).get(hash_key(key or ""), "")
+
+
+def is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.strip("[]")).is_loopback if is_address(host) else host == "localhost"
+
+
+def is_address(host: str) -> bool:
+    """A number, not a name: what a server finds in its own socket."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
