@@ -135,10 +135,15 @@ class Dealer:
         capabilities: frozenset = frozenset({"train", "sample"}),
         parent_pid: int = 0,
         count_compilations: Callable[[], int] = lambda: 0,
+        on_beat: Callable[[float], None] = lambda lease_s: None,
     ):
-        """`parent_pid`: the server's, when it spawned this process; 0 when somebody else did."""
+        """`parent_pid`: the server's, when it spawned this process; 0 when somebody else did.
+
+        `on_beat`: called on the thread at `Welcome` and every heartbeat, told the lease in seconds (before, infinity).
+        """
         self.connect = connect
         self.count_compilations = count_compilations
+        self._on_beat = on_beat
         self._is_local = connect.startswith("ipc://")
         self._hello = Hello(
             protocol_version=PROTOCOL_VERSION, name=name, token=token, host=socket.gethostname(), pid=os.getpid(),
@@ -335,6 +340,7 @@ class Dealer:
             os.read(self._wake_reader, 4096)
 
     def _beat(self) -> bool:
+        self._on_beat(self._lease_s)
         message = Heartbeat(num_compilations=self.count_compilations()) if self._is_attached else self._hello
         return self._send(_Outgoing(message))
 
@@ -396,6 +402,7 @@ class Dealer:
         self._is_attached = True
         self._heartbeat_s = welcome.heartbeat_interval_ms / 1000
         self._lease_s = welcome.lease_ms / 1000
+        self._on_beat(self._lease_s)
         self._welcome.put(welcome)
 
     def _watch(self, now: float) -> None:

@@ -17,6 +17,7 @@ import sys
 from tx_async.dispatch.dealer import Dealer, Detached
 from tx_async.errors import ConfigError, TxError, WorkerRefused
 from tx_async.worker.exit_codes import ExitCode
+from tx_async.worker.pulse import beat
 from tx_async.worker.worker import CreateEngine, Worker
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,9 @@ def run(
         _die_with_parent()
     try:
         with Dealer(
-            connect, name=name, process_id=process_id, token=token, parent_pid=parent_pid, capabilities=capabilities
-        ) as dealer:
+            connect, name=name, process_id=process_id, token=token, parent_pid=parent_pid, capabilities=capabilities,
+            on_beat=beat,
+        ) as dealer:  # fmt: skip
             return _serve(dealer, engine)
     except ConfigError as error:
         return _report(ExitCode.CONFIGURATION, error)

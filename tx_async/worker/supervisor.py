@@ -21,6 +21,7 @@ from tx_async.dispatch.router import Router
 from tx_async.errors import BaseModelError
 from tx_async.worker.exit_codes import ExitCode
 from tx_async.worker.main import DEFAULT_ENGINE, TOKEN_VARIABLE
+from tx_async.worker.pulse import PULSE_VARIABLE, Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ HEALTHY_AFTER_S = 60.0
 """A process that lived so long starts again with the shortest delay."""
 LAST_LINE_CHARACTERS_MAX = 500
 FORCED_STOP_S = 10.0
+PULSE_POLL_S = 0.25
 
 OnExit = Callable[["WorkerProcess", int, str], None]
 """(process, its pid, what happened)"""
@@ -108,23 +110,45 @@ class WorkerProcess:
 
     async def _live(self) -> int:
         self._last_line = ""
-        # A session of its own: Ctrl-C reaches the server alone, which then stops its workers in order.
-        process = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, stderr=asyncio.subprocess.PIPE, start_new_session=True
-        )
+        pulse = Pulse()
+        try:
+            process = await self._start(pulse)
+            watching = asyncio.create_task(self._watch(process, pulse))
+            try:
+                await self._relay(process)
+                code = await process.wait()
+            finally:
+                watching.cancel()
+                if process.returncode is None:
+                    await self._kill(process)
+        finally:
+            pulse.close()
+        self.exit_text = _exit_text(code, self._last_line)
+        self._on_exit(self, process.pid, self.exit_text)
+        return code
+
+    async def _start(self, pulse: Pulse) -> asyncio.subprocess.Process:
+        environment = self._environment | {PULSE_VARIABLE: str(pulse.descriptor)}
+        try:
+            # A session of its own: Ctrl-C reaches the server alone, which then stops its workers in order.
+            process = await asyncio.create_subprocess_exec(
+                *self._command, env=environment, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+                pass_fds=(pulse.descriptor,),
+            )  # fmt: skip
+        finally:
+            pulse.close_writer()
         self._process, self.exit_text = process, ""
         self.num_starts += 1
         if self._stopping.is_set():  # it was told to stop while it started
             process.kill()
-        try:
-            await self._relay(process)
-            code = await process.wait()
-        finally:
-            if process.returncode is None:
-                await self._kill(process)
-        self.exit_text = _exit_text(code, self._last_line)
-        self._on_exit(self, process.pid, self.exit_text)
-        return code
+        return process
+
+    async def _watch(self, process: asyncio.subprocess.Process, pulse: Pulse) -> None:
+        while (silent_s := pulse.silence()) is None:  # noqa: ASYNC110 - what is waited for is another process
+            await asyncio.sleep(PULSE_POLL_S)
+        logger.warning("worker process %s stands still for %.1f s and is ended", self.label, silent_s)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
     async def _relay(self, process: asyncio.subprocess.Process) -> None:
         """Pass stderr on, line by line, and remember the last one (progress bars end theirs with \\r)."""

@@ -1,0 +1,68 @@
+"""A worker process's pulse: a pipe to its supervisor, so that a process that stands still does not stand for ever.
+
+The server gives a silent worker up when its lease ends, but cannot end it: a process that was stopped (SIGSTOP), or
+that holds Python's lock for good, hears nothing. Its supervisor can end it, on whatever host that is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+
+PULSE_VARIABLE = "TX_WORKER_PULSE_FD"
+FIRST_LEASE_S = 60.0
+"""Until the server has said what the lease is, which a pulse then passes on."""
+READ_BYTES = 1 << 16
+
+
+def beat(lease_s: float) -> None:
+    """Say that this process lives, and for how long that may be believed. Does nothing without a supervisor."""
+    descriptor = os.environ.get(PULSE_VARIABLE)
+    # A pipe that is full has a reader that was stopped, one that is broken has none: both are not our business.
+    with contextlib.suppress(OSError):
+        if descriptor:
+            os.write(int(descriptor), b"%d\n" % round(1000 * (lease_s if math.isfinite(lease_s) else FIRST_LEASE_S)))
+
+
+class Pulse:
+    """The supervisor's end for one process: `descriptor` goes to it, `silence` is asked now and then."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._reader, self.descriptor = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self.descriptor, False)
+        self._lease_s = FIRST_LEASE_S
+        self._last_beat = self._last_asked = clock()
+
+    def close_writer(self) -> None:
+        """The process has its own copy now."""
+        os.close(self.descriptor)
+
+    def close(self) -> None:
+        os.close(self._reader)
+
+    def silence(self) -> float | None:
+        """Seconds without a beat, once they are more than a lease; else None.
+
+        If nobody asked for half a lease, this process stood still itself: the other gets the benefit of the doubt.
+        """
+        now = self._clock()
+        if self._read() or now - self._last_asked > self._lease_s / 2:
+            self._last_beat = now
+        self._last_asked = now
+        silent_s = now - self._last_beat
+        return silent_s if silent_s > self._lease_s else None
+
+    def _read(self) -> bool:
+        try:
+            beats = os.read(self._reader, READ_BYTES).split(b"\n")
+        except BlockingIOError:
+            return False
+        if len(beats) < 2:  # the other end is closed: the process is ending
+            return False
+        self._lease_s = int(beats[-2]) / 1000
+        return True
