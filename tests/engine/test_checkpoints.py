@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tx_async.engine.checkpoints import ADAPTER, GRADIENTS, OPTIMIZER
-from tx_async.errors import CorruptedCheckpoint, InvalidRequest, UnknownCheckpoint, UserError
+from tx_async.errors import CorruptedCheckpoint, InvalidRequest, StorageError, UnknownCheckpoint, UserError
 from tx_async.testing.engine_bench import assert_same_bits, segment
 from tx_async.wire.worker import AdapterConfig, LoadSampler, SaveAdapter
 
@@ -241,9 +241,21 @@ def test_memory_of_what_was_saved_is_bounded(bench):
     assert checkpoints._num_bytes == sum(adapter.num_bytes for adapter in checkpoints._cached.values())
 
 
-def test_a_save_that_cannot_be_written_fails_and_is_forgotten(bench):
+def test_a_key_that_leads_out_of_the_storage_is_refused_and_not_kept(bench):
     config = bench.create(0)
     with pytest.raises(UserError):
         bench.save(0, config, "../outside")
     with pytest.raises(UserError):
         bench.run(LoadSampler(sampler_slot=0, key="../outside"))
+
+
+def test_a_save_that_cannot_be_written_fails_and_changes_nothing_that_a_mesh_must_agree_on(bench):
+    """Only one host of a mesh writes. What each keeps in memory must not depend on how that went."""
+    config = bench.create(0)
+    checkpoints = bench.engine.checkpoints
+    Path(checkpoints.store.base, "run").write_text("a file where a folder is needed")
+    with pytest.raises(StorageError):
+        bench.save(0, config, "run/a")
+    assert list(checkpoints._cached) == ["run/a"]
+    Path(checkpoints.store.base, "run").unlink()
+    bench.save(0, config, "run/a")

@@ -15,7 +15,7 @@ import numpy as np
 from tx_async.dispatch.events import Capability
 from tx_async.dispatch.frames import Block
 from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter
-from tx_async.wire.worker import CommandFailed, CommandFinished, EngineInfo, Hello, Progress
+from tx_async.wire.worker import Command, CommandFailed, CommandFinished, EngineInfo, Hello, Progress, SaveAdapter
 
 Outcome = CommandFinished | CommandFailed
 
@@ -53,6 +53,8 @@ class InFlight:
     outcome: Outcome | None = None
     tensors: list[np.ndarray] = field(default_factory=list)
     outcome_block: Block | None = None
+    #: process 0 alone does what may fail (writes files), so the others need not agree with it
+    decided_by_first: bool = False
     #: process_id -> whether it failed, to notice that they disagree
     failed: dict[int, bool] = field(default_factory=dict)
 
@@ -62,7 +64,7 @@ class InFlight:
 
     @property
     def disagreement(self) -> str | None:
-        if len(set(self.failed.values())) < 2:
+        if self.decided_by_first or len(set(self.failed.values())) < 2:
             return None
         answers = ", ".join(
             f"process {id}: {'failed' if failed else 'finished'}" for id, failed in sorted(self.failed.items())
@@ -90,10 +92,10 @@ class Group:
     def all_ready(self) -> bool:
         return len(self.members) == self.num_processes and all(member.info for member in self.members.values())
 
-    def take_number(self, block: Block | None) -> int:
+    def take_number(self, command: Command, block: Block | None) -> int:
         number = self.next_number
         self.next_number += 1
-        self.in_flight[number] = InFlight(block, set(self.members))
+        self.in_flight[number] = InFlight(block, set(self.members), decided_by_first=isinstance(command, SaveAdapter))
         return number
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:

@@ -228,7 +228,7 @@ class Router:
         specs = specs_of(tensors)
         offsets, num_bytes = layout(specs)
         shared = self._write_shared(group, tensors, offsets, num_bytes)
-        number = group.take_number(shared)
+        number = group.take_number(command, shared)
         message = NumberedCommand(
             number=number, digest=command_digest(number, command, specs), command=command, tensors=specs
         )

@@ -29,6 +29,7 @@ from tx_async.engine.adapter_slots import HostWeights, pad, trim
 from tx_async.errors import CorruptedCheckpoint, InvalidRequest
 from tx_async.models.peft import from_peft, to_peft
 from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
+from tx_async.storage.keys import check_key
 from tx_async.storage.store import Store
 from tx_async.wire.worker import AdapterConfig
 
@@ -85,7 +86,13 @@ class Checkpoints:
     # ---- save
 
     def keep(self, key: str, adapter: SavedAdapter) -> None:
-        """From now on `load(key)` returns this adapter, until newer ones need its memory."""
+        """From now on `load(key)` returns this adapter, until newer ones need its memory. Raises `InvalidRequest` for
+        a key that leads elsewhere.
+
+        What is kept depends on the command stream alone, so that it is the same on every host of a mesh: a write that
+        fails, which only one host tries, takes nothing away.
+        """
+        check_key(key)
         with self._lock:
             self._drop(key)
             self._cached[key] = adapter
@@ -94,17 +101,14 @@ class Checkpoints:
                 self._drop(next(iter(self._cached)))
 
     def write(self, key: str, adapter: SavedAdapter, metadata: Mapping[str, str]) -> int:
-        """Make `adapter` durable under `key`. Returns bytes. Raises `StorageError`; the key has no checkpoint then."""
-        try:
-            adapter.to_host()
-            files = self._files(adapter)
-            if self.writes:
-                write_checkpoint_sync(self.store, key, files, {**metadata, **_description(adapter)})
-            return sum(len(data) for data in files.values())
-        except BaseException:
-            with self._lock:
-                self._drop(key)
-            raise
+        """Make `adapter` durable under `key`; only the host that `writes` does. Returns bytes. Raises `StorageError`;
+        the key has no checkpoint then, and whoever asked for it is told."""
+        adapter.to_host()
+        if not self.writes:
+            return 0
+        files = self._files(adapter)
+        write_checkpoint_sync(self.store, key, files, {**metadata, **_description(adapter)})
+        return sum(len(data) for data in files.values())
 
     def _files(self, adapter: SavedAdapter) -> dict[str, bytes]:
         tensors, peft_config = to_peft(self.model, trim(adapter.weights, adapter.config.rank), adapter.config)

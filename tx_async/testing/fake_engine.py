@@ -97,6 +97,8 @@ class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     user_error_at: int = 0
     """An error that fails one command."""
     once_file: str = ""
+    process_id: int = -1
+    """The one process of a mesh to which all this happens; -1 = each."""
 
 
 @dataclass
@@ -123,6 +125,8 @@ class _Sequence:
 def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
     """The factory for `tx-async worker --engine tx_async.testing.fake_engine:create`."""
     faults = msgspec.json.decode(os.environ.get(FAULTS_VARIABLE, "{}"), type=Faults)
+    if faults.process_id not in (-1, welcome.process_id):
+        faults = Faults()
     if faults.base_model_error:
         raise BaseModelError(faults.base_model_error)
     for step in range(5):
