@@ -1,6 +1,7 @@
 """kill -9 just before and just after each await on journal, dispatch and storage; the run goes on, bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_a_run_through_a_crash_at_each_fail_point(
 
         specs = [f"{when}_{point}:{COUNTS.get(point, 4)}:{folder / point}" for point in points]
         environ = {fail_points.VARIABLE: ",".join(specs)}
-        settings = {"snapshot_every_steps": 3, "result_cache_bytes": 0}
+        settings: dict[str, Any] = {"snapshot_every_steps": 3, "result_cache_bytes": 0}
         with serving(folder / "server", tiny_qwen3, environ=environ, **settings) as server, reviving(server):
             told = train(server.base_url, tiny_qwen3, STEPS)
             wait_until(lambda: not left(), timeout_s=15)

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,7 +112,10 @@ def test_a_run_through_trouble_is_the_uninterrupted_run(
     def case(trouble: Callable[[Server], Events]) -> None:
         folder = tmp_path_factory.mktemp("server")
         # Whoever stops in order has more to snapshot.
-        settings = {"snapshot_every_steps": 100 if trouble is orderly_stops else 3, "shutdown_ms": SHUTDOWN_MS}
+        settings: dict[str, Any] = {
+            "snapshot_every_steps": 100 if trouble is orderly_stops else 3,
+            "shutdown_ms": SHUTDOWN_MS,
+        }
         environ = {"DISK_FULL_FILE": str(folder / "full")}
         with serving(folder, tiny_qwen3, environ=environ, **settings) as server:
             told = train(server.base_url, tiny_qwen3, STEPS, at=trouble(server))

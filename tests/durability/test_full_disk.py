@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,7 +131,8 @@ def test_storage_that_takes_no_files_fails_saves_and_nothing_else(
     def snapshots() -> list[Path]:
         return list(disk.glob("*/snapshots/*/metadata.json"))
 
-    folder, settings = tmp_path / "server", {"checkpoints_base": str(disk), "snapshot_every_steps": 2}
+    folder = tmp_path / "server"
+    settings: dict[str, Any] = {"checkpoints_base": str(disk), "snapshot_every_steps": 2}
     with (
         serving(folder, tiny_qwen3, snapshot_idle_s=1, **settings) as server,
         tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy") as service,

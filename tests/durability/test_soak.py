@@ -14,7 +14,7 @@ import psutil
 from tx_async.testing.durability import serving, snapshots, wait_until, worker_pids
 from tx_async.testing.server import Server
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "results_kept_max": 200,
     "result_cache_bytes": 2**20,
     "retention_interval_s": 1,

@@ -22,6 +22,7 @@ from tx_async.errors import (
     UnknownSampler,
     UnknownSession,
 )
+from tx_async.scheduler.events import Tick
 from tx_async.scheduler.interface import StillPending
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.testing.actor import InProcessServer, running
@@ -237,12 +238,12 @@ async def test_a_silent_session_expires_and_comes_back_with_its_next_sign_of_lif
         await scheduler.create_sampler("alice", "s", 0, "base", None)
         drawn = await scheduler.submit("alice", sample(1))
         await anyio.sleep(0.01)
-        scheduler._expire_sessions()
+        scheduler._sessions.expire()
         assert scheduler.sessions["s"].status == "expired"
         assert (await result_of(scheduler, drawn.request_id)).content == "error"
         await scheduler.submit("alice", step(1))
         assert scheduler.sessions["s"].status == "active"
-        scheduler._expire_sessions()
+        scheduler._sessions.expire()
         scheduler.heartbeat("alice", "s")
         assert scheduler.sessions["s"].status == "active"
 
@@ -385,3 +386,20 @@ async def test_statistics_and_repr_tell_an_operator_what_is_going_on():
         numbers = scheduler.statistics()
         assert numbers["models"] == 1 and numbers["requests_unfinished"] == 0 and numbers["workers_ready"] == 1
         assert repr(scheduler).startswith("<Scheduler [Requests: 0 runs ready")
+
+
+async def test_a_submission_that_was_refused_for_now_is_not_taken_for_burned():
+    """The disk is full for the one that is missing: its client tries again, and what follows waits for it."""
+    async with running() as server:
+        scheduler = await with_model(server)
+        later = await scheduler.submit("alice", step(2))
+        lane = scheduler.state.training.runs.lanes[MODEL]
+        lane.heard_at -= 1_000
+        server.driver.faults.append(Fault(error="disk full"))
+        with pytest.raises(StorageError):
+            await scheduler.submit("alice", step(1))
+        scheduler.state.handle(Tick(), scheduler.clock.now())
+        first = await scheduler.submit("alice", step(1))
+        for request in (first, later):
+            result = await scheduler.retrieve("alice", request.request_id, 5.0)
+            assert isinstance(result, ResultRecord) and result.content == "json"

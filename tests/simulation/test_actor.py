@@ -3,6 +3,7 @@ of a run that was never interrupted."""
 
 import asyncio
 import random
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -20,7 +21,7 @@ from tx_async.wire.worker import AdamParams, AdapterConfig
 SEEDS = 25
 STEPS = 12
 RUNS = ("s:train:0", "s:train:1", "s:train:2")
-SETTINGS = {"snapshot_every_steps": 3}
+SETTINGS: dict[str, Any] = {"snapshot_every_steps": 3}
 
 
 def operations_of(model: str) -> list[Operation]:
@@ -97,7 +98,7 @@ async def interrupted_run(seed: int) -> tuple[Clients, Storage, MemoryDisk]:
                 task.cancel()
             try:
                 await task
-                if len(server.scheduler.outbox) and life < 6:
+                if len(server.scheduler.performer.outbox) and life < 6:
                     continue  # the disk has crashed behind the last answer
                 server.driver.faults.clear()
                 await caught_up(server)

@@ -3,11 +3,36 @@ its result runs for its effect only."""
 
 from __future__ import annotations
 
+import logging
+
 from tx_async.errors import Conflict
 from tx_async.scheduler.lanes import FORWARD, REPLAYED_KINDS, Lane, Step
 from tx_async.scheduler.training import Training
 from tx_async.wire.operations import CreateModel, Sample, UnloadModel
 from tx_async.wire.records import Delete, RequestRecord
+
+_log = logging.getLogger(__name__)
+
+
+class RecoveryProgress:
+    """One line a second while runs repeat what a crash has taken from the device."""
+
+    def __init__(self):
+        #: when replays were first seen (monotonic), and the most there were; None and 0 when there are none
+        self._began: float | None = None
+        self._most = 0
+
+    def report(self, left: int, now: float) -> None:
+        """`left`: operations that have yet to run again. `now`: monotonic seconds."""
+        if left:
+            self._began = now if self._began is None else self._began
+            self._most = max(self._most, left)
+            done = self._most - left
+            bar = "█" * (20 * done // self._most)
+            _log.info("Recovery: %-20s %d of %d operations have run again", bar, done, self._most)
+        elif self._began is not None:
+            _log.info("Recovery: all %d operations have run again, in %.1f s", self._most, now - self._began)
+            self._began, self._most = None, 0
 
 
 def restore(training: Training) -> list[RequestRecord]:

@@ -1,0 +1,176 @@
+"""What is decided gets done: commands go to workers, bodies are read, changes become durable and then visible, files
+are listed and deleted. What comes of it returns to the state as the next fact.
+
+A result is published after it is durable, and a file is deleted after the record that named it is gone, because both
+wait their turn in the outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tx_async.clock import Clock
+from tx_async.errors import ContentLost, NotReady, StorageError
+from tx_async.journal.journal import Journal
+from tx_async.scheduler.events import (
+    BodyLoaded,
+    DeleteFiles,
+    Fact,
+    FetchBody,
+    FilesListed,
+    Finish,
+    Instruction,
+    ListFiles,
+    Send,
+)
+from tx_async.scheduler.outbox import Item, Outbox
+from tx_async.scheduler.state import SchedulerState
+from tx_async.wire import operations
+from tx_async.wire.records import Change, ResultRecord
+from tx_async.wire.worker import Command
+
+READ_RETRY_S = 0.5
+BODIES_READ_MAX = 16
+"""Bodies that are read from the journal at the same time."""
+
+_log = logging.getLogger(__name__)
+
+SendCommand = Callable[[str, Command, Sequence[np.ndarray]], int]
+"""Worker, command, tensors -> the command's number. Raises `NotReady` when the worker is gone."""
+DeleteBelow = Callable[[str], Awaitable[Any]]
+ListBelow = Callable[[str], Awaitable[Sequence[str]]]
+
+
+class Performer:
+    """Everything that the state does to the world goes through here, and everything that it hears of."""
+
+    def __init__(
+        self,
+        state: SchedulerState,
+        journal: Journal,
+        clock: Clock,
+        publish: Callable[[ResultRecord], None],
+        *,
+        send: SendCommand,
+        delete_files: DeleteBelow,
+        list_files: ListBelow,
+    ):
+        """`publish` is called with each result when it is durable."""
+        self.state = state
+        self.journal = journal
+        self.clock = clock
+        self.publish = publish
+        self.outbox = Outbox(journal, self._show)
+        self._send = send
+        self._delete_files = delete_files
+        self._list_files = list_files
+        #: facts that arrived while one was being handled
+        self._facts: deque[Fact] = deque()
+        self._is_handling = False
+        self._reading = asyncio.Semaphore(BODIES_READ_MAX)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Until cancelled; then nothing that was begun goes on."""
+        try:
+            await self.outbox.run()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # ---- facts in
+
+    def handle(self, fact: Fact) -> None:
+        """One fact at a time: what performing one brings about is handled after it."""
+        self._facts.append(fact)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._facts:
+                self.perform(self.state.handle(self._facts.popleft(), self.clock.now()))
+        finally:
+            self._is_handling = False
+
+    # ---- instructions out
+
+    def perform(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send():
+                    self._perform_send(instruction)
+                case FetchBody():
+                    self.spawn(self._fetch_body(instruction.request_id))
+                case ListFiles():
+                    self.spawn(self._list(instruction))
+                case _:
+                    self.outbox.post(instruction)
+
+    def decide(self, *changes: Change) -> Awaitable[None]:
+        """Change known records now; the awaitable is done when that is durable. A full disk only delays it."""
+        self.state.catalog.apply(changes)
+        return self.outbox.commit(changes)
+
+    def _perform_send(self, instruction: Send) -> None:
+        try:
+            number = self._send(instruction.worker_id, instruction.command, instruction.tensors)
+        except NotReady:
+            return  # it is gone; `WorkerLost` is on its way
+        assert number == instruction.number, f"command {instruction.number} was sent as {number}"
+
+    async def _fetch_body(self, request_id: str) -> None:
+        operation, message = None, ""
+        try:
+            async with self._reading:
+                operation = operations.decode(await self._read_body(request_id))
+        except (ContentLost, msgspec.DecodeError) as error:
+            message = str(error)
+            _log.error("The body of request %s is lost: %s", request_id, error)
+        self.handle(BodyLoaded(request_id, operation, message))
+
+    async def _read_body(self, request_id: str) -> bytes:
+        """Until it succeeds: a database that does not answer now has lost nothing. Raises `ContentLost`."""
+        while True:
+            try:
+                return await self.journal.read_body(request_id)
+            except ContentLost:
+                raise
+            except StorageError as error:
+                _log.error("A replay waits for the journal: %s", error)
+                await asyncio.sleep(READ_RETRY_S)
+
+    async def _list(self, instruction: ListFiles) -> None:
+        keys = None
+        try:
+            keys = tuple(await self._list_files(instruction.prefix))
+        except StorageError as error:
+            _log.warning("Files of %s were not listed: %s", instruction.prefix, error)
+        self.handle(FilesListed(instruction.model_id, keys))
+
+    # ---- durable: visible
+
+    def _show(self, item: Item) -> None:
+        match item:
+            case Finish(result=result):
+                self.publish(result)
+            case DeleteFiles(storage_key=key):
+                self.spawn(self._delete(key))
+
+    async def _delete(self, storage_key: str) -> None:
+        try:
+            await self._delete_files(storage_key)
+        except StorageError as error:
+            _log.warning("Files of %s were not deleted: %s", storage_key, error)

@@ -1,0 +1,77 @@
+"""Client sessions: who is there, who has gone, and when a silent one is taken for gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from tx_async.clock import Clock
+from tx_async.errors import SessionGone, UnknownSession
+from tx_async.journal.journal import Journal
+from tx_async.scheduler.catalog import Catalog
+from tx_async.scheduler.events import Append, SessionEnded
+from tx_async.scheduler.performer import Performer
+from tx_async.wire.records import Put, SessionRecord
+
+
+class Sessions:
+    def __init__(self, catalog: Catalog, journal: Journal, performer: Performer, clock: Clock, timeout_s: float):
+        self.catalog = catalog
+        self.journal = journal
+        self.performer = performer
+        self.clock = clock
+        self.timeout_s = timeout_s
+        #: session_id -> when it was last heard of (monotonic)
+        self._last_seen = {s.session_id: clock.monotonic() for s in catalog.sessions.values()}
+
+    async def create(self, session: SessionRecord) -> SessionRecord:
+        await self.journal.commit([Put(session)])
+        self.catalog.apply([Put(session)])
+        self._last_seen[session.session_id] = self.clock.monotonic()
+        return session
+
+    def find(self, owner: str, session_id: str) -> SessionRecord:
+        """Raises `UnknownSession`."""
+        session = self.catalog.sessions.get(session_id)
+        if session is None or session.owner != owner:
+            raise UnknownSession()
+        return session
+
+    def heartbeat(self, owner: str, session_id: str) -> None:
+        session = self.find(owner, session_id)
+        if session.status not in ("active", "expired"):
+            raise SessionGone()
+        self.seen(session)
+
+    def seen(self, session: SessionRecord) -> None:
+        self._last_seen[session.session_id] = self.clock.monotonic()
+        if session.status == "expired":  # it only slept
+            self._replace(session, status="active")
+
+    def expire(self) -> None:
+        """Silent ones have ended, until they are heard of again."""
+        now = self.clock.monotonic()
+        for session_id, seen in list(self._last_seen.items()):
+            session = self.catalog.sessions.get(session_id)
+            if session is None:
+                del self._last_seen[session_id]
+            elif session.status == "active" and now - seen > self.timeout_s:
+                self._replace(session, status="expired")
+                self.performer.handle(SessionEnded(session_id))
+
+    def _replace(self, session: SessionRecord, **fields: Any) -> None:
+        change = Put(msgspec.structs.replace(session, **fields))
+        self.catalog.apply([change])
+        self.performer.perform([Append((change,))])
+
+    async def finish(self, owner: str, session_id: str, status: str, detail: str | None) -> None:
+        session = self.find(owner, session_id)
+        if session.status in ("active", "expired"):
+            durable = self.performer.decide(Put(msgspec.structs.replace(session, status=status, detail=detail)))
+            self.performer.handle(SessionEnded(session_id))
+            await durable
+
+    async def update(self, owner: str, session: SessionRecord) -> None:
+        known = self.find(owner, session.session_id)
+        await self.performer.decide(Put(msgspec.structs.replace(known, project_id=session.project_id)))
