@@ -53,6 +53,20 @@ def test_training_and_sampling_share_the_device_by_weight(stage: Stage):
     assert trained > 10 and sampled > 10 and 0.5 < trained / sampled < 2
 
 
+def test_where_both_run_side_by_side_neither_waits_for_the_other_s_answer():
+    """The engine overlaps: both kinds always have something ahead, and sampling one quantum only, so that a newcomer
+    is in the next one."""
+    stage = Stage(info=msgspec.structs.replace(INFO, overlaps=True))
+    model, sampler = stage.model(), stage.sampler(stage.new_session("b"))
+    for seq_id in range(1, 40):
+        stage.forward_backward(model, seq_id, sizes=(8,))
+    for _ in range(10):
+        stage.ask(sampler, num_samples=4, max_tokens=10)
+    while len(stage.executed) < 40:
+        assert stage.step()
+        assert stage.state.workers["w0"].quanta == {"train": 2, "sample": 1}
+
+
 def test_sampling_alone_gets_the_whole_device_and_training_is_level_when_it_comes_back(stage: Stage):
     sampler, model = stage.sampler(), stage.model()
     for _ in range(10):

@@ -13,7 +13,6 @@ from tx_async.scheduler.outages import Outage
 from tx_async.scheduler.policy import Policy
 from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
 
-
 Kind = Literal["train", "sample"]
 
 
@@ -53,8 +52,13 @@ class WorkerState:
 
     def is_full(self, policy: Policy, kind: Kind) -> bool:
         """It has enough of this kind ahead: what is issued later can still take turns."""
-        num_quanta = self.quanta[kind] if self.info.overlaps else self.num_quanta
-        return num_quanta >= policy.quanta_in_flight_max or len(self.in_flight) >= policy.commands_in_flight_max
+        if len(self.in_flight) >= policy.commands_in_flight_max:
+            return True
+        if not self.info.overlaps:
+            return self.num_quanta >= policy.quanta_in_flight_max
+        # The engine decides who decodes when a quantum's predecessor has ended. A second one ahead would save it a
+        # round trip to the server, and keep out whoever comes in the meantime for a whole quantum more.
+        return self.quanta[kind] >= (1 if kind == "sample" else policy.quanta_in_flight_max)
 
     def send(self, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> Send:
         self._last_number += 1

@@ -185,6 +185,7 @@ class World:
         rows = choose.choice([1, 2, 3])
         info = msgspec.structs.replace(
             INFO,
+            overlaps=choose.random() < 0.5,
             row_shapes=((rows, 4), (rows, 8), (1, 16)),
             num_training_slots=choose.choice([1, 2, 3]),
             num_sampler_slots=choose.choice([1, 2]),
@@ -729,7 +730,8 @@ class World:
 
     def _check_always(self) -> None:
         for worker in self.state.workers.values():
-            assert worker.num_quanta <= self.policy.quanta_in_flight_max
+            counts = worker.quanta.values() if self.info.overlaps else [worker.num_quanta]
+            assert max(counts) <= self.policy.quanta_in_flight_max
             assert len(worker.sequences) <= self.info.num_sequences_max
             slots = worker.training_slots.slots()
             assert len(set(slots.values())) == len(slots) <= self.info.num_training_slots
