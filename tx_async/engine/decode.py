@@ -48,8 +48,10 @@ DECODE_STEPS = {"cpu": 4}
 """Steps of one quantum, 16 elsewhere: a newcomer waits for one or two quanta, and on a CPU a step is long."""
 PREFILL_TOKENS = {"cpu": 256}
 """Prompt tokens of one quantum, 1,024 elsewhere."""
+CACHE_PART = 4
+"""The KV cache takes one part in so many of a device's memory."""
 CACHE_BYTES = 1 << 30
-"""Size of the KV cache where nothing better is known."""
+"""Size of the KV cache where the device does not say how much memory it has."""
 
 
 @dataclass
@@ -280,7 +282,13 @@ class SamplingEngine:
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:
     if config.kv_cache_tokens:
         return config.kv_cache_tokens
-    return min(config.sample_max_num_sequences * context, CACHE_BYTES // token_bytes(model, dtype))
+    return min(config.sample_max_num_sequences * context, _cache_bytes() // token_bytes(model, dtype))
+
+
+def _cache_bytes() -> int:
+    """A part of the device's whole memory, not of what is free: every process of a mesh must come to the same."""
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return memory.get("bytes_limit", 0) // CACHE_PART or CACHE_BYTES
 
 
 def _scoring(spec: SequenceSpec, tensors: Sequence[np.ndarray], num_prompt: int) -> PromptScoring | None:
