@@ -10,8 +10,11 @@ the log of both.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,11 +30,20 @@ from tx_async.models.decoder import Decoder
 from tx_async.wire.worker import EngineConfig
 from tx_async.worker.engine_api import ReportProgress
 
+DIGEST_BYTES = 1 << 20
 JOIN_S = 300
 """How long a process waits for the others of its mesh."""
 SELF_TEST_SIZES = (4, 65_536)
 """Elements per device: a message that travels alone, and one that is cut into pieces."""
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
+Collective = Callable[[jax.Array, str], jax.Array]
+"""(one device's values [n], axis) -> what that device has afterwards; n is a multiple of the axis's size."""
+
+#: by name; XLA's own, and each is tried under its name
+COLLECTIVES: dict[str, Collective] = {
+    "all-reduce": jax.lax.psum,
+    "all-gather": partial(jax.lax.all_gather, tiled=True),
+    "reduce-scatter": partial(jax.lax.psum_scatter, tiled=True),
+}
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +134,7 @@ def _wrong_over(mesh: Mesh, axis: str, size: int) -> Iterator[str]:
 def _collectives(mesh: Mesh, axis: str) -> Any:
     def each(x: jax.Array) -> tuple[jax.Array, ...]:
         one = x.reshape(-1)
-        results = (
-            jax.lax.psum(one, axis),
-            jax.lax.all_gather(one, axis, tiled=True),
-            jax.lax.psum_scatter(one, axis, tiled=True),
-        )
-        return tuple(result.reshape(1, 1, 1, -1) for result in results)
+        return tuple(collective(one, axis).reshape(1, 1, 1, -1) for collective in COLLECTIVES.values())
 
     spec = PartitionSpec(*AXES)
     # What comes out is equal along `axis`, and is looked at on every device all the same.
@@ -147,6 +154,19 @@ def _expected(inputs: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 # ---- between the hosts and the mesh
+
+
+def base_model_digest(folder: Path) -> str:
+    """Of the configuration, and of the beginning, end and size of each file of weights: hosts of a mesh that loaded
+    different models differ here, and would otherwise train on a mixture of both."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            begin = file.read(DIGEST_BYTES)
+            file.seek(max(0, size - DIGEST_BYTES))
+            digest.update(f"{path.name} {size} ".encode() + begin + file.read())
+    return digest.hexdigest()[:32]
 
 
 def to_mesh(tree: Any, sharding: NamedSharding) -> Any:
