@@ -7,6 +7,7 @@ import random
 import shutil
 import tempfile
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -306,12 +307,28 @@ async def test_a_worker_that_only_samples_stands_beside_a_mesh_that_is_not_compl
 # ---- the door
 
 
-async def test_another_protocol_version_is_refused(server):
-    with raw_connection(server.router.address) as socket:
-        say(socket, hello(protocol_version=PROTOCOL_VERSION + 1))
-        answer = await hear(socket)
-    assert isinstance(answer, Refused) and "same release" in answer.reason
+async def test_another_protocol_version_is_refused_with_the_reason_on_both_sides(server, monkeypatch, caplog):
+    monkeypatch.setattr("tx_async.dispatch.dealer.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    with pytest.raises(WorkerRefused, match="same release"):
+        await server.attach()
+    assert "same release" in caplog.text
     assert server.router.statistics()["workers_refused"] == 1
+
+
+async def test_processes_that_loaded_different_models_are_refused_with_the_reason_on_both_sides(caplog):
+    """A mesh would compute with half of the one and half of the other."""
+    async with running_server(backend_config=EngineConfig(num_processes=2)) as server:
+        dealers = []
+        for process_id, digest in enumerate(("a" * 32, "b" * 32)):
+            dealer, _ = await server.attach(process_id=process_id)
+            dealer.ready(msgspec.structs.replace(INFO, base_model_digest=digest))
+            dealers.append(dealer)
+        for dealer in dealers:
+            with pytest.raises(Detached, match=r"base_model_digest is a+ in process 0, b+ in process 1"):
+                await asyncio.to_thread(dealer.receive)
+            dealer.close()
+        assert "base_model_digest is aaa" in caplog.text
+        assert not server.router.is_ready("w0")
 
 
 @pytest.mark.parametrize("process_id", [-1, 1, 2**40])
@@ -322,10 +339,11 @@ async def test_a_process_id_out_of_range_is_refused(server, process_id):
     assert isinstance(answer, Refused) and "counted from 0" in answer.reason
 
 
-async def test_a_process_id_is_given_once(server):
+async def test_a_process_id_is_given_once(server, caplog):
     first = await server.attach_ready()
     with pytest.raises(WorkerRefused, match="attached already"):
         await server.attach()
+    assert "attached already" in caplog.text
     server.router.send("w0", ReleaseAdapter(slot=0))
     assert (await asyncio.to_thread(first.receive)).number == 1
     first.close()

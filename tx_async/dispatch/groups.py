@@ -121,6 +121,11 @@ def describe(progress: Progress | None) -> str:
     return f"{progress.stage} {100 * progress.done / progress.total:.0f} %"
 
 
-def shapes_agree(infos: Sequence[EngineInfo]) -> bool:
-    """Processes of one mesh must form the same batches."""
-    return all(info == infos[0] for info in infos)
+def differences_of(infos: Sequence[EngineInfo]) -> str:
+    """Processes of one mesh must have loaded one model and form the same batches: where they do not, else ""."""
+    fields = {name: [getattr(info, name) for info in infos] for name in EngineInfo.__struct_fields__}
+    return "; ".join(
+        f"{name} is " + ", ".join(f"{value} in process {id}" for id, value in enumerate(values))
+        for name, values in fields.items()
+        if any(value != values[0] for value in values)
+    )

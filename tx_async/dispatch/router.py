@@ -40,7 +40,7 @@ from tx_async.dispatch.frames import (
     read_block,
     specs_of,
 )
-from tx_async.dispatch.groups import Group, InFlight, Member, Outcome, shapes_agree
+from tx_async.dispatch.groups import Group, InFlight, Member, Outcome, differences_of
 from tx_async.dispatch.runtime import RuntimeDirectory
 from tx_async.dispatch.security import secure_server, tokens_equal
 from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter, create_arena
@@ -493,8 +493,8 @@ class Router:
         if group.is_ready or not group.all_ready:
             return
         infos = [group.members[id].info for id in range(group.num_processes)]
-        if not shapes_agree(infos):  # type: ignore[arg-type]
-            return self._lose(group, f"its processes built different engines: {infos}")
+        if differences := differences_of(infos):  # type: ignore[arg-type]
+            return self._lose(group, f"its processes built different engines: {differences}")
         group.is_ready = True
         logger.info("worker %s is ready", group.name)
         self._on_event(WorkerReady(group.name, infos[0], group.capabilities))  # type: ignore[arg-type]

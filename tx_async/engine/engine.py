@@ -63,6 +63,7 @@ class JaxEngine:
     def __init__(self, model: Decoder, params: Any, config: EngineConfig, folder: Path, checkpoints_base: str):
         """folder: of the base model."""
         self._counter = CompilationCounter()
+        self.base_model_digest = mesh.base_model_digest(folder)
         self.model, self.params, self.config = model, params, config
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.targets: adapter_slots.Targets = model.lora_targets()
@@ -107,6 +108,7 @@ class JaxEngine:
             platform=jax.default_backend(),
             overlaps=self.overlaps,
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
+            base_model_digest=self.base_model_digest,
         )
 
     @property

@@ -135,6 +135,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """Training and sampling run side by side: a quantum of one waits for no quantum of the other."""
     adapter_bytes: int = 0
     """Device bytes of one training slot: A, B, m, v and one gradient."""
+    base_model_digest: str = ""
+    """Of what the engine loaded: the processes of a mesh must agree on it. "" = not known."""
 
 
 class Ready(Struct, tag=True, frozen=True, kw_only=True):
