@@ -32,6 +32,12 @@ PROMPT = np.arange(3, 23, dtype=np.int32)
 ADAPTER = AdapterConfig(rank=4, seed=1)
 LENGTH = 32
 KEY = "run/trained"
+LOSSES = (("importance_sampling", "ppo"), ("cispo", "dro"), ("gspo", "ppo"), ("ppo", "gspo"))
+"""Of the second adapter's two sequences in each step; the first adapter's are cross-entropy."""
+OUTPUTS = (
+    "tokens", "logprobs", "topk_token_ids", "topk_logprobs", "prompt_logprobs", "prompt_topk_token_ids",
+    "prompt_topk_logprobs", "target_logprobs", "alt_token_ids", "alt_logprobs",
+)  # fmt: skip
 
 Found = dict[str, np.ndarray]
 
@@ -49,7 +55,7 @@ def main(welcome: str, out: str, key: str = "") -> None:
 
 
 def begin(bench: EngineBench) -> Found:
-    """Two adapters of two losses side by side, a save of each kind, samples of the base model and of an adapter."""
+    """Two adapters side by side and every loss, a save of each kind, samples of the base model and of an adapter."""
     bench.create(0, ADAPTER.rank, ADAPTER.seed)
     bench.create(1, 3, seed=2)
     found: Found = {}
@@ -71,7 +77,7 @@ def go_on(bench: EngineBench, key: str) -> Found:
 def one_step(bench: EngineBench, step: int) -> Found:
     rows: list[tuple[int, list[Segment]]] = [
         (0, [segment(20, step), segment(9, step + 50)]),
-        (1, [rl_segment(25, step, "ppo")]),
+        (1, [rl_segment(14, step, LOSSES[step][0]), rl_segment(11, step + 50, LOSSES[step][1])]),
     ]
     logprobs, losses = bench.train(*rows, length=LENGTH)
     norms = [bench.step(slot).metrics["grad_norm"] for slot in (0, 1)]
@@ -93,25 +99,29 @@ def share_of_one_device(bench: EngineBench) -> np.ndarray:
 
 
 def sample(bench: EngineBench) -> Found:
+    """Every feature of sampling, in more sequences than decode at once, two of which share their prompt's pages."""
     bench.run(LoadSampler(sampler_slot=1, key="run/sampler"))
-    scores = PromptScores(logprobs=True, topk=2)
-    common = {"prompt": 0, "max_tokens": 12, "seed": 7}
-    drawn = {"sampler_slot": 1, "adapter_version": "run/sampler", "temperature": 1.0, "top_p": 0.9}
+    scores = PromptScores(logprobs=True, topk=2, targets=1, alt_tokens_k=2)
+    candidates = np.random.default_rng(3).integers(0, 320, (len(PROMPT) - 1, 2)).astype(np.int32)
+    base = {"sampler_slot": -1, "adapter_version": "", "prompt": 0, "max_tokens": 12, "seed": 7}
+    drawn = base | {"sampler_slot": 1, "adapter_version": "run/sampler"}
     specs = (
-        SequenceSpec(
-            sequence_id=1, sampler_slot=-1, adapter_version="", prompt_scores=scores, temperature=0.0, **common
-        ),
-        SequenceSpec(sequence_id=2, **drawn, **common),
+        SequenceSpec(sequence_id=1, **base, prompt_scores=scores, temperature=0.0),
+        SequenceSpec(sequence_id=2, **drawn, top_p=0.9, topk_logprobs=3),
+        SequenceSpec(sequence_id=3, **drawn, top_k=5, temperature=1.5, sample_index=1),
+        SequenceSpec(sequence_id=4, **drawn, temperature=2.0, stop_token_ids=tuple(range(0, 320, 4))),
+        SequenceSpec(sequence_id=5, **base, temperature=2.0, stop_strings=("a", "e", "i", "o", "u")),
     )
-    bench.run(AdmitSequences(sequences=specs), [PROMPT])
+    bench.run(AdmitSequences(sequences=specs), [PROMPT, candidates])
     found: Found = {}
-    while len(found) < 6:
+    unfinished = {spec.sequence_id for spec in specs}
+    while unfinished:
         result, tensors = bench.run(SampleQuantum(decode_steps=4, prefill_tokens=64))
         assert isinstance(result, Sampled)
         for one in result.finished:
-            for name in ("tokens", "logprobs", "prompt_logprobs"):
-                index = getattr(one, name)
-                found[f"sample {one.sequence_id} {name}"] = tensors[index] if index >= 0 else np.zeros(0)
+            unfinished.remove(one.sequence_id)
+            asked = {name: getattr(one, name) for name in OUTPUTS if getattr(one, name) >= 0}
+            found |= {f"sample {one.sequence_id} {name}": tensors[index] for name, index in asked.items()}
     return found
 
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tx_async.testing.models import make_qwen3_moe
+from tx_async.testing.models import make_deepseek_v3, make_llama, make_qwen3, make_qwen3_moe
 from tx_async.testing.server import free_port
 from tx_async.wire.worker import EngineConfig, Welcome
 
@@ -20,7 +20,7 @@ CONFIG = EngineConfig(
     train_row_lengths=(32,), train_micro_batch_size=2, decode_steps=4,
 )  # fmt: skip
 BOUND = 1e-4
-"""Largest difference, relative to the largest value of a result, between a mesh and one device; fp32."""
+"""Largest difference, relative to the largest value of a result, between two meshes; fp32."""
 PROCESS_S = 250
 
 long = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
@@ -54,14 +54,19 @@ def assert_equal(one, other):
 
 
 def assert_near(one, other):
-    for name, values in one.items():
-        if name == "share of one device":
-            continue
-        if name.endswith(" tokens"):
-            np.testing.assert_array_equal(values, other[name], name)
-            continue
-        largest = np.nanmax(np.abs(values), initial=1e-6)
-        np.testing.assert_allclose(values, other[name], rtol=0, atol=BOUND * largest, err_msg=name)
+    """Values within BOUND; what is counted, chosen or drawn is equal."""
+    assert one.keys() == other.keys()
+    largest = max(difference(name, one[name], other[name]) for name in one if name != "share of one device")
+    print(f"largest relative difference {largest:.1e}")
+    assert largest < BOUND
+
+
+def difference(name, values, others):
+    if not np.issubdtype(values.dtype, np.floating):
+        np.testing.assert_array_equal(values, others, name)
+        return 0.0
+    scored = np.isfinite(values) & (values > -9e4)
+    return np.max(np.abs(values - others)[scored], initial=0.0) / np.max(np.abs(values[scored]), initial=1e-6)
 
 
 def test_two_processes_equal_one_with_two_devices_and_one_device_loads_what_they_saved(tiny_qwen3, tmp_path):
@@ -76,15 +81,36 @@ def test_two_processes_equal_one_with_two_devices_and_one_device_loads_what_they
     )
 
 
+MODELS = {"llama": make_llama, "qwen3": make_qwen3, "moe": make_qwen3_moe, "deepseek": make_deepseek_v3}
+FSDP, EXPERTS, TENSOR = "fully_sharded_data_parallel_size", "expert_parallel_size", "tensor_parallel_size"
+
+
 @long
 @pytest.mark.parametrize(
-    ("family", "sizes"),
+    ("family", "num_devices", "sizes"),
     [
-        ("qwen3", {"fully_sharded_data_parallel_size": 2, "tensor_parallel_size": 2}),
-        ("moe", {"expert_parallel_size": 2, "tensor_parallel_size": 2}),
-        ("moe", {"fully_sharded_data_parallel_size": 2, "expert_parallel_size": 2}),
+        ("llama", 1, {TENSOR: 2}),
+        ("moe", 1, {EXPERTS: 2}),
+        ("deepseek", 1, {EXPERTS: 2}),
+        ("qwen3", 2, {FSDP: 2, TENSOR: 2}),
+        ("moe", 2, {EXPERTS: 2, TENSOR: 2}),
+        ("deepseek", 2, {FSDP: 2, EXPERTS: 2}),
+        ("llama", 4, {FSDP: 4, TENSOR: 2}),
+        ("moe", 4, {FSDP: 2, EXPERTS: 2, TENSOR: 2}),
+        ("deepseek", 4, {FSDP: 2, EXPERTS: 2, TENSOR: 2}),
     ],
 )
-def test_mixed_axes_over_two_processes_compute_what_one_device_computes(family, sizes, tiny_qwen3, tmp_path):
-    model = make_qwen3_moe(tmp_path / "moe") if family == "moe" else tiny_qwen3
-    assert_near(run(model, tmp_path / "one", 1, 1), run(model, tmp_path / "mesh", 2, 2, **sizes))
+def test_two_processes_compute_what_one_of_as_many_devices_computes(family, num_devices, sizes, tmp_path):
+    """Bit for bit where a sum has two terms. Of more, gloo adds in another order than one process does."""
+    model = MODELS[family](tmp_path / "model")
+    one = run(model, tmp_path / "one", 1, 2 * num_devices, **sizes)
+    two = run(model, tmp_path / "two", 2, num_devices, **sizes)
+    if num_devices == 1:
+        assert_equal(one, two)
+    assert_near(one, two)
+
+
+@long
+def test_a_mesh_computes_what_one_device_computes(tiny_qwen3, tmp_path):
+    sizes = {FSDP: 2, TENSOR: 2}
+    assert_near(run(tiny_qwen3, tmp_path / "one", 1, 1), run(tiny_qwen3, tmp_path / "mesh", 2, 2, **sizes))

@@ -163,7 +163,7 @@ def a_save_that_cannot_be_written_fails_alone(trainer, checkpoints):
     (folder,) = {file.parent.parent for file in checkpoints.rglob("weights/*/optimizer.safetensors")}
     away = folder.rename(folder.with_name("away"))
     folder.write_text("in the way")
-    with pytest.raises(tinker.RequestFailedError, match="weights/second.* could not be"):
+    with pytest.raises(tinker.RequestFailedError, match=r"weights/second.* could not be"):
         trainer.save_state(name="second").result()
     folder.unlink()
     away.rename(folder)
@@ -176,7 +176,8 @@ def test_a_mesh_with_too_few_devices_is_refused_on_both_sides(tiny_qwen3, tmp_pa
         pytest.raises(AssertionError, match="is 4, but there are 2 devices"),
         hand_started(address, tmp_path, "--process-id", "1") as (_, said),
         running_server(
-            tiny_qwen3, data_dir=tmp_path, backend_config=mesh(fully_sharded_data_parallel_size=4), environ=ENVIRON, worker_address=address
+            tiny_qwen3, data_dir=tmp_path, backend_config=mesh(fully_sharded_data_parallel_size=4), environ=ENVIRON,
+            worker_address=address,
         ),
     ):  # fmt: skip
         pass
