@@ -131,10 +131,11 @@ def relative_error(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def _torch() -> Any:
+def reference_torch() -> Any:
     """torch is no dependency of the project: only who makes the golden files, or compares live, has it."""
     import torch  # pyright: ignore[reportMissingImports]
 
+    torch.set_num_threads(1)  # threads that wait for each other cost tiny models minutes on a busy machine
     return torch
 
 
@@ -146,11 +147,11 @@ def reference_model(folder: Path) -> Any:
     options = {"attn_implementation": "eager"}
     if "experts" in (folder / "config.json").read_text():
         options["experts_implementation"] = "eager"
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_torch().float32, **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=reference_torch().float32, **options).eval()
 
 
 def reference_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    torch = _torch()
+    torch = reference_torch()
     with torch.no_grad():
         return reference_model(folder)(torch.tensor(tokens)).logits.numpy()
 
@@ -171,7 +172,7 @@ def greedy_prompts(case: Case, seed: int) -> list[np.ndarray]:
 
 def reference_greedy(folder: Path, case: Case, seed: int) -> np.ndarray:
     """int16 [prompts, GREEDY_TOKENS]: transformers' `generate`, which stops at no token."""
-    torch, model = _torch(), reference_model(folder)
+    torch, model = reference_torch(), reference_model(folder)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": GREEDY_TOKENS, "eos_token_id": None}
     model.generation_config.eos_token_id = None
     answers = []

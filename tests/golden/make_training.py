@@ -1,0 +1,34 @@
+"""Store where ten AdamW steps in PEFT end, for `tests/models/test_training_parity.py`.
+
+    python tests/golden/make_training.py
+
+Needs torch and peft. Weights, adapters and batches come from seeds; of each trained matrix some values are stored.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import peft
+
+from tx_async.testing import parity, parity_training
+from tx_async.testing.models import make_model
+
+GOLDEN = Path(__file__).with_name("training.npz")
+
+
+def main() -> None:
+    golden = {}
+    for case in parity.FAMILIES:
+        for name, adam in parity_training.ADAMS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                model = make_model(Path(folder) / "model", case.config, tokenizer=False)
+                adapter = parity_training.reference_trained(model, case, adam, Path(folder))
+            for leaf, values in parity_training.leaves_of(adapter):
+                golden[f"{case.name}/{name}/{leaf}"] = parity_training.sampled(values)
+    np.savez_compressed(GOLDEN, **golden)
+    print(f"{len(golden)} matrices of PEFT {peft.__version__}, {GOLDEN.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
