@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tx_async import hub
 from tx_async.errors import BaseModelError
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.wire.worker import EngineConfig
@@ -54,12 +55,7 @@ def resolve(base_model: str) -> Path:
         return path.resolve()
     if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") != 1:
         raise BaseModelError(f"{base_model}: there is no such folder.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(base_model, allow_patterns=["*.json"]))
-    except Exception as error:  # the library's errors share no base class
-        raise BaseModelError(f"{base_model} is neither a folder nor available from the hub: {error}") from error
+    return hub.snapshot(base_model, ["*.json"])
 
 
 def check_weights(folder: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_truncated_file_and_a_missing_shard_are_named(tmp_path):
 
 
 def test_a_hub_name_that_cannot_be_had_says_so():
-    with pytest.raises(BaseModelError, match="nobody/nothing is neither a folder nor available"):
+    with pytest.raises(BaseModelError, match="nobody/nothing is no folder here, nor complete in the cache"):
         load_model("nobody/nothing")
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, Sharding
 
+from tx_async import hub
 from tx_async.errors import BaseModelError
 from tx_async.layers.weights import Weight
 from tx_async.models import tensor_files
@@ -59,12 +60,7 @@ def fetch(base_model: str | Path) -> Path:
     resumed."""
     if Path(base_model).expanduser().is_dir():
         return Path(base_model).expanduser()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(base_model), allow_patterns=HUB_FILES))
-    except Exception as error:  # the library's errors share no base class
-        raise BaseModelError(f"{base_model} is neither a folder nor available from the hub: {error}") from error
+    return hub.snapshot(str(base_model), HUB_FILES)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
