@@ -184,16 +184,17 @@ def test_a_mesh_with_too_few_devices_is_refused_on_both_sides(tiny_qwen3, tmp_pa
     assert "is 4, but there are 2 devices" in said.read_text()
 
 
-def test_a_sampler_without_jax_serves_beside_the_worker_that_trains(tiny_qwen3, tmp_path):
+def test_a_sampler_without_jax_serves_beside_the_mesh_that_trains(tiny_qwen3, tmp_path):
     """It gets the adapter as PEFT files through storage; the scheduler finds it by its capability."""
     address = f"tcp://127.0.0.1:{free_port()}"
     example = ("--name", "example", "--capabilities", "sample", "--engine", "tx_async.testing.peft_sampler:create")
     with (
         running_server(
-            tiny_qwen3, data_dir=tmp_path, backend_config=BACKEND, environ=ENVIRON, ready=False,
+            tiny_qwen3, data_dir=tmp_path, backend_config=mesh(fully_sharded_data_parallel_size=2), environ=ENVIRON, ready=False,
             worker_address=address, local_workers=0,
         ) as server,
-        hand_started(address, tmp_path, "--capabilities", "train"),
+        hand_started(address, tmp_path, "--capabilities", "train", "--process-id", "0"),
+        hand_started(address, tmp_path, "--capabilities", "train", "--process-id", "1"),
         hand_started(address, tmp_path, *example),
     ):  # fmt: skip
         server.wait_ready(200)
