@@ -118,18 +118,24 @@ def test_a_row_has_the_same_bits_beside_other_tenants_and_beside_nan(case, tmp_p
     jax.tree.map(np.testing.assert_array_equal, beside, alone)
 
 
-BF16_LOGPROB_BOUND = 0.06
-"""Mean |Δ log-probability| against fp32 of the same weights; the tiny random models measure 0.01 to 0.04 nats."""
+BF16_MEAN_BOUND = {"qwen3": 0.015, "llama": 0.015, "qwen3_moe_sparse_step": 0.08, "deepseek": 0.08}
+BF16_BOUND = 0.1
+"""|Δ log-probability| in nats against fp32 of the same weights, as the README states it. Six seeds of the tiny random
+models measure means of 0.009 to 0.012 and at most 0.065 without experts; means of 0.015 to 0.058 with them, where a
+router's near tie may fall the other way."""
 
 
 @families
 def test_bf16_log_probabilities_stay_near_fp32(case, tmp_path):
-    folder = make_model(tmp_path, case.config, tokenizer=False)
-    tokens = jnp.asarray(parity.tokens_of(case, 0, rows=4))
-    logprobs = {}
-    for dtype in ("float32", "bfloat16"):
-        model, params = load_model(folder, dtype)
-        logits = jax.jit(partial(parity.logits, model))(params, tokens)
-        scores = jax.nn.log_softmax(logits)[:, :-1]
-        logprobs[dtype] = np.asarray(jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1))
-    assert np.abs(logprobs["bfloat16"] - logprobs["float32"]).mean() < BF16_LOGPROB_BOUND
+    forwards = {}
+    for seed in (0, 1, 2):
+        folder, logprobs = make_model(tmp_path / str(seed), case.config, seed, tokenizer=False), {}
+        tokens = jnp.asarray(parity.tokens_of(case, seed, rows=4))
+        for dtype in ("float32", "bfloat16"):
+            model, params = load_model(folder, dtype)
+            forward = forwards.setdefault(dtype, jax.jit(partial(parity.logits, model)))
+            scores = np.asarray(jax.nn.log_softmax(forward(params, tokens))[:, :-1])
+            logprobs[dtype] = np.take_along_axis(scores, np.asarray(tokens)[:, 1:, None], axis=-1)
+        error = np.abs(logprobs["bfloat16"] - logprobs["float32"])
+        assert error.mean() < BF16_MEAN_BOUND[case.name]
+        assert error.max() < BF16_BOUND or "num_experts_per_tok" in case.config
