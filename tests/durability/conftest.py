@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tx_async.testing.durability import Told, serving, stored, train
+from tx_async.testing.sdk import collect_connections
 
 FAKE_STEPS = 10
 JAX_STEPS = 8
@@ -36,6 +37,13 @@ def sockets_of_the_sdk() -> Iterator[None]:
     """Found while the warnings about them are still ignored."""
     yield
     gc.collect()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def connections_of_the_sdk() -> Iterator[None]:
+    """The last ones too, before other tests begin."""
+    yield
+    collect_connections()
 
 
 class SideBySide:

@@ -4,6 +4,7 @@ that DISK_FULL_FILE names exists, and with a quick eye for what deaths have left
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tx_async.app
@@ -12,6 +13,7 @@ from tx_async.errors import StorageError
 from tx_async.journal.sqlite import SqliteDriver
 from tx_async.scheduler import orphans
 from tx_async.testing import fail_points
+from tx_async.wire.records import Change
 
 write = SqliteDriver.apply
 
@@ -20,10 +22,10 @@ def is_full() -> bool:
     return Path(os.environ["DISK_FULL_FILE"]).exists()
 
 
-async def write_unless_full(driver, changes) -> None:
+async def write_unless_full(self: SqliteDriver, changes: Sequence[Change]) -> None:
     if is_full():
         raise StorageError("The disk is full.")
-    await write(driver, changes)
+    await write(self, changes)
 
 
 if "DISK_FULL_FILE" in os.environ:

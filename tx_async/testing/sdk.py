@@ -1,0 +1,24 @@
+"""What tests of the real SDK have to know of its habits."""
+
+from __future__ import annotations
+
+import gc
+import time
+from asyncio import BaseTransport
+
+CLOSING_S = 6.0
+
+
+def collect_connections() -> None:
+    """The SDK closes a client's connections some seconds after the client, on a thread of its own, or leaves them to
+    the garbage collector when their server has died. Whoever shares the process with such tests would meet the warnings
+    about them: wait until they are gone, where those warnings are expected."""
+    deadline = time.monotonic() + CLOSING_S
+    gc.collect()
+    while _has_connections() and time.monotonic() < deadline:
+        time.sleep(0.5)
+        gc.collect()
+
+
+def _has_connections() -> bool:
+    return any(issubclass(type(thing), BaseTransport) for thing in gc.get_objects())
