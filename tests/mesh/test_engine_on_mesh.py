@@ -42,7 +42,12 @@ def run(model: Path, folder: Path, num_processes: int, num_devices: int, key: st
         )  # fmt: skip
         command = [sys.executable, str(SCRIPT), msgspec.json.encode(welcome).decode(), str(out), *[key] * bool(key)]
         processes.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [process.communicate(timeout=PROCESS_S)[0].decode() for process in processes]
+    try:
+        outputs = [process.communicate(timeout=PROCESS_S)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0] * num_processes, outputs
     with np.load(out) as found:
         return dict(found)

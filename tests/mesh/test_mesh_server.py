@@ -190,8 +190,8 @@ def test_a_sampler_without_jax_serves_beside_the_mesh_that_trains(tiny_qwen3, tm
     example = ("--name", "example", "--capabilities", "sample", "--engine", "tx_async.testing.peft_sampler:create")
     with (
         running_server(
-            tiny_qwen3, data_dir=tmp_path, backend_config=mesh(fully_sharded_data_parallel_size=2), environ=ENVIRON, ready=False,
-            worker_address=address, local_workers=0,
+            tiny_qwen3, data_dir=tmp_path, backend_config=mesh(fully_sharded_data_parallel_size=2), environ=ENVIRON,
+            ready=False, worker_address=address, local_workers=0,
         ) as server,
         hand_started(address, tmp_path, "--capabilities", "train", "--process-id", "0"),
         hand_started(address, tmp_path, "--capabilities", "train", "--process-id", "1"),
