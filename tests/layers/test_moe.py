@@ -93,9 +93,9 @@ def test_a_row_has_the_same_bits_whatever_its_neighbours_hold():
 def test_experts_of_a_mesh_divide_the_blocks_between_them(shards):
     """Every assignment has exactly one slot on exactly one device, and no device computes another's blocks."""
     experts = jnp.array(np.random.default_rng(0).integers(0, E, (R, L * K)), jnp.int32)
-    local, (num_blocks, size) = E // shards, block_shape(L * K, E)
-    whole = dispatch(experts, E, (num_blocks, size))
-    plans = [dispatch(experts - i * local, local, (L * K // size + local, size)) for i in range(shards)]
+    local = E // shards
+    whole = dispatch(experts, E, block_shape(L * K, E))
+    plans = [dispatch(experts - i * local, local, block_shape(L * K, local, shards)) for i in range(shards)]
     assert sum(int(plan.used.sum()) for plan in plans) == int(whole.used.sum())
     homes = sum((plan.slot < plan.source.shape[1]).astype(int) for plan in plans)
     assert (homes == 1).all()

@@ -33,9 +33,13 @@ class Dispatch(NamedTuple):
     """bool [R, N]."""
 
 
-def block_shape(num_assignments: int, num_experts: int) -> tuple[int, int]:
-    """(blocks, rows of a block) that hold a row's assignments however they fall: a function of the shapes alone."""
-    even = max(1, num_assignments // num_experts)
+def block_shape(num_assignments: int, num_experts: int, num_devices: int = 1) -> tuple[int, int]:
+    """(blocks, rows of a block) that hold a row's assignments however they fall: a function of the shapes alone.
+
+    num_experts: here; as many on each of num_devices. An assignment may go to any of them, so a device's blocks are no
+    larger than if it had all: else it would compute mostly padding.
+    """
+    even = max(1, num_assignments // (num_experts * num_devices))
     size = min(BLOCK_MAX, 1 << (even - 1).bit_length())
     return min(num_assignments, num_assignments // size + num_experts), size
 

@@ -107,8 +107,9 @@ def _routed_here(
     if cuts.experts:
         experts = experts - jax.lax.axis_index(cuts.experts) * w["gate"].shape[0]
         specs = (*specs[:3], PartitionSpec(cuts.rows, cuts.experts), specs[4])
+    num_devices = jax.lax.axis_size(cuts.experts) if cuts.experts else 1
     inputs = jax.tree.map(partial(_vary, axes), specs, (w, lora, x, experts, weights))
-    out = routed(*inputs)
+    out = routed(*inputs, num_devices=num_devices)
     for axis in axes:
         if axis in (cuts.experts, cuts.features):
             out = jax.lax.psum(out, axis)
@@ -123,11 +124,11 @@ def _vary(axes: tuple[str, ...], spec: PartitionSpec, x: Array) -> Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def routed(w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array) -> Array:
-    """The experts' part. w: gate, up [E, D, F], down [E, F, D]; x [R, L, D]; experts int32, weights fp32 [R, L, k]; out
-    [R, L, D]. Experts outside of [0, E) contribute nothing."""
+def routed(w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array, num_devices: int = 1) -> Array:
+    """The experts' part, or one device's share of it. w: gate, up [E, D, F], down [E, F, D]; x [R, L, D];
+    experts int32, weights fp32 [R, L, k]; out [R, L, D]. Experts outside of [0, E) contribute nothing."""
     (R, L, D), k, num_experts = x.shape, experts.shape[-1], w["gate"].shape[0]
-    blocks = block_shape(L * k, num_experts)
+    blocks = block_shape(L * k, num_experts, num_devices)
     plan = dispatch(experts.reshape(R, L * k), num_experts, blocks)
     repeated = jnp.broadcast_to(x[:, :, None], (R, L, k, D)).reshape(R, L * k, D)
     inputs = rearrange(repeated, plan.source, plan.slot).reshape(-1, blocks[1], D)
