@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tx_async.errors import BaseModelError
-from tx_async.models import load
+from tx_async.models import load, tensor_files
 from tx_async.models.load import load_model
 from tx_async.testing.models import (
     DEEPSEEK_V3_TINY,
@@ -198,3 +198,39 @@ def run(script: str, folder: Path, **environment: str) -> dict:
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_process_reads_only_rows_that_its_devices_hold(tmp_path, monkeypatch):
+    """What a second process of fsdp=2 would do: its devices hold the later half of the hidden features."""
+    folder, read = make_qwen3(tmp_path, tokenizer=False), []
+    model, params = load_model(folder)
+    monkeypatch.setattr(load, "CHUNK_BYTES", 3_000)
+
+    class LaterHalf(load._Leaf):
+        def __init__(self, weight, empty):
+            super().__init__(weight, empty)
+            for shard in self.shards:
+                cut = tuple(size // 2 if dim.axis == "embed" else 0 for dim, size in self.dims(weight))
+                shard.start = (*(0,) * self.lead, *cut)
+                shard.shape = tuple(n - s for n, s in zip(weight.shape, shard.start, strict=True))
+                shard.buffers = {d: x[tuple(map(slice, shard.start, weight.shape))] for d, x in shard.buffers.items()}
+
+        def dims(self, weight):
+            return list(zip(weight.dims, weight.shape[self.lead :], strict=True))
+
+        def assemble(self):
+            (shard,) = self.shards
+            whole = params[self.weight.stack][self.weight.name] if self.weight.stack else params[self.weight.name]
+            (held,) = shard.buffers.values()
+            np.testing.assert_array_equal(held, whole[tuple(map(slice, shard.start, self.weight.shape))])
+            return held
+
+    monkeypatch.setattr(load, "_Leaf", LaterHalf)
+    rows = tensor_files.StoredTensor.rows
+    monkeypatch.setattr(
+        tensor_files.StoredTensor, "rows", lambda self, *where: read.append((self.name, *where)) or rows(self, *where)
+    )
+    load.load_params(model, folder, "float32")
+    of = [(start, stop) for name, start, stop in read if name == "model.layers.0.self_attn.o_proj.weight"]
+    assert sum(stop - start for start, stop in of) < 45 and max(of)[1] == 64  # of 64 rows; chunks of 11
+    assert {name for name, *_ in read} == set(load_file(folder / "model.safetensors"))

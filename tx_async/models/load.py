@@ -89,10 +89,15 @@ def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | Non
     places: dict[str, list[tuple[_Leaf, int]]] = {}
     for weight, leaf in leaves.items():
         for number, name in enumerate(weight.hf_names):
-            if leaf.wants(number):
-                places.setdefault(name, []).append((leaf, number))
-    wanted = [tensor for name, tensor in tensors.items() if name in places]
-    done, total = 0, sum(tensor.num_bytes for tensor in wanted)
+            places.setdefault(name, []).append((leaf, number))
+    wanted = [
+        (tensors[name], rows)
+        for name in tensors
+        if name in places
+        for rows in _ranges(tensors[name], tensors)
+        if any(leaf.wants(number, rows) for leaf, number in places[name])
+    ]
+    done, total = 0, sum((stop - start) * tensor.row_bytes for tensor, (start, stop) in wanted)
     for tensor, chunk in _read_ahead(wanted, tensors):
         for leaf, number in places[tensor.name]:
             leaf.write(number, chunk)
@@ -148,12 +153,13 @@ class _Chunk:
     block: tuple[int, int] = (1, 1)
 
 
-def _read_ahead(wanted: list[StoredTensor], tensors: dict[str, StoredTensor]) -> Iterator[tuple[StoredTensor, _Chunk]]:
+def _read_ahead(
+    wanted: list[tuple[StoredTensor, tuple[int, int]]], tensors: dict[str, StoredTensor]
+) -> Iterator[tuple[StoredTensor, _Chunk]]:
     """One chunk is read while the one before is being placed."""
-    jobs = [(tensor, range_) for tensor in wanted for range_ in _ranges(tensor, tensors)]
     with ThreadPoolExecutor(1) as reader:
         pending = None
-        for tensor, (start, stop) in jobs:
+        for tensor, (start, stop) in wanted:
             upcoming = tensor, reader.submit(_read_chunk, tensor, tensors.get(f"{tensor.name}_scale_inv"), start, stop)
             if pending:
                 yield pending[0], pending[1].result()
@@ -222,8 +228,14 @@ class _Leaf:
             shards.setdefault(start, _Shard(start, piece.data.shape, {})).buffers[piece.device] = piece.data
         self.shards = list(shards.values())
 
-    def wants(self, number: int) -> bool:
-        return any(self._inside(shard, self._lead_of(number)) for shard in self.shards)
+    def wants(self, number: int, rows: tuple[int, int]) -> bool:
+        """Whether a device of this process holds any of rows [start, stop) of tensor `hf_names[number]`."""
+        axis = -1 if self.weight.transposed else self.lead
+        return any(
+            self._inside(shard, self._lead_of(number))
+            and max(shard.start[axis], rows[0]) < min(shard.start[axis] + shard.shape[axis], rows[1])
+            for shard in self.shards
+        )
 
     def write(self, number: int, chunk: _Chunk) -> None:
         """Put a chunk of tensor `hf_names[number]` where it belongs, and wait, so that its memory is free again."""
