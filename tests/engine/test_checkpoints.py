@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tx_async.engine.checkpoints import ADAPTER, GRADIENTS, OPTIMIZER
 from tx_async.errors import CorruptedCheckpoint, InvalidRequest, StorageError, UnknownCheckpoint, UserError
 from tx_async.testing.engine_bench import assert_same_bits, segment
-from tx_async.wire.worker import AdapterConfig, LoadSampler, SaveAdapter
+from tx_async.wire.worker import AdapterConfig, CreateAdapter, LoadSampler, SaveAdapter
 
 LENGTHS = (30, 25, 31, 20)
 
@@ -115,10 +115,9 @@ def test_a_sampler_checkpoint_holds_no_optimizer(bench, forget):
     config = bench.create(0)
     bench.save(0, config, "run/x", "sampler")
     forget(bench)
-    before = bench.state(1)
     with pytest.raises(InvalidRequest, match="no optimizer state"):
         bench.load(1, config, "run/x")
-    assert_same_bits(before, bench.state(1))
+    assert_cleared(bench, 1, config)
     bench.load(1, config, "run/x", optimizer=False)
     assert_same_bits(bench.state(0).weights, bench.state(1).weights)
 
@@ -136,7 +135,14 @@ def test_another_shape_of_adapter_is_refused(bench, forget, other, message):
     forget(bench)
     with pytest.raises(UserError, match=message):
         bench.load(1, other, "run/a")
-    assert bench.engine.ranks[1] == 0
+    assert_cleared(bench, 1, other)
+
+
+def assert_cleared(bench, slot: int, config: AdapterConfig) -> None:
+    """After a load that failed the slot holds what a new adapter holds, nothing of the one before."""
+    loaded = bench.state(slot)
+    bench.run(CreateAdapter(slot=slot, config=config))
+    assert_same_bits(loaded, bench.state(slot))
 
 
 def folder(bench, key) -> Path:
@@ -169,10 +175,13 @@ def test_damage_is_reported_and_not_loaded(bench, name):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     bench.engine.checkpoints._cached.clear()
-    before = bench.state(1)
+    bench.create(1)
+    train(bench, 1, 1)
+    neighbour = bench.state(0)
     with pytest.raises(CorruptedCheckpoint, match="damaged"):
         bench.load(1, config, "run/a")
-    assert_same_bits(before, bench.state(1))
+    assert_cleared(bench, 1, config)
+    assert_same_bits(neighbour, bench.state(0))
 
 
 def test_a_key_without_checkpoint_is_unknown(bench):

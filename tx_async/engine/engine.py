@@ -190,7 +190,7 @@ class JaxEngine:
         try:
             return self._load_into_slot(command)
         except TxError:
-            # What is in the slot is another run's, and no command that is already on its way may take it for this one's.
+            # What is in the slot is another run's: no command that is already on its way may take it for this one's.
             self._create_adapter(wire.CreateAdapter(slot=command.slot, config=command.config))
             raise
 

@@ -194,6 +194,7 @@ class LoadAdapter(Struct, tag=True, frozen=True, kw_only=True):
     """Clear training slot `slot` and load a training checkpoint or snapshot into it. Result: `Loaded`.
 
     Without `optimizer`: moments, step and gradients are zero afterwards. With it: all that the files hold is restored.
+    When it fails, the slot holds a new adapter of `config`: nothing of who was there before.
     """
 
     slot: int
