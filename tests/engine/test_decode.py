@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from tx_async.engine import decode
 from tx_async.testing.sampling_bench import SamplingBench
 from tx_async.wire.worker import PromptScores
 
@@ -371,18 +370,3 @@ def test_no_workload_compiles_a_program_that_was_not_known_at_start(tiny_qwen3):
     bench.finish()
     counter.close()
     assert counter.count == 0
-
-
-def test_decoding_from_copies_by_layer_gives_the_same_samples(tiny_qwen3, monkeypatch):
-    """Models of a certain size decode so on a CPU; the tiny ones of the tests would not."""
-    stacked = SamplingBench(tiny_qwen3)
-    monkeypatch.setitem(decode.BY_LAYER_BYTES, "cpu", (0, 1 << 30))
-    by_layer = SamplingBench(tiny_qwen3)
-    assert isinstance(by_layer.engine.decode_params["layers"], tuple)
-    assert not isinstance(stacked.engine.decode_params["layers"], tuple)
-    for slot in (-1, 2):
-        outcomes = []
-        for bench in (stacked, by_layer):
-            bench.set_adapter(2, seed=3)
-            outcomes.append(bench.sample(prompts(1)[0], sampler_slot=slot, max_tokens=20, temperature=0.7, seed=5))
-        assert outcomes[0].agrees_with(outcomes[1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,9 +48,6 @@ DECODE_STEPS = {"cpu": 4}
 """Steps of one quantum, 16 elsewhere: a newcomer waits for one or two quanta, and on a CPU a step is long."""
 PREFILL_TOKENS = {"cpu": 256}
 """Prompt tokens of one quantum, 1,024 elsewhere."""
-BY_LAYER_BYTES = {"cpu": (16 << 20, 512 << 20)}
-"""Models whose layers have so many bytes decode from copies by layer: smaller ones gain nothing, larger ones would take
-too much memory."""
 CACHE_PART = 4
 """The KV cache takes one part in so many of a device's memory."""
 CACHE_BYTES = 1 << 30
@@ -94,9 +91,6 @@ class SamplingEngine:
             _cache_tokens(model, dtype, config, context), config.kv_page_size, context, jax.default_backend()
         )
         mesh = model.mesh
-        self._stacks = {stack.name: params[stack.name] for stack in model.stacks}
-        least, most = BY_LAYER_BYTES.get(jax.default_backend(), (1, 0))
-        self._is_by_layer = mesh is None and least <= sum(x.nbytes for x in jax.tree.leaves(self._stacks)) <= most
         #: of results: every device has them whole; None without a mesh
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._pool_shardings = pool_shardings(model, mesh) if mesh else None
@@ -194,7 +188,7 @@ class SamplingEngine:
         batch = decode_batch(samples, rows, self.layout)
         adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
         program = self.programs[f"decode {rows}"]
-        decoded, self.pools = program(self.decode_params, adapters, self.pools, batch, np.int32(steps))
+        decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
         quantum.decoded = (samples, decoded)
 
     # ---- the host's part, once the tokens are there
@@ -255,22 +249,16 @@ class SamplingEngine:
 
     # ---- programs
 
-    @cached_property
-    def decode_params(self) -> Any:
-        """What decode programs take as parameters."""
-        return self.params | jax.jit(self.model.by_layer)(self._stacks) if self._is_by_layer else self.params
-
     def _list_programs(self, lora_weights: LoraWeights, lora_scale: Array) -> Iterator[Program]:
         """Every program of the sampling half: no input ever needs another one."""
         program = partial(Program, options=row_independent())
         adapters = partial(Adapters.of, lora_weights, lora_scale)
         and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
 
-        layers = jax.eval_shape(self.model.by_layer, self._stacks) if self._is_by_layer else {}
         function = partial(programs.decode, self.model, self.layout, self.decode_steps)
         for rows in self._batch_sizes:
             batch = decode_batch([], rows, self.layout)
-            arguments = (self.params | layers, adapters(batch.adapter), self.pools, batch, np.int32(0))
+            arguments = (self.params, adapters(batch.adapter), self.pools, batch, np.int32(0))
             yield program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
 
         function, tile_tokens = partial(programs.prefill, self.model, self.layout), self.layout.page_size

@@ -106,29 +106,16 @@ class Decoder:
     ) -> tuple[Array, Cache]:
         """tokens, positions int32 [R, L] -> (hidden [R, L, D] after the final norm, cache).
 
-        params: stacks, or their layers (`by_layer`). remat: a layer keeps only its input for the backward pass.
+        remat: a layer keeps only its input for the backward pass.
         """
         x, run = self._by_rows(params["embed"][tokens]), Run(lora, self.rope(positions), attend, self.mesh)
         for segment in self.segments:
             body = partial(self._run_layers, segment, run)
             layers = tuple((jnp.array(s.layers), params[s.name], lora.weights.get(s.name, {})) for s in segment)
-            if isinstance(params[segment[0].name], tuple):
-                for i in range(len(segment[0].layers)):
-                    (x, cache), _ = body((x, cache), tuple((index[i], w[i], _at(ab, i)) for index, w, ab in layers))
-                continue
             # Inside of a scan the compiler cannot merge the repeated work with the first, so nothing need stop it.
             body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else KEPT_ONLY)
             (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
         return rms_norm(x, params["norm"], self.rms_norm_eps), cache
-
-    def by_layer(self, stacks: Params) -> Params:
-        """Every stack as a tuple of its layers: copies, arrays of their own. `forward` takes these in its params, too.
-
-        A scan copies the weights of a layer out of their stack before it multiplies by them. That is nothing beside a
-        thousand tokens, and a quarter of a decode step on a CPU. The price is memory, and a program that grows with
-        depth.
-        """
-        return {s.name: tuple(_at(stacks[s.name], i) for i in range(len(s.layers))) for s in self.stacks}
 
     def _run_layers(
         self, segment: tuple[Stack, ...], run: Run, carry: tuple[Array, Cache], layers: tuple[Any, ...]
@@ -157,7 +144,3 @@ class Decoder:
 
     def _norm(self, x: Array, weight: Array) -> Array:
         return rms_norm(x, weight, self.rms_norm_eps)
-
-
-def _at(stack: Any, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], stack)
