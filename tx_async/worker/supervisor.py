@@ -33,8 +33,8 @@ HEALTHY_AFTER_S = 60.0
 LAST_LINE_CHARACTERS_MAX = 500
 FORCED_STOP_S = 10.0
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""A worker on a CPU asks for huge pages: every decode step reads all weights, every optimizer step writes megabytes anew,
-and both wait for small pages. Another C library ignores it; an operator's own choice wins."""
+"""A worker asks for huge pages: on a CPU every decode step reads all weights, every optimizer step writes megabytes
+anew, and both wait for small pages. Another C library ignores it; an operator's own choice wins."""
 PULSE_POLL_S = 0.25
 
 OnExit = Callable[["WorkerProcess", int, str], None]
