@@ -44,7 +44,7 @@ def found(tmp_path_factory):
         yield {family: pool.submit(run, family) for family in reversed(MESHES)}
 
 
-@pytest.mark.parametrize("family", reversed(MESHES))
+@pytest.mark.parametrize("family", list(reversed(MESHES)))
 def test_logits_gradients_and_an_optimizer_step_equal_those_of_one_device(family, found):
     for mesh, of_mesh in found[family].result().items():
         fsdp, expert, tensor = map(int, mesh.split(","))

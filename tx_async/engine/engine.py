@@ -51,7 +51,8 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     folder = fetch(welcome.base_model)
     model, params = load_model(folder, dtype, progress, devices)
-    engine = JaxEngine(model, params, config, folder, welcome.checkpoints_base)
+    digest = mesh.base_model_digest(folder)
+    engine = JaxEngine(model, params, config, folder, welcome.checkpoints_base, digest)
     if config.compile_ahead:
         engine.compile_ahead(progress)
     return engine
@@ -60,10 +61,18 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
 class JaxEngine:
     """Commands change `training`, `ranks`, `samplers`, and what `checkpoints` and `sampling` own."""
 
-    def __init__(self, model: Decoder, params: Any, config: EngineConfig, folder: Path, checkpoints_base: str):
-        """folder: of the base model."""
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        config: EngineConfig,
+        folder: Path,
+        checkpoints_base: str,
+        base_model_digest: str = "",
+    ):
+        """folder: of the base model; base_model_digest: of what it holds, for hosts that must have the same."""
         self._counter = CompilationCounter()
-        self.base_model_digest = mesh.base_model_digest(folder)
+        self.base_model_digest = base_model_digest
         self.model, self.params, self.config = model, params, config
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.targets: adapter_slots.Targets = model.lora_targets()
