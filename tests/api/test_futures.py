@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+import msgspec
+
 from tx_async.wire.results import TopkLogprobs
 
 PROTOBUF = "application/x-protobuf"
@@ -45,6 +47,7 @@ async def test_an_unknown_future_is_gone(client):
 
 
 async def test_a_large_result_tells_its_size_first_to_those_who_can_wait(client, sampler_id, scheduler):
+    scheduler.base_model = msgspec.structs.replace(scheduler.base_model, max_context_length=8192)
     body = {
         "sampling_session_id": sampler_id,
         "seq_id": 0,

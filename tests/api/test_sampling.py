@@ -101,10 +101,13 @@ async def test_any_64_bit_seed_is_folded(ask, scheduler, seed, folded):
     assert scheduler.operations[-1].seed == folded
 
 
-async def test_max_tokens_may_be_absent_or_beyond_the_context(ask, scheduler):
+async def test_max_tokens_may_be_absent_or_beyond_what_the_prompt_leaves(ask, scheduler):
     await ask(params={"max_tokens": None})
     assert scheduler.operations[-1].max_tokens is None
-    assert (await ask(seq_id=1, params={"max_tokens": 10**6})).status_code == 200
+    context = scheduler.base_model.max_context_length
+    assert (await ask(seq_id=1, params={"max_tokens": context})).status_code == 200
+    refused = await ask(seq_id=2, params={"max_tokens": context + 1})
+    assert refused.status_code == 400 and str(context) in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(

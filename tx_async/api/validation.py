@@ -282,7 +282,7 @@ def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int) -> Sam
             f"prompt has {len(prompt)} tokens; the context, completion included, is {model.max_context_length}."
         )
     _check_range("num_samples", operation.num_samples, 1, num_samples_max)
-    _check_sampling_params(operation)
+    _check_sampling_params(operation, model)
     _check_stops(operation, model)
     for field in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         _check_range(field, getattr(operation, field), 0, min(model.target_tokens_k_max, model.vocab_size))
@@ -295,9 +295,13 @@ def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int) -> Sam
     return operation
 
 
-def _check_sampling_params(operation: Sample) -> None:
-    if operation.max_tokens is not None and operation.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens is {operation.max_tokens}; it must be at least 1, or absent.")
+def _check_sampling_params(operation: Sample, model: BaseModelInfo) -> None:
+    # Beyond what the prompt leaves of the context it is a limit that is met earlier; beyond the context, a mistake.
+    if operation.max_tokens is not None and not 1 <= operation.max_tokens <= model.max_context_length:
+        raise InvalidRequest(
+            f"max_tokens is {operation.max_tokens}; it must be 1 to {model.max_context_length}, the context of "
+            f"{model.name}, or absent for as many as fit."
+        )
     if not (math.isfinite(operation.temperature) and operation.temperature >= 0):
         raise InvalidRequest(f"temperature is {operation.temperature}; it must be finite and not negative.")
     if not 0 < operation.top_p <= 1:
