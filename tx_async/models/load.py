@@ -28,6 +28,7 @@ from tx_async.models import tensor_files
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.deepseek_v3 import DeepseekV3
 from tx_async.models.llama import Llama
+from tx_async.models.loading_bar import LoadingBar
 from tx_async.models.qwen3 import Qwen3
 from tx_async.models.qwen3_moe import Qwen3Moe
 from tx_async.models.tensor_files import StoredTensor
@@ -98,10 +99,12 @@ def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | Non
         if any(leaf.wants(number, rows) for leaf, number in places[name])
     ]
     done, total = 0, sum((stop - start) * tensor.row_bytes for tensor, (start, stop) in wanted)
+    bar = LoadingBar(total)
     for tensor, chunk in _read_ahead(wanted, tensors):
         for leaf, number in places[tensor.name]:
             leaf.write(number, chunk)
         done += chunk.values.nbytes
+        bar.report(done)
         if progress:
             progress("loading weights", done, total)
     return tree_of(model, {weight: leaf.assemble() for weight, leaf in leaves.items()})
