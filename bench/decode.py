@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from machine import Matmul, Memory, describe
+from machine import MODEL, Matmul, Memory, describe
 from machine import measure as measure_once
 
 from tx_async.engine.decode_batches import batch_sizes, decode_batch
@@ -28,15 +28,6 @@ from tx_async.testing.models import make_qwen3
 from tx_async.testing.sampling_bench import SamplingBench
 
 ROOT = Path(__file__).parents[1]
-MODEL = {
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
-    "vocab_size": 32_000,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature 1": {},

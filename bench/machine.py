@@ -15,6 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+MODEL = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "vocab_size": 32_000,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+"""The Qwen3 that the benchmarks of a CPU use."""
+
 
 class Measured(NamedTuple):
     """One quantity by the clock, and by processor time summed over threads."""

@@ -26,6 +26,7 @@ from typing import Any
 os.environ |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "HF_HUB_OFFLINE": "1"}
 
 import jax
+import machine
 import numpy as np
 from machine import Matmul, describe, measure
 
@@ -45,16 +46,7 @@ from tx_async.wire.worker import (
 )
 
 ROOT = Path(__file__).parents[1]
-MODEL = {
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
-    "vocab_size": 32_000,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
+MODEL = machine.MODEL | {"tie_word_embeddings": True}
 TENANTS = {"uniform": 1, "mixed": 1, "tenants4": 4, "tenants8": 8, "forward": 1}
 MATMUL_SIZE = 1024
 
