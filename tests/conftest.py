@@ -38,10 +38,6 @@ TEST_S = 300
 """A test that takes longer hangs: it fails with the stack of every thread."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    faulthandler.enable()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_torch = importlib.util.find_spec("torch") is not None
     on_gpu = os.environ["JAX_PLATFORMS"] != "cpu"

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 
 import msgspec
 import numpy as np
@@ -72,6 +73,7 @@ class Server:
     def __init__(self, router, events):
         self.router = router
         self.events = events
+        self.dealers = []
 
     async def event(self, kind):
         async with asyncio.timeout(10):
@@ -82,12 +84,8 @@ class Server:
 
     async def attach(self, **options):
         dealer = Dealer(options.pop("connect", self.router.address), **options)
-        try:
-            welcome = await asyncio.to_thread(dealer.attach)
-        except BaseException:
-            dealer.close()
-            raise
-        return dealer, welcome
+        self.dealers.append(dealer)
+        return dealer, await asyncio.to_thread(dealer.attach)
 
     async def attach_ready(self, **options):
         dealer, _ = await self.attach(**options)
@@ -103,9 +101,13 @@ async def running_server(clock=None, **config):
     router = Router(ServerConfig(**config), events.put_nowait, clock=clock)
     await router.start()
     task = asyncio.create_task(router.run())
+    server = Server(router, events)
     try:
-        yield Server(router, events)
+        yield server
     finally:
+        # A dealer that nobody closes ends its process when its lease is over: that would be the test run.
+        for dealer in server.dealers:
+            dealer.close()
         await router.stop()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -197,7 +199,6 @@ async def test_tensors_travel_in_both_directions(tensors, shared_memory_bytes):
             assert server.router.statistics()["shared_bytes"] == 0
         else:
             assert server.router.statistics()["frame_bytes"] == 0
-        dealer.close()
 
 
 async def test_ten_thousand_commands_stay_in_order(server):
@@ -233,7 +234,6 @@ async def test_ten_thousand_commands_stay_in_order(server):
     statistics = server.router.statistics()
     assert statistics["arena_used_bytes"] == 0 and statistics["commands_in_flight"] == 0
     assert statistics["shared_bytes"] > 0 and statistics["frame_bytes"] > 0
-    dealer.close()
 
 
 async def test_a_full_arena_is_gone_around_by_frames():
@@ -251,7 +251,11 @@ async def test_a_full_arena_is_gone_around_by_frames():
         results = [await server.event(BatchFinished) for _ in range(6)]
         for number, finished in enumerate(results, 1):
             np.testing.assert_array_equal(finished.tensors[0], BIG + number)
-        dealer.close()
+
+
+def until_empty(dealer):
+    while dealer._outbox.used_bytes:
+        time.sleep(0.001)
 
 
 async def test_released_memory_goes_back_to_the_worker_without_further_commands():
@@ -264,9 +268,8 @@ async def test_released_memory_goes_back_to_the_worker_without_further_commands(
             finished = await server.event(BatchFinished)
             finished.release()
             finished.release()
-            await asyncio.sleep(0.03)
+            await asyncio.wait_for(asyncio.to_thread(until_empty, dealer), 10)
         assert server.router.statistics()["frame_bytes"] == 0
-        dealer.close()
 
 
 async def test_one_error_fails_one_command(server):
@@ -278,7 +281,6 @@ async def test_one_error_fails_one_command(server):
     dealer.reply(2, Done())
     assert await server.event(BatchFailed) == BatchFailed("w0", 1, "server", "not this one", False)
     assert (await server.event(BatchFinished)).number == 2
-    dealer.close()
 
 
 async def test_a_fatal_error_loses_the_worker(server):
@@ -288,7 +290,6 @@ async def test_a_fatal_error_loses_the_worker(server):
     dealer.fail(1, ZeroDivisionError("by zero"), fatal=True)
     assert await server.event(BatchFailed) == BatchFailed("w0", 1, "server", "ZeroDivisionError: by zero", True)
     assert "ZeroDivisionError" in (await server.event(WorkerLost)).reason
-    dealer.close()
 
 
 async def test_a_worker_that_only_samples_stands_beside_a_mesh_that_is_not_complete():
@@ -346,7 +347,6 @@ async def test_a_process_id_is_given_once(server, caplog):
     assert "attached already" in caplog.text
     server.router.send("w0", ReleaseAdapter(slot=0))
     assert (await asyncio.to_thread(first.receive)).number == 1
-    first.close()
 
 
 async def test_a_new_process_takes_the_place_of_a_dead_one_at_once(server):
@@ -355,8 +355,7 @@ async def test_a_new_process_takes_the_place_of_a_dead_one_at_once(server):
         say(socket, hello(pid=1))
         assert isinstance(await hear(socket), Welcome)
     await asyncio.sleep(0.1)
-    dealer = await server.attach_ready()
-    dealer.close()
+    await server.attach_ready()
 
 
 async def test_a_tcp_door_without_a_good_token_is_not_opened():
@@ -387,7 +386,6 @@ async def test_tcp_workers_know_the_token():
         np.testing.assert_array_equal(received.tensors[0], BIG)
         dealer.reply(1, Trained(), [BIG])
         np.testing.assert_array_equal((await server.event(BatchFinished)).tensors[0], BIG)
-        dealer.close()
 
 
 async def test_without_the_token_a_tcp_peer_is_told_nothing():
@@ -397,14 +395,13 @@ async def test_without_the_token_a_tcp_peer_is_told_nothing():
             say(plain, hello(token=TOKEN))
             with pytest.raises(zmq.Again):
                 await hear(plain)
-        stranger = Dealer(server.router.tcp_address, token=TOKEN + "?")
-        attaching = asyncio.create_task(asyncio.to_thread(stranger.attach))
-        await asyncio.sleep(0.5)
-        assert not attaching.done()
-        stranger.stop()
-        with pytest.raises(Detached):
-            await attaching
-        stranger.close()
+        with Dealer(server.router.tcp_address, token=TOKEN + "?") as stranger:
+            attaching = asyncio.create_task(asyncio.to_thread(stranger.attach))
+            await asyncio.sleep(0.5)
+            assert not attaching.done()
+            stranger.stop()
+            with pytest.raises(Detached):
+                await attaching
         assert server.router.statistics()["workers_attaching"] == 0
 
 
@@ -458,21 +455,19 @@ async def test_a_server_that_was_stopped_itself_does_not_blame_its_workers():
     """After a minute of SIGSTOP, heartbeats of a minute ago are the newest it can know."""
     clock = StillClock()
     async with running_server(clock, worker_lease_ms=2_000) as server:
-        dealer = await server.attach_ready()
+        await server.attach_ready()
         clock.time += 60
         await asyncio.sleep(0.3)
         assert server.router.is_ready("w0")
-        dealer.close()
 
 
 async def test_a_dealer_notices_a_silent_server(monkeypatch):
     monkeypatch.setattr(dealer_module, "FORCED_EXIT_S", float("inf"))
-    async with running_server(worker_lease_ms=300) as server:
+    async with running_server(worker_lease_ms=2_000) as server:
         dealer = await server.attach_ready()
         monkeypatch.setattr(server.router, "_send", lambda *_, **__: None)
         with pytest.raises(Detached, match="silent"):
-            await asyncio.wait_for(asyncio.to_thread(dealer.receive), 5)
-        dealer.close()
+            await asyncio.wait_for(asyncio.to_thread(dealer.receive), 30)
 
 
 async def test_what_is_in_flight_is_lost_with_its_worker_and_numbers_begin_again(server):
@@ -481,10 +476,9 @@ async def test_what_is_in_flight_is_lost_with_its_worker_and_numbers_begin_again
     dealer.goodbye()
     await server.event(WorkerLost)
     dealer.close()
-    again = await server.attach_ready()
+    await server.attach_ready()
     assert server.router.send("w0", ReleaseAdapter(slot=0)) == 1
     assert server.router.statistics()["commands_in_flight"] == 1
-    again.close()
 
 
 # ---- a stream that is not what it should be
@@ -538,19 +532,16 @@ async def test_an_answer_that_cannot_be_right_loses_the_worker(server, fault):
 
 
 async def test_a_gap_in_the_numbers_stops_a_worker():
-    with raw_server() as (address, answer):
-        dealer = Dealer(address)
+    with raw_server() as (address, answer), Dealer(address) as dealer:
         await attach_to_raw_server(dealer, answer)
         command = ReleaseAdapter(slot=0)
         answer(NumberedCommand(number=2, digest=command_digest(2, command, ()), command=command))
         with pytest.raises(StreamDiverged, match="Command 2 arrived, 1 is next"):
             await asyncio.to_thread(dealer.receive)
-        dealer.close()
 
 
 async def test_another_digest_stops_a_worker_and_both_are_named():
-    with raw_server() as (address, answer):
-        dealer = Dealer(address)
+    with raw_server() as (address, answer), Dealer(address) as dealer:
         await attach_to_raw_server(dealer, answer)
         theirs = command_digest(1, ReleaseAdapter(slot=1), ())
         answer(NumberedCommand(number=1, digest=theirs, command=ReleaseAdapter(slot=0)))
@@ -558,7 +549,6 @@ async def test_another_digest_stops_a_worker_and_both_are_named():
             await asyncio.to_thread(dealer.receive)
         assert theirs in raised.value.message
         assert command_digest(1, ReleaseAdapter(slot=0), ()) in raised.value.message
-        dealer.close()
 
 
 @contextlib.contextmanager

@@ -265,7 +265,9 @@ class Dealer:
         self._welcome.put(error or Detached("stopped before the server answered"))
 
     def close(self) -> None:
-        """Send what is still to be sent, and end the thread."""
+        """Send what is still to be sent, and end the thread. Once is enough, twice is no error."""
+        if self._socket.closed:
+            return
         self._is_closing = True
         self._wake()
         if self._thread.ident is not None:
