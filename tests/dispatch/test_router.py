@@ -94,6 +94,16 @@ class Server:
         return dealer
 
 
+async def until(condition):
+    """Wait for something of which nobody tells."""
+
+    def look():
+        while not condition():
+            time.sleep(0.001)
+
+    await asyncio.wait_for(asyncio.to_thread(look), 10)
+
+
 @contextlib.asynccontextmanager
 async def running_server(clock=None, **config):
     config = {"worker_heartbeat_interval_ms": 50, "data_dir": "/nowhere", **config}
@@ -253,11 +263,6 @@ async def test_a_full_arena_is_gone_around_by_frames():
             np.testing.assert_array_equal(finished.tensors[0], BIG + number)
 
 
-def until_empty(dealer):
-    while dealer._outbox.used_bytes:
-        time.sleep(0.001)
-
-
 async def test_released_memory_goes_back_to_the_worker_without_further_commands():
     async with running_server(shared_memory_bytes=1 << 20) as server:
         dealer = await server.attach_ready()
@@ -268,7 +273,7 @@ async def test_released_memory_goes_back_to_the_worker_without_further_commands(
             finished = await server.event(BatchFinished)
             finished.release()
             finished.release()
-            await asyncio.wait_for(asyncio.to_thread(until_empty, dealer), 10)
+            await until(lambda: dealer._outbox.used_bytes == 0)
         assert server.router.statistics()["frame_bytes"] == 0
 
 
@@ -297,12 +302,11 @@ async def test_a_worker_that_only_samples_stands_beside_a_mesh_that_is_not_compl
         half, _ = await server.attach(process_id=1)
         sampler, _ = await server.attach(name="external", capabilities=frozenset({"sample"}))
         half.ready(INFO)
+        await until(lambda: server.router.is_member_ready("w0", 1))
         sampler.ready(INFO)
         assert await server.event(WorkerReady) == WorkerReady("external", INFO, frozenset({"sample"}))
         assert server.router.waiting_for() == ["worker w0.0: not attached"]
         assert server.router.send("external", ReleaseAdapter(slot=0)) == 1
-        half.close()
-        sampler.close()
 
 
 # ---- the door
