@@ -126,6 +126,7 @@ def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(stage: Stage)
     stage.run()
     assert stage.adapter(model) == _with_one_more(8)
     assert newest not in stage.catalog.models[model].snapshots
+    assert newest.key not in stage.storage.files, "nobody will ever ask for it"
 
 
 def _with_one_more(steps: int):

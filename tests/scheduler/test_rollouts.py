@@ -53,9 +53,7 @@ def test_training_and_sampling_share_the_device_by_weight(stage: Stage):
     assert trained > 10 and sampled > 10 and 0.5 < trained / sampled < 2
 
 
-def test_where_both_run_side_by_side_neither_waits_for_the_other_s_answer():
-    """The engine overlaps: both kinds always have something ahead, and sampling one quantum only, so that a newcomer
-    is in the next one."""
+def test_where_both_run_side_by_side_sampling_has_one_quantum_ahead_so_that_a_newcomer_is_in_the_next():
     stage = Stage(info=msgspec.structs.replace(INFO, overlaps=True))
     model, sampler = stage.model(), stage.sampler(stage.new_session("b"))
     for seq_id in range(1, 40):
@@ -64,7 +62,10 @@ def test_where_both_run_side_by_side_neither_waits_for_the_other_s_answer():
         stage.ask(sampler, num_samples=4, max_tokens=10)
     while len(stage.executed) < 40:
         assert stage.step()
-        assert stage.state.workers["w0"].quanta == {"train": 2, "sample": 1}
+        quanta = stage.state.workers["w0"].quanta
+        assert quanta["sample"] <= 1 and 1 <= sum(quanta.values()) <= 3
+    assert sum(isinstance(command, SampleQuantum) for command in stage.executed) > 5
+    assert sum(isinstance(command, TrainMicroBatch) for command in stage.executed) > 5
 
 
 def test_sampling_alone_gets_the_whole_device_and_training_is_level_when_it_comes_back(stage: Stage):

@@ -162,7 +162,8 @@ class Dealer:
         self._next_number = 1
         #: number -> when it arrived, of commands not answered yet
         self._arrived: dict[int, float] = {}
-        self._last_answer = 0.0
+        #: .time of each thread that answers: what one thread answers ran one after the other
+        self._last_answer = threading.local()
         # The thread's own:
         self._is_attached = False
         self._heartbeat_s = HELLO_INTERVAL_S
@@ -233,8 +234,9 @@ class Dealer:
     def reply(self, number: int, result: Result, tensors: Sequence[np.ndarray] = ()) -> None:
         """Answer a command; its own tensors must not be read any more. Only process 0 of a mesh says what came out."""
         now = time.perf_counter()
-        elapsed_ms = 1000 * (now - max(self._arrived.pop(number), self._last_answer))
-        self._last_answer = now
+        began = max(self._arrived.pop(number), getattr(self._last_answer, "time", 0.0))
+        elapsed_ms = 1000 * (now - began)
+        self._last_answer.time = now
         if self._hello.process_id != 0:
             result, tensors = Done(), ()
         specs = specs_of(tensors)

@@ -45,17 +45,25 @@ class Shares(Generic[Key]):
         self._used = dict.fromkeys(weights, 0.0)
         self._last_ms = dict.fromkeys(weights, 0.0)
 
-    def order(self, has_work: Callable[[Key], bool]) -> list[Key]:
-        busy = [name for name in self._weights if has_work(name)]
+    def order(self, is_busy: Callable[[Key], bool]) -> list[Key]:
+        """The classes that have work, or quanta of it at the device, least served first."""
+        busy = [name for name in self._weights if is_busy(name)]
         level = min((self._used[name] for name in busy), default=0.0)
         for name in self._used:
             # Idle time is not credit: an idle class comes back level with the busy one.
             self._used[name] = self._used[name] - level if name in busy else 0.0
         return sorted(busy, key=self._used.__getitem__)
 
+    def is_ahead(self, name: Key, num_quanta: int) -> bool:
+        """By more than so many of its quanta, of the least served class of the last `order`."""
+        return self._used[name] > num_quanta * self._cost(name)
+
     def charge(self, name: Key) -> None:
         """One of its quanta is sent."""
-        self._used[name] += self._last_ms[name] / self._weights[name]
+        self._used[name] += self._cost(name)
+
+    def _cost(self, name: Key) -> float:
+        return self._last_ms[name] / self._weights[name]
 
     def measured(self, name: Key, cost_ms: float) -> None:
         """What one took. One that took very long was compiled first, which is nobody's share."""

@@ -26,7 +26,6 @@ from tx_async.scheduler.events import (
     WorkerLost,
     WorkerReady,
 )
-from tx_async.scheduler.fairness import Shares
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.scheduler.lanes import Step
 from tx_async.scheduler.orphans import Orphans
@@ -53,7 +52,6 @@ class SchedulerState:
         self.rollouts = Rollouts(self.decisions, policy, self.workers)
         self.retention = Retention(self.decisions, self.training.runs, self.rollouts, policy)
         self.orphans = Orphans(self.training.runs, self.decisions)
-        self.shares: Shares[Kind] = Shares({"train": policy.train_share, "sample": policy.sample_share})
         #: samples that were accepted before a restart and whose bodies are being read
         self.restoring: set[str] = set()
 
@@ -89,7 +87,7 @@ class SchedulerState:
                 self.rollouts.cancel_flow(fact.session_id)
             case WorkerReady():
                 self._worker_lost(fact.worker_id)  # a new life under an old name
-                self.workers[fact.worker_id] = WorkerState(fact.worker_id, fact.info, fact.capabilities)
+                self.workers[fact.worker_id] = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
             case WorkerLost():
                 self._worker_lost(fact.worker_id)
             case CommandFinished() | CommandFailed():
@@ -178,7 +176,7 @@ class SchedulerState:
             elif isinstance(answer, SamplingAnswer):
                 self.rollouts.finished(worker, answer, fact)
             if kind:
-                self.shares.measured(kind, fact.elapsed_ms)
+                worker.shares.measured(kind, fact.elapsed_ms)
         elif isinstance(answer, TrainingAnswer):
             self.training.failed(answer, fact)
         elif isinstance(answer, SamplingAnswer):
@@ -214,22 +212,24 @@ class SchedulerState:
     def _advance(self, worker: WorkerState) -> None:
         trains, samples = worker is self._trainer(), "sample" in worker.capabilities
 
-        def has_work(kind: Kind) -> bool:
+        def is_busy(kind: Kind) -> bool:
+            if worker.quanta[kind]:
+                return True
             if kind == "train":
                 return trains and self.training.has_work
             return samples and self.rollouts.has_work(worker)
 
         self._end_reservation(worker)
-        while any(self._issue(worker, kind) for kind in self.shares.order(has_work)):
+        while any(self._issue(worker, kind) for kind in worker.shares.order(is_busy)):
             pass
 
     def _issue(self, worker: WorkerState, kind: Kind) -> bool:
-        """Send one quantum of this kind. False when there was none, or when the worker has enough ahead."""
-        if worker.is_full(self.policy, kind):
+        """Send one quantum of this kind. False when there was none, or when it is not its turn."""
+        if worker.is_full(kind) or worker.had_its_share(kind):
             return False
         is_sent = self.training.issue(worker) if kind == "train" else self.rollouts.issue(worker)
         if is_sent:
-            self.shares.charge(kind)
+            worker.shares.charge(kind)
         return is_sent
 
     def _end_reservation(self, worker: WorkerState) -> None:

@@ -129,7 +129,7 @@ class Training:
             for lane in sorted(flows[flow], key=self._rank):
                 if self._issue_lane(worker, lane):
                     return True
-                if worker.reserved_for is not None or worker.is_full(self.policy, "train"):
+                if worker.reserved_for is not None or worker.is_full("train"):
                     return False
         return False
 
@@ -142,7 +142,7 @@ class Training:
     def _issue_lane(self, worker: WorkerState, lane: Lane) -> bool:
         """Everything that the lane has ready, up to its next micro-batch. True when that was sent."""
         is_sent = False
-        while not is_sent and not worker.is_full(self.policy, "train") and self._may_run(lane):
+        while not is_sent and not worker.is_full("train") and self._may_run(lane):
             step = lane.next_step()
             assert step is not None
             if step.operation is None:

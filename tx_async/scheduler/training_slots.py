@@ -117,4 +117,5 @@ class TrainingSlots:
             self.runs.corrupt(lane, error)
             return
         self.decisions.append(self.runs.update(lane, snapshots=older))
+        self.decisions.delete_files(key)
         self.runs.lose_state(lane)

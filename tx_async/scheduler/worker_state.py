@@ -9,6 +9,7 @@ import numpy as np
 
 from tx_async.scheduler.adapters import SlotCache
 from tx_async.scheduler.events import Send
+from tx_async.scheduler.fairness import Shares
 from tx_async.scheduler.outages import Outage
 from tx_async.scheduler.policy import Policy
 from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
@@ -17,10 +18,12 @@ Kind = Literal["train", "sample"]
 
 
 class WorkerState:
-    def __init__(self, worker_id: str, info: EngineInfo, capabilities: frozenset[str]):
+    def __init__(self, worker_id: str, info: EngineInfo, capabilities: frozenset[str], policy: Policy):
         self.worker_id = worker_id
         self.info = info
         self.capabilities = capabilities
+        self.policy = policy
+        self.shares: Shares[Kind] = Shares({"train": policy.train_share, "sample": policy.sample_share})
         #: model_id -> training slot
         self.training_slots: SlotCache[str] = SlotCache(info.num_training_slots)
         #: adapter version (storage key) -> sampler slot
@@ -50,15 +53,21 @@ class WorkerState:
     def num_quanta(self) -> int:
         return sum(self.quanta.values())
 
-    def is_full(self, policy: Policy, kind: Kind) -> bool:
+    def is_full(self, kind: Kind) -> bool:
         """It has enough of this kind ahead: what is issued later can still take turns."""
-        if len(self.in_flight) >= policy.commands_in_flight_max:
+        if len(self.in_flight) >= self.policy.commands_in_flight_max:
             return True
         if not self.info.overlaps:
-            return self.num_quanta >= policy.quanta_in_flight_max
+            return self.num_quanta >= self.policy.quanta_in_flight_max
         # The engine decides who decodes when a quantum's predecessor has ended. A second one ahead would save it a
         # round trip to the server, and keep out whoever comes in the meantime for a whole quantum more.
-        return self.quanta[kind] >= (1 if kind == "sample" else policy.quanta_in_flight_max)
+        return self.quanta[kind] >= (1 if kind == "sample" else self.policy.quanta_in_flight_max)
+
+    def had_its_share(self, kind: Kind) -> bool:
+        """Where both kinds run side by side, the one that is ahead by its share waits until the other has had its own.
+        The answer to what the other has in flight ends that."""
+        is_alone = self.num_quanta == self.quanta[kind]
+        return self.info.overlaps and not is_alone and self.shares.is_ahead(kind, self.policy.quanta_in_flight_max)
 
     def send(self, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> Send:
         self._last_number += 1
