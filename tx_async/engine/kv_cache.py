@@ -177,10 +177,10 @@ class DecodeAttention(PagedAttention):
         if not 1 < Hkv <= BLOCK_DIAGONAL_HEADS_MAX:
             return super()._scores(q, keys)
         own = jnp.eye(Hkv, dtype=bool)[:, None, :, None]
-        wide = jnp.where(own, q.reshape(R, Hkv, G, 1, D), 0).reshape(R, Hkv * G, Hkv * D)
+        wide = jnp.where(own, q.reshape(R, Hkv, G, D).transpose(0, 1, 3, 2)[:, :, :, None], 0)  # as below: [R, H', D, H, G]
         flat = keys.reshape(R, -1, Hkv * D)
-        scores = jnp.einsum("rnf,rcf->rnc", wide, flat, preferred_element_type=jnp.float32)
-        return scores.reshape(R, Hkv, 1, G, -1)
+        scores = jnp.einsum("rcf,rfn->rcn", flat, wide.reshape(R, Hkv * D, -1), preferred_element_type=jnp.float32)
+        return scores.reshape(R, -1, Hkv, G).transpose(0, 2, 3, 1)[:, :, None]
 
     def _weighted(self, weights: Array, values: Array) -> Array:
         R, Hkv, _, G, C = weights.shape
