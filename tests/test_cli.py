@@ -1,6 +1,7 @@
 """The command line: what the operator can change is one line and exit code 2; a server starts and stops cleanly."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from tx_async.api.owner import Owners, hash_key, is_loopback, read_registry
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError, Unauthorized
 from tx_async.testing.server import free_port, running_server
+from tx_async.worker.exit_codes import ExitCode
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -257,6 +259,21 @@ def test_a_worker_started_by_hand_attaches(tiny_qwen3, tmp_path):
             server.wait_ready(60)
             worker.send_signal(signal.SIGINT)
             assert worker.wait(15) == 0
+
+
+def test_a_worker_that_sees_another_storage_is_refused_with_the_reason_on_both_sides(tiny_qwen3, tmp_path):
+    address, token = f"tcp://127.0.0.1:{free_port()}", "a-token-that-nobody-guesses"
+    environ = {"TX_WORKER_TOKEN": token}
+    with running_server(
+        tiny_qwen3, data_dir=tmp_path, local_workers=0, worker_address=address, environ=environ, ready=False
+    ) as server:
+        server.wait_accepting()
+        shutil.rmtree(tmp_path / "checkpoints" / "probes")
+        command = [sys.executable, "-m", "tx_async.worker.main", "--connect", address]
+        worker = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=60)
+        assert worker.returncode == ExitCode.CONFIGURATION
+        assert "is not the place that the server writes its checkpoints to" in worker.stderr
+        assert "is not the place that the server writes its checkpoints to" in server.log()
 
 
 def test_hypercorn_serves_the_app_as_any_other(tiny_qwen3, tmp_path):

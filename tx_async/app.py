@@ -23,9 +23,12 @@ from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
 from tx_async.dispatch.events import Event
 from tx_async.dispatch.router import Router
+from tx_async.errors import StorageError
 from tx_async.journal.factory import open_journal
 from tx_async.scheduler.scheduler import Scheduler
+from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
+from tx_async.wire.worker import StorageProbe
 from tx_async.worker.supervisor import DEFAULT_ENGINE, Supervisor
 
 WORKERS_STOP_S = 2.0
@@ -52,7 +55,7 @@ class Server:
         store = Store(config.resolved_checkpoints_base)
         journal = open_journal(config)
         records = await journal.open()
-        router = Router(config, self._on_event)
+        router = Router(config, self._on_event, await _storage_probe(store, config))
         try:
             await router.start()
             supervisor = Supervisor(config, router, engine=self._engine)
@@ -82,6 +85,17 @@ class Server:
     def _on_event(self, event: Event) -> None:
         assert self.scheduler is not None
         self.scheduler.on_event(event)
+
+
+async def _storage_probe(store: Store, config: ServerConfig) -> StorageProbe | None:
+    """For workers from other hosts, where there may be any. A server whose storage is away starts all the same."""
+    if not config.worker_address:
+        return None
+    try:
+        return await write_probe(store, config.worker_address)
+    except StorageError as error:
+        _log.warning("Workers are not asked whether they share the storage: %s", error)
+        return None
 
 
 def create_app(config: ServerConfig | None = None, engine: str = DEFAULT_ENGINE) -> Starlette:

@@ -59,6 +59,7 @@ from tx_async.wire.worker import (
     Ready,
     Refused,
     Shutdown,
+    StorageProbe,
     ToWorker,
     Welcome,
     command_digest,
@@ -84,11 +85,13 @@ class Router:
         self,
         config: ServerConfig,
         on_event: Callable[[Event], None],
+        storage_probe: StorageProbe | None = None,
         *,
         clock: Clock | None = None,
         runtime: RuntimeDirectory | None = None,
     ):
         self.config = config
+        self.storage_probe = storage_probe
         self.clock = clock or SystemClock()
         #: made by `start`, so that a server that never gets so far leaves nothing behind
         self._runtime = runtime
@@ -487,6 +490,7 @@ class Router:
             lease_ms=config.worker_lease_ms,
             inbox=group.inbox.path if group.inbox and member.outbox_path else "",
             outbox=member.outbox_path,
+            storage_probe=self.storage_probe,
         )
 
     def _handle_ready(self, group: Group) -> None:

@@ -161,7 +161,7 @@ class PagedAttention:
 class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page.
 
-    With few key heads, all heads' products are one: a query is laid into its key head's part of a row of zeros and
+    With few key heads, all heads' products are one: a query is laid into its key head's part of a column of zeros and
     meets the keys as they lie in the page. More arithmetic, but nothing is moved about, and moving is what costs.
     """
 
@@ -176,10 +176,11 @@ class DecodeAttention(PagedAttention):
         R, _, Hkv, G, D = q.shape
         if not 1 < Hkv <= BLOCK_DIAGONAL_HEADS_MAX:
             return super()._scores(q, keys)
+        columns = q.reshape(R, Hkv, G, D).transpose(0, 1, 3, 2)
         own = jnp.eye(Hkv, dtype=bool)[:, None, :, None]
-        wide = jnp.where(own, q.reshape(R, Hkv, G, D).transpose(0, 1, 3, 2)[:, :, :, None], 0)  # as below: [R, H', D, H, G]
+        wide = jnp.where(own, columns[:, :, :, None], 0).reshape(R, Hkv * D, Hkv * G)
         flat = keys.reshape(R, -1, Hkv * D)
-        scores = jnp.einsum("rcf,rfn->rcn", flat, wide.reshape(R, Hkv * D, -1), preferred_element_type=jnp.float32)
+        scores = jnp.einsum("rcf,rfn->rcn", flat, wide, preferred_element_type=jnp.float32)
         return scores.reshape(R, -1, Hkv, G).transpose(0, 2, 3, 1)[:, :, None]
 
     def _weighted(self, weights: Array, values: Array) -> Array:

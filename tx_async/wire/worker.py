@@ -82,6 +82,13 @@ class Hello(Struct, tag=True, frozen=True, kw_only=True):
     """True when this worker runs on the server's own host and can map its segments."""
 
 
+class StorageProbe(Struct, frozen=True):
+    """What the server wrote to `checkpoints_base`, for workers on other hosts to find there."""
+
+    key: str
+    word: str
+
+
 class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     """The worker is attached. It builds its engine from this, reports `Progress`, then `Ready`."""
 
@@ -97,6 +104,8 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     """Shared-memory arena that the server writes and this worker reads ("" = frames)."""
     outbox: str = ""
     """Shared-memory arena that this worker writes and the server reads ("" = frames)."""
+    storage_probe: StorageProbe | None = None
+    """None where all workers run on the server's host."""
 
 
 class Refused(Struct, tag=True, frozen=True):

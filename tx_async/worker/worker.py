@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tx_async.dispatch.dealer import Dealer, Received
 from tx_async.errors import TxError
+from tx_async.storage.probe import check_probe
 from tx_async.wire.worker import AdmitSequences, CancelSequences, LoadSampler, SampleQuantum, SaveAdapter, Welcome
 from tx_async.worker.engine_api import Engine, Pending, ReportProgress
 from tx_async.worker.exit_codes import ExitCode
@@ -48,6 +49,8 @@ class Worker:
     def run(self) -> ExitCode:
         """Attach, serve until told to stop, and say how it ended. Raises `TxError` when it could not begin or go on."""
         welcome = self.dealer.attach()
+        if welcome.storage_probe:
+            check_probe(welcome.checkpoints_base, welcome.storage_probe)
         engine = self.create_engine(welcome, self.dealer.progress)
         self.dealer.count_compilations = lambda: engine.num_compilations
         info = engine.info()
