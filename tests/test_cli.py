@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -248,29 +249,31 @@ def test_without_a_worker_healthz_says_what_is_missing(tiny_qwen3, tmp_path):
         assert any("worker" in reason for reason in answer["waiting_for"])
 
 
-def test_a_worker_started_by_hand_attaches(tiny_qwen3, tmp_path):
-    address, token = f"tcp://127.0.0.1:{free_port()}", "a-token-that-nobody-guesses"
-    environ = {"TX_WORKER_TOKEN": token}
+@contextmanager
+def server_for_workers(model, folder):
+    """A server without workers, its door for them, and the environment that they need."""
+    address, environ = f"tcp://127.0.0.1:{free_port()}", {"TX_WORKER_TOKEN": "a-token-that-nobody-guesses"}
     with running_server(
-        tiny_qwen3, data_dir=tmp_path, local_workers=0, worker_address=address, environ=environ, ready=False
+        model, data_dir=folder, local_workers=0, worker_address=address, environ=environ, ready=False
     ) as server:
+        yield server, address, os.environ | environ
+
+
+def test_a_worker_started_by_hand_attaches(tiny_qwen3, tmp_path):
+    with server_for_workers(tiny_qwen3, tmp_path) as (server, address, environ):
         command = [sys.executable, "-m", "tx_async.cli", "worker", "--connect", address]
-        with subprocess.Popen(command, env=os.environ | environ, stderr=subprocess.DEVNULL) as worker:
+        with subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL) as worker:
             server.wait_ready(60)
             worker.send_signal(signal.SIGINT)
             assert worker.wait(15) == 0
 
 
 def test_a_worker_that_sees_another_storage_is_refused_with_the_reason_on_both_sides(tiny_qwen3, tmp_path):
-    address, token = f"tcp://127.0.0.1:{free_port()}", "a-token-that-nobody-guesses"
-    environ = {"TX_WORKER_TOKEN": token}
-    with running_server(
-        tiny_qwen3, data_dir=tmp_path, local_workers=0, worker_address=address, environ=environ, ready=False
-    ) as server:
+    with server_for_workers(tiny_qwen3, tmp_path) as (server, address, environ):
         server.wait_accepting()
         shutil.rmtree(tmp_path / "checkpoints" / "probes")
         command = [sys.executable, "-m", "tx_async.worker.main", "--connect", address]
-        worker = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=60)
+        worker = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
         assert worker.returncode == ExitCode.CONFIGURATION
         assert "is not the place that the server writes its checkpoints to" in worker.stderr
         assert "is not the place that the server writes its checkpoints to" in server.log()

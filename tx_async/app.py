@@ -92,7 +92,8 @@ async def _storage_probe(store: Store, config: ServerConfig) -> StorageProbe | N
     if not config.worker_address:
         return None
     try:
-        return await write_probe(store, config.worker_address)
+        # Not the address alone: a second server that finds it taken would have replaced the first one's word.
+        return await write_probe(store, f"{config.data_path} {config.worker_address}")
     except StorageError as error:
         _log.warning("Workers are not asked whether they share the storage: %s", error)
         return None

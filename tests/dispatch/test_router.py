@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 
 import msgspec
 import numpy as np
@@ -31,6 +30,7 @@ from tx_async.dispatch.frames import (
 )
 from tx_async.dispatch.router import Router
 from tx_async.errors import ConfigError, EngineError, NotReady, WorkerRefused
+from tx_async.testing.dispatch import until
 from tx_async.testing.fake_engine import FakeEngine
 from tx_async.wire.worker import (
     PROTOCOL_VERSION,
@@ -92,16 +92,6 @@ class Server:
         dealer.ready(INFO)
         await self.event(WorkerReady)
         return dealer
-
-
-async def until(condition):
-    """Wait for something of which nobody tells."""
-
-    def look():
-        while not condition():
-            time.sleep(0.001)
-
-    await asyncio.wait_for(asyncio.to_thread(look), 10)
 
 
 @contextlib.asynccontextmanager

@@ -32,10 +32,9 @@ class SideBySide:
             self._answer()
 
     def _issue(self, kind: Kind) -> bool:
-        if kind not in COST_MS or self.worker.is_full(kind) or self.worker.had_its_share(kind):
+        if self.worker.is_full(kind) or self.worker.had_its_share(kind):
             return False
         number = self.worker.send(QUANTA[kind], None).number
-        self.worker.shares.charge(kind)
         last = self.ends[kind][-1][0] if self.ends[kind] else self.now
         self.ends[kind].append((max(last, self.now) + COST_MS[kind], number))
         return True

@@ -19,7 +19,7 @@ from tx_async.dispatch.events import BatchFailed, BatchFinished, WorkerLost, Wor
 from tx_async.dispatch.router import Router
 from tx_async.dispatch.runtime import default_root
 from tx_async.errors import BaseModelError
-from tx_async.testing.dispatch import FAKE_ENGINE, running_dispatch
+from tx_async.testing.dispatch import FAKE_ENGINE, running_dispatch, until
 from tx_async.testing.fake_engine import FAULTS_VARIABLE
 from tx_async.wire.worker import (
     AdamParams,
@@ -68,12 +68,6 @@ def is_gone(pid):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-async def until(condition, timeout_s=10.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for is outside this process
-            await asyncio.sleep(0.02)
 
 
 async def test_a_worker_serves_and_stops_without_leaving_anything(config):

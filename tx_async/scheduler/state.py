@@ -227,10 +227,7 @@ class SchedulerState:
         """Send one quantum of this kind. False when there was none, or when it is not its turn."""
         if worker.is_full(kind) or worker.had_its_share(kind):
             return False
-        is_sent = self.training.issue(worker) if kind == "train" else self.rollouts.issue(worker)
-        if is_sent:
-            worker.shares.charge(kind)
-        return is_sent
+        return self.training.issue(worker) if kind == "train" else self.rollouts.issue(worker)
 
     def _end_reservation(self, worker: WorkerState) -> None:
         """A suspect has had its turn alone, or will not have it."""

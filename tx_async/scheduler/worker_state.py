@@ -75,6 +75,7 @@ class WorkerState:
         self.in_flight[self._last_number] = (on_answer, kind)
         if kind:
             self.quanta[kind] += 1
+            self.shares.charge(kind)
         return Send(self.worker_id, self._last_number, command, tensors)
 
     def answered(self, number: int) -> tuple[Any, Kind | None]:

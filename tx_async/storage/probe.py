@@ -1,7 +1,7 @@
 """Whether a worker's host sees the storage that the server uses, or only a folder of the same name.
 
 The server writes a word that nobody else can know before workers from other hosts may attach; each worker reads it
-before it builds its engine. One small object for each address that workers attach to.
+before it builds its engine. One small object for each server.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tx_async.wire.worker import StorageProbe
 FOLDER = "probes"
 
 
-async def write_probe(store: Store, worker_address: str) -> StorageProbe:
-    """Raises `StorageError` where nothing can be written."""
-    name = hashlib.sha256(f"{socket.gethostname()} {worker_address}".encode()).hexdigest()[:16]
+async def write_probe(store: Store, server: str) -> StorageProbe:
+    """server: what no other server of this host has. Raises `StorageError` where nothing can be written."""
+    name = hashlib.sha256(f"{socket.gethostname()} {server}".encode()).hexdigest()[:16]
     probe = StorageProbe(f"{FOLDER}/{name}", secrets.token_hex(16))
     await store.put(probe.key, probe.word.encode())
     return probe
