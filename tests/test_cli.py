@@ -179,15 +179,16 @@ def test_doctor_says_what_is_wrong(tmp_path):
 
 
 def test_ctrl_c_stops_everything_within_seconds_and_leaves_nothing_behind(tiny_qwen3, tmp_path):
-    shared_before = _shared_memory()
     with running_server(tiny_qwen3, data_dir=tmp_path) as server:
+        pid = server.pid
+        assert _shared_memory(pid)
         family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         assert len(family) > 1
         began = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - began < 15
     assert not [process for process in family if _is_alive(process)]
-    assert _shared_memory() <= shared_before
+    assert not _shared_memory(pid)
     assert not [path for path in tmp_path.rglob("*") if path.is_socket()]
     assert "Traceback" not in server.log()
 
@@ -219,15 +220,18 @@ def post(server, path: str, body: dict) -> dict:
 
 
 def test_a_worker_ends_when_its_server_is_killed_and_the_next_start_cleans_up(tiny_qwen3, tmp_path):
-    shared_before = _shared_memory()
     with running_server(tiny_qwen3, data_dir=tmp_path) as server:
+        pids = [server.pid]
         workers = psutil.Process(server.pid).children(recursive=True)
+        assert _shared_memory(*pids), "there is something to clean up"
         server.kill()
         psutil.wait_procs(workers, timeout=15)
         assert not [process for process in workers if _is_alive(process)]
         server.start()
         server.wait_ready()
-    assert _shared_memory() <= shared_before
+        pids.append(server.pid)
+        assert not _shared_memory(pids[0])
+    assert not _shared_memory(*pids)
 
 
 def test_sigterm_while_it_starts_stops_it_too(tiny_qwen3, tmp_path):
@@ -300,8 +304,9 @@ def _wait_for_port(port: int) -> None:
             time.sleep(0.05)
 
 
-def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def _shared_memory(*pids: int) -> list[Path]:
+    """What these servers have there; other tests' servers come and go beside them."""
+    return [path for pid in pids for path in Path("/dev/shm").glob(f"tx_async-{os.getuid()}-{pid}-*")]
 
 
 def _is_alive(process: psutil.Process) -> bool:
