@@ -28,6 +28,7 @@ from tx_async.journal.factory import open_journal
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
+from tx_async.storage.sweep import sweep_for_ever
 from tx_async.wire.worker import StorageProbe
 from tx_async.worker.supervisor import DEFAULT_ENGINE, Supervisor
 
@@ -72,6 +73,7 @@ class Server:
             async with anyio.create_task_group() as actors:
                 for actor in (scheduler.run, router.run, supervisor.run, journal.supervise):
                     actors.start_soon(actor, name=actor.__qualname__)
+                actors.start_soon(sweep_for_ever, store, lambda: scheduler.models)
                 yield scheduler
                 deadline = time.monotonic() + config.shutdown_ms / 1000
                 await scheduler.stop(config.shutdown_ms / 1000 - WORKERS_STOP_S)

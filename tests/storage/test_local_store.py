@@ -49,6 +49,7 @@ def test_kill_during_save_leaves_complete_checkpoints_or_none(tmp_path: Path, sa
     # All but the one that was being replaced when the process died.
     assert {f"s:train:0/weights/{number}" for number in range(saved // 3)} <= set(complete)
     checkpoints.sweep_incomplete_sync(store, older_than_s=0)
+    store.remove_leftovers_sync(older_than_s=0)
     assert checkpoints.list_checkpoints_sync(store) == complete
     files_left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files_left) == 4 * len(complete)
@@ -115,6 +116,15 @@ def test_leftovers_of_dead_writers_are_not_listed_and_removed_when_old(tmp_path:
     assert store.remove_leftovers_sync(older_than_s=3_600) == 0
     assert store.remove_leftovers_sync(older_than_s=0) == 1
     assert list((tmp_path / local.INCOMING).iterdir()) == []
+
+
+def test_a_folder_whose_writer_died_before_its_first_file_is_removed_when_old(tmp_path: Path):
+    store = Store(tmp_path)
+    store.put_sync("run/weights/1", b"1")
+    (tmp_path / "run/snapshots/7").mkdir(parents=True)
+    assert store.remove_leftovers_sync(older_than_s=3_600) == 0
+    assert store.remove_leftovers_sync(older_than_s=0) == 1
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"weights", "1", "snapshots"}
 
 
 def test_empty_folders_go_with_their_last_file(tmp_path: Path):

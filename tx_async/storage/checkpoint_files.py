@@ -111,7 +111,7 @@ def copy_checkpoint_sync(store: Store, source: str, target: str) -> Manifest:
 
 
 def delete_checkpoint_sync(store: Store, key: str) -> None:
-    """Nothing happens when there is none. A crash on the way leaves an incomplete checkpoint, which `sweep` removes."""
+    """Nothing happens when there is none. A crash on the way leaves an incomplete checkpoint, which a sweep removes."""
     store.delete_sync(f"{key}/{METADATA}")
     for entry in _files_of(store, key):
         store.delete_sync(entry.key)
@@ -142,7 +142,6 @@ def sweep_incomplete_sync(store: Store, older_than_s: float, prefix: str = "") -
     for key in incomplete:
         for entry in _files_of(store, key):
             store.delete_sync(entry.key)
-    store.remove_leftovers_sync(older_than_s)
     return incomplete
 
 

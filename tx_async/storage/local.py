@@ -35,12 +35,18 @@ def put_files(base: Path, items: Mapping[str, bytes | Path]) -> None:
 
 
 def remove_leftovers(base: Path, older_than_s: float) -> int:
-    """Remove what writers that died have left behind. Returns how many files."""
+    """Remove what writers that died have left behind: files that are not complete, and folders that were made for them
+    and stayed empty. Returns how many."""
+    newest = time.time() - older_than_s
     removed = 0
     for path in (base / INCOMING).glob("*"):
-        if time.time() - path.stat().st_mtime >= older_than_s:
+        if path.stat().st_mtime <= newest:
             path.unlink(missing_ok=True)
             removed += 1
+    for folder, _, _ in os.walk(base, topdown=False):
+        path = Path(folder)
+        if path not in (base, base / INCOMING) and path.stat().st_mtime <= newest and not os.listdir(path):
+            removed += _remove_empty(path)
     return removed
 
 
@@ -75,6 +81,14 @@ def _rename(temporary: Path, base: Path, key: str) -> Path:
         _make_folders(base, target.parent)
         os.replace(temporary, target)
     return target.parent
+
+
+def _remove_empty(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:  # something has just been put into it
+        return False
+    return True
 
 
 def _make_folders(base: Path, folder: Path) -> None:

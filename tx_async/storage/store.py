@@ -156,7 +156,7 @@ class Store:
         return sum(entry.num_bytes for entry in self.iterate_sync(prefix))
 
     def remove_leftovers_sync(self, older_than_s: float) -> int:
-        """Remove files of writers that died; object stores keep none. Returns how many."""
+        """Remove unfinished files and empty folders of writers that died; object stores keep none. Returns how many."""
         with _errors(self, "swept", local.INCOMING):
             return local.remove_leftovers(self._folder, older_than_s) if self._folder is not None else 0
 
@@ -192,6 +192,9 @@ class Store:
     async def list_keys(self, prefix: str = "") -> list[str]:
         """Of everything below `prefix/`, sorted."""
         return [entry.key for entry in await self.list(prefix)]
+
+    async def remove_leftovers(self, older_than_s: float) -> int:
+        return await asyncio.to_thread(self.remove_leftovers_sync, older_than_s)
 
     async def size(self, prefix: str = "") -> int:
         return await asyncio.to_thread(self.size_sync, prefix)

@@ -155,8 +155,10 @@ def newest_snapshot(server: Server) -> Path:
 
 
 def snapshots(server: Server) -> list[Path]:
-    """Folders of all snapshots of all runs, known or not."""
-    return [path for path in (server.data_dir / "checkpoints").glob("*/snapshots/*") if path.is_dir()]
+    """Folders of all snapshots of all runs, known or not, whole or in part. A folder without files is none; it is
+    removed hours later."""
+    folders = (server.data_dir / "checkpoints").glob("*/snapshots/*")
+    return [path for path in folders if path.is_dir() and any(path.iterdir())]
 
 
 def _hash(file: Path) -> str:

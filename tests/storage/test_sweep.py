@@ -1,0 +1,36 @@
+"""What writers that died have left is removed, and nothing else."""
+
+import os
+import time
+from pathlib import Path
+
+from tx_async.storage import checkpoint_files as checkpoints
+from tx_async.storage import local
+from tx_async.storage.store import Store
+from tx_async.storage.sweep import OLDER_THAN_S, sweep
+
+
+def age(base: Path, seconds: float) -> None:
+    for path in (base, *base.rglob("*")):
+        then = time.time() - seconds
+        os.utime(path, times=(then, then))
+
+
+async def test_what_dead_writers_left_is_removed_when_it_is_old(tmp_path: Path):
+    store = Store(tmp_path)
+    checkpoints.write_checkpoint_sync(store, "run/weights/whole", {"a": b"1"}, {})
+    store.put_sync("run/weights/half/a", b"1")
+    store.put_sync("notes/of/the/user", b"1")
+    (tmp_path / local.INCOMING / "unfinished").write_bytes(b"1")
+    (tmp_path / "run/snapshots/7").mkdir(parents=True)
+    age(tmp_path, OLDER_THAN_S + 60)
+    store.put_sync("run/weights/begun/a", b"1")
+    await sweep(store, ["run"])
+    assert [entry.key for entry in store.list_sync()] == [
+        "notes/of/the/user",
+        "run/weights/begun/a",
+        "run/weights/whole/a",
+        "run/weights/whole/metadata.json",
+    ]
+    assert list((tmp_path / local.INCOMING).iterdir()) == []
+    assert not (tmp_path / "run/snapshots/7").exists()
