@@ -1,11 +1,15 @@
 """kill -9 of the worker, the server, or both, at random moments of a run through the real SDK. The user's program knows
 nothing of it, and everything that it was told and that is stored equals the uninterrupted run's, bit for bit."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from tx_async.scheduler.orphans import LOOK_AFTER_S
+from tx_async.storage.local import INCOMING
+from tx_async.storage.sweep import OLDER_THAN_S
 from tx_async.testing.durability import Told, killing, serving, snapshots, stored, train, wait_until
 
 FAKE_STEPS = 10
@@ -49,3 +53,13 @@ def test_a_run_of_the_jax_engine_through_kills_is_the_uninterrupted_run(
     assert sorted(killed) == ["both", "worker"]
     assert told == jax_clean[0]
     assert stored(server) == jax_clean[1]
+
+
+def test_what_a_killed_writer_left_unfinished_is_removed(tiny_qwen3: Path, tmp_path: Path):
+    unfinished = tmp_path / "checkpoints" / INCOMING / "unfinished"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"half")
+    then = time.time() - OLDER_THAN_S - 60
+    os.utime(unfinished, times=(then, then))
+    with serving(tmp_path, tiny_qwen3):
+        wait_until(lambda: not unfinished.exists())
