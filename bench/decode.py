@@ -63,7 +63,7 @@ def step_function(
     program, steps = engine.programs[f"decode {rows}"], np.int32(engine.decode_steps)
 
     def run() -> Any:
-        out, engine.pools = program(bench.params, adapters, engine.pools, batch, steps)
+        out, engine.pools = program(engine.decode_params, adapters, engine.pools, batch, steps)
         return jax.block_until_ready(out)
 
     return run

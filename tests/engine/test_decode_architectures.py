@@ -28,8 +28,7 @@ def test_greedy_answers_equal_generates_and_logprobs_the_trainers(case, tmp_path
     for seed in parity.GREEDY_SEEDS:
         folder = make_model(tmp_path / str(seed), case.config, seed, tokenizer=False)
         bench = bench or SamplingBench(folder, prefix_cache=False)
-        _, bench.params = load_model(folder)
-        bench.engine.params = bench.params
+        bench.use_params(load_model(folder)[1])
         assert (greedy(bench, case, seed) == GOLDEN[parity.golden_name(case, seed)]).all()
     for slot in range(3):
         bench.set_adapter(slot, seed=slot)

@@ -52,6 +52,8 @@ CACHE_PART = 4
 """The KV cache takes one part in so many of a device's memory."""
 CACHE_BYTES = 1 << 30
 """Size of the KV cache where the device does not say how much memory it has."""
+COPY_BYTES_MAX = 4 << 30
+"""Most weights that a CPU keeps a second time, laid out for decoding. Its programs hold every layer of such a model."""
 
 
 @dataclass
@@ -81,7 +83,8 @@ class SamplingEngine:
     ):
         """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer; stream: what
         every program of sampling is dispatched on."""
-        self.model, self.params, self.context, self.folder = model, params, context, folder
+        self.model, self.context, self.folder = model, context, folder
+        self.use_params(params)
         self.stream = stream
         self.num_sequences_max = config.sample_max_num_sequences
         self.decode_steps = config.decode_steps or DECODE_STEPS.get(jax.default_backend(), 16)
@@ -110,6 +113,11 @@ class SamplingEngine:
 
     def __repr__(self) -> str:
         return f"<SamplingEngine {self.sequences!r}>"
+
+    def use_params(self, params: Any) -> None:
+        self.params = params
+        #: the same weights, where steps of few tokens want them laid out in another way
+        self.decode_params = _for_decoding(self.model, params)
 
     # ---- commands
 
@@ -188,7 +196,7 @@ class SamplingEngine:
         batch = decode_batch(samples, rows, self.layout)
         adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
         program = self.programs[f"decode {rows}"]
-        decoded, self.pools = program(self.params, adapters, self.pools, batch, np.int32(steps))
+        decoded, self.pools = program(self.decode_params, adapters, self.pools, batch, np.int32(steps))
         quantum.decoded = (samples, decoded)
 
     # ---- the host's part, once the tokens are there
@@ -258,7 +266,7 @@ class SamplingEngine:
         function = partial(programs.decode, self.model, self.layout, self.decode_steps)
         for rows in self._batch_sizes:
             batch = decode_batch([], rows, self.layout)
-            arguments = (self.params, adapters(batch.adapter), self.pools, batch, np.int32(0))
+            arguments = (self.decode_params, adapters(batch.adapter), self.pools, batch, np.int32(0))
             yield program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
 
         function, tile_tokens = partial(programs.prefill, self.model, self.layout), self.layout.page_size
@@ -277,6 +285,11 @@ class SamplingEngine:
         function = partial(copy_pages, num_pages=self.layout.num_pages)
         arguments = (self.pools, pages, pages)
         yield program("copy pages", function, arguments, donate=(0,), out_shardings=self._pool_shardings)
+
+
+def _for_decoding(model: Any, params: Any) -> Any:
+    fits = sum(array.nbytes for array in jax.tree.leaves(params)) <= COPY_BYTES_MAX
+    return model.for_decoding(params) if jax.default_backend() == "cpu" and model.mesh is None and fits else params
 
 
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:

@@ -15,6 +15,7 @@ from jax import Array
 
 from tx_async.engine.kv_cache import CacheLayout, DecodeAttention, PagedAttention, Pools
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
+from tx_async.layers.linear import product
 from tx_async.layers.lora import LoraActive, LoraWeights, layer_slice, tiles
 
 STOP_TOKENS_MAX = 16
@@ -169,7 +170,7 @@ def decode(
     rows = batch.token.shape[0]
     lora = adapters.for_rows(batch.adapter)
     choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index))
-    topk = min(TOPK_MAX, params["head"].shape[1])
+    topk = min(TOPK_MAX, model.vocab_size)
     out = Decoded(
         tokens=jnp.zeros((max_steps, rows), jnp.int32),
         logprobs=jnp.zeros((max_steps, rows)),
@@ -207,7 +208,7 @@ def decode(
 
 def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
     """hidden [B, D] -> logits fp32 [B, V]; the adapter's part in fp32, as in training."""
-    logits = jnp.einsum("bd,dv->bv", hidden, params["head"], preferred_element_type=jnp.float32)
+    logits = product(hidden, params["head"], jnp.float32)
     (delta,) = lora.deltas(layer_slice(lora.weights["head"]), ("head",), hidden[:, None].astype(jnp.float32))
     return logits + delta[:, 0]
 

@@ -59,7 +59,7 @@ class LatentAttention:
         expanded = Dim(heads * (self.nope_dim + self.v_dim), "heads", heads)
         yield from stack.linear("kv_a", "self_attn.kv_a_proj_with_mqa", (hidden, entry), "attn", self.bias)
         yield stack.vector("kv_a_norm", "self_attn.kv_a_layernorm.weight", latent)
-        yield from stack.linear("kv_b", "self_attn.kv_b_proj", (latent, expanded), "attn")
+        yield stack.matrix("kv_b", "self_attn.kv_b_proj", (latent, expanded), "attn")
         yield from stack.linear(
             "o", "self_attn.o_proj", (Dim(heads * self.v_dim, "heads", heads), hidden), "attn", self.bias
         )

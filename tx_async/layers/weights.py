@@ -39,6 +39,8 @@ class Weight:
     num_experts: int = 0
     group: Group | None = None
     """LoRA group, for matrices that adapters adapt."""
+    projects: bool = False
+    """A matrix of `layers/linear.py`; others are used in ways of their own."""
     wide: bool = False
     """Kept in fp32 whatever the model's dtype: routers decide, they do not approximate."""
 
@@ -77,14 +79,23 @@ class Stack:
     def vector(self, name: str, tensor: str, dim: Dim, wide: bool = False) -> Weight:
         return Weight(self.name, name, (dim,), self._names(tensor), wide=wide)
 
-    def matrix(self, name: str, module: str, dims: tuple[Dim, Dim], group: Group | None, wide: bool = False) -> Weight:
-        return Weight(self.name, name, dims, self._names(f"{module}.weight"), True, group=group, wide=wide)
+    def matrix(
+        self,
+        name: str,
+        module: str,
+        dims: tuple[Dim, Dim],
+        group: Group | None,
+        projects: bool = False,
+        wide: bool = False,
+    ) -> Weight:
+        names = self._names(f"{module}.weight")
+        return Weight(self.name, name, dims, names, True, group=group, projects=projects, wide=wide)
 
     def linear(
         self, name: str, module: str, dims: tuple[Dim, Dim], group: Group | None, bias: bool = False
     ) -> Iterator[Weight]:
         """A matrix, and its bias if it has one."""
-        yield self.matrix(name, module, dims, group)
+        yield self.matrix(name, module, dims, group, projects=True)
         if bias:
             yield self.vector(f"{name}_bias", f"{module}.bias", dims[1])
 

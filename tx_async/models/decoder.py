@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.layers.attention import Attend, Cache
 from tx_async.layers.block import Attention, Mlp, Run
+from tx_async.layers.linear import OutFirst
 from tx_async.layers.lora import Lora, LoraTarget
 from tx_async.layers.norm import rms_norm
 from tx_async.layers.residuals import KEPT_ONLY
@@ -94,6 +95,25 @@ class Decoder:
         targets["head"] = {"head": LoraTarget("unembed", self.hidden_size, self.vocab_size, ("lm_head",))}
         return targets
 
+    def for_decoding(self, params: Params) -> Params:
+        """The same numbers once more, laid out for steps of few tokens on a CPU: a list of layers for each stack, since
+        a scan copies each layer out of its stack, and projections as `OutFirst`. Memory: all layers' weights again, and
+        the head's if it is not tied."""
+        head = params["embed"] if self.tied else jnp.array(params["head"].T)
+        return {
+            "embed": params["embed"],
+            "norm": params["norm"],
+            "head": OutFirst(head),
+            **{stack.name: [self._layer(params, stack, i) for i in range(len(stack.layers))] for stack in self.stacks},
+        }
+
+    def _layer(self, params: Params, stack: Stack, index: int) -> Params:
+        def laid_out(weight: Weight) -> Any:
+            w = params[stack.name][weight.name][index]
+            return OutFirst(jnp.array(w.T)) if weight.projects else w
+
+        return {weight.name: laid_out(weight) for weight in self.weights if weight.stack == stack.name}
+
     def forward(
         self,
         params: Params,
@@ -112,6 +132,9 @@ class Decoder:
         for segment in self.segments:
             body = partial(self._run_layers, segment, run)
             layers = tuple((jnp.array(s.layers), params[s.name], lora.weights.get(s.name, {})) for s in segment)
+            if isinstance(params[segment[0].name], list):
+                x, cache = _one_by_one(body, (x, cache), layers)
+                continue
             # Inside of a scan the compiler cannot merge the repeated work with the first, so nothing need stop it.
             body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else KEPT_ONLY)
             (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
@@ -144,3 +167,11 @@ class Decoder:
 
     def _norm(self, x: Array, weight: Array) -> Array:
         return rms_norm(x, weight, self.rms_norm_eps)
+
+
+def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...]) -> tuple[Array, Cache]:
+    """A scan over layers whose weights are a list."""
+    for i in range(len(layers[0][0])):
+        of_layer = tuple((index[i], w[i], jax.tree.map(lambda x, i=i: x[i], lora)) for index, w, lora in layers)
+        carry, _ = body(carry, of_layer)
+    return carry

@@ -89,6 +89,10 @@ class SamplingBench:
         self.replies: list[Sampled] = []
         self._next_id = 0
 
+    def use_params(self, params: Any) -> None:
+        self.params = params
+        self.engine.use_params(params)
+
     def set_adapter(self, slot: int, seed: int, change: Any = None) -> None:
         """A random adapter of the full rank; `change` is applied to each of its matrices."""
         config = AdapterConfig(rank=self.config.max_lora_rank)
