@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tx_async.layers.norm import row_sums
 from tx_async.layers.residuals import keep
 
 Cache = Any
@@ -111,12 +112,12 @@ def _backward(scale: float, saved: _Saved, dout: Array) -> tuple[Array | None, .
     x = saved.blocks
     length, num_heads = dout.shape[1:3]
     dout = _queries(dout, x.k.shape[2], x.k.shape[3])
-    delta = jnp.sum(dout.astype(jnp.float32) * saved.out.astype(jnp.float32), -1)  # (n, R, Hkv, G * B)
+    delta = row_sums(dout.astype(jnp.float32) * saved.out.astype(jnp.float32))  # (n, R, Hkv, G * B, 1)
 
     def pair(i: Array, j: Array) -> tuple[Array, Array, Array]:
         weights = jnp.exp(_scores(x, i, j, scale) - saved.lse[i][..., None])
         dweights = _dot("rhqd,rhkd->rhqk", dout[i], x.v[j])
-        dscores = (weights * (dweights - delta[i][..., None]) * scale).astype(x.k.dtype)
+        dscores = (weights * (dweights - delta[i]) * scale).astype(x.k.dtype)
         dq = _dot("rhqk,rhkd->rhqd", dscores, x.k[j])
         dk = _dot("rhqk,rhqd->rhkd", dscores, x.q[i])
         return dq, dk, _dot("rhqk,rhqd->rhkd", weights.astype(dout.dtype), dout[i])
