@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tx_async.engine import decode
 from tx_async.testing.sampling_bench import SamplingBench
 from tx_async.wire.worker import PromptScores
 
@@ -35,6 +36,16 @@ def prompts(count, seed=0, low=1, high=60):
 
 
 # ---- the numbers
+
+
+def test_weights_that_are_too_large_to_keep_twice_are_decoded_as_they_are(tiny_qwen3, bench, monkeypatch):
+    (prompt,) = prompts(1)
+    laid_out = bench.sample(prompt)
+    assert bench.engine.decode_params is not bench.engine.params
+    monkeypatch.setattr(decode, "COPY_BYTES_MAX", 0)
+    large = SamplingBench(tiny_qwen3)
+    assert large.engine.decode_params is large.engine.params
+    assert large.sample(prompt).agrees_with(laid_out)
 
 
 def test_greedy_tokens_are_the_likeliest_and_logprobs_are_the_trainers(bench):

@@ -39,6 +39,18 @@ class CachedAttention:
 
 
 @families
+def test_weights_laid_out_for_decoding_are_the_same_model(case, tmp_path):
+    model, params = load_model(make_model(tmp_path, case.config, tokenizer=False))
+    tokens, lora = jnp.asarray(parity.tokens_of(case, 0, rows=2)), parity.no_lora(model, 2)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    attend = PackedAttention(positions, jnp.ones_like(positions))
+    forward = jax.jit(lambda params: model.forward(params, lora, tokens, positions, attend)[0])
+    laid_out = model.for_decoding(params)
+    np.testing.assert_allclose(forward(laid_out), forward(params), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(laid_out["head"].matrix.T, params["head"])
+
+
+@families
 def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(case, tmp_path):
     """Row 0 has adapter 1, row 1 none, row 2 adapter 0. For latent attention this is the absorbed form."""
     model, params = load_model(make_model(tmp_path, case.config, tokenizer=False))
