@@ -4,6 +4,8 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from tx_async.storage import checkpoint_files as checkpoints
 from tx_async.storage import local
 from tx_async.storage.store import Store
@@ -34,3 +36,15 @@ async def test_what_dead_writers_left_is_removed_when_it_is_old(tmp_path: Path):
     ]
     assert list((tmp_path / local.INCOMING).iterdir()) == []
     assert not (tmp_path / "run/snapshots/7").exists()
+
+
+async def test_what_cannot_be_removed_keeps_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    store = Store(tmp_path)
+    store.put_sync("second/weights/half/a", b"1")
+    hidden = tmp_path / "first/weights/half/.nfs0001"
+    hidden.parent.mkdir(parents=True)
+    hidden.write_bytes(b"1")
+    age(tmp_path, OLDER_THAN_S + 60)
+    await sweep(store, ["first", "second"])
+    assert hidden.exists() and not (tmp_path / "second").exists()
+    assert ".nfs0001" in caplog.text

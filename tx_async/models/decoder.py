@@ -99,7 +99,7 @@ class Decoder:
         """The same numbers once more, laid out for steps of few tokens on a CPU: a list of layers for each stack, since
         a scan copies each layer out of its stack, and projections as `OutFirst`. Memory: all layers' weights again, and
         the head's if it is not tied."""
-        head = params["embed"] if self.tied else jnp.array(params["head"].T)
+        head = params["embed"] if self.tied else params["head"].T
         return {
             "embed": params["embed"],
             "norm": params["norm"],
@@ -110,7 +110,7 @@ class Decoder:
     def _layer(self, params: Params, stack: Stack, index: int) -> Params:
         def laid_out(weight: Weight) -> Any:
             w = params[stack.name][weight.name][index]
-            return OutFirst(jnp.array(w.T)) if weight.projects else w
+            return OutFirst(w.T) if weight.projects else w
 
         return {weight.name: laid_out(weight) for weight in self.weights if weight.stack == stack.name}
 

@@ -4,6 +4,7 @@ as is.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -40,13 +41,12 @@ def remove_leftovers(base: Path, older_than_s: float) -> int:
     newest = time.time() - older_than_s
     removed = 0
     for path in (base / INCOMING).glob("*"):
-        if path.stat().st_mtime <= newest:
+        if _modified_at(path) <= newest:
             path.unlink(missing_ok=True)
             removed += 1
-    for folder, _, _ in os.walk(base, topdown=False):
-        path = Path(folder)
-        if path not in (base, base / INCOMING) and path.stat().st_mtime <= newest and not os.listdir(path):
-            removed += _remove_empty(path)
+    for path in map(Path, (folder for folder, _, _ in os.walk(base, topdown=False))):
+        if path not in (base, base / INCOMING) and _modified_at(path) <= newest:
+            removed += _remove_if_empty(path)
     return removed
 
 
@@ -83,10 +83,18 @@ def _rename(temporary: Path, base: Path, key: str) -> Path:
     return target.parent
 
 
-def _remove_empty(folder: Path) -> bool:
+def _modified_at(path: Path) -> float:
+    """Seconds since the epoch; never, for what its writer or a deletion has just taken away."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+
+
+def _remove_if_empty(folder: Path) -> bool:
     try:
         folder.rmdir()
-    except OSError:  # something has just been put into it
+    except OSError:
         return False
     return True
 

@@ -1,16 +1,16 @@
 """What writers that died have left behind is removed while the server runs.
 
-Only what nothing can still be writing: it is older than any save takes. And only below runs that the server knows, so
-that a base which holds other things as well loses none of them.
+Only what nothing can still be writing: it is older than any save takes. Checkpoints only below runs that the server
+knows, so that a base which holds other files as well loses none of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
-from tx_async.errors import StorageError
+from tx_async.errors import TxError
 from tx_async.storage.checkpoint_files import sweep_incomplete
 from tx_async.storage.store import Store
 
@@ -23,15 +23,20 @@ _log = logging.getLogger(__name__)
 
 async def sweep_for_ever(store: Store, run_ids: Callable[[], Iterable[str]]) -> None:
     while True:
-        try:
-            await sweep(store, run_ids())
-        except StorageError as error:
-            _log.warning("Files of saves that died were not removed: %s", error)
+        await sweep(store, run_ids())
         await asyncio.sleep(INTERVAL_S)
 
 
 async def sweep(store: Store, run_ids: Iterable[str]) -> None:
-    """Remove unfinished files, folders that stayed empty, and incomplete checkpoints of these runs."""
-    await store.remove_leftovers(OLDER_THAN_S)
+    """Remove unfinished files, folders that stayed empty, and incomplete checkpoints of these runs. What cannot be
+    removed is logged, and keeps nothing else."""
+    await _tried(store.remove_leftovers(OLDER_THAN_S))
     for run_id in list(run_ids):
-        await sweep_incomplete(store, OLDER_THAN_S, run_id)
+        await _tried(sweep_incomplete(store, OLDER_THAN_S, run_id))
+
+
+async def _tried(removal: Awaitable[object]) -> None:
+    try:
+        await removal
+    except TxError as error:  # no storage, or a file whose name is no key of ours
+        _log.warning("What a save that died has left was not removed: %s", error)
