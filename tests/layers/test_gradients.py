@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tx_async.layers.linear import joined
 from tx_async.layers.mlp import gated
 from tx_async.layers.norm import rms_norm
 
@@ -37,6 +38,11 @@ def test_gradients_of_the_norm(shape, eps):
 def test_gradients_of_the_gate(scale):
     gate, up, dout = arrays((2, 5, 48), (2, 5, 48), (2, 5, 48), scale=scale)
     compare(gated, lambda gate, up: jax.nn.silu(gate) * up, (gate, up), dout)
+
+
+def test_gradients_of_the_joined_product():
+    x, low, w, b, dout = arrays((7, 48), (7, 4), (48, 20), (4, 20), (7, 20))
+    compare(lambda x, low, b: joined(x, low, w, b), lambda x, low, b: x @ w + low @ b, (x, low, b), dout)
 
 
 @pytest.mark.parametrize("function", [lambda x: rms_norm(x, x[0, 0], 1e-6), lambda x: gated(x, x)])

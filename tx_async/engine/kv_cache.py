@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tx_async.layers.attention import MASKED
+
 Pools = dict[str, Array]
 NULL_PAGE = 0
 CHUNK_TOKENS = {"cpu": 64, "gpu": 512, "tpu": 512}
 """Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache, many for an accelerator."""
 BLOCK_DIAGONAL_HEADS_MAX = 8
-
-MASKED = -1e30
 
 
 class CachedModel(Protocol):

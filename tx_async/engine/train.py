@@ -52,7 +52,14 @@ def _gather(weights: LoraWeights, slots: Array, rank: int) -> LoraWeights:
 
 def _trunk(model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: bool) -> Array:
     attend = PackedAttention(batch.positions, batch.segment_ids)
-    return model.forward(params, LoraRows(rows, batch.scale), batch.tokens, batch.positions, attend, remat=remat)[0]
+    lora = LoraRows(rows, batch.scale, joined=_can_join(model, batch.slots.shape[0]))
+    return model.forward(params, lora, batch.tokens, batch.positions, attend, remat=remat)[0]
+
+
+def _can_join(model: Any, rows: int) -> bool:
+    """Whether W and B stand in one matrix (`layers/linear.py`): what a CPU gains by, and a row that is alone; others
+    would each need their own copy of W."""
+    return rows == 1 and model.mesh is None and jax.default_backend() == "cpu"
 
 
 def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:

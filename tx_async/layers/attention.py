@@ -24,6 +24,9 @@ from tx_async.layers.residuals import keep
 Cache = Any
 """A pytree that the layer scan carries: () in training, the page pools in sampling."""
 
+MASKED = -1e30
+"""The score of what may not be seen: nothing beside any other, and finite, so that differences are no NaN."""
+
 
 class Attend(Protocol):
     def __call__(
@@ -92,19 +95,18 @@ def _forward(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array,
 def _attend_from(x: _Blocks, i: Array, scale: float) -> tuple[Array, Array]:
     """One block of queries over its keys, the diagonal block first: there every query meets at least itself."""
 
-    def one(j: Array, highest: Array | None = None) -> tuple[Array, Array, Array]:
-        scores = _scores(x, i, j, scale)
-        top = scores.max(-1) if highest is None else jnp.maximum(highest, scores.max(-1))
-        weights = jnp.exp(scores - top[..., None])
-        return top, weights.sum(-1), _dot("rhqk,rhkd->rhqd", weights.astype(x.v.dtype), x.v[j])
-
     def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = so_far
-        new_top, more, further = one(i - 1 - step, top)
-        shrink = jnp.exp(top - new_top)
-        return new_top, total * shrink + more, out * shrink[..., None] + further
+        j = i - step
+        scores = _scores(x, i, j, scale)
+        new_top = jnp.maximum(top, scores.max(-1))
+        shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top[..., None])
+        further = _dot("rhqk,rhkd->rhqd", weights.astype(x.v.dtype), x.v[j])
+        return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + further
 
-    top, total, out = jax.lax.fori_loop(0, i - x.first[i], add, one(i))
+    *lead, _ = x.q.shape[1:]
+    nothing = (jnp.full(lead, MASKED), jnp.zeros(lead), jnp.zeros((*lead, x.v.shape[-1])))
+    top, total, out = jax.lax.fori_loop(0, i - x.first[i] + 1, add, nothing)
     return (out / total[..., None]).astype(x.v.dtype), top + jnp.log(total)
 
 
@@ -148,7 +150,7 @@ def _scores(x: _Blocks, i: Array, j: Array, scale: float) -> Array:
     seen &= x.positions[i][:, :, None] >= x.positions[j][:, None, :]
     size = seen.shape[-1]
     grouped = scores.reshape(*scores.shape[:2], -1, size, size)
-    return jnp.where(seen[:, None, None], grouped, -1e30).reshape(scores.shape)
+    return jnp.where(seen[:, None, None], grouped, MASKED).reshape(scores.shape)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -157,7 +159,7 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
 
 def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array) -> _Blocks:
     """A last block that is not full is filled up with padding."""
-    size = min(_block_size(), q.shape[1])
+    size = min(_block_size(q.shape[1]), q.shape[1])
     positions, segments = (_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids))
     keys, values = (jnp.einsum("rnbhd->nrhbd", _split(x, size)) for x in (k, v))
     numbers = jnp.arange(len(positions))[:, None, None]
@@ -191,6 +193,9 @@ def _split(x: Array, size: int) -> Array:
     return x.reshape(rows, -1, size, *x.shape[2:])
 
 
-def _block_size() -> int:
-    """Small blocks skip more and stay in a core's cache; an accelerator wants fewer, larger products."""
-    return 64 if jax.default_backend() == "cpu" else 512
+def _block_size(length: int) -> int:
+    """Small blocks skip more, larger ones are fewer and faster products. On a CPU short rows hold short sequences; a
+    long one is there for a long sequence, which skips little."""
+    if jax.default_backend() != "cpu":
+        return 512
+    return 64 if length <= 1024 else 256

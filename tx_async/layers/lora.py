@@ -72,12 +72,14 @@ class Lora(Protocol):
         ...
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weights", "scale"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["weights", "scale"], meta_fields=["joined"])
 @dataclass(frozen=True)
 class LoraRows:
     weights: LoraWeights
     scale: Array
     """[R] fp32: LORA_ALPHA / rank of the row's adapter."""
+    joined: bool = False
+    """Of one row: `linear.project` forms x W + (x A) B as one product."""
 
     def of_experts(self, layer: LayerLora) -> ExpertLora:
         return ExpertLora(layer, self.scale, None)
@@ -91,9 +93,12 @@ class LoraRows:
 
     def _delta(self, ab: tuple[Array, Array], x: Array) -> Array:
         a, b = ab
+        return jnp.einsum("rlk,rko->rlo", self.low(a, x), b.astype(x.dtype))
+
+    def low(self, a: Array, x: Array) -> Array:
+        """x A · scale [R, L, rank] in x's dtype."""
         low = jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-        low = keep((low * self.scale[:, None, None]).astype(x.dtype))
-        return jnp.einsum("rlk,rko->rlo", low, b.astype(x.dtype))
+        return keep((low * self.scale[:, None, None]).astype(x.dtype))
 
 
 TILE_ROWS = 4
