@@ -32,8 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature 1": {},
     "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
-    "1 adapter": {"slots": (0,)},
-    "4 adapters": {"slots": (0, 1, 2, 3)},
+    "1 adapter of rank 32": {"slots": (0,)},
+    "4 adapters of rank 32": {"slots": (0, 1, 2, 3)},
+    "1 adapter of rank 8": {"slots": (4,)},
+    "4 adapters of rank 8": {"slots": (4, 5, 6, 7)},
 }
 
 
@@ -109,9 +111,10 @@ def main() -> None:
             sample_max_num_sequences=64,
             kv_cache_tokens=16_384,
             max_lora_rank=32,
+            max_sampler_adapters=8,
         )
-        for slot in range(4):
-            bench.set_adapter(slot, seed=slot)
+        for slot in range(8):
+            bench.set_adapter(slot, seed=slot, rank=32 if slot < 4 else 8)
         for rows in options.batch:
             times = measure(cases(bench, rows, options.context) | floors(bench, rows), options.seconds)
             for name, (wall, processor) in times.items():

@@ -12,22 +12,26 @@ BOUND = 1e-4
 """Promised: |sampled - forward| log-probability in fp32."""
 
 
+MAX_RANK = 12
+
+
+def with_adapters(bench, slots=range(4)):
+    """Adapters of odd slots fill them; the others are of a rank that has a program of its own."""
+    for slot in slots:
+        bench.set_adapter(slot, seed=slot, rank=MAX_RANK if slot % 2 else 4)
+    return bench
+
+
 @pytest.fixture(scope="module")
 def bench(tiny_qwen3):
     """Room for everybody; slots 0 to 3 hold different adapters."""
-    bench = SamplingBench(tiny_qwen3)
-    for slot in range(4):
-        bench.set_adapter(slot, seed=slot)
-    return bench
+    return with_adapters(SamplingBench(tiny_qwen3, max_lora_rank=MAX_RANK))
 
 
 @pytest.fixture(scope="module")
 def cramped(tiny_qwen3):
     """So few pages that sequences preempt each other all the time."""
-    bench = SamplingBench(tiny_qwen3, kv_cache_tokens=176, max_context_length=160)
-    for slot in range(4):
-        bench.set_adapter(slot, seed=slot)
-    return bench
+    return with_adapters(SamplingBench(tiny_qwen3, kv_cache_tokens=176, max_context_length=160, max_lora_rank=MAX_RANK))
 
 
 def prompts(count, seed=0, low=1, high=60):
@@ -130,9 +134,8 @@ def random_request(i):
 
 def test_an_adapter_full_of_nan_harms_only_its_own_sequences(bench, tiny_qwen3):
     """Its keys and values lie in pages that others get later, and its rows share every batch."""
-    hostile = SamplingBench(tiny_qwen3, kv_cache_tokens=256, max_context_length=160)
-    for slot in range(3):
-        hostile.set_adapter(slot, seed=slot)
+    hostile = SamplingBench(tiny_qwen3, kv_cache_tokens=256, max_context_length=160, max_lora_rank=MAX_RANK)
+    with_adapters(hostile, range(3))
     hostile.set_adapter(3, seed=3, change=lambda w: np.full_like(w, np.nan))
     ids = {}
     for i, prompt in enumerate(prompts(12, high=90)):
@@ -205,9 +208,7 @@ def test_versions_do_not_share_pages(bench):
 
 
 def test_results_are_the_same_without_the_cache(bench, tiny_qwen3):
-    plain = SamplingBench(tiny_qwen3, prefix_cache=False)
-    for slot in range(4):
-        plain.set_adapter(slot, seed=slot)
+    plain = with_adapters(SamplingBench(tiny_qwen3, prefix_cache=False, max_lora_rank=MAX_RANK))
     for i in range(12):
         prompt, fields = random_request(i)
         warm = [bench.sample(prompt, **fields) for _ in range(2)][1]

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tx_async.engine.adapter_slots import lora_scale
 from tx_async.engine.kv_cache import CacheLayout, DecodeAttention, PagedAttention, Pools
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
 from tx_async.layers.linear import product
-from tx_async.layers.lora import LoraActive, LoraWeights, layer_slice, tiles
+from tx_async.layers.lora import LOW_RANK, LoraActive, LoraWeights, layer_slice, tiles
 
 STOP_TOKENS_MAX = 16
 """Stop tokens that the device knows per row; further ones are found by the host a quantum later."""
@@ -38,7 +39,9 @@ class Adapters(NamedTuple):
     num_tiles: Data
 
     def for_rows(self, row_adapter: Data) -> LoraActive:
-        return LoraActive(*self, row_adapter)
+        # What a CPU waits for is reading the adapters; an accelerator would rather not branch in every layer.
+        low_rank = self.scale >= lora_scale(LOW_RANK) if jax.default_backend() == "cpu" else None
+        return LoraActive(*self, row_adapter, low_rank)
 
     @classmethod
     def of(cls, weights: LoraWeights, scale: Data, row_adapter: np.ndarray) -> Adapters:

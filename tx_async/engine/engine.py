@@ -26,6 +26,7 @@ from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.optimizer import Adam, StepOutcome
 from tx_async.engine.streams import OwnStream, SameStream, can_overlap
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
+from tx_async.layers.lora import LOW_RANK
 from tx_async.models.decoder import Decoder
 from tx_async.models.load import fetch, load_model
 from tx_async.wire import worker as wire
@@ -36,7 +37,6 @@ SHORTEST_ROW = 32
 PREFERRED_ROW = 1024
 """Packed rows are filled up to this length; only a longer sequence needs a longer row."""
 TARGETS_PER_TOKEN = (1, 8, 32, 128)
-LOW_RANK = 8
 REMAT_TOKENS = 16_384
 """Micro-batches of more tokens recompute each layer in the backward pass, whatever `gradient_checkpointing` says."""
 

@@ -102,6 +102,8 @@ class LoraRows:
 
 
 TILE_ROWS = 4
+LOW_RANK = 8
+"""Adapters up to this rank meet programs of their own where slots are wider."""
 
 
 def tiles(row_adapter: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -130,7 +132,17 @@ class PairOfLayer:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["stacks", "scale", "active", "num_active", "tile_start", "tile_adapter", "num_tiles", "row_adapter"],
+    data_fields=[
+        "stacks",
+        "scale",
+        "active",
+        "num_active",
+        "tile_start",
+        "tile_adapter",
+        "num_tiles",
+        "row_adapter",
+        "low_rank",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -148,6 +160,8 @@ class LoraActive:
     num_tiles: Array
     row_adapter: Array
     """[R] int32: adapter of each row; -1 = none."""
+    low_rank: Array | None = None
+    """[adapters] bool: whose rank is at most LOW_RANK, so that no more of their slots is read. None = read all."""
 
     @property
     def weights(self) -> dict[str, dict[str, PairOfLayer]]:
@@ -161,13 +175,14 @@ class LoraActive:
         return ExpertLora({name: self._whole_layer(pair) for name, pair in layer.items()}, self.scale, self.row_adapter)
 
     def per_row(self, pair: PairOfLayer, function: RowFunction, x: Array) -> Array:
+        a, b = self.stacks[pair.stack][pair.name]
+
         def add_one(i: Array, total: Array) -> Array:
             adapter = self.active[i]
-            a, b = self._adapter(pair, adapter, x.dtype)
-            rows = jax.vmap(partial(function, a, b, self.scale[adapter]))(x)
+            pair_of_one = self._adapter(pair, adapter, x.dtype, a.shape[-1])
+            rows = jax.vmap(partial(function, *pair_of_one, self.scale[adapter]))(x)
             return jnp.where(self._mine(adapter, total.ndim), rows, total)
 
-        a, b = self.stacks[pair.stack][pair.name]
         one = jax.eval_shape(function, a[0, 0], b[0, 0], self.scale[0], x[0])
         return jax.lax.fori_loop(0, self.num_active, add_one, jnp.zeros((x.shape[0], *one.shape), x.dtype))
 
@@ -179,13 +194,13 @@ class LoraActive:
 
         def whole() -> list[Array]:
             mine = self._mine(self.active[0], x.ndim)
-            return [jnp.where(mine, self._delta(pair, self.active[0], x), 0) for pair in pairs]
+            return [jnp.where(mine, delta, 0) for delta in self._deltas(pairs, self.active[0], x)]
 
         def add_tile(i: Array, totals: list[Array]) -> list[Array]:
             start, adapter = self.tile_start[i], self.tile_adapter[i]
             rows = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=height)
             mine, here = (rows(self.row_adapter) == adapter)[:, None, None], rows(x)
-            deltas = [self._delta(pair, adapter, here) for pair in pairs]
+            deltas = self._deltas(pairs, adapter, here)
             new = [jnp.where(mine, delta, rows(total)) for delta, total in zip(deltas, totals, strict=True)]
             return [jax.lax.dynamic_update_slice_in_dim(t, n, start, 0) for t, n in zip(totals, new, strict=True)]
 
@@ -194,8 +209,17 @@ class LoraActive:
 
         return jax.lax.cond(self.num_active == 1, whole, in_tiles)
 
-    def _delta(self, pair: PairOfLayer, adapter: Array, x: Array) -> Array:
-        a, b = self._adapter(pair, adapter, x.dtype)
+    def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
+        def of_rank(rank: int) -> list[Array]:
+            return [self._delta(pair, adapter, x, rank) for pair in pairs]
+
+        widest = self.stacks[pairs[0].stack][pairs[0].name][0].shape[-1]
+        if self.low_rank is None or widest <= LOW_RANK:
+            return of_rank(widest)
+        return jax.lax.cond(self.low_rank[adapter], partial(of_rank, LOW_RANK), partial(of_rank, widest))
+
+    def _delta(self, pair: PairOfLayer, adapter: Array, x: Array, rank: int) -> Array:
+        a, b = self._adapter(pair, adapter, x.dtype, rank)
         low = jnp.einsum("rld,dk->rlk", x, a, preferred_element_type=jnp.float32)
         low = (low * self.scale[adapter]).astype(x.dtype)
         return jnp.einsum("rlk,ko->rlo", low, b)
@@ -206,14 +230,14 @@ class LoraActive:
     def _mine(self, adapter: Array, ndim: int) -> Array:
         return (self.row_adapter == adapter).reshape(-1, *[1] * (ndim - 1))
 
-    def _adapter(self, pair: PairOfLayer, adapter: Array, dtype: Any) -> list[Array]:
-        """A and B of one adapter in one layer."""
+    def _adapter(self, pair: PairOfLayer, adapter: Array, dtype: Any, rank: int) -> list[Array]:
+        """A [in, rank] and B [rank, out] of one adapter in one layer."""
+        a, b = self.stacks[pair.stack][pair.name]
 
-        def read(w: Array) -> Array:
-            start = (pair.layer, adapter, *[0] * (w.ndim - 2))
-            return jax.lax.dynamic_slice(w, start, (1, 1, *w.shape[2:]))[0, 0].astype(dtype)
+        def read(w: Array, shape: tuple[int, int]) -> Array:
+            return jax.lax.dynamic_slice(w, (pair.layer, adapter, 0, 0), (1, 1, *shape))[0, 0].astype(dtype)
 
-        return [read(w) for w in self.stacks[pair.stack][pair.name]]
+        return [read(a, (a.shape[2], rank)), read(b, (rank, b.shape[3]))]
 
     def _whole_layer(self, pair: PairOfLayer) -> tuple[Array, Array]:
         a, b = self.stacks[pair.stack][pair.name]

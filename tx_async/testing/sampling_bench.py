@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tx_async.engine.adapter_slots import pad
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.streams import SameStream
 from tx_async.layers.attention import PackedAttention
@@ -93,12 +94,13 @@ class SamplingBench:
         self.params = params
         self.engine.use_params(params)
 
-    def set_adapter(self, slot: int, seed: int, change: Any = None) -> None:
-        """A random adapter of the full rank; `change` is applied to each of its matrices."""
-        config = AdapterConfig(rank=self.config.max_lora_rank)
+    def set_adapter(self, slot: int, seed: int, change: Any = None, rank: int = 0) -> None:
+        """A random adapter, of the full rank if `rank` is 0; `change` is applied to each of its matrices."""
+        config = AdapterConfig(rank=rank or self.config.max_lora_rank)
         adapter = parity.random_adapter(self.model, config, seed)
         if change:
             adapter = jax.tree.map(change, adapter)
+        adapter = pad(self.model.lora_targets(), adapter, self.config.max_lora_rank)
         self.weights = jax.tree.map(lambda stack, one: stack.at[:, slot].set(jnp.asarray(one)), self.weights, adapter)
         self.scale = self.scale.copy()
         self.scale[slot] = LORA_ALPHA / config.rank
