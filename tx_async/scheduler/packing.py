@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from msgspec import Struct
@@ -39,25 +40,50 @@ class PackedRequest(Struct, frozen=True):
 
 
 def pack(operation: ForwardBackward, info: EngineInfo) -> PackedRequest:
-    """First-fit decreasing into rows of the preferred length; each row then shrinks to the shortest that holds it."""
+    """First-fit decreasing into rows of the preferred length; each row then shrinks to the shortest that holds it, or
+    to several that are shorter together, where a row is a micro-batch by itself."""
     lengths = [length for _, length in info.row_shapes]
     sizes = [datum.num_tokens for datum in operation.data]
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     capacity = round_up(min(sum(sizes), info.row_length_preferred), lengths)
-    bins: list[list[Segment]] = []
-    free: list[int] = []
-    for i in order:
-        place = next((b for b, space in enumerate(free) if space >= sizes[i]), None)
-        if place is None:
-            place = len(bins)
-            bins.append([])
-            free.append(max(capacity, round_up(sizes[i], lengths)))
-        offset = sum(segment.length for segment in bins[place])
-        bins[place].append(Segment(i, offset, sizes[i]))
-        free[place] -= sizes[i]
-    rows = tuple(Row(round_up(sum(s.length for s in segments), lengths), tuple(segments)) for segments in bins)
+    contents = _first_fit(order, sizes, capacity, lengths)
+    if all(num_rows == 1 for num_rows, _ in info.row_shapes):
+        contents = [part for content in contents for part in _split(content, sizes, lengths)]
+    rows = tuple(_row(content, sizes, lengths) for content in contents)
     widest = max(_targets(datum).shape[1] for datum in operation.data)
     return PackedRequest(rows, round_up(widest, info.target_tokens_k))
+
+
+def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int, lengths: Sequence[int]) -> list[list[int]]:
+    """What goes together: each datum of `order` where it fits first. One that is longer than `capacity` opens a row
+    that is long enough."""
+    contents: list[list[int]] = []
+    free: list[int] = []
+    for i in order:
+        place = next((place for place, space in enumerate(free) if space >= sizes[i]), None)
+        if place is None:
+            place = len(contents)
+            contents.append([])
+            free.append(max(capacity, round_up(sizes[i], lengths)))
+        contents[place].append(i)
+        free[place] -= sizes[i]
+    return contents
+
+
+def _split(content: list[int], sizes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """The data of one row in the rows that are shortest together; in the one row if none are shorter than that."""
+
+    def num_tokens(contents: list[list[int]]) -> int:
+        return sum(_row(part, sizes, lengths).length for part in contents)
+
+    shorter = [length for length in lengths if length < _row(content, sizes, lengths).length]
+    return min([[content], *(_first_fit(content, sizes, length, lengths) for length in shorter)], key=num_tokens)
+
+
+def _row(content: Sequence[int], sizes: Sequence[int], lengths: Sequence[int]) -> Row:
+    ends = list(accumulate(sizes[i] for i in content))
+    segments = tuple(Segment(i, end - sizes[i], sizes[i]) for i, end in zip(content, ends, strict=True))
+    return Row(round_up(ends[-1], lengths), segments)
 
 
 def fits(operation: ForwardBackward, info: EngineInfo) -> bool:

@@ -1,0 +1,60 @@
+"""Every sequence gets its place in a row that the engine has, and rows are no longer than they need be."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tx_async.scheduler.packing import pack
+from tx_async.testing.simulation import INFO
+
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
+
+
+class Targets:
+    def __init__(self, size: int):
+        self.size = size
+
+    def numpy(self) -> np.ndarray:
+        return np.zeros(self.size, np.int32)
+
+
+def rows_of(sizes: list[int], rows_per_micro_batch: int = 1) -> Any:
+    info = msgspec.structs.replace(
+        INFO, row_shapes=tuple((rows_per_micro_batch, length) for length in LENGTHS), row_length_preferred=1024
+    )
+    data = [SimpleNamespace(num_tokens=n, loss_fn_inputs={"target_tokens": Targets(n)}) for n in sizes]
+    operation: Any = SimpleNamespace(data=data)
+    return pack(operation, info).rows
+
+
+@pytest.mark.parametrize("rows_per_micro_batch", [1, 4])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_sequence_has_a_place_of_its_own(seed, rows_per_micro_batch):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, rng.choice([40, 500, 2049]), rng.integers(1, 40)).tolist()
+    rows = rows_of(sizes, rows_per_micro_batch)
+    placed = sorted((segment.datum, segment.length) for row in rows for segment in row.segments)
+    assert placed == list(enumerate(sizes))
+    for row in rows:
+        end = 0
+        for segment in row.segments:
+            assert segment.offset == end
+            end += segment.length
+        assert row.length == next(length for length in LENGTHS if length >= end)
+
+
+def test_short_sequences_share_rows_of_the_preferred_length():
+    assert [row.length for row in rows_of([256] * 16)] == [1024] * 4
+    assert [row.length for row in rows_of([1500, 10, 20])] == [2048]
+
+
+def test_what_would_fill_a_row_badly_goes_into_shorter_ones():
+    assert [row.length for row in rows_of([300, 200, 60])] == [512, 64]
+    assert [row.length for row in rows_of([600])] == [1024]
+
+
+def test_where_rows_share_a_micro_batch_no_further_shapes_are_asked_for():
+    assert [row.length for row in rows_of([300, 200, 60], rows_per_micro_batch=4)] == [1024]
