@@ -1,33 +1,22 @@
 """Every sequence gets its place in a row that the engine has, and rows are no longer than they need be."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import msgspec
 import numpy as np
 import pytest
 
-from tx_async.scheduler.packing import pack
-from tx_async.testing.simulation import INFO
+from tx_async.scheduler.packing import Row, pack
+from tx_async.testing.simulation import INFO, datum
+from tx_async.wire.operations import ForwardBackward
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 
 
-class Targets:
-    def __init__(self, size: int):
-        self.size = size
-
-    def numpy(self) -> np.ndarray:
-        return np.zeros(self.size, np.int32)
-
-
-def rows_of(sizes: list[int], rows_per_micro_batch: int = 1) -> Any:
+def rows_of(sizes: list[int], rows_per_micro_batch: int = 1) -> tuple[Row, ...]:
     info = msgspec.structs.replace(
         INFO, row_shapes=tuple((rows_per_micro_batch, length) for length in LENGTHS), row_length_preferred=1024
     )
-    data = [SimpleNamespace(num_tokens=n, loss_fn_inputs={"target_tokens": Targets(n)}) for n in sizes]
-    operation: Any = SimpleNamespace(data=data)
-    return pack(operation, info).rows
+    data = tuple(datum([0] * n) for n in sizes)
+    return pack(ForwardBackward(model_id="m", seq_id=1, data=data, loss_fn="cross_entropy"), info).rows
 
 
 @pytest.mark.parametrize("rows_per_micro_batch", [1, 4])

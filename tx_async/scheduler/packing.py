@@ -73,11 +73,12 @@ def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int, length
 def _split(content: list[int], sizes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     """The data of one row in the rows that are shortest together; in the one row if none are shorter than that."""
 
-    def num_tokens(contents: list[list[int]]) -> int:
-        return sum(_row(part, sizes, lengths).length for part in contents)
+    def length_of(part: list[int]) -> int:
+        return round_up(sum(sizes[i] for i in part), lengths)
 
-    shorter = [length for length in lengths if length < _row(content, sizes, lengths).length]
-    return min([[content], *(_first_fit(content, sizes, length, lengths) for length in shorter)], key=num_tokens)
+    shorter = lengths[: lengths.index(length_of(content))]
+    choices = [[content], *(_first_fit(content, sizes, length, lengths) for length in shorter)]
+    return min(choices, key=lambda parts: sum(map(length_of, parts)))
 
 
 def _row(content: Sequence[int], sizes: Sequence[int], lengths: Sequence[int]) -> Row:
