@@ -39,7 +39,7 @@ from gpu_table import Result, Table
 from machine import Matmul, Memory
 
 from tx_async.engine import compilation
-from tx_async.engine.decode_batches import PREFILL_ROWS, bucket
+from tx_async.engine.decode_batches import bucket, prefill_rows
 from tx_async.engine.engine import JaxEngine
 from tx_async.engine.kv_cache import token_bytes
 from tx_async.engine.sharding import tree_of
@@ -261,12 +261,9 @@ class Rollouts:
         programs = self.engine.sampling.programs
         sizes = sorted(int(name.split()[1]) for name in programs if name.startswith("decode "))
         tiles = batch * self.engine.sampling.layout.pages_for(self.options.context - 1)
-        full_calls, rest = divmod(tiles, PREFILL_ROWS[-1])
         programs[f"decode {bucket(sizes, min(batch, sizes[-1]))}"].compile()
-        if full_calls:
-            programs[f"prefill {PREFILL_ROWS[-1]}"].compile()
-        if rest:
-            programs[f"prefill {bucket(PREFILL_ROWS, rest)}"].compile()
+        for rows in set(prefill_rows(tiles)):
+            programs[f"prefill {rows}"].compile()
 
     def _admit(self, batch: int, new_tokens: int) -> None:
         rng = np.random.default_rng(batch)

@@ -1,5 +1,7 @@
 """Whose turn it is to decode, where not all can at once."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
@@ -13,16 +15,16 @@ def sequences(num_decoding_max: int) -> Sequences:
     return Sequences(PrefixCache(num_pages=2000, page_size=16, enabled=False), 64, num_decoding_max)
 
 
-def admit(line: Sequences, number: int, max_tokens: int) -> Sample:
-    prompt = np.array([number], np.int32)
+def admit(line: Sequences, number: int, max_tokens: int, prompt: Sequence[int] = ()) -> Sample:
+    prompt = np.array(prompt or [number], np.int32)
     spec = SequenceSpec(sequence_id=number, sampler_slot=-1, adapter_version="", prompt=0, max_tokens=max_tokens)
     sample = Sample(
         order=number,
         spec=spec,
         prompt_key=prompt_key(spec, prompt),
-        num_prompt=1,
-        limit=1 + max_tokens,
-        tokens=[number],
+        num_prompt=len(prompt),
+        limit=len(prompt) + max_tokens,
+        tokens=prompt.tolist(),
         keys=PageKeys("", 16),
     )
     line.admit(sample)
@@ -84,3 +86,24 @@ def test_who_waited_longest_decodes_next():
         assert len(chosen) == 4
         gaps = {number: 0 if number in chosen else gap + 1 for number, gap in gaps.items()}
         assert max(gaps.values()) <= 6
+
+
+def test_the_longest_do_not_run_alone_in_the_end():
+    """Clients wait for a whole batch: as long as any one decodes, the places of all are hardly ever empty."""
+    line = sequences(num_decoding_max=16)
+    lengths = np.random.default_rng(1).integers(16, 257, 32)
+    for number, length in enumerate(lengths):
+        admit(line, number, max_tokens=int(length))
+    num_quanta = 0
+    while list(line):
+        quantum(line)
+        num_quanta += 1
+    assert num_quanta <= 1.1 * max(lengths.sum() / 16, lengths.max()) / STEPS
+
+
+def test_a_prompt_is_charged_whole_pages_of_a_quantums_prefill():
+    line = sequences(num_decoding_max=64)
+    for number in range(40):
+        admit(line, number, max_tokens=4, prompt=[number] * 4)
+    computed = len(line.schedule(STEPS, prefill_tokens=256).prefill)
+    assert computed == 256 // 16

@@ -171,8 +171,7 @@ class SamplingEngine:
 
     def _prefill(self, quantum: Quantum, lora_weights: LoraWeights, lora_scale: Array) -> None:
         tile_tokens = self.layout.page_size
-        for tiles in prefill_calls(quantum.schedule.prefill, tile_tokens):
-            rows = bucket(PREFILL_ROWS, len(tiles))
+        for rows, tiles in prefill_calls(quantum.schedule.prefill, tile_tokens):
             batch = prefill_batch(tiles, rows, tile_tokens, self.layout)
             adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
             hidden, self.pools = self.programs[f"prefill {rows}"](self.params, adapters, self.pools, batch)

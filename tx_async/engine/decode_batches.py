@@ -52,15 +52,24 @@ def bucket(sizes: Sequence[int], count: int) -> int:
     return next(size for size in sizes if size >= count)
 
 
-def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[list[Tile]]:
-    """Tiles in order, in as few calls as possible. A tile reads what those before it have written, in its call too."""
+def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[tuple[int, list[Tile]]]:
+    """Tiles in order, with the rows of their call. A tile reads what those before it have written, in its call too."""
     tiles = [
         Tile(segment.sample, start, min(start + tile_tokens, segment.stop))
         for segment in segments
         for start in range(segment.start, segment.stop, tile_tokens)
     ]
-    for first in range(0, len(tiles), PREFILL_ROWS[-1]):
-        yield tiles[first : first + PREFILL_ROWS[-1]]
+    for rows in prefill_rows(len(tiles)):
+        yield rows, tiles[:rows]
+        tiles = tiles[rows:]
+
+
+def prefill_rows(num_tiles: int) -> Iterator[int]:
+    """Rows of each call for so many tiles: the most of which what is left fills more than half."""
+    while num_tiles > 0:
+        rows = max((rows for rows in PREFILL_ROWS if num_tiles > rows // 2), default=PREFILL_ROWS[0])
+        yield rows
+        num_tiles -= rows
 
 
 def page_tables(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> np.ndarray:
@@ -99,7 +108,7 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
     return DecodeBatch(
         token=column([sample.tokens[-1] for sample in samples], np.int32),
         position=column([len(sample.tokens) - 1 for sample in samples], np.int32),
-        remaining=column([sample.limit - len(sample.tokens) for sample in samples], np.int32),
+        remaining=column([sample.num_left for sample in samples], np.int32),
         adapter=column([spec.sampler_slot for spec in specs], np.int32, BASE_SLOT),
         temperature=column([spec.temperature for spec in specs], np.float32),
         top_k=column([spec.top_k for spec in specs], np.int32),

@@ -58,8 +58,9 @@ class Sample:
         return None if self.scoring is None or self.scoring.is_planned else self.scoring.next
 
     @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
+    def num_left(self) -> int:
+        """Tokens that it may still sample."""
+        return self.limit - len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,19 @@ class Sequences:
         return schedule
 
     def _decoding(self) -> list[Sample]:
-        """Who decodes now: where not all can, half of the places go to those that are nearest to their end, because
-        only a finished sequence is worth anything to its client, the others to those that have waited longest.
+        """Who decodes now. Where not all can, a quarter of the places go to those that are nearest to their end: only a
+        finished sequence is worth anything to its client. The others go by tokens left times quanta waited: a client
+        that waits for many waits for the longest, which must not be left to run alone in the end.
         """
         self._turn += 1
         ready = [sample for sample in self.running if sample.num_to_prefill == 0]
         if len(ready) > self.num_decoding_max:
-            ready.sort(key=lambda sample: (sample.limit - len(sample.tokens), sample.order))
-            places = self.num_decoding_max // 2
-            others = sorted(ready[places:], key=lambda sample: (sample.last_turn, sample.order))
+            ready.sort(key=lambda sample: (sample.num_left, sample.order))
+            places = self.num_decoding_max // 4
+            others = sorted(
+                ready[places:],
+                key=lambda sample: (-sample.num_left * (self._turn - sample.last_turn), sample.order),
+            )
             ready = ready[:places] + others[: self.num_decoding_max - places]
         for sample in ready:
             sample.last_turn = self._turn
@@ -252,7 +257,7 @@ class Sequences:
         return self.cache.match([key]) if key else []
 
     def _prefill(self, sample: Sample, share: int, schedule: Schedule) -> int:
-        """Plan the next chunk of a prompt; -> its tokens."""
+        """Plan the next chunk of a prompt; -> its tokens, up to whole pages: a part of one costs what a page does."""
         start, end = sample.num_computed, len(sample.tokens) - 1
         stop = end if end - start <= share else start + share // self.cache.page_size * self.cache.page_size
         if stop <= start:
@@ -260,7 +265,7 @@ class Sequences:
         schedule.prefill.append(Segment(sample, start, stop))
         sample.num_computed = stop
         self._register(sample, stop)
-        return stop - start
+        return -(-(stop - start) // self.cache.page_size) * self.cache.page_size
 
     def _register(self, sample: Sample, num_tokens: int) -> None:
         """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial one by its twins."""
