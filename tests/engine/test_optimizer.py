@@ -172,3 +172,24 @@ def test_clipping_uses_the_norm_over_all_matrices():
     after, outcome = STEP(state, jnp.int32(1), Adam.of(AdamParams(beta1=0.0, grad_clip_norm=1.0)))
     np.testing.assert_allclose(outcome.grad_norm, 5, rtol=1e-6)
     np.testing.assert_allclose(vector(after.m), [0.6, 0], rtol=1e-6)
+
+
+def test_a_step_that_leaves_the_padding_out_is_the_same_step():
+    rng = np.random.default_rng(0)
+    live, adam = 2, Adam.of(AdamParams(learning_rate=0.01, weight_decay=0.1, grad_clip_norm=1.0))
+
+    def stacks():
+        a, b = (rng.standard_normal(shape, np.float32) for shape in ((2, SLOTS, 5, 4), (2, SLOTS, 4, 3)))
+        a[..., live:], b[..., live:, :] = 0, 0
+        return {"layers": {"q": (jnp.asarray(a), jnp.asarray(b))}}
+
+    state = TrainingState(stacks(), stacks(), jax.tree.map(jnp.abs, stacks()), stacks(), jnp.ones(SLOTS, jnp.int32))
+    whole, expected = STEP(state, jnp.int32(1), adam)
+    narrow, outcome = jax.jit(partial(optim_step, rank=live))(state, jnp.int32(1), adam)
+    assert outcome.taken and outcome.step == expected.step == 2
+    assert outcome.grad_norm == pytest.approx(float(expected.grad_norm))
+    for ours, theirs, before in zip(*map(jax.tree.leaves, (narrow, whole, state)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+        if ours.ndim > 1:
+            np.testing.assert_array_equal(ours[:, [0, 2]], before[:, [0, 2]])
+            assert not np.array_equal(ours[:, 1], before[:, 1])

@@ -57,16 +57,30 @@ def slot_bytes(targets: Targets, rank: int) -> int:
 # ---- one slot of a stack: the slot axis is 1, of the step 0
 
 
-def read_slot(stack: LoraWeights, slot: Array) -> LoraWeights:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot, 1, keepdims=False), stack)
+def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraWeights:
+    """Of rank `rank` where the padding above is not wanted."""
+
+    def read(x: Array, axis: int) -> Array:
+        sizes = list(x.shape)
+        sizes[1], sizes[axis] = 1, sizes[axis] if rank is None else rank
+        return jax.lax.dynamic_slice(x, _at(slot, x), sizes).squeeze(1)
+
+    return {
+        name: {matrix: (read(a, -1), read(b, -2)) for matrix, (a, b) in pairs.items()} for name, pairs in stack.items()
+    }
 
 
 def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
-    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, slot, 1), stack, adapter)
+    """What lies above the adapter's rank stays."""
+    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice(x, one[:, None], _at(slot, x)), stack, adapter)
 
 
-def read_state(state: TrainingState, slot: Array) -> TrainingState:
-    weights, m, v, gradients = (read_slot(stack, slot) for stack in state[:4])
+def _at(slot: Array, stack: Array) -> list[Array | int]:
+    return [0, slot, *[0] * (stack.ndim - 2)]
+
+
+def read_state(state: TrainingState, slot: Array, rank: int | None = None) -> TrainingState:
+    weights, m, v, gradients = (read_slot(stack, slot, rank) for stack in state[:4])
     return TrainingState(weights, m, v, gradients, state.step[slot])
 
 

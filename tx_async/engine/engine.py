@@ -183,8 +183,9 @@ class JaxEngine:
         return lambda: (wire.Trained(), [np.asarray(logprobs), np.asarray(losses)])
 
     def _optim_step(self, command: wire.OptimStep) -> Pending:
-        adam = Adam.of(command.adam)
-        self.training, outcome = self._programs["optim_step"](self.training, np.int32(command.slot), adam)
+        rank = next(r for r in rank_classes(self.config.max_lora_rank) if r >= self.ranks[command.slot])
+        program, adam = self._programs[optim_program(rank)], Adam.of(command.adam)
+        self.training, outcome = program(self.training, np.int32(command.slot), adam)
         return partial(_stepped, outcome, command.adam.learning_rate)
 
     def _create_adapter(self, command: wire.CreateAdapter) -> Pending:
@@ -267,7 +268,16 @@ def lora_ranks(rows: int, max_rank: int) -> tuple[int, ...]:
     """Ranks that training programs are compiled for, ascending; lower ones run padded. An adapter alone in its program
     meets the same one always. Neighbours of other ranks must not choose it: they would change how its sums are formed.
     """
-    return (LOW_RANK, max_rank) if rows == 1 and max_rank > LOW_RANK else (max_rank,)
+    return rank_classes(max_rank) if rows == 1 else (max_rank,)
+
+
+def rank_classes(max_rank: int) -> tuple[int, ...]:
+    """Ascending: an adapter costs what the least of these does that holds its rank."""
+    return (LOW_RANK, max_rank) if max_rank > LOW_RANK else (max_rank,)
+
+
+def optim_program(rank: int) -> str:
+    return f"optim_step rank={rank}"
 
 
 def train_program(rows: int, length: int, k: int, rank: int, forward_only: bool) -> str:
@@ -283,10 +293,18 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
     samplers, whole, cut, cut_state = engine.samplers.weights, engine.replicated, engine.cut, engine.cut_state
     changes = partial(Program, donate=(0,), out_shardings=cut_state)
     reads = partial(Program, out_shardings=whole)
-    step = optimizer.optim_step
     listed = [
         *_train_programs(engine),
-        Program("optim_step", step, (state, slot, adam), donate=(0,), out_shardings=(cut_state, whole)),
+        *(
+            Program(
+                optim_program(rank),
+                partial(optimizer.optim_step, rank=rank),
+                (state, slot, adam),
+                donate=(0,),
+                out_shardings=(cut_state, whole),
+            )
+            for rank in rank_classes(engine.config.max_lora_rank)
+        ),
         changes("create_adapter", create_adapter, (state, slot, creation)),
         reads("read_state", adapter_slots.read_state, (state, slot)),
         reads("read_weights", adapter_slots.read_slot, (state.weights, slot)),

@@ -68,9 +68,12 @@ class StepOutcome(NamedTuple):
     step: Array
 
 
-def optim_step(state: TrainingState, slot: Array, adam: Adam) -> tuple[TrainingState, StepOutcome]:
-    """Apply and clear the gradients of one slot. Every other slot keeps its bits."""
-    old = read_state(state, slot)
+def optim_step(
+    state: TrainingState, slot: Array, adam: Adam, rank: int | None = None
+) -> tuple[TrainingState, StepOutcome]:
+    """Apply and clear the gradients of one slot. Every other slot keeps its bits. rank: the adapter has no more; None
+    reads the slot's padding with it."""
+    old = read_state(state, slot, rank)
     norm = global_norm(old.gradients)
     new = _adamw(old, norm, adam)
     finite = jax.tree.map(_all_finite, new.weights, new.m, new.v)
