@@ -47,7 +47,7 @@ def filled_pools(model, contents, fill=0.0):
     return {name: jnp.asarray(pool) for name, pool in pools.items()}, jnp.asarray(tables)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4, 16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16])
 def test_decode_attends_to_all_that_came_before(kv_heads):
     rng = np.random.default_rng(kv_heads)
     model, lengths = Model(kv_heads), [1, 16, 17, 64, 65, 130]

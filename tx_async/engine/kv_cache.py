@@ -22,12 +22,17 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.layers.attention import MASKED
+from tx_async.layers.norm import row_sums
 
 Pools = dict[str, Array]
 NULL_PAGE = 0
 CHUNK_TOKENS = {"cpu": 64, "gpu": 512, "tpu": 512}
 """Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache, many for an accelerator."""
 BLOCK_DIAGONAL_HEADS_MAX = 8
+"""Up to here the products with zeros cost less than laying each head's keys together."""
+IN_PLACE_GROUP_MAX = 2
+"""Query heads of a key head up to which a CPU rather reads the pages again for each than stores what it read."""
+LANES = 8
 
 
 class CachedModel(Protocol):
@@ -121,7 +126,7 @@ class PagedAttention:
         R, L, H, D = q.shape
         kv_heads = pools[0].shape[2]
         q = q.reshape(R, L, kv_heads, H // kv_heads, D)
-        chunk = partial(self._chunk, pools, layer, q, scale, v_features)
+        chunk = partial(self._chunk, pools, layer, q, scale)
         features = v_features or pools[1].shape[3]
         shape = (R, kv_heads, L, H // kv_heads)
         start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, features)))
@@ -129,40 +134,36 @@ class PagedAttention:
         out = out / jnp.maximum(total, 1e-30)[..., None]
         return out.transpose(0, 2, 1, 3, 4).reshape(R, L, H, features).astype(q.dtype)
 
-    def _chunk(self, pools: list[Array], layer: Array, q: Array, scale: float, v_features: int, c: Array, carry):
+    def _chunk(self, pools: list[Array], layer: Array, q: Array, scale: float, c: Array, carry):
         top, total, out = carry
-        keys, values = self._read(pools, layer, c, v_features)
-        scores = self._scores(q, keys) * scale
-        positions = c * keys.shape[1] + jnp.arange(keys.shape[1])
+        width = self.layout.chunk_pages
+        pages = jax.lax.dynamic_slice_in_dim(self.tables, c * width, width, axis=1) + layer * self.layout.num_pages
+        scores = self._scores(q, pools[0], pages) * scale
+        positions = c * scores.shape[-1] + jnp.arange(scores.shape[-1])
         seen = (positions <= self.positions[..., None])[:, None, :, None]  # (R, 1, L, 1, C)
         scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
-        added = self._weighted(weights.astype(values.dtype), values)
+        added = self._weighted(weights, pools[-1], pages)[..., : out.shape[-1]]
         return new_top, total * keep + weights.sum(-1), out * keep[..., None] + added
 
-    def _scores(self, q: Array, keys: Array) -> Array:
-        """q [R, L, Hkv, G, D], keys [R, C, Hkv, D] -> [R, Hkv, L, G, C] fp32."""
-        return jnp.einsum("rlhgd,rchd->rhlgc", q, keys, preferred_element_type=jnp.float32)
+    def _scores(self, q: Array, pool: Array, pages: Array) -> Array:
+        """q [R, L, Hkv, G, D], keys on pages [R, n] -> [R, Hkv, L, G, C] fp32."""
+        return jnp.einsum("rlhgd,rchd->rhlgc", q, _read(pool, pages), preferred_element_type=jnp.float32)
 
-    def _weighted(self, weights: Array, values: Array) -> Array:
-        """weights [R, Hkv, L, G, C], values [R, C, Hkv, D] -> [R, Hkv, L, G, D] fp32."""
-        return jnp.einsum("rhlgc,rchd->rhlgd", weights, values, preferred_element_type=jnp.float32)
-
-    def _read(self, pools: list[Array], layer: Array, c: Array, v_features: int) -> tuple[Array, Array]:
-        """Keys and values of chunk c: [R, chunk_tokens, heads, features] each."""
-        width = self.layout.chunk_pages
-        pages = jax.lax.dynamic_slice_in_dim(self.tables, c * width, width, axis=1) + layer * self.layout.num_pages
-        chunks = [pool[pages].reshape(pages.shape[0], -1, *pool.shape[2:]) for pool in pools]
-        return (chunks[0], chunks[0][..., :v_features]) if len(chunks) == 1 else (chunks[0], chunks[1])
+    def _weighted(self, weights: Array, pool: Array, pages: Array) -> Array:
+        """weights [R, Hkv, L, G, C], values on pages [R, n] -> [R, Hkv, L, G, D] fp32."""
+        weights = weights.astype(pool.dtype)
+        return jnp.einsum("rhlgc,rchd->rhlgd", weights, _read(pool, pages), preferred_element_type=jnp.float32)
 
 
 class DecodeAttention(PagedAttention):
-    """`Attend` of a decode step: one token per row, anywhere in its page.
+    """`Attend` of a decode step: one token per row, anywhere in its page. What costs is moving keys and values about.
 
-    With few key heads, all heads' products are one: a query is laid into its key head's part of a column of zeros and
-    meets the keys as they lie in the page. More arithmetic, but nothing is moved about, and moving is what costs.
+    Where few query heads share a key head a CPU goes over the pages once for each of them and stores nothing of what it
+    read. Otherwise, with few key heads, all heads' products are one: a query is laid into its key head's part of a
+    column of zeros and meets the keys as they lie in the page.
     """
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
@@ -172,25 +173,61 @@ class DecodeAttention(PagedAttention):
         pages = jnp.where(self.alive, pages, NULL_PAGE) + layer * self.layout.num_pages
         return pool.at[pages, position % page_size].set(_finite(new[:, 0]))
 
-    def _scores(self, q: Array, keys: Array) -> Array:
+    def _scores(self, q: Array, pool: Array, pages: Array) -> Array:
         R, _, Hkv, G, D = q.shape
+        if _in_place(G, D):
+            heads = [_scores_in_place(q[:, 0, :, g], _read_anew(pool, pages, g)) for g in range(G)]
+            return jnp.stack(heads, axis=2)[:, :, None]
         if not 1 < Hkv <= BLOCK_DIAGONAL_HEADS_MAX:
-            return super()._scores(q, keys)
+            return super()._scores(q, pool, pages)
         columns = q.reshape(R, Hkv, G, D).transpose(0, 1, 3, 2)
         own = jnp.eye(Hkv, dtype=bool)[:, None, :, None]
         wide = jnp.where(own, columns[:, :, :, None], 0).reshape(R, Hkv * D, Hkv * G)
-        flat = keys.reshape(R, -1, Hkv * D)
+        flat = _read(pool, pages).reshape(R, -1, Hkv * D)
         scores = jnp.einsum("rcf,rfn->rcn", flat, wide, preferred_element_type=jnp.float32)
         return scores.reshape(R, -1, Hkv, G).transpose(0, 2, 3, 1)[:, :, None]
 
-    def _weighted(self, weights: Array, values: Array) -> Array:
+    def _weighted(self, weights: Array, pool: Array, pages: Array) -> Array:
         R, Hkv, _, G, C = weights.shape
+        if _in_place(G, pool.shape[-1]):
+            heads = [_weighted_in_place(weights[:, :, 0, g], _read_anew(pool, pages, g)) for g in range(G)]
+            return jnp.stack(heads, axis=2)[:, :, None]
         if not 1 < Hkv <= BLOCK_DIAGONAL_HEADS_MAX:
-            return super()._weighted(weights, values)
-        flat = values.reshape(R, C, -1)
-        wide = jnp.einsum("rnc,rcf->rnf", weights.reshape(R, Hkv * G, C), flat, preferred_element_type=jnp.float32)
+            return super()._weighted(weights, pool, pages)
+        flat = _read(pool, pages).reshape(R, C, -1)
+        columns = weights.astype(pool.dtype).reshape(R, Hkv * G, C)
+        wide = jnp.einsum("rnc,rcf->rnf", columns, flat, preferred_element_type=jnp.float32)
         own = jnp.eye(Hkv, dtype=bool)[:, None, :, None]
         return jnp.where(own, wide.reshape(R, Hkv, G, Hkv, -1), 0.0).sum(3)[:, :, None]
+
+
+def _in_place(group: int, features: int) -> bool:
+    return jax.default_backend() == "cpu" and group <= IN_PLACE_GROUP_MAX and features % LANES == 0
+
+
+def _scores_in_place(q: Array, keys: Array) -> Array:
+    """q [R, Hkv, D], one query head of each key head, keys [R, C, Hkv, D] -> [R, Hkv, C] fp32. Summed over all but the
+    last lanes, which a CPU does in its registers, then over those."""
+    *lead, Hkv, D = keys.shape
+    split = (Hkv, D // LANES, LANES)
+    lanes = (keys.reshape(*lead, *split) * q.astype(jnp.float32).reshape(-1, 1, *split)).sum(3)
+    return row_sums(lanes)[..., 0].transpose(0, 2, 1)
+
+
+def _weighted_in_place(weights: Array, values: Array) -> Array:
+    """weights [R, Hkv, C] of one query head of each key head, values [R, C, Hkv, D] -> [R, Hkv, D] fp32."""
+    return (values * weights.transpose(0, 2, 1)[..., None]).sum(1)
+
+
+def _read_anew(pool: Array, pages: Array, number: int) -> Array:
+    """As `_read`, in fp32, within the pass that uses it: were it the same for two passes, it would be stored."""
+    pages, _ = jax.lax.optimization_barrier((pages, jnp.int32(number)))
+    return _read(pool, pages).astype(jnp.float32)
+
+
+def _read(pool: Array, pages: Array) -> Array:
+    """Tokens of a chunk: [R, C, heads, features]."""
+    return pool[pages].reshape(pages.shape[0], -1, *pool.shape[2:])
 
 
 def _finite(x: Array) -> Array:

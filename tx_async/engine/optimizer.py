@@ -12,7 +12,7 @@ Where m = 0 no step is taken, also when eps = 0: padding stays zero, and 0/0 doe
 from __future__ import annotations
 
 import math
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -75,14 +75,19 @@ def optim_step(
     reads the slot's padding with it."""
     old = read_state(state, slot, rank)
     norm = global_norm(old.gradients)
-    new = _adamw(old, norm, adam)
-    finite = jax.tree.map(_all_finite, new.weights, new.m, new.v)
-    taken = jax.tree.reduce(jnp.logical_and, finite, jnp.isfinite(norm))
-    new = jax.tree.map(lambda after, before: jnp.where(taken, after, before), new, old)
+    # A branch of its own: how its loops round must not depend on how wide the slots are that it reads from.
+    new, taken = jax.lax.cond(jnp.isfinite(norm), partial(_step, adam), lambda old, _: (old, False), old, norm)
     # Always zero. Written as a choice that needs the old gradients: were it a constant, it could be stored before they
     # are read, and to prevent that the compiler would copy the gradients of every slot.
     new = new._replace(gradients=jax.tree.map(lambda g: jnp.where(new.step < 0, g, 0.0), old.gradients))
     return write_state(state, slot, new), StepOutcome(taken, norm, new.step)
+
+
+def _step(adam: Adam, old: TrainingState, norm: Array) -> tuple[TrainingState, Array]:
+    """-> (after the step, or as it was; whether that is finite)."""
+    new = _adamw(old, norm, adam)
+    taken = jax.tree.reduce(jnp.logical_and, jax.tree.map(_all_finite, new.weights, new.m, new.v))
+    return jax.tree.map(lambda after, before: jnp.where(taken, after, before), new, old), taken
 
 
 def _adamw(old: TrainingState, norm: Array, adam: Adam) -> TrainingState:
