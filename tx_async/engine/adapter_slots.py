@@ -63,7 +63,7 @@ def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraW
     def read(x: Array, axis: int) -> Array:
         sizes = list(x.shape)
         sizes[1], sizes[axis] = 1, sizes[axis] if rank is None else rank
-        return jax.lax.dynamic_slice(x, _at(slot, x), sizes).squeeze(1)
+        return jax.lax.dynamic_slice(x, at(slot, x), sizes).squeeze(1)
 
     return {
         name: {matrix: (read(a, -1), read(b, -2)) for matrix, (a, b) in pairs.items()} for name, pairs in stack.items()
@@ -72,10 +72,11 @@ def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraW
 
 def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
     """What lies above the adapter's rank stays."""
-    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice(x, one[:, None], _at(slot, x)), stack, adapter)
+    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice(x, one[:, None], at(slot, x)), stack, adapter)
 
 
-def _at(slot: Array, stack: Array) -> list[Array | int]:
+def at(slot: Array, stack: Array) -> list[Array | int]:
+    """Where a slot begins in a stack [layers, slots, ...]."""
     return [0, slot, *[0] * (stack.ndim - 2)]
 
 

@@ -37,6 +37,7 @@ from tx_async.engine.kv_cache import CacheLayout, Pools, copy_pages, pool_shardi
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
+from tx_async.engine.sharding import is_one_cpu
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
 from tx_async.errors import InvalidRequest
@@ -288,7 +289,7 @@ class SamplingEngine:
 
 def _for_decoding(model: Any, params: Any) -> Any:
     fits = sum(array.nbytes for array in jax.tree.leaves(params)) <= COPY_BYTES_MAX
-    return model.for_decoding(params) if jax.default_backend() == "cpu" and model.mesh is None and fits else params
+    return model.for_decoding(params) if is_one_cpu(model.mesh) and fits else params
 
 
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:

@@ -49,6 +49,7 @@ def batch_sizes(num_sequences_max: int, platform: str) -> tuple[int, ...]:
 
 
 def bucket(sizes: Sequence[int], count: int) -> int:
+    """The least of `sizes` (ascending) that is at least `count`; there is one."""
     return next(size for size in sizes if size >= count)
 
 

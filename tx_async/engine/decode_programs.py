@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 
 from tx_async.engine.adapter_slots import lora_scale
-from tx_async.engine.kv_cache import CacheLayout, DecodeAttention, PagedAttention, Pools
+from tx_async.engine.kv_cache import CacheLayout, Pools
+from tx_async.engine.paged_attention import DecodeAttention, PagedAttention
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
 from tx_async.layers.linear import product
 from tx_async.layers.lora import LOW_RANK, LoraActive, LoraWeights, layer_slice, tiles

@@ -23,8 +23,10 @@ from tx_async.engine.batch import RowBatch, row_batch
 from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
+from tx_async.engine.decode_batches import bucket
 from tx_async.engine.optimizer import Adam, StepOutcome
-from tx_async.engine.streams import OwnStream, SameStream, can_overlap
+from tx_async.engine.sharding import is_one_cpu
+from tx_async.engine.streams import OwnStream, SameStream
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
 from tx_async.layers.lora import LOW_RANK
 from tx_async.models.decoder import Decoder
@@ -89,7 +91,7 @@ class JaxEngine:
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
         self.checkpoints = Checkpoints(checkpoints_base, model, config.max_lora_rank, writes=jax.process_index() == 0)
         self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut)
-        self.overlaps = can_overlap(model.mesh)
+        self.overlaps = is_one_cpu(model.mesh)
         stream = OwnStream("sampling") if self.overlaps else SameStream()
         self.sampling = SamplingEngine(
             model, params, config, self.context, str(folder), self.samplers.weights, self.samplers.scale, stream
@@ -173,7 +175,7 @@ class JaxEngine:
     def _train(self, command: wire.TrainMicroBatch, tensors: Sequence[np.ndarray]) -> Pending:
         batch, rank = row_batch(command, tensors, self.ranks, self.model.vocab_size)
         rows, length, k = len(command.slots), command.row_length, command.targets_per_token
-        rank = next(r for r in lora_ranks(rows, self.config.max_lora_rank) if r >= rank)
+        rank = bucket(lora_ranks(rows, self.config.max_lora_rank), rank)
         program = self._programs[train_program(rows, length, k, rank, command.forward_only)]
         if command.forward_only:
             logprobs, losses = program(self.params, self.training.weights, batch)
@@ -183,7 +185,7 @@ class JaxEngine:
         return lambda: (wire.Trained(), [np.asarray(logprobs), np.asarray(losses)])
 
     def _optim_step(self, command: wire.OptimStep) -> Pending:
-        rank = next(r for r in rank_classes(self.config.max_lora_rank) if r >= self.ranks[command.slot])
+        rank = bucket(rank_classes(self.config.max_lora_rank), self.ranks[command.slot])
         program, adam = self._programs[optim_program(rank)], Adam.of(command.adam)
         self.training, outcome = program(self.training, np.int32(command.slot), adam)
         return partial(_stepped, outcome, command.adam.learning_rate)

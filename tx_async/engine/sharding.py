@@ -29,6 +29,11 @@ def make_mesh(config: EngineConfig) -> Mesh | None:
     return Mesh(np.array(devices[:wanted]).reshape(sizes), AXES)
 
 
+def is_one_cpu(mesh: Mesh | None) -> bool:
+    """Whether the engine runs on the CPU of one process, as one device."""
+    return mesh is None and jax.default_backend() == "cpu"
+
+
 def weight_sharding(weight: Weight, mesh: Mesh | None) -> Sharding:
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])

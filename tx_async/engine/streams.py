@@ -12,8 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import jax
-
 
 class Stream(Protocol):
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -44,8 +42,3 @@ class OwnStream:
 
     def close(self) -> None:
         self._thread.shutdown()
-
-
-def can_overlap(mesh: Any) -> bool:
-    """Whether two streams run side by side here. mesh: None on a single device."""
-    return mesh is None and jax.default_backend() == "cpu"

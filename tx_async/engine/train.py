@@ -14,7 +14,9 @@ import jax
 from jax import Array
 
 from tx_async.engine import head
+from tx_async.engine.adapter_slots import at
 from tx_async.engine.batch import RowBatch
+from tx_async.engine.sharding import is_one_cpu
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, LoraWeights, layer_slice
 
@@ -52,14 +54,11 @@ def _gather(weights: LoraWeights, slots: Array, rank: int) -> LoraWeights:
 
 def _trunk(model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: bool) -> Array:
     attend = PackedAttention(batch.positions, batch.segment_ids)
-    lora = LoraRows(rows, batch.scale, joined=_can_join(model, batch.slots.shape[0]))
+    # W and B in one matrix (`layers/linear.py`): a CPU gains by it, for a row that is alone; others would each need
+    # their own copy of W.
+    joined = batch.slots.shape[0] == 1 and is_one_cpu(model.mesh)
+    lora = LoraRows(rows, batch.scale, joined)
     return model.forward(params, lora, batch.tokens, batch.positions, attend, remat=remat)[0]
-
-
-def _can_join(model: Any, rows: int) -> bool:
-    """Whether W and B stand in one matrix (`layers/linear.py`): what a CPU gains by, and a row that is alone; others
-    would each need their own copy of W."""
-    return rows == 1 and model.mesh is None and jax.default_backend() == "cpu"
 
 
 def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:
@@ -72,7 +71,7 @@ def _accumulate(gradients: LoraWeights, of_rows: LoraWeights, slots: Array) -> L
 
     def add_row(r: Array | int, total: Array, rows: Array) -> Array:
         row = jax.lax.dynamic_slice_in_dim(rows, r, 1, axis=1)
-        place = [0, slots[r], *[0] * (total.ndim - 2)]
+        place = at(slots[r], total)
         mine = jax.lax.dynamic_slice(total, place, row.shape)
         return jax.lax.dynamic_update_slice(total, mine + row, place)
 

@@ -1,7 +1,7 @@
 """Attention for packed rows: exact softmax attention, fp32 statistics, never across segments.
 
 Models call an `Attend`; they do not know whether keys come from the same row (training, `PackedAttention`) or from a
-paged cache (sampling, `engine/kv_cache.py`).
+paged cache (sampling, `engine/paged_attention.py`).
 
 `PackedAttention` goes block by block, as FlashAttention does (arXiv 2205.14135, 2307.08691): scores of a whole row
 never exist, the backward pass computes them again from the saved log-sum-exp. A block of queries meets only key

@@ -1,0 +1,37 @@
+"""The three forms of a chunk's products are one arithmetic; which is taken depends on shapes alone."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tx_async.engine.page_products import BLOCK_DIAGONAL, IN_PLACE, PLAIN, of_one_token
+
+PAGES = jnp.array([[1, 4], [3, 2], [5, 0]])
+
+
+def pool_of(num_heads: int, features: int):
+    pages = np.random.default_rng(num_heads).standard_normal((6, 16, num_heads, features))
+    return jnp.asarray(pages, jnp.float32)
+
+
+@pytest.mark.parametrize("form", [IN_PLACE, BLOCK_DIAGONAL], ids=["in place", "block diagonal"])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_every_form_gives_the_plain_products(form, group):
+    rng = np.random.default_rng(group)
+    pool = pool_of(4, 16)
+    q = jnp.asarray(rng.standard_normal((3, 1, 4, group, 16)), jnp.float32)
+    scores = PLAIN.scores(q, pool, PAGES)
+    assert scores.shape == (3, 4, 1, group, 32)
+    assert np.allclose(form.scores(q, pool, PAGES), scores, atol=1e-5)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    weighted = PLAIN.weighted(weights, pool, PAGES)
+    assert weighted.shape == (3, 4, 1, group, 16)
+    assert np.allclose(form.weighted(weights, pool, PAGES), weighted, atol=1e-5)
+
+
+def test_the_form_is_chosen_by_shapes():
+    assert of_one_token(pool_of(4, 16), group=2) is IN_PLACE
+    assert of_one_token(pool_of(4, 12), group=2) is BLOCK_DIAGONAL  # features that do not fill a CPU's lanes
+    assert of_one_token(pool_of(4, 16), group=4) is BLOCK_DIAGONAL
+    assert of_one_token(pool_of(16, 16), group=4) is PLAIN
+    assert of_one_token(pool_of(1, 16), group=16) is PLAIN
