@@ -44,6 +44,7 @@ ONLY = {
     "wire": WIRE,
     "errors": (),
     "clock": (),
+    "metrics": ("tx_async.field_docs",),
     "scheduler/interface": WIRE,
     "worker/engine_api": WIRE,
     "layers": ("tx_async.layers", *WIRE),

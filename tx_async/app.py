@@ -13,9 +13,14 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import anyio
+from msgspec import Struct
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from tx_async import base_model as base_models
 from tx_async import config as configuration
@@ -25,6 +30,7 @@ from tx_async.dispatch.events import Event
 from tx_async.dispatch.router import Router
 from tx_async.errors import StorageError
 from tx_async.journal.factory import open_journal
+from tx_async.metrics import CONTENT_TYPE, render
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
@@ -38,6 +44,12 @@ WORKERS_STOP_S = 2.0
 _log = logging.getLogger(__name__)
 
 
+class Actor(Protocol):
+    def statistics(self) -> Struct:
+        """Of `Counter` and `Gauge` fields."""
+        ...
+
+
 class Server:
     """All actors of the process, started and stopped together."""
 
@@ -45,6 +57,11 @@ class Server:
         self.config = config
         self._engine = engine
         self.scheduler: Scheduler | None = None
+        #: by name, while the context of `running` is open
+        self._actors: dict[str, Actor] = {}
+
+    def statistics(self) -> dict[str, Struct]:
+        return {name: actor.statistics() for name, actor in self._actors.items()}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Scheduler]:
@@ -70,6 +87,7 @@ class Server:
                 list_files=store.list_keys,
                 worker_status=supervisor.waiting_for,
             )
+            self._actors = {"scheduler": scheduler, "journal": journal, "router": router, "supervisor": supervisor}
             async with anyio.create_task_group() as actors:
                 for actor in (scheduler.run, router.run, supervisor.run, journal.supervise):
                     actors.start_soon(actor, name=actor.__qualname__)
@@ -118,6 +136,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     try:
         async with server.running() as scheduler:
             app.router.routes.extend(create_routes(scheduler, config, Store(config.resolved_checkpoints_base)))
+            app.router.routes.append(_metrics_route(server))
             started = True
             yield
     except BaseException as error:
@@ -126,6 +145,15 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             _log.critical("The server stops: %s", _reason(error))
             os.kill(os.getpid(), signal.SIGTERM)
         raise
+
+
+def _metrics_route(server: Server) -> Route:
+    """For a Prometheus that scrapes it; numbers of the whole server and nobody's names, so it asks for no key."""
+
+    async def metrics(request: Request) -> Response:
+        return Response(render(server.statistics()), headers={"content-type": CONTENT_TYPE})
+
+    return Route("/metrics", metrics, methods=["GET"])
 
 
 def _reason(error: BaseException) -> str:

@@ -196,9 +196,9 @@ async def test_tensors_travel_in_both_directions(tensors, shared_memory_bytes):
             np.testing.assert_array_equal(before, after)
             assert (before.dtype, before.shape) == (after.dtype, after.shape)
         if shared_memory_bytes == 0 or not any(tensor is BIG for tensor in tensors):
-            assert server.router.statistics()["shared_bytes"] == 0
+            assert server.router.statistics().shared_bytes == 0
         else:
-            assert server.router.statistics()["frame_bytes"] == 0
+            assert server.router.statistics().frame_bytes == 0
 
 
 async def test_ten_thousand_commands_stay_in_order(server):
@@ -232,8 +232,8 @@ async def test_ten_thousand_commands_stay_in_order(server):
             oldest.release()
     await worker
     statistics = server.router.statistics()
-    assert statistics["arena_used_bytes"] == 0 and statistics["commands_in_flight"] == 0
-    assert statistics["shared_bytes"] > 0 and statistics["frame_bytes"] > 0
+    assert statistics.arena_used_bytes == 0 and statistics.commands_in_flight == 0
+    assert statistics.shared_bytes > 0 and statistics.frame_bytes > 0
 
 
 async def test_a_full_arena_is_gone_around_by_frames():
@@ -245,7 +245,7 @@ async def test_a_full_arena_is_gone_around_by_frames():
         for index in range(6):
             received = await asyncio.to_thread(dealer.receive)
             np.testing.assert_array_equal(received.tensors[0], BIG + index)
-        assert server.router.statistics()["arena_full"] == 4
+        assert server.router.statistics().arena_full == 4
         for number in range(1, 7):
             dealer.reply(number, Trained(), [BIG + number])
         results = [await server.event(BatchFinished) for _ in range(6)]
@@ -264,7 +264,7 @@ async def test_released_memory_goes_back_to_the_worker_without_further_commands(
             finished.release()
             finished.release()
             await until(lambda: dealer._outbox.used_bytes == 0)
-        assert server.router.statistics()["frame_bytes"] == 0
+        assert server.router.statistics().frame_bytes == 0
 
 
 async def test_one_error_fails_one_command(server):
@@ -307,7 +307,7 @@ async def test_another_protocol_version_is_refused_with_the_reason_on_both_sides
     with pytest.raises(WorkerRefused, match="same release"):
         await server.attach()
     assert "same release" in caplog.text
-    assert server.router.statistics()["workers_refused"] == 1
+    assert server.router.statistics().workers_refused == 1
 
 
 async def test_processes_that_loaded_different_models_are_refused_with_the_reason_on_both_sides(caplog):
@@ -396,7 +396,7 @@ async def test_without_the_token_a_tcp_peer_is_told_nothing():
             stranger.stop()
             with pytest.raises(Detached):
                 await attaching
-        assert server.router.statistics()["workers_attaching"] == 0
+        assert server.router.statistics().workers_attaching == 0
 
 
 async def test_the_socket_file_is_private_and_goes_with_the_server():
@@ -472,7 +472,7 @@ async def test_what_is_in_flight_is_lost_with_its_worker_and_numbers_begin_again
     dealer.close()
     await server.attach_ready()
     assert server.router.send("w0", ReleaseAdapter(slot=0)) == 1
-    assert server.router.statistics()["commands_in_flight"] == 1
+    assert server.router.statistics().commands_in_flight == 1
 
 
 # ---- a stream that is not what it should be

@@ -384,7 +384,7 @@ async def test_statistics_and_repr_tell_an_operator_what_is_going_on():
         scheduler = await with_model(server)
         await result_of(scheduler, (await scheduler.submit("alice", step(1))).request_id)
         numbers = scheduler.statistics()
-        assert numbers["models"] == 1 and numbers["requests_unfinished"] == 0 and numbers["workers_ready"] == 1
+        assert (numbers.models, numbers.requests_unfinished, numbers.workers_ready) == (1, 0, 1)
         assert repr(scheduler).startswith("<Scheduler [Requests: 0 runs ready")
 
 

@@ -240,7 +240,7 @@ async def test_two_processes_get_one_stream_and_give_one_answer(mesh):
         assert isinstance(saved.result, Saved)
         statistics = running.router.statistics()
         # Written once for both, and given back when both had answered.
-        assert statistics["shared_bytes"] == 2 * tensors[0].nbytes and statistics["arena_used_bytes"] == 0
+        assert statistics.shared_bytes == 2 * tensors[0].nbytes and statistics.arena_used_bytes == 0
         for number in range(3, 500):
             running.router.send("w0", OptimStep(slot=0, adam=AdamParams()))
             assert (await running.next(BatchFinished)).number == number

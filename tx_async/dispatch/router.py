@@ -44,6 +44,7 @@ from tx_async.dispatch.groups import Group, InFlight, Member, Outcome, differenc
 from tx_async.dispatch.runtime import RuntimeDirectory
 from tx_async.dispatch.security import secure_server, tokens_equal
 from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter, create_arena
+from tx_async.dispatch.statistics import RouterStatistics
 from tx_async.errors import ConfigError, NotReady
 from tx_async.wire.tensors import TensorSpec
 from tx_async.wire.worker import (
@@ -115,22 +116,21 @@ class Router:
 
     def __repr__(self) -> str:
         now = self.statistics()
-        workers = f"{now['workers_ready']} ready, {now['workers_attaching']} attaching, {now['workers_lost']} lost"
-        commands = f"{now['commands_in_flight']} in flight, {now['commands_sent']} sent"
-        data = f"{now['shared_bytes']} shared, {now['frame_bytes']} in frames"
+        workers = f"{now.workers_ready} ready, {now.workers_attaching} attaching, {now.workers_lost} lost"
+        commands = f"{now.commands_in_flight} in flight, {now.commands_sent} sent"
+        data = f"{now.shared_bytes} shared, {now.frame_bytes} in frames"
         return f"<Router [Workers: {workers} | Commands: {commands} | Bytes: {data}]>"
 
-    def statistics(self) -> dict[str, float]:
-        """Counters since the start, and what is the case now."""
+    def statistics(self) -> RouterStatistics:
         groups = self._groups.values()
-        return {
+        return RouterStatistics(
             **self._counts,
-            "workers_ready": sum(group.is_ready for group in groups),
-            "workers_attaching": sum(not group.is_ready for group in groups),
-            "commands_in_flight": sum(len(group.in_flight) for group in groups),
-            "arena_used_bytes": sum(group.inbox.used_bytes for group in groups if group.inbox),
-            "compilations": sum(member.num_compilations for _, member in self._peers.values()),
-        }
+            workers_ready=sum(group.is_ready for group in groups),
+            workers_attaching=sum(not group.is_ready for group in groups),
+            commands_in_flight=sum(len(group.in_flight) for group in groups),
+            arena_used_bytes=sum(group.inbox.used_bytes for group in groups if group.inbox),
+            compilations=sum(member.num_compilations for _, member in self._peers.values()),
+        )
 
     @property
     def runtime(self) -> RuntimeDirectory:

@@ -16,6 +16,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from tx_async.errors import LeaseHeld, Overloaded, StorageError
+from tx_async.metrics import Counter, Gauge
 from tx_async.wire.records import Change, Put, Record, ResultRecord
 
 TRANSACTION_BYTES_MAX = 32 * 2**20
@@ -71,18 +72,19 @@ class Driver(Protocol):
 
 
 class JournalStatistics(Struct, frozen=True, kw_only=True):
-    commits: int
+    commits: Counter
     """Transactions that have become durable."""
-    failed_commits: int
+    failed_commits: Counter
     """Transactions that the driver could not make durable."""
-    changes: int
+    changes: Counter
     """Changes in the durable transactions."""
-    bytes: int
+    bytes: Counter
     """Bodies and payloads in them."""
-    waiting_changes: int
+    waiting_changes: Gauge
     """Changes that are not durable yet, those of the transaction in flight included."""
-    waiting_bytes: int
-    last_commit_ms: float
+    waiting_bytes: Gauge
+    """Bodies and payloads in them."""
+    last_commit_ms: Gauge
     """How long the newest durable transaction took."""
 
 

@@ -43,6 +43,8 @@ class MicroBatches:
         self.runs = runs
         self.decisions = decisions
         self.fair = fair
+        #: of sequences that came back, for an operator
+        self.num_tokens = 0
 
     # ---- out
 
@@ -126,6 +128,7 @@ class MicroBatches:
     def finished(self, answer: RowsSent, event: CommandFinished) -> None:
         logprobs, losses = event.tensors
         for r, sent in enumerate(answer.rows):
+            self.num_tokens += sum(segment.length for segment in sent.row.segments)
             if sent.is_current:
                 self._collect(sent, logprobs[r], losses[r])
 

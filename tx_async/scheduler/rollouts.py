@@ -54,6 +54,8 @@ class Rollouts:
         self.slots = SamplerSlots(decisions, policy)
         #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
         self.is_draining = False
+        #: computed and sampled, for an operator
+        self.num_tokens = 0
         self._last_sequence_id = 0
         decisions.is_sampled = self.versions.__contains__
 
@@ -156,6 +158,7 @@ class Rollouts:
             return
         assert isinstance(event.result, Sampled)
         for sequence_id, num_tokens in event.result.progress:
+            self.num_tokens += num_tokens
             if job := worker.sequences.get(sequence_id):
                 self.fair.charge(job.flow, num_tokens)
         for finished in event.result.finished:

@@ -41,6 +41,7 @@ from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.recovery import RecoveryProgress
 from tx_async.scheduler.sessions import Sessions
 from tx_async.scheduler.state import SchedulerState
+from tx_async.scheduler.statistics import SchedulerStatistics
 from tx_async.scheduler.waiters import Waiters
 from tx_async.wire.operations import Operation
 from tx_async.wire.records import (
@@ -179,18 +180,23 @@ class Scheduler:
             return []
         return self._worker_status() or ["a worker: none is attached"]
 
-    def statistics(self) -> dict[str, float]:
-        return {
-            "sessions": len(self.catalog.sessions),
-            "models": len(self.catalog.models),
-            "requests_unfinished": len(self.quota),
-            "results_kept": len(self.catalog.results),
-            "polls_waiting": len(self.waiters),
-            "samples_open": len(self.state.rollouts.jobs),
-            "workers_ready": len(self.state.workers),
-            "operations_to_replay": self.state.training.runs.num_replays,
-            "commands_in_flight": sum(len(worker.in_flight) for worker in self.state.workers.values()),
-        }
+    def statistics(self) -> SchedulerStatistics:
+        state = self.state
+        return SchedulerStatistics(
+            sessions=len(self.catalog.sessions),
+            models=len(self.catalog.models),
+            requests_unfinished=len(self.quota),
+            results_kept=len(self.catalog.results),
+            polls_waiting=len(self.waiters),
+            samples_open=len(state.rollouts.jobs),
+            workers_ready=len(state.workers),
+            operations_to_replay=state.training.runs.num_replays,
+            commands_in_flight=sum(len(worker.in_flight) for worker in state.workers.values()),
+            train_tokens=state.training.micro_batches.num_tokens,
+            sample_tokens=state.rollouts.num_tokens,
+            train_ms=state.busy_ms["train"],
+            sample_ms=state.busy_ms["sample"],
+        )
 
     # ---- sessions
 

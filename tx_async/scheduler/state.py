@@ -52,6 +52,8 @@ class SchedulerState:
         self.rollouts = Rollouts(self.decisions, policy, self.workers)
         self.retention = Retention(self.decisions, self.training.runs, self.rollouts, policy)
         self.orphans = Orphans(self.training.runs, self.decisions)
+        #: what workers have spent on each kind of quantum, for an operator
+        self.busy_ms: dict[Kind, float] = {"train": 0.0, "sample": 0.0}
         #: samples that were accepted before a restart and whose bodies are being read
         self.restoring: set[str] = set()
 
@@ -177,6 +179,7 @@ class SchedulerState:
                 self.rollouts.finished(worker, answer, fact)
             if kind:
                 worker.shares.measured(kind, fact.elapsed_ms)
+                self.busy_ms[kind] += fact.elapsed_ms
         elif isinstance(answer, TrainingAnswer):
             self.training.failed(answer, fact)
         elif isinstance(answer, SamplingAnswer):

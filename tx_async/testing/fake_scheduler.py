@@ -125,9 +125,6 @@ class FakeScheduler:
     def waiting_for(self) -> list[str]:
         return self.missing
 
-    def statistics(self) -> dict[str, float]:
-        return {"requests": len(self._requests), "results": len(self._results), "polls": len(self._waiters)}
-
     # ---- sessions
 
     async def create_session(self, session: SessionRecord) -> SessionRecord:

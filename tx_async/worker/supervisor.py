@@ -15,10 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
+from msgspec import Struct
+
 from tx_async.config import ServerConfig
 from tx_async.dispatch.groups import describe
 from tx_async.dispatch.router import Router
 from tx_async.errors import BaseModelError
+from tx_async.metrics import Counter, Gauge
 from tx_async.worker.exit_codes import ExitCode
 from tx_async.worker.main import DEFAULT_ENGINE, TOKEN_VARIABLE
 from tx_async.worker.pulse import PULSE_VARIABLE, Pulse
@@ -188,6 +191,13 @@ class WorkerProcess:
         await self._ended.wait()
 
 
+class SupervisorStatistics(Struct, frozen=True):
+    processes: Gauge
+    """Worker processes of this server that run."""
+    starts: Counter
+    """Starts of worker processes, the first ones included."""
+
+
 class Supervisor:
     """The server's own worker processes. Worker i is process i mod `num_processes` of group w⌊i / num_processes⌋."""
 
@@ -211,11 +221,11 @@ class Supervisor:
         running = sum(process.pid is not None for process in self.processes)
         return f"<Supervisor [Processes: {running} running of {len(self.processes)}]>"
 
-    def statistics(self) -> dict[str, float]:
-        return {
-            "worker_processes": sum(process.pid is not None for process in self.processes),
-            "worker_starts": sum(process.num_starts for process in self.processes),
-        }
+    def statistics(self) -> SupervisorStatistics:
+        return SupervisorStatistics(
+            processes=sum(process.pid is not None for process in self.processes),
+            starts=sum(process.num_starts for process in self.processes),
+        )
 
     async def run(self) -> None:
         """Until `stop`. Raises `BaseModelError` when a worker cannot ever start; no process is left then, or when

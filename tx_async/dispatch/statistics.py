@@ -1,0 +1,36 @@
+"""What the router tells an operator in numbers."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from tx_async.metrics import Counter, Gauge
+
+
+class RouterStatistics(Struct, frozen=True, kw_only=True):
+    workers_ready: Gauge
+    """Workers that take commands; the processes of a mesh are one."""
+    workers_attaching: Gauge
+    """Workers that load their weights or wait for others of their mesh."""
+    workers_lost: Counter
+    """Ready workers that went away."""
+    workers_refused: Counter
+    """Attempts to attach that were refused."""
+    commands_in_flight: Gauge
+    """Commands sent and not answered."""
+    commands_sent: Counter
+    """Commands sent to workers."""
+    results_received: Counter
+    """Answers of workers."""
+    shared_bytes: Counter
+    """Tensors that went through shared memory."""
+    frame_bytes: Counter
+    """Tensors that went through ZeroMQ."""
+    arena_full: Counter
+    """Tensors that found no room in shared memory."""
+    arena_used_bytes: Gauge
+    """Shared memory in use for tensors that are on their way."""
+    malformed_messages: Counter
+    """Messages that could not be read."""
+    compilations: Gauge
+    """Programs that the attached workers have compiled or loaded from the compilation cache."""
