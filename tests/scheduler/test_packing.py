@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from tx_async.scheduler.packing import Row, _other_orders, pack
+from tx_async.scheduler.packing import Row, pack
 from tx_async.testing.simulation import INFO, datum
 from tx_async.wire.operations import ForwardBackward
 
@@ -47,19 +47,3 @@ def test_what_would_fill_a_row_badly_goes_into_shorter_ones():
 
 def test_where_rows_share_a_micro_batch_no_further_shapes_are_asked_for():
     assert [row.length for row in rows_of([300, 200, 60], rows_per_micro_batch=4)] == [1024]
-
-
-def test_rows_of_a_mixed_batch_are_nearly_full_and_the_same_each_time():
-    filled = []
-    for seed in range(20):
-        sizes = np.random.default_rng(seed).integers(32, 513, 16).tolist()
-        rows = rows_of(sizes)
-        assert rows == rows_of(sizes)
-        filled.append(sum(sizes) / sum(row.length for row in rows))
-    assert np.mean(filled) > 0.965
-
-
-def test_a_request_of_thousands_of_sequences_is_placed_once():
-    """Their rows are full anyway, and the server's loop has others to serve."""
-    assert not list(_other_orders([1] * 1000))
-    assert len(list(_other_orders([1] * 16))) == 30

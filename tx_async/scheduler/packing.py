@@ -6,24 +6,18 @@ numbers nor their order can depend on who else is there. Only whole rows of othe
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from random import Random
 
 import numpy as np
 from msgspec import Struct
 
+from tx_async.scheduler.placement import Placement, round_up
 from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.worker import LOSS_FNS, EngineInfo
 
 DEFAULT_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
 """Section 14 of the wire contract: clip_low_threshold, clip_high_threshold, as bounds of the ratio itself."""
-
-MICRO_BATCH_OVERHEAD = 25
-"""What a micro-batch costs beside its positions, in positions: 30 ms where 1,024 of them take 1.2 s (two cores)."""
-PLACEMENTS_TRIED = 480
-"""Sequences that orders beside the first may place: a few ms of the server's loop."""
 
 
 class Segment(Struct, frozen=True, array_like=True):
@@ -46,75 +40,18 @@ class PackedRequest(Struct, frozen=True):
 
 
 def pack(operation: ForwardBackward, info: EngineInfo) -> PackedRequest:
-    """First-fit decreasing into rows of the preferred length; each row then shrinks to the shortest that holds it.
-
-    Where a row is a micro-batch by itself, a row may become several that cost less together, and other orders than the
-    decreasing one are tried: for 16 sequences of 32 to 512 tokens rows are 97 instead of 94 % full.
-    """
-    lengths = [length for _, length in info.row_shapes]
     sizes = [datum.num_tokens for datum in operation.data]
-    capacity = round_up(min(sum(sizes), info.row_length_preferred), lengths)
-    decreasing = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    if all(num_rows == 1 for num_rows, _ in info.row_shapes):
-        tried = [_apart(order, sizes, capacity, lengths) for order in (decreasing, *_other_orders(sizes))]
-        contents = min(tried, key=lambda contents: _cost(contents, sizes, lengths))
-    else:
-        contents = _first_fit(decreasing, sizes, capacity, lengths)
-    rows = tuple(_row(content, sizes, lengths) for content in contents)
+    placement = Placement(sizes, [length for _, length in info.row_shapes], info.row_length_preferred)
+    is_row_alone = all(num_rows == 1 for num_rows, _ in info.row_shapes)
+    contents = placement.of_own_micro_batches() if is_row_alone else placement.of_shared_micro_batches()
+    rows = tuple(_row(content, sizes, placement.length_of(content)) for content in contents)
     widest = max(_targets(datum).shape[1] for datum in operation.data)
     return PackedRequest(rows, round_up(widest, info.target_tokens_k))
 
 
-def _other_orders(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Decreasing, but for chance: the same for the same sizes. Few for many sequences, whose rows are full anyway."""
-    chance = Random(0)
-    for _ in range(PLACEMENTS_TRIED // max(16, len(sizes))):
-        keys = [size * chance.uniform(0.5, 1) for size in sizes]
-        yield sorted(range(len(sizes)), key=lambda i: -keys[i])
-
-
-def _apart(order: Sequence[int], sizes: Sequence[int], capacity: int, lengths: Sequence[int]) -> list[list[int]]:
-    """First fit, and what fills a row badly in shorter ones."""
-    contents = _first_fit(order, sizes, capacity, lengths)
-    return [part for content in contents for part in _split(content, sizes, lengths)]
-
-
-def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int, lengths: Sequence[int]) -> list[list[int]]:
-    """What goes together: each datum of `order` where it fits first. One that is longer than `capacity` opens a row
-    that is long enough."""
-    contents: list[list[int]] = []
-    free: list[int] = []
-    for i in order:
-        place = next((place for place, space in enumerate(free) if space >= sizes[i]), None)
-        if place is None:
-            place = len(contents)
-            contents.append([])
-            free.append(max(capacity, round_up(sizes[i], lengths)))
-        contents[place].append(i)
-        free[place] -= sizes[i]
-    return contents
-
-
-def _split(content: list[int], sizes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """The data of one row in the rows that cost least together; in the one row if none cost less than that."""
-    shorter = lengths[: lengths.index(_length_of(content, sizes, lengths))]
-    choices = [[content], *(_first_fit(content, sizes, length, lengths) for length in shorter)]
-    return min(choices, key=lambda contents: _cost(contents, sizes, lengths))
-
-
-def _cost(contents: Sequence[Sequence[int]], sizes: Sequence[int], lengths: Sequence[int]) -> int:
-    """Of rows that are micro-batches by themselves, in tokens."""
-    return sum(_length_of(content, sizes, lengths) + MICRO_BATCH_OVERHEAD for content in contents)
-
-
-def _length_of(content: Sequence[int], sizes: Sequence[int], lengths: Sequence[int]) -> int:
-    return round_up(sum(sizes[i] for i in content), lengths)
-
-
-def _row(content: Sequence[int], sizes: Sequence[int], lengths: Sequence[int]) -> Row:
-    ends = list(accumulate(sizes[i] for i in content))
-    segments = tuple(Segment(i, end - sizes[i], sizes[i]) for i, end in zip(content, ends, strict=True))
-    return Row(round_up(ends[-1], lengths), segments)
+def _row(content: Sequence[int], sizes: Sequence[int], length: int) -> Row:
+    ends = accumulate(sizes[i] for i in content)
+    return Row(length, tuple(Segment(i, end - sizes[i], sizes[i]) for i, end in zip(content, ends, strict=True)))
 
 
 def fits(operation: ForwardBackward, info: EngineInfo) -> bool:
@@ -122,13 +59,6 @@ def fits(operation: ForwardBackward, info: EngineInfo) -> bool:
     longest = max(datum.num_tokens for datum in operation.data)
     widest = max(_targets(datum).shape[1] for datum in operation.data)
     return longest <= info.row_shapes[-1][1] and widest <= info.target_tokens_k[-1]
-
-
-def round_up(value: int, choices: Sequence[int]) -> int:
-    """The smallest choice (ascending) that is at least `value`; `api/` has refused anything above the largest."""
-    index = bisect_left(choices, value)
-    assert index < len(choices), f"{value} exceeds every one of {choices}"
-    return choices[index]
 
 
 def fill(operations: Sequence[tuple[ForwardBackward, Row] | None], length: int, k: int) -> list[np.ndarray]:
