@@ -171,6 +171,7 @@ class Decoder:
 
 def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...]) -> tuple[Array, Cache]:
     """A scan over layers whose weights are a list."""
+    body = jax.jit(body)  # traced once for all layers; the compiler puts it in the place of each call
     for i in range(len(layers[0][0])):
         of_layer = tuple((index[i], w[i], jax.tree.map(lambda x, i=i: x[i], lora)) for index, w, lora in layers)
         carry, _ = body(carry, of_layer)
