@@ -38,6 +38,11 @@ class Member:
     info: EngineInfo | None = None
     num_compilations: int = 0
 
+    @property
+    def peer(self) -> tuple[str, bytes]:
+        """Its connection."""
+        return self.transport, self.identity
+
     def __str__(self) -> str:
         return f"process {self.hello.process_id} (pid {self.hello.pid} on {self.hello.host})"
 

@@ -20,21 +20,18 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import zmq
 
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
+from tx_async.dispatch.doors import Doors, Frames, Peer
 from tx_async.dispatch.events import BatchFailed, BatchFinished, Event, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.dispatch.frames import (
     IN_FRAME,
-    MESSAGE_BYTES_MAX,
     SMALL_BLOCK_BYTES,
     Block,
     EnvelopeFromWorker,
-    EnvelopeToWorker,
     MalformedMessage,
     decode_from_worker,
-    encode,
     layout,
     pack_block,
     read_block,
@@ -42,7 +39,7 @@ from tx_async.dispatch.frames import (
 )
 from tx_async.dispatch.groups import Group, InFlight, Member, Outcome, differences_of
 from tx_async.dispatch.runtime import RuntimeDirectory
-from tx_async.dispatch.security import secure_server, tokens_equal
+from tx_async.dispatch.security import tokens_equal
 from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter, create_arena
 from tx_async.dispatch.statistics import RouterStatistics
 from tx_async.errors import ConfigError, NotReady
@@ -68,15 +65,9 @@ from tx_async.wire.worker import (
 
 logger = logging.getLogger(__name__)
 
-MESSAGES_PER_TURN_MAX = 256
-"""Messages that are read before other tasks of the event loop get their turn."""
-CLOSE_LINGER_MS = 200
 GROUPS_MAX = 256
 WORKER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LEASE_HEARTBEATS_MIN = 3
-
-Peer = tuple[str, bytes]
-"""Which door ("ipc" or "tcp"), and the connection's name there."""
 
 
 class Router:
@@ -101,10 +92,8 @@ class Router:
         self._groups: dict[str, Group] = {}
         #: connection -> the group and member behind it; exactly the members of `_groups`
         self._peers: dict[Peer, tuple[Group, Member]] = {}
-        self._context: zmq.Context | None = None
-        self._sockets: dict[str, zmq.Socket] = {}
+        self._doors = Doors(self.handle_frames, self._fail)
         self._last_tick = 0.0
-        self._is_drain_due = False
         self._failure: asyncio.Future[None] | None = None
         self._counts = dict.fromkeys(
             (
@@ -145,8 +134,7 @@ class Router:
     @property
     def tcp_address(self) -> str:
         """Where others attach ("" when nobody may), with the real port."""
-        socket = self._sockets.get("tcp")
-        return socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0") if socket else ""
+        return self._doors.address_of("tcp")
 
     # ---- life
 
@@ -160,32 +148,14 @@ class Router:
             )
         self._failure = asyncio.get_running_loop().create_future()
         self._runtime = self._runtime or RuntimeDirectory()
-        self._context = zmq.Context(io_threads=1)
         try:
-            self._open("ipc", self.address)
-            if self.config.worker_address:
-                self._open("tcp", self.config.worker_address)
+            self._doors.open_for_host(self.address)
+            if config.worker_address:
+                self._doors.open_for_network(config.worker_address, config.worker_token)
         except BaseException:
             await self.stop()
             raise
         self._last_tick = self.clock.monotonic()
-
-    def _open(self, transport: str, address: str) -> None:
-        assert self._context is not None
-        if transport == "tcp" and not address.startswith("tcp://"):
-            raise ConfigError(f"worker_address is {address!r}; it must look like tcp://0.0.0.0:7001.")
-        socket = self._context.socket(zmq.ROUTER)
-        self._sockets[transport] = socket
-        socket.linger = CLOSE_LINGER_MS
-        socket.router_mandatory = True
-        socket.maxmsgsize = MESSAGE_BYTES_MAX
-        if transport == "tcp":
-            secure_server(socket, self.config.worker_token)
-        try:
-            socket.bind(address)
-        except zmq.ZMQError as error:
-            raise ConfigError(f"Workers cannot attach at {address}: {error}.") from error
-        asyncio.get_running_loop().add_reader(socket.fd, self._drain)
 
     async def run(self) -> None:
         """Watch over leases until cancelled. Raises what broke an invariant in any callback."""
@@ -200,22 +170,12 @@ class Router:
     async def stop(self) -> None:
         """Tell every worker to finish, and leave nothing behind."""
         for peer in list(self._peers):
-            self._post(peer, Shutdown())
+            self._doors.post(peer, Shutdown())
         for group in list(self._groups.values()):
             self._forget(group)
-        self._close_sockets()
+        self._doors.close()
         if self._runtime is not None:
             self._runtime.close()
-
-    def _close_sockets(self) -> None:
-        loop = asyncio.get_running_loop()
-        for socket in self._sockets.values():
-            loop.remove_reader(socket.getsockopt(zmq.FD))  # type: ignore[arg-type]
-            socket.close()
-        self._sockets.clear()
-        if self._context is not None:
-            self._context.term()
-            self._context = None
 
     # ---- for the scheduler
 
@@ -241,7 +201,7 @@ class Router:
 
     def process_exited(self, worker_id: str, process_id: int, pid: int, reason: str) -> None:
         """The supervisor saw a worker process end: do not wait for its lease to expire."""
-        self._drain()
+        self._doors.drain()
         group = self._groups.get(worker_id)
         member = group.members.get(process_id) if group else None
         if group and member and member.hello.pid == pid:
@@ -303,66 +263,18 @@ class Router:
     ) -> None:
         released = tuple(member.released)
         member.released.clear()
-        peer = (member.transport, member.identity)
-        if not self._post(peer, message, block, released, frame):
-            asyncio.get_running_loop().call_soon(self._connection_lost, peer)
-
-    def _post(
-        self,
-        peer: Peer,
-        message: ToWorker,
-        block: Block | None = None,
-        released: tuple[int, ...] = (),
-        frame: memoryview | None = None,
-    ) -> bool:
-        """False when nobody is at the other end, or takes nothing any more."""
-        transport, identity = peer
-        parts = [identity, encode(EnvelopeToWorker(message, block, released))]
-        if frame is not None:
-            parts.append(frame)  # type: ignore[arg-type]
-        socket = self._sockets[transport]
-        try:
-            socket.send_multipart(parts, zmq.DONTWAIT, copy=frame is None)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            return False
-        # Sending may swallow the edge that announces an arrived message: look again.
-        self._drain_soon()
-        return True
+        if not self._doors.post(member.peer, message, block, released, frame):
+            asyncio.get_running_loop().call_soon(self._connection_lost, member.peer)
 
     # ---- inwards
 
-    def _drain_soon(self) -> None:
-        if not self._is_drain_due:
-            self._is_drain_due = True
-            asyncio.get_running_loop().call_soon(self._drain)
+    def _fail(self, error: Exception) -> None:
+        """Our own mistake: it ends `run`, and with it the server."""
+        assert self._failure is not None
+        if not self._failure.done():
+            self._failure.set_exception(error)
 
-    def _drain(self) -> None:
-        """Read what has arrived. An exception here is our own mistake: it ends `run`, and with it the server."""
-        self._is_drain_due = False
-        try:
-            for transport, socket in self._sockets.items():
-                self._drain_socket(transport, socket)
-        except Exception as error:
-            assert self._failure is not None
-            if not self._failure.done():
-                self._failure.set_exception(error)
-
-    def _drain_socket(self, transport: str, socket: zmq.Socket) -> None:
-        for _ in range(MESSAGES_PER_TURN_MAX):
-            try:
-                identity = socket.recv(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            frames: list[bytes | memoryview] = []
-            while socket.rcvmore:
-                # The header is copied, which is cheaper; the tensors behind it are not.
-                frames.append(socket.recv(zmq.DONTWAIT, copy=False).buffer if frames else socket.recv(zmq.DONTWAIT))
-            self.handle_frames((transport, identity), frames)
-        self._drain_soon()
-
-    def handle_frames(self, peer: Peer, frames: Sequence[bytes | memoryview]) -> None:
+    def handle_frames(self, peer: Peer, frames: Frames) -> None:
         """One message, from anybody. Bytes that make no sense are counted; from a member, they also end its group."""
         try:
             if not 1 <= len(frames) <= 2:
@@ -406,7 +318,7 @@ class Router:
             case Goodbye():
                 pass
             case _:
-                self._post(peer, Refused("The server does not know this connection (any more): attach again."))
+                self._doors.post(peer, Refused("The server does not know this connection (any more): attach again."))
 
     # ---- attaching
 
@@ -415,7 +327,7 @@ class Router:
             self._counts["workers_refused"] += 1
             logger.warning("worker %r, process %d (pid %d on %r) was refused: %s",
                            hello.name, hello.process_id, hello.pid, hello.host, reason)  # fmt: skip
-            self._post(peer, Refused(reason))
+            self._doors.post(peer, Refused(reason))
             return
         group = self._groups.get(hello.name)
         if group is None:
@@ -454,7 +366,7 @@ class Router:
     def _why_taken(self, group: Group, hello: Hello) -> str | None:
         """A new process may take the place of one that has died, not of one that answers."""
         holder = group.members.get(hello.process_id)
-        if holder and self._post((holder.transport, holder.identity), Heartbeat()):
+        if holder and self._doors.post(holder.peer, Heartbeat()):
             return f"Process {hello.process_id} of worker {group.name} is attached already: {holder}."
         if holder:
             self._lose(group, f"{holder} is gone")
@@ -571,7 +483,7 @@ class Router:
         member.released.append(once.pop())
 
     def _flush_released(self, member: Member) -> None:
-        if member.released and (member.transport, member.identity) in self._peers:
+        if member.released and member.peer in self._peers:
             self._send(member, Heartbeat())
 
     # ---- losing
@@ -586,7 +498,7 @@ class Router:
                 continue
             if silent_s > lease_s:
                 self._lose(group, f"{member} has been silent for {silent_s:.1f} s")
-            elif silent_s > 1.5 * interval_s and not self._post(peer, Heartbeat()):
+            elif silent_s > 1.5 * interval_s and not self._doors.post(peer, Heartbeat()):
                 self._lose(group, f"the connection to {member} is gone")
 
     def _tick(self) -> None:
@@ -596,7 +508,7 @@ class Router:
             for _, member in self._peers.values():
                 member.last_heard = now
         self._last_tick = now
-        self._drain()
+        self._doors.drain()
         self.check_leases()
 
     def _connection_lost(self, peer: Peer) -> None:
@@ -609,7 +521,7 @@ class Router:
             return
         logger.log(level, "worker %s is lost: %s", group.name, reason)
         for member in group.members.values():
-            self._post((member.transport, member.identity), Refused(f"worker {group.name} starts again: {reason}"))
+            self._doors.post(member.peer, Refused(f"worker {group.name} starts again: {reason}"))
         self._forget(group)
         self._counts["workers_lost"] += group.is_ready
         lost = WorkerLost(group.name, reason) if group.is_ready else WorkerProgress(group.name, reason)
@@ -618,7 +530,7 @@ class Router:
     def _forget(self, group: Group) -> None:
         del self._groups[group.name]
         for member in group.members.values():
-            self._peers.pop((member.transport, member.identity), None)
+            self._peers.pop(member.peer, None)
             if member.outbox:
                 member.outbox.close()
                 _unlink(member.outbox_path)
