@@ -59,7 +59,7 @@ class Doors:
             socket.bind(address)
         except zmq.ZMQError as error:
             raise ConfigError(f"Workers cannot attach at {address}: {error}.") from error
-        asyncio.get_running_loop().add_reader(socket.fd, self.drain)
+        asyncio.get_running_loop().add_reader(socket.fd, self.drain)  # type: ignore[arg-type]
 
     def address_of(self, transport: str) -> str:
         """With the real port; "" while that door is shut."""
