@@ -52,6 +52,7 @@ def test_a_field_is_a_metric():
 @pytest.mark.parametrize("struct", [SchedulerStatistics, RouterStatistics, JournalStatistics, SupervisorStatistics])
 def test_every_metric_is_explained(struct):
     assert all(field.doc.endswith(".") for field in field_docs(struct))
+    assert {field.type for field in field_docs(struct)} == {"Counter", "Gauge"}
 
 
 def scrape(server: Server) -> dict[str, float]:

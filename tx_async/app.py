@@ -57,7 +57,7 @@ class Server:
         self.config = config
         self._engine = engine
         self.scheduler: Scheduler | None = None
-        #: by name, while the context of `running` is open
+        #: by name; `running` has made them
         self._actors: dict[str, Actor] = {}
 
     def statistics(self) -> dict[str, Struct]:

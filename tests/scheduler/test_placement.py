@@ -47,5 +47,9 @@ def test_every_order_has_every_sequence():
 
 def test_thousands_of_sequences_are_placed_once():
     """Their rows are full anyway, and the server's loop has others to serve."""
-    assert not list(placement_of([1] * 1000).other_orders())
-    assert len(list(placement_of([1] * 16).other_orders())) == 30
+    assert not list(placement_of(mixed(0) * 63).other_orders())
+    assert len(list(placement_of(mixed(0)).other_orders())) == 30
+
+
+def test_sequences_of_one_size_are_placed_once():
+    assert not list(placement_of([256] * 16).other_orders())

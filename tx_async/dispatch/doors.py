@@ -69,7 +69,7 @@ class Doors:
     def close(self) -> None:
         loop = asyncio.get_running_loop()
         for socket in self._sockets.values():
-            loop.remove_reader(socket.getsockopt(zmq.FD))  # type: ignore[arg-type]
+            loop.remove_reader(socket.fd)  # type: ignore[arg-type]
             socket.close()
         self._sockets.clear()
         if self._context is not None:

@@ -39,9 +39,10 @@ class Placement:
         return min((self._in_short_rows(order) for order in orders), key=self._cost)
 
     def other_orders(self) -> Iterator[list[int]]:
-        """Decreasing, but for chance; the same each time. Few for many sequences, whose rows are full anyway."""
-        chance = Random(0)
-        for _ in range(PLACEMENTS_TRIED // max(16, len(self.sizes))):
+        """Decreasing, but for chance; the same each time. Few for many sequences, whose rows are full anyway; none for
+        sequences of one size, which all orders place alike."""
+        chance, are_alike = Random(0), len(set(self.sizes)) == 1
+        for _ in range(0 if are_alike else PLACEMENTS_TRIED // max(16, len(self.sizes))):
             keys = [size * chance.uniform(0.5, 1) for size in self.sizes]
             yield sorted(range(len(self.sizes)), key=lambda i: -keys[i])
 
