@@ -33,7 +33,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     checkpoints_base: str = ""
     """Folder, or `s3://`, `gs://`, `az://` address, of checkpoints; empty = `checkpoints` in `data_dir`."""
     compilation_cache_dir: str = ""
-    """Compiled programs; empty = `compilation_cache` in `data_dir`."""
+    """Compiled programs, run as they are found, so let nobody else write there; empty = `compilation_cache` in
+    `data_dir`."""
     api_keys_file: str = ""
     """File of hashed API keys (`tx-async keys`); required unless the server listens on loopback only."""
 

@@ -80,7 +80,7 @@ def test_a_random_workload_compiles_nothing_new(make_bench, monkeypatch):
 
 
 def test_compiling_ahead_compiles_both_halves_and_reports_its_progress(bench):
-    training, sampling = (Program(name, lambda x: x + 1, (np.zeros(2),)) for name in ("training", "sampling"))
+    training, sampling = (Program(name, lambda x: x + 1, (np.float32(2),)) for name in ("training", "sampling"))
     bench.engine._programs, bench.engine.sampling.programs = {"a": training}, {"b": sampling}
     reports = []
     bench.engine.compile_ahead(lambda *report: reports.append(report))

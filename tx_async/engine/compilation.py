@@ -18,6 +18,9 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.stages import Compiled
+
+from tx_async.engine.executables import Executables
 
 CACHE_BYTES_MAX = 4 * 2**30
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -62,7 +65,7 @@ def _remove_incomplete(folder: Path) -> None:
 
 
 class CompilationCounter:
-    """Programs that XLA compiled, or loaded from the persistent cache, since this counter was made."""
+    """Programs that XLA compiled, or JAX loaded from its cache, since this counter was made."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -95,22 +98,30 @@ class Program:
         Where one argument lies on a mesh, every host array among them is whole on each of its devices.
         """
         self.name = name
+        #: where what an earlier process compiled may lie; None = nowhere
+        self.executables: Executables | None = None
         self._function = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
         self._options = options
         self._shapes = _shapes(tuple(arguments))
-        self._compiled: Any = None
+        self._compiled: Compiled | None = None
+        self._bound, self._decides = function, (self._shapes, donate, out_shardings, options)
 
     def __repr__(self) -> str:
         return f"<Program {self.name}: {'compiled' if self._compiled else 'not compiled yet'}>"
 
     def compile(self) -> None:
         if self._compiled is None:
-            compiled = self._function.lower(*self._shapes).compile(self._options)
-            _refuse_untrusted(self.name, compiled)
-            self._compiled = compiled
+            kept = self.executables
+            self._compiled = kept.get(self._bound, self._decides, self._make) if kept else self._make()
+
+    def _make(self) -> Compiled:
+        compiled = self._function.lower(*self._shapes).compile(self._options)
+        _refuse_untrusted(self.name, compiled)
+        return compiled
 
     def __call__(self, *arguments: Any) -> Any:
         self.compile()
+        assert self._compiled is not None
         return self._compiled(*arguments)
 
 

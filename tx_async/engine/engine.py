@@ -24,6 +24,7 @@ from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.decode_batches import bucket
+from tx_async.engine.executables import Executables
 from tx_async.engine.optimizer import Adam, StepOutcome
 from tx_async.engine.sharding import is_one_cpu
 from tx_async.engine.streams import OwnStream, SameStream
@@ -55,6 +56,8 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     model, params = load_model(folder, dtype, progress, devices)
     digest = mesh.base_model_digest(folder)
     engine = JaxEngine(model, params, config, folder, welcome.checkpoints_base, digest)
+    if config.compilation_cache_dir and is_one_cpu(model.mesh):
+        engine.keep_executables(Executables(Path(config.compilation_cache_dir) / "executables"))
     if config.compile_ahead:
         engine.compile_ahead(progress)
     return engine
@@ -130,9 +133,16 @@ class JaxEngine:
         self.sampling.stream.close()
         self._counter.close()
 
+    def _all_programs(self) -> list[Program]:
+        return [*self._programs.values(), *self.sampling.programs.values()]
+
+    def keep_executables(self, kept: Executables) -> None:
+        for program in self._all_programs():
+            program.executables = kept
+
     def compile_ahead(self, progress: ReportProgress) -> None:
         """Every program of both halves, now."""
-        programs = [*self._programs.values(), *self.sampling.programs.values()]
+        programs = self._all_programs()
         for done, program in enumerate(programs):
             progress("compiling", done, len(programs))
             program.compile()

@@ -63,6 +63,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     compile_ahead: bool = False
     """Compile every program at start instead of at first use."""
     compilation_cache_dir: str = ""
+    """Compiled programs, on each host; "" takes the server's `compilation_cache_dir`."""
 
 
 # ---- handshake
