@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from machine import MODEL, Matmul, Memory, describe
+from machine import MODEL, Matmul, Memory, describe, num_multiplied
 from machine import measure as measure_once
 
 from tx_async.engine.decode_batches import batch_sizes, decode_batch
@@ -72,8 +72,8 @@ def step_function(
 
 
 def floors(bench: SamplingBench, rows: int) -> dict[str, Callable[[], Any]]:
-    """Bytes of all weights but the embedding, read once; and as many multiplications as a step has, in one matmul."""
-    num_weights = sum(x.size for x in jax.tree.leaves(bench.params)) - bench.params["embed"].size
+    """Bytes of all weights that multiply, read once; and as many multiplications as a step has, in one matmul."""
+    num_weights = num_multiplied(bench.params)
     return {
         "floor: weights read once": Memory(4 * num_weights).read,
         "floor: multiplications": Matmul(int((num_weights * rows) ** (1 / 3)), products=1).run,

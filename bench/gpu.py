@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_table import Result, Table
-from machine import Matmul, Memory
+from machine import Matmul, Memory, num_multiplied
 
 from tx_async.engine import compilation
 from tx_async.engine.decode_batches import bucket, prefill_rows
@@ -116,8 +116,6 @@ def random_model(name: str) -> tuple[Decoder, Params]:
     """Norms are one, matrices keep the size of what goes through them."""
     model = from_config(SHAPES[name])
     params = tree_of(model, dict(zip(model.weights, jax.jit(partial(_random_leaves, model.weights))(), strict=True)))
-    if model.tied:
-        params["head"] = jax.jit(jnp.transpose)(params["embed"])
     return model, jax.block_until_ready(params)
 
 
@@ -125,22 +123,13 @@ def _random_leaves(weights: tuple[Weight, ...]) -> list[jax.Array]:
     def leaf(weight: Weight, key: jax.Array) -> jax.Array:
         if len(weight.dims) == 1:
             return jnp.ones(weight.shape, DTYPE)
-        fan_in = weight.dims[1 if weight.name == "embed" else 0].size
+        fan_in = weight.dims[1 if weight.name in ("embed", "head") else 0].size
         return jax.random.normal(key, weight.shape, DTYPE) * jnp.asarray(fan_in**-0.5, DTYPE)
 
     return [
         leaf(weight, key)
         for weight, key in zip(weights, jax.random.split(jax.random.key(0), len(weights)), strict=True)
     ]
-
-
-def matrix_bytes(params: Params) -> int:
-    """What one step reads: everything but the embedding, of which it reads a row per sequence."""
-    return sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"].nbytes
-
-
-def matrix_parameters(params: Params) -> int:
-    return sum(x.size for x in jax.tree.leaves(params)) - params["embed"].size
 
 
 @contextmanager
@@ -178,7 +167,7 @@ def train(model: Decoder, params: Params, rows: int, options: argparse.Namespace
     batches += len(pending)
     rate = batches * rows * length / seconds
     note = f"{1e3 * seconds / batches:.1f} ms per micro-batch"
-    return Result(rate, 4 * matrix_parameters(params) * rate / matmul, "matmul", note)
+    return Result(rate, 4 * num_multiplied(params) * rate / matmul, "matmul", note)
 
 
 def micro_batch(engine: JaxEngine, num_rows: int, length: int) -> tuple[TrainMicroBatch, list[np.ndarray]]:
@@ -209,7 +198,7 @@ class Rollouts:
         self.engine, self.options, self.limits = engine, options, limits
         self.steps = engine.sampling.decode_steps
         self.cache_tokens = (engine.sampling.layout.num_pages - 1) * engine.sampling.layout.page_size
-        self.step_bytes = matrix_bytes(engine.params)
+        self.step_bytes = jnp.dtype(DTYPE).itemsize * num_multiplied(engine.params)
         self.token_bytes = token_bytes(engine.model, DTYPE)
         #: of the newest batch
         self.prefill_s = 0.0
@@ -247,7 +236,7 @@ class Rollouts:
         if not self.prefill_s:
             raise RuntimeError(f"decode {batch} did not run")
         rate = batch * self.options.context / self.prefill_s
-        share = 2 * matrix_parameters(self.engine.params) * rate / self.limits.matmul.rate().wall
+        share = 2 * num_multiplied(self.engine.params) * rate / self.limits.matmul.rate().wall
         return Result(rate, share, "matmul", f"{self.prefill_s:.2f} s for all prompts")
 
     def _new_tokens(self, batch: int) -> int:

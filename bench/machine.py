@@ -27,6 +27,12 @@ MODEL = {
 """The Qwen3 that the benchmarks of a CPU use."""
 
 
+def num_multiplied(params: dict[str, Any]) -> int:
+    """Parameters that every token is multiplied with: all, but an embedding that is no head too. It is looked up."""
+    looked_up = params["embed"].size if "head" in params else 0
+    return sum(x.size for x in jax.tree.leaves(params)) - looked_up
+
+
 class Measured(NamedTuple):
     """One quantity by the clock, and by processor time summed over threads."""
 

@@ -25,10 +25,9 @@ from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "HF_HUB_OFFLINE": "1"}
 
-import jax
 import machine
 import numpy as np
-from machine import Matmul, describe, measure
+from machine import Matmul, describe, measure, num_multiplied
 
 from tx_async.engine.engine import JaxEngine, create
 from tx_async.scheduler.packing import fill, pack
@@ -97,7 +96,7 @@ def run(engine: JaxEngine, case: str, repeats: int, matmul: Matmul) -> dict[str,
     shapes = {command.row_length: (command, tensors) for command, tensors, _ in batches}
     for command, tensors in shapes.values():  # compiles
         engine.execute(command, tensors)()
-    flop_per_token = (2 if case == "forward" else 4) * matrix_parameters(engine)
+    flop_per_token = (2 if case == "forward" else 4) * num_multiplied(engine.params)
     walls, cpus, seconds, rates, tokens = [], [], 0.0, [], 0
     for _ in range(repeats):
         before = matmul.rate()
@@ -124,10 +123,6 @@ def run(engine: JaxEngine, case: str, repeats: int, matmul: Matmul) -> dict[str,
 def _share(pairs: list[tuple[float, float]]) -> float:
     """Useful operations over those that the matmul would have done in the same time."""
     return sum(useful for useful, _ in pairs) / sum(possible for _, possible in pairs)
-
-
-def matrix_parameters(engine: JaxEngine) -> int:
-    return sum(x.size for x in jax.tree.leaves(engine.params)) - engine.params["embed"].size
 
 
 def make_engine(folder: Path, rank: int, max_rank: int) -> JaxEngine:

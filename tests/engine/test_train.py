@@ -10,6 +10,7 @@ import pytest
 from tx_async.engine import engine as engine_module
 from tx_async.engine.adapter_slots import lora_scale, read_slot
 from tx_async.layers.lora import LoraRows
+from tx_async.models.decoder import unembedding
 from tx_async.testing.engine_bench import assert_same_bits, rl_segment, segment
 from tx_async.wire.worker import LOSS_FNS
 
@@ -47,7 +48,7 @@ def plain_gradients(bench, slot, rank, data):
         tokens = jnp.asarray(one["tokens"])[None]
         hidden, _ = model.forward(params, lora, tokens, jnp.arange(tokens.shape[1])[None], attend)
         a, b = weights["head"]["head"]
-        logits = hidden[0] @ params["head"] + hidden[0] @ a[0] @ b[0] * lora_scale(rank)
+        logits = hidden[0] @ unembedding(params).T + hidden[0] @ a[0] @ b[0] * lora_scale(rank)
         lp = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(one["target_tokens"])[:, None], 1)[:, 0]
         if one["loss_fn"] == "cross_entropy":
             return -(jnp.asarray(one["weights"]) * lp).sum()

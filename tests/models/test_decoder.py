@@ -10,6 +10,7 @@ import pytest
 
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraActive, layer_slice, tiles
+from tx_async.models.decoder import unembedding
 from tx_async.models.load import load_model
 from tx_async.testing import parity
 from tx_async.testing.models import make_model
@@ -47,7 +48,7 @@ def test_weights_laid_out_for_decoding_are_the_same_model(case, tmp_path):
     forward = jax.jit(lambda params: model.forward(params, lora, tokens, positions, attend)[0])
     laid_out = model.for_decoding(params)
     np.testing.assert_allclose(forward(laid_out), forward(params), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(laid_out["head"].matrix.T, params["head"])
+    np.testing.assert_array_equal(laid_out["head"].matrix, unembedding(params))
 
 
 @families
@@ -74,7 +75,7 @@ def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(c
     def step(cache, tokens, positions):
         hidden, cache = model.forward(params, lora, tokens, positions, CachedAttention(positions), cache)
         head = lora.deltas(layer_slice(lora.weights["head"]), ("head",), hidden)[0]
-        return hidden @ params["head"] + head, cache
+        return hidden @ unembedding(params).T + head, cache
 
     R, L = tokens.shape
     cache = {name: jnp.zeros((model.cache_layers, R, L, *shape)) for name, shape in model.cache_shapes.items()}

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from tx_async.errors import BaseModelError
 from tx_async.models import load, tensor_files
+from tx_async.models.decoder import unembedding
 from tx_async.models.load import load_model
 from tx_async.testing.models import (
     DEEPSEEK_V3_TINY,
@@ -127,10 +128,10 @@ def test_sharded_checkpoints_and_small_chunks_give_the_same_parameters(tmp_path,
     assert [done for _, done, _ in reports] == sorted({done for _, done, _ in reports})
 
 
-def test_tied_models_hold_the_embedding_in_both_directions(tmp_path):
+def test_tied_models_hold_the_embedding_once(tmp_path):
     folder = make_qwen3(tmp_path, tokenizer=False, tie_word_embeddings=True)
     _, params = load_model(folder)
-    np.testing.assert_array_equal(params["head"], params["embed"].T)
+    assert "head" not in params and unembedding(params) is params["embed"]
     # Some files hold a copy of the tied head: it is passed over, as in transformers.
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((320, 64), "f4")}))
     equal(load_model(folder)[1], params)

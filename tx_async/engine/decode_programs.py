@@ -17,8 +17,9 @@ from tx_async.engine.adapter_slots import lora_scale
 from tx_async.engine.kv_cache import CacheLayout, Pools
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
-from tx_async.layers.linear import product
+from tx_async.layers.linear import OutFirst, product
 from tx_async.layers.lora import LOW_RANK, LoraActive, LoraWeights, layer_slice, tiles
+from tx_async.models.decoder import unembedding
 
 STOP_TOKENS_MAX = 16
 """Stop tokens that the device knows per row; further ones are found by the host a quantum later."""
@@ -212,7 +213,8 @@ def decode(
 
 def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
     """hidden [B, D] -> logits fp32 [B, V]; the adapter's part in fp32, as in training."""
-    logits = product(hidden, params["head"], jnp.float32)
+    head = unembedding(params)
+    logits = product(hidden, head if isinstance(head, OutFirst) else head.T, jnp.float32)
     (delta,) = lora.deltas(layer_slice(lora.weights["head"]), ("head",), hidden[:, None].astype(jnp.float32))
     return logits + delta[:, 0]
 

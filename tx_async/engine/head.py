@@ -18,12 +18,12 @@ from jax import Array
 from tx_async.engine.batch import RowBatch
 from tx_async.engine.losses import GSPO, LossInputs, log_sequence_ratios, loss_terms
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512
 
 
 class Unembedding(NamedTuple):
     head: Array
-    """[D, V], frozen, in the model's dtype."""
+    """[V, D], frozen, in the model's dtype."""
     a: Array
     """[R, D, rank] fp32: each row's adapter."""
     b: Array
@@ -96,7 +96,7 @@ def _logprobs(hidden: Array, w: Unembedding, batch: RowBatch) -> Array:
 def _logits(hidden: Array, w: Unembedding) -> tuple[Array, Array]:
     """-> (logits [R, C, V] fp32, the adapter's hidden [R, C, rank], scaled)."""
     low = jnp.einsum("rcd,rdk->rck", hidden.astype(jnp.float32), w.a) * w.scale[:, None, None]
-    logits = jnp.einsum("rcd,dv->rcv", hidden, w.head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("rcd,vd->rcv", hidden, w.head, preferred_element_type=jnp.float32)
     return logits + jnp.einsum("rck,rkv->rcv", low, w.b), low
 
 
@@ -110,7 +110,7 @@ def _backward(chunk: _Chunk, w: Unembedding, logits: Array, lse: Array, low: Arr
     """slopes = d loss / d logprobs [R, C, K] -> gradients by hidden [R, C, D] and, per row, A and B."""
     dlogits = _dlogits(logits, lse, chunk.targets, slopes)
     dlow = jnp.einsum("rcv,rkv->rck", dlogits, w.b) * w.scale[:, None, None]
-    dhidden = jnp.einsum("rcv,dv->rcd", dlogits.astype(w.head.dtype), w.head, preferred_element_type=jnp.float32)
+    dhidden = jnp.einsum("rcv,vd->rcd", dlogits.astype(w.head.dtype), w.head, preferred_element_type=jnp.float32)
     dhidden = (dhidden + jnp.einsum("rck,rdk->rcd", dlow, w.a)).astype(chunk.hidden.dtype)
     da = jnp.einsum("rcd,rck->rdk", chunk.hidden.astype(jnp.float32), dlow)
     return dhidden, da, jnp.einsum("rck,rcv->rkv", low, dlogits)

@@ -19,6 +19,7 @@ from tx_async.engine.batch import RowBatch
 from tx_async.engine.sharding import is_one_cpu
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, LoraWeights, layer_slice
+from tx_async.models.decoder import unembedding
 
 HEAD = "head"
 """The stack of the unembedding, applied by `head.py`; all others belong to the model's forward."""
@@ -63,7 +64,7 @@ def _trunk(model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: b
 
 def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:
     a, b = layer_slice(rows[HEAD])[HEAD]
-    return head.Unembedding(params["head"], a, b, batch.scale)
+    return head.Unembedding(unembedding(params), a, b, batch.scale)
 
 
 def _accumulate(gradients: LoraWeights, of_rows: LoraWeights, slots: Array) -> LoraWeights:

@@ -28,7 +28,8 @@ Segments = tuple[tuple[Stack, ...], ...]
 
 @dataclass(frozen=True)
 class Decoder:
-    """Parameters: embed [V, D], head [D, V], norm [D], and a dict of stacked arrays per stack (see `weights`).
+    """Parameters: embed [V, D], norm [D], head [V, D] if it is not tied (see `unembedding`), and a dict of stacked
+    arrays per stack (see `weights`).
 
     Frozen and hashable: a model is the static part of a program, `params` are its arrays.
     """
@@ -71,14 +72,12 @@ class Decoder:
     def weights(self) -> tuple[Weight, ...]:
         """Every parameter, once: what is loaded, sharded, adapted and exported."""
         hidden, vocab = Dim(self.hidden_size, "embed"), Dim(self.vocab_size, "vocab")
-        embed = "model.embed_tokens.weight"
-        head = embed if self.tied else "lm_head.weight"
         weights = [
-            Weight("", "embed", (vocab, hidden), (embed,)),
+            Weight("", "embed", (vocab, hidden), ("model.embed_tokens.weight",)),
             Weight("", "norm", (Dim(self.hidden_size),), ("model.norm.weight",)),
-            # Tied models keep the transposed copy too: decoding reads [D, V] several times faster than [V, D]ᵀ.
-            Weight("", "head", (hidden, vocab), (head,), True),
         ]
+        if not self.tied:
+            weights.append(Weight("", "head", (vocab, hidden), ("lm_head.weight",)))
         for stack in self.stacks:
             weights.append(stack.vector("input_norm", "input_layernorm.weight", Dim(self.hidden_size)))
             weights.append(stack.vector("post_norm", "post_attention_layernorm.weight", Dim(self.hidden_size)))
@@ -97,13 +96,11 @@ class Decoder:
 
     def for_decoding(self, params: Params) -> Params:
         """The same numbers once more, laid out for steps of few tokens on a CPU: a list of layers for each stack, since
-        a scan copies each layer out of its stack, and projections as `OutFirst`. Memory: all layers' weights again, and
-        the head's if it is not tied."""
-        head = params["embed"] if self.tied else params["head"].T
+        a scan copies each layer out of its stack, and projections as `OutFirst`. Memory: all layers' weights again."""
         return {
             "embed": params["embed"],
             "norm": params["norm"],
-            "head": OutFirst(head),
+            "head": OutFirst(unembedding(params)),
             **{stack.name: [self._layer(params, stack, i) for i in range(len(stack.layers))] for stack in self.stacks},
         }
 
@@ -167,6 +164,11 @@ class Decoder:
 
     def _norm(self, x: Array, weight: Array) -> Array:
         return rms_norm(x, weight, self.rms_norm_eps)
+
+
+def unembedding(params: Params) -> Any:
+    """The head [V, D]; of a tied model the embedding itself."""
+    return params.get("head", params["embed"])
 
 
 def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...]) -> tuple[Array, Cache]:

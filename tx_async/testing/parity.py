@@ -17,7 +17,7 @@ from jax import Array
 
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import Lora, LoraRows, layer_slice
-from tx_async.models.decoder import Decoder, Params
+from tx_async.models.decoder import Decoder, Params, unembedding
 from tx_async.models.peft import AdapterWeights, adapter_shapes
 from tx_async.testing.models import DEEPSEEK_V3_TINY, LLAMA_TINY, QWEN3_MOE_TINY, QWEN3_TINY
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
@@ -102,7 +102,7 @@ def logits(model: Decoder, params: Params, tokens: Array, lora: Lora | None = No
     positions = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (R, L))
     attend = PackedAttention(positions, jnp.ones_like(positions))
     hidden, _ = model.forward(params, lora, jnp.asarray(tokens), positions, attend)
-    out = (hidden @ params["head"]).astype(jnp.float32)
+    out = (hidden @ unembedding(params).T).astype(jnp.float32)
     if head := lora.weights.get("head"):
         out = out + lora.deltas(layer_slice(head), ("head",), hidden)[0]
     return out

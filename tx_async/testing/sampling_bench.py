@@ -16,6 +16,7 @@ from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.streams import SameStream
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, init_weights, layer_slice
+from tx_async.models.decoder import unembedding
 from tx_async.models.load import load_model
 from tx_async.testing import parity
 from tx_async.wire.worker import (
@@ -150,7 +151,7 @@ def _logprobs(model: Any, params: Any, rows: LoraRows, tokens: jax.Array) -> jax
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     attend = PackedAttention(positions, jnp.ones_like(positions))
     hidden, _ = model.forward(params, rows, tokens, positions, attend)
-    logits = jnp.einsum("rld,dv->rlv", hidden, params["head"], preferred_element_type=jnp.float32)
+    logits = jnp.einsum("rld,vd->rlv", hidden, unembedding(params), preferred_element_type=jnp.float32)
     if head := rows.weights.get("head"):
         logits = logits + rows.deltas(layer_slice(head), ("head",), hidden.astype(jnp.float32))[0]
     return jax.nn.log_softmax(logits)
