@@ -149,7 +149,7 @@ def test_the_chunked_head_gives_the_gradients_of_the_whole(name, k, monkeypatch)
     targets = rng.integers(0, VOCAB, (2, LENGTH, k))
     targets[0, :5] = targets[0, :5, :1]  # the same target several times
     batch = row_batch(name, x, targets)
-    unembedding = head.Unembedding(*(jnp.asarray(v, jnp.float32) for v in (w, a, b)), batch.scale)
+    unembedding = head.Unembedding(*(jnp.asarray(v, jnp.float32) for v in (w.T, a, b)), batch.scale)
     run = jax.jit(head.forward_backward)
     logprobs, losses, gradients = run(jnp.asarray(hidden, jnp.float32), unembedding, batch)
 

@@ -121,9 +121,12 @@ def test_leftovers_of_dead_writers_are_not_listed_and_removed_when_old(tmp_path:
 def test_a_folder_whose_writer_died_before_its_first_file_is_removed_when_old(tmp_path: Path):
     store = Store(tmp_path)
     store.put_sync("run/weights/1", b"1")
-    (tmp_path / "run/snapshots/7").mkdir(parents=True)
+    left = tmp_path / "run/snapshots/7"
+    left.mkdir(parents=True)
     assert store.remove_leftovers_sync(older_than_s=3_600) == 0
-    assert store.remove_leftovers_sync(older_than_s=0) == 1
+    for folder in (left, left.parent):
+        os.utime(folder, (0, 0))
+    assert store.remove_leftovers_sync(older_than_s=3_600) == 1  # which makes the folder around it new
     assert {path.name for path in (tmp_path / "run").rglob("*")} == {"weights", "1", "snapshots"}
 
 
