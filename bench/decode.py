@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from machine import MODEL, Matmul, Memory, describe, num_multiplied
+from machine import MODEL, Matmul, Memory, as_worker, describe, num_multiplied
 from machine import measure as measure_once
 
 from tx_async.engine.decode_batches import batch_sizes, decode_batch
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per case")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    as_worker()
     known = batch_sizes(64, jax.default_backend())
     if unknown := sorted(set(options.batch) - set(known)):
         parser.error(f"no program decodes {unknown} rows; there are {list(known)}")

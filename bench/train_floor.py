@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true")
     parser.add_argument("--json", action="store_true", help="JSON only")
     options = parser.parse_args()
+    machine.as_worker()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engine, matmul = make_engine(folder, options.rank, options.max_lora_rank), Matmul(MATMUL_SIZE)

@@ -22,6 +22,7 @@ from tx_async.dispatch.groups import describe
 from tx_async.dispatch.router import Router
 from tx_async.errors import BaseModelError
 from tx_async.metrics import Counter, Gauge
+from tx_async.worker import allocator
 from tx_async.worker.exit_codes import ExitCode
 from tx_async.worker.main import DEFAULT_ENGINE, TOKEN_VARIABLE
 from tx_async.worker.pulse import PULSE_VARIABLE, Pulse
@@ -35,9 +36,6 @@ HEALTHY_AFTER_S = 60.0
 """A process that lived so long starts again with the shortest delay."""
 LAST_LINE_CHARACTERS_MAX = 500
 FORCED_STOP_S = 10.0
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""A worker asks for huge pages: on a CPU every decode step reads all weights, every optimizer step writes megabytes
-anew, and both wait for small pages. Another C library ignores it; an operator's own choice wins."""
 PULSE_POLL_S = 0.25
 
 OnExit = Callable[["WorkerProcess", int, str], None]
@@ -67,7 +65,7 @@ class WorkerProcess:
             str(process_id), "--engine", engine, "--capabilities", capabilities, "--parent-pid", str(os.getpid()),
             "--log-level", log_level,
         ]  # fmt: skip
-        self._environment = {**HUGE_PAGES, **os.environ, **(environment or {})}
+        self._environment = {**allocator.ENVIRONMENT, **os.environ, **(environment or {})}
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
         self._last_line = ""
