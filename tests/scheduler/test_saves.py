@@ -6,6 +6,7 @@ from tx_async.testing.reference import Reference
 from tx_async.testing.stage import Stage
 from tx_async.wire.operations import UnloadModel
 from tx_async.wire.records import SamplerRecord
+from tx_async.wire.worker import LoadAdapter, SaveAdapter
 
 
 def path_of(model: str, name: str) -> str:
@@ -270,4 +271,26 @@ def test_a_load_that_storage_does_not_deliver_for_too_long_fails_alone(stage: St
         stage.wait(25)
     stage.run()
     assert "could not be read" in stage.error(load) and not stage.error(later)
+    Reference(stage).check()
+
+
+def test_a_save_waits_for_the_answer_of_the_base_that_it_is_made_of(stage: Stage):
+    """The newest snapshot is damaged, and a save is already on its way behind it. Saves are answered by another thread:
+    what it says of a slot that holds nothing, or something else, may come first. The client must never hear it."""
+    model = stage.model()
+    stage.train(model, 6)
+    stage.run()
+    newest, _ = stage.catalog.models[model].snapshots
+    stage.storage.damaged.add(newest.key)
+    stage.crash_server()
+    stage.start_worker()
+    save = stage.save(model, 13, "a")
+    stage.settle()
+    worker = stage.worker
+    assert worker and [type(sent.command) for sent in worker.inbox] == [LoadAdapter, SaveAdapter]
+    while worker.inbox:
+        stage.execute_next()
+    worker.outbox.reverse()
+    stage.run()
+    assert not stage.error(save) and stage.catalog.checkpoints[path_of(model, "a")]
     Reference(stage).check()

@@ -96,6 +96,8 @@ class Lane:
         self.heard_at = 0.0
         #: True while the device holds base + operations up to the cursor
         self.resident = False
+        #: bases on their way to a slot: until the answer it is not known whether the slot holds what it should
+        self.num_bases_awaited = 0
         #: how often the device state was lost: answers that belong to an earlier one are ignored
         self.num_losses = 0
         #: snapshots on their way: sent, their files not yet known to be durable; oldest first
@@ -210,6 +212,7 @@ class Lane:
     def lose_device_state(self) -> None:
         """The slot's content is gone or not to be trusted: everything after the base runs again."""
         self.resident = False
+        self.num_bases_awaited = 0
         self.num_losses += 1
         self.pending_snapshots.clear()
         self.durable_snapshots.clear()
@@ -229,7 +232,7 @@ class Lane:
 
     def is_settled_before(self, seq_id: int) -> bool:
         """Whether everything that the state at this operation consists of has been answered, and reported."""
-        return not any(
+        return not self.num_bases_awaited and not any(
             step.seq_id < seq_id and step.needs_replay and (not step.finished or step.num_outstanding)
             for step in self.steps.values()
         )

@@ -66,8 +66,8 @@ class Training:
         self.slots = TrainingSlots(self.runs, self.snapshots, decisions)
         self.saves = Saves(self.runs, decisions)
         self.micro_batches = MicroBatches(self.runs, decisions, self.fair)
-        #: saves whose files are durable while steps that they contain are unanswered, with their sizes
-        self._held_saves: list[tuple[StepSent, int]] = []
+        #: saves that are answered while their base, or steps that they contain, are not; with size or failure
+        self._held_saves: list[tuple[StepSent, int | TxError]] = []
         #: no operation begins any more; those that are half on the device still end
         self.is_draining = False
 
@@ -250,19 +250,23 @@ class Training:
     def settle(self) -> None:
         """After every fact: make saves and snapshots count whose operations have all been answered."""
         held, self._held_saves = self._held_saves, []
-        for sent, size_bytes in held:
+        for sent, outcome in held:
             if sent.is_current:
-                self._finish_save(sent, size_bytes)
+                self._end_save(sent, outcome)
         self.snapshots.settle()
 
-    def _finish_save(self, sent: StepSent, size_bytes: int) -> None:
-        """Its files may be there before the answers of what they contain, and one of those may still be bad."""
-        step = sent.step
+    def _end_save(self, sent: StepSent, outcome: int | TxError) -> None:
+        """outcome: bytes, or why not. It may be there before the answers of what the files contain, and one of those
+        may still be bad: then the files are not what they should be, or the failure is not the save's own."""
+        lane, step = sent.lane, sent.step
         assert isinstance(step.operation, SaveWeights)
-        if sent.lane.is_settled_before(step.seq_id):
-            self.saves.finished(sent.lane, step, step.operation, size_bytes)
+        if not lane.is_settled_before(step.seq_id):
+            self._held_saves.append((sent, outcome))
+        elif isinstance(outcome, int):
+            self.saves.finished(lane, step, step.operation, outcome)
         else:
-            self._held_saves.append((sent, size_bytes))
+            self.saves.forget(lane, step, step.operation)
+            self.runs.fail(step, outcome)
 
     def _step_finished(self, sent: StepSent, event: CommandFinished) -> None:
         step, result = sent.step, event.result
@@ -273,7 +277,7 @@ class Training:
                 self.runs.succeed(step, {"metrics": finite})
             case SaveWeights():
                 assert isinstance(result, Saved)
-                self._finish_save(sent, result.size_bytes)
+                self._end_save(sent, result.size_bytes)
             case LoadWeights(path=path):
                 body = {"type": "load_weights", "path": path, "model_id": sent.lane.model_id}
                 self.runs.succeed(step, body)
@@ -281,9 +285,8 @@ class Training:
     def _step_failed(self, sent: StepSent, error: TxError) -> None:
         lane, step = sent.lane, sent.step
         match step.operation:
-            case SaveWeights() as operation:
-                self.saves.forget(lane, step, operation)
-                self.runs.fail(step, error)
+            case SaveWeights():
+                self._end_save(sent, error)
             case OptimStep() if error.category == "user":
                 self.runs.fail(step, error, had_effect=True)  # NaN gradients: cleared, weights as before
             case LoadWeights() if not step.finished and (error.category == "user" or self._is_given_up(step)):

@@ -50,6 +50,7 @@ class TrainingSlots:
             command = LoadAdapter(slot=slot, config=lane.model.lora, key=key, optimizer=optimizer)
         self.decisions.send(worker, command, BaseSent(lane, key, lane.num_losses))
         lane.resident = True
+        lane.num_bases_awaited += 1
         return True
 
     def _take_slot(self, worker: WorkerState, lane: Lane) -> int | None:
@@ -81,6 +82,7 @@ class TrainingSlots:
         lane = answer.lane
         if not answer.is_current:
             return
+        lane.num_bases_awaited -= 1
         lane.base_outage.over()
         first = lane.steps.get(0)
         if first is not None and not first.finished:
