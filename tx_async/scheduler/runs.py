@@ -174,7 +174,7 @@ class Runs:
         """The trainer is gone, and every lane's device state with it."""
         for lane in list(self.lanes.values()):
             suspects = [step for step in lane.steps.values() if step.num_outstanding]
-            if lane.resident or lane.pending_snapshots or suspects:
+            if lane.resident or lane.num_bases_awaited or lane.pending_snapshots or suspects:
                 for step in suspects:
                     self.try_again(step, ServerError(f"The worker died {step.attempts + 1} times while it ran this."))
                 if lane.model_id in self.lanes:
