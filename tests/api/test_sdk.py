@@ -2,11 +2,9 @@
 
 import asyncio
 import concurrent.futures
-import gc
 import pickle
 import socket
 import threading
-import warnings
 
 import pytest
 import tinker
@@ -17,6 +15,7 @@ from tinker import types
 from tx_async.api.routes import create_api
 from tx_async.config import ServerConfig
 from tx_async.testing.fake_scheduler import FakeScheduler
+from tx_async.testing.sdk import collect_connections
 
 # The SDK announces its own changes, and leaves the sockets of its pools to the garbage collector.
 pytestmark = [
@@ -73,10 +72,8 @@ def service(server):
     client = tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy", user_metadata={"team": "red"})
     yield client
     client.close("success").result()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        del client
-        gc.collect()
+    del client
+    collect_connections()
 
 
 @pytest.fixture
@@ -232,6 +229,7 @@ def test_a_pickled_sampling_client_joins_with_a_number_of_its_own(service, serve
     copy = pickle.loads(pickle.dumps(sampler))
     params = types.SamplingParams(max_tokens=1)
     assert copy.sample(types.ModelInput.from_ints([1]), 1, params).result().sequences[0].tokens == [2]
+    copy.holder.close()  # nobody else does: its heartbeat would go on as long as this process
     assert max(s.num_clones for s in server.scheduler.samplers.values()) >= 1
 
 

@@ -39,7 +39,7 @@ def sockets_of_the_sdk() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def connections_of_the_sdk() -> Iterator[None]:
     """The last ones too, before other tests begin."""
     yield

@@ -1,12 +1,14 @@
 """Checkpoints, samplers and loads, in the order of the run's operations."""
 
+import msgspec
 import pytest
 
 from tx_async.testing.reference import Reference
+from tx_async.testing.simulation import INFO
 from tx_async.testing.stage import Stage
 from tx_async.wire.operations import UnloadModel
 from tx_async.wire.records import SamplerRecord
-from tx_async.wire.worker import LoadAdapter, SaveAdapter
+from tx_async.wire.worker import CreateAdapter, LoadAdapter, SaveAdapter
 
 
 def path_of(model: str, name: str) -> str:
@@ -293,4 +295,27 @@ def test_a_save_waits_for_the_answer_of_the_base_that_it_is_made_of(stage: Stage
     worker.outbox.reverse()
     stage.run()
     assert not stage.error(save) and stage.catalog.checkpoints[path_of(model, "a")]
+    Reference(stage).check()
+
+
+def test_a_base_that_a_dead_worker_never_answered_holds_no_later_save():
+    """A run is brought for a save that is refused, leaves its slot at once, and the worker dies before any answer."""
+    stage = Stage(info=msgspec.structs.replace(INFO, num_training_slots=1))
+    model, other = stage.model(), stage.model()
+    stage.train(model, 6)
+    stage.save(model, 13, "a")
+    stage.run()
+    stage.crash_server()
+    stage.start_worker()
+    refused = stage.save(model, 14, "a")
+    stage.forward_backward(other, 1)
+    stage.settle()
+    worker = stage.worker
+    assert worker and [type(sent.command) for sent in worker.inbox][:2] == [LoadAdapter, CreateAdapter]
+    assert "exists already" in stage.error(refused) and not stage.lane(model).resident
+    stage.crash_worker()
+    stage.start_worker()
+    save = stage.save(model, 15, "b")
+    stage.run()
+    assert not stage.error(save)
     Reference(stage).check()
