@@ -65,6 +65,9 @@ class _Blocks(NamedTuple):
     positions: Array
     """[n, R, B]"""
     segments: Array
+    q_positions: Array
+    """[n, R, G * B]: the same, as queries stand."""
+    q_segments: Array
     first: Array
     """[n]: the first key block that each query block needs."""
 
@@ -114,15 +117,17 @@ def _backward(scale: float, saved: _Saved, dout: Array) -> tuple[Array | None, .
     x = saved.blocks
     length, num_heads = dout.shape[1:3]
     dout = _queries(dout, x.k.shape[2], x.k.shape[3])
-    delta = row_sums(dout.astype(jnp.float32) * saved.out.astype(jnp.float32))  # (n, R, Hkv, G * B, 1)
+    delta = row_sums(dout.astype(jnp.float32) * saved.out.astype(jnp.float32))[..., 0]  # (n, R, Hkv, G * B)
 
     def pair(i: Array, j: Array) -> tuple[Array, Array, Array]:
-        weights = jnp.exp(_scores(x, i, j, scale) - saved.lse[i][..., None])
-        dweights = _dot("rhqd,rhkd->rhqk", dout[i], x.v[j])
-        dscores = (weights * (dweights - delta[i]) * scale).astype(x.k.dtype)
-        dq = _dot("rhqk,rhkd->rhqd", dscores, x.k[j])
-        dk = _dot("rhqk,rhqd->rhkd", dscores, x.q[i])
-        return dq, dk, _dot("rhqk,rhqd->rhkd", weights.astype(dout.dtype), dout[i])
+        # Keys before queries: so dk and dv, which sum over queries, are plain products, and only dq reads its first
+        # factor turned round, which takes a CPU half as long again. Queries first, it would be dk and dv.
+        weights = jnp.exp(_scores_by_key(x, i, j, scale) - saved.lse[i][:, :, None])
+        dweights = _dot("rhkd,rhqd->rhkq", x.v[j], dout[i])
+        dscores = (weights * (dweights - delta[i][:, :, None]) * scale).astype(x.k.dtype)
+        dq = _dot("rhkq,rhkd->rhqd", dscores, x.k[j])
+        dk = _dot("rhkq,rhqd->rhkd", dscores, x.q[i])
+        return dq, dk, _dot("rhkq,rhqd->rhkd", weights.astype(dout.dtype), dout[i])
 
     def one_query_block(dkv: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
         def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -145,12 +150,16 @@ packed_attention.defvjp(_forward, _backward)
 
 def _scores(x: _Blocks, i: Array, j: Array, scale: float) -> Array:
     """fp32 [R, Hkv, G * B, B]: queries of block i by keys of block j; what may not be seen is very low."""
-    scores = _dot("rhqd,rhkd->rhqk", x.q[i], x.k[j]) * scale
-    seen = x.segments[i][:, :, None] == x.segments[j][:, None, :]
-    seen &= x.positions[i][:, :, None] >= x.positions[j][:, None, :]
-    size = seen.shape[-1]
-    grouped = scores.reshape(*scores.shape[:2], -1, size, size)
-    return jnp.where(seen[:, None, None], grouped, MASKED).reshape(scores.shape)
+    seen = x.q_segments[i][:, :, None] == x.segments[j][:, None, :]
+    seen &= x.q_positions[i][:, :, None] >= x.positions[j][:, None, :]
+    return jnp.where(seen[:, None], _dot("rhqd,rhkd->rhqk", x.q[i], x.k[j]) * scale, MASKED)
+
+
+def _scores_by_key(x: _Blocks, i: Array, j: Array, scale: float) -> Array:
+    """The same [R, Hkv, B, G * B]."""
+    seen = x.segments[j][:, :, None] == x.q_segments[i][:, None, :]
+    seen &= x.positions[j][:, :, None] <= x.q_positions[i][:, None, :]
+    return jnp.where(seen[:, None], _dot("rhkd,rhqd->rhkq", x.k[j], x.q[i]) * scale, MASKED)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -167,7 +176,17 @@ def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array) 
     segments = jnp.where(segments > 0, segments, -1 - numbers)
     # Positions count from the start of their segment; min: all rows go through the same blocks.
     first = jnp.min(numbers[..., 0] - -(-positions[:, :, 0] // size), axis=1)
-    return _Blocks(_queries(q, k.shape[2], size), keys, values, positions, segments, jnp.maximum(first, 0))
+    group = (1, 1, q.shape[2] // k.shape[2])
+    return _Blocks(
+        q=_queries(q, k.shape[2], size),
+        k=keys,
+        v=values,
+        positions=positions,
+        segments=segments,
+        q_positions=jnp.tile(positions, group),
+        q_segments=jnp.tile(segments, group),
+        first=jnp.maximum(first, 0),
+    )
 
 
 def _queries(x: Array, num_kv_heads: int, size: int) -> Array:
