@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +26,10 @@ from machine import measure as measure_once
 from tx_async.engine.decode_batches import batch_sizes, decode_batch
 from tx_async.engine.decode_programs import Adapters
 from tx_async.testing.models import make_qwen3
-from tx_async.testing.sampling_bench import SamplingBench
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
+
+from tests.support.sampling_bench import SamplingBench
 
 ROOT = Path(__file__).parents[1]
 KINDS: dict[str, dict[str, Any]] = {

@@ -46,7 +46,7 @@ from tx_async.engine.sharding import tree_of
 from tx_async.layers.weights import Weight
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import from_config
-from tx_async.scheduler.packing import fill, pack
+from tx_async.scheduler.training.packing import fill, pack
 from tx_async.testing.models import QWEN3_TINY
 from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.tensors import Tensor

@@ -15,10 +15,12 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,9 +33,12 @@ from tx_async.layers.lora import LoraRows
 from tx_async.layers.weights import Stack
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import from_config
-from tx_async.testing import parity
 from tx_async.testing.models import QWEN3_TINY
 from tx_async.wire.worker import AdapterConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
+
+from tests.support import parity
 
 QWEN3_512 = QWEN3_TINY | {
     "vocab_size": 32768,

@@ -26,9 +26,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import tinker
 
-from tx_async.testing.durability import batch, kill_server, kill_worker, serving
 from tx_async.testing.models import make_qwen3
 from tx_async.testing.server import Server
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
+
+from tests.support.durability import batch, kill_server, kill_worker, serving
 
 GOAL_S = 5.0
 

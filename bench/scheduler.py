@@ -16,12 +16,16 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 
-from tx_async.scheduler.events import Fact
-from tx_async.testing.simulation import INFO
-from tx_async.testing.stage import Stage
+from tx_async.scheduler.core.events import Fact
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
+
+from tests.support.simulation import INFO
+from tests.support.stage import Stage
 
 
 class CountingStage(Stage):

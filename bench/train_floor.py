@@ -30,7 +30,7 @@ import numpy as np
 from machine import Matmul, describe, measure, num_multiplied
 
 from tx_async.engine.engine import JaxEngine, create
-from tx_async.scheduler.packing import fill, pack
+from tx_async.scheduler.training.packing import fill, pack
 from tx_async.testing.models import make_qwen3
 from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.tensors import Tensor

@@ -23,6 +23,8 @@ os.environ |= {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "TINKER_TELEMETRY": "0",
+    # Processes that tests start find tests/support, too.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
 
 import hypothesis  # noqa: E402

@@ -15,6 +15,14 @@ WEB = ("starlette", "hypercorn")
 DEVICE = ("jax", "jaxlib", "flax", "optax")
 SQL = ("aiosqlite", "asyncpg", "sqlite3")
 WIRE = ("tx_async.wire", "tx_async.errors")
+#: what decides without I/O
+PURE = (
+    "tx_async.scheduler.core",
+    "tx_async.scheduler.training",
+    "tx_async.scheduler.sampling",
+    "tx_async.scheduler.interface",
+    *WIRE,
+)
 
 #: folder or module -> what it must not import, besides what `ONLY` leaves it
 NEVER = {
@@ -46,6 +54,9 @@ ONLY = {
     "clock": (),
     "metrics": ("tx_async.field_docs",),
     "scheduler/interface": WIRE,
+    "scheduler/core": PURE,
+    "scheduler/training": PURE,
+    "scheduler/sampling": PURE,
     "worker/engine_api": WIRE,
     "layers": ("tx_async.layers", *WIRE),
     "engine/sharding": ("tx_async.layers", "tx_async.models", *WIRE),

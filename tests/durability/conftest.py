@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tx_async.testing.durability import Told, serving, stored, train
+from tests.support.durability import Told, serving, stored, train
 from tx_async.testing.sdk import collect_connections
 
 FAKE_STEPS = 10

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tx_async.app
+from tests.support import fail_points
 from tx_async import cli
 from tx_async.errors import StorageError
 from tx_async.journal.sqlite import SqliteDriver
-from tx_async.scheduler import orphans
-from tx_async.testing import fail_points
+from tx_async.scheduler.training import orphans
 from tx_async.wire.records import Change
 
 write = SqliteDriver.apply
@@ -31,6 +31,6 @@ async def write_unless_full(self: SqliteDriver, changes: Sequence[Change]) -> No
 if "DISK_FULL_FILE" in os.environ:
     SqliteDriver.apply = write_unless_full
 orphans.LOOK_AFTER_S = 1.0
-tx_async.app.create_app = functools.partial(tx_async.app.create_app, engine="tx_async.testing.fake_worker:create")
+tx_async.app.create_app = functools.partial(tx_async.app.create_app, engine="tests.support.fake_worker:create")
 fail_points.install()
 sys.exit(cli.main(sys.argv[1:]))

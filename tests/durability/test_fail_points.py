@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tx_async.testing import fail_points
-from tx_async.testing.durability import Told, reviving, serving, stored, train, wait_until
+from tests.support import fail_points
+from tests.support.durability import Told, reviving, serving, stored, train, wait_until
 from tx_async.testing.server import Server
 
 STEPS = 10

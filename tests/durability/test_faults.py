@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tx_async.testing.durability import (
+from tests.support.durability import (
     Told,
     killing,
     newest_snapshot,

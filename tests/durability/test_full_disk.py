@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tx_async.testing.durability import Told, batch, serving, stored, train, wait_until
+from tests.support.durability import Told, batch, serving, stored, train, wait_until
 from tx_async.testing.server import Server, ServerFailed
 
 STEPS = 10

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tx_async.scheduler.orphans import LOOK_AFTER_S
+from tests.support.durability import Told, killing, serving, snapshots, stored, train, wait_until
+from tx_async.scheduler.training.orphans import LOOK_AFTER_S
 from tx_async.storage.local import INCOMING
 from tx_async.storage.sweep import OLDER_THAN_S
-from tx_async.testing.durability import Told, killing, serving, snapshots, stored, train, wait_until
 
 FAKE_STEPS = 10
 JAX_STEPS = 8

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tinker
 
-from tx_async.testing.durability import batch, serving
+from tests.support.durability import batch, serving
 
 MODELS = 200
 SLOTS = 8

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tx_async.testing.durability import Told, killing, serving, stored, train
-from tx_async.testing.proxy import Mischief, unreliable
+from tests.support.durability import Told, killing, serving, stored, train
+from tests.support.proxy import Mischief, unreliable
 
 STEPS = 10
 

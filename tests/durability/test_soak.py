@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from tx_async.testing.durability import serving, snapshots, wait_until, worker_pids
+from tests.support.durability import serving, snapshots, wait_until, worker_pids
 from tx_async.testing.server import Server
 
 LIMITS: dict[str, Any] = {

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.support import parity
 from tx_async.engine import train
 from tx_async.engine.adapter_slots import TrainingState, zeros
 from tx_async.engine.batch import row_batch
@@ -28,7 +29,6 @@ from tx_async.layers.block import Run
 from tx_async.layers.moe import MoeMlp
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import load_model
-from tx_async.testing import parity
 from tx_async.testing.engine_bench import micro_batch, segment
 from tx_async.testing.models import DEEPSEEK_V3_TINY, LLAMA_TINY, QWEN3_MOE_TINY, QWEN3_TINY, make_model
 from tx_async.wire.worker import AdamParams, AdapterConfig, EngineConfig

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.support.sampling_bench import SamplingBench
 from tx_async.engine import decode
-from tx_async.testing.sampling_bench import SamplingBench
 from tx_async.wire.worker import PromptScores
 
 VOCAB = 256

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import parity
+from tests.support.sampling_bench import SamplingBench
 from tx_async.models.load import load_model
-from tx_async.testing import parity
 from tx_async.testing.models import make_model
-from tx_async.testing.sampling_bench import SamplingBench
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "greedy.npz")
 BOUND = 1e-4

@@ -1,4 +1,4 @@
-"""Store the reference logits of transformers for every case of `tx_async.testing.parity`.
+"""Store the reference logits of transformers for every case of `tests.support.parity`.
 
     python tests/golden/make_golden.py
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from tx_async.testing import parity
+from tests.support import parity
 from tx_async.testing.models import make_model
 
 GOLDEN = Path(__file__).with_name("logits.npz")

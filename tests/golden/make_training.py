@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import peft
 
-from tx_async.testing import parity, parity_training
+from tests.support import parity, parity_training
 from tx_async.testing.models import make_model
 
 GOLDEN = Path(__file__).with_name("training.npz")

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import tinker
 
+from tests.support.peft_sampler import stride_of
 from tx_async.storage.checkpoint_files import read_checkpoint_sync
 from tx_async.storage.store import Store
-from tx_async.testing.peft_sampler import stride_of
 from tx_async.testing.server import free_port, running_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # the SDK's sockets
@@ -187,7 +187,7 @@ def test_a_mesh_with_too_few_devices_is_refused_on_both_sides(tiny_qwen3, tmp_pa
 def test_a_sampler_without_jax_serves_beside_the_mesh_that_trains(tiny_qwen3, tmp_path):
     """It gets the adapter as PEFT files through storage; the scheduler finds it by its capability."""
     address = f"tcp://127.0.0.1:{free_port()}"
-    example = ("--name", "example", "--capabilities", "sample", "--engine", "tx_async.testing.peft_sampler:create")
+    example = ("--name", "example", "--capabilities", "sample", "--engine", "tests.support.peft_sampler:create")
     with (
         running_server(
             tiny_qwen3, data_dir=tmp_path, backend_config=mesh(fully_sharded_data_parallel_size=2), environ=ENVIRON,

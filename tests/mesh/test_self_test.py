@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
+from tests.support.wrong_collective import WRONG_VARIABLE
 from tx_async.config import ServerConfig
 from tx_async.errors import BaseModelError
 from tx_async.testing.dispatch import running_dispatch
 from tx_async.testing.server import free_port
-from tx_async.testing.wrong_collective import WRONG_VARIABLE
 from tx_async.wire.worker import EngineConfig
 
 START_S = 120
@@ -24,7 +24,7 @@ async def test_a_wrong_collective_is_named_and_nothing_starts(wrong, tiny_qwen3,
     )
     config = ServerConfig(base_model=str(tiny_qwen3), data_dir=str(tmp_path), local_workers=2, backend_config=engine)
     with pytest.raises(BaseModelError, match=rf"do not compute together: {wrong} over fsdp gives \d+"):
-        async with running_dispatch(config, engine="tx_async.testing.wrong_collective:create") as running:
+        async with running_dispatch(config, engine="tests.support.wrong_collective:create") as running:
             async with asyncio.timeout(START_S):
                 while not any(process.exit_text for process in running.supervisor.processes):  # noqa: ASYNC110
                     await asyncio.sleep(0.1)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import parity
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraActive, layer_slice, tiles
 from tx_async.models.decoder import unembedding
 from tx_async.models.load import load_model
-from tx_async.testing import parity
 from tx_async.testing.models import make_model
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 

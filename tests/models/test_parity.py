@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support import parity
 from tx_async.models.load import load_model
-from tx_async.testing import parity
 from tx_async.testing.models import make_model
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "logits.npz")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.support import parity
 from tx_async.errors import InvalidRequest
 from tx_async.models.load import from_config, load_model
 from tx_async.models.peft import adapter_shapes, from_peft, to_peft
-from tx_async.testing import parity
 from tx_async.testing.models import make_model
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 

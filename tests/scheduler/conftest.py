@@ -1,6 +1,6 @@
 import pytest
 
-from tx_async.testing.stage import Stage
+from tests.support.stage import Stage
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import itertools
 
-from tx_async.scheduler.fairness import FairQueue, Shares
+from tx_async.scheduler.core.fairness import FairQueue, Shares
 
 
 def test_who_was_served_least_is_next():

@@ -2,10 +2,10 @@
 
 import pytest
 
+from tests.support.reference import Reference
+from tests.support.stage import Stage
 from tx_async.errors import Conflict
 from tx_async.scheduler import submissions
-from tx_async.testing.reference import Reference
-from tx_async.testing.stage import Stage
 from tx_async.wire.operations import OptimStep, UnloadModel
 from tx_async.wire.worker import AdamParams, TrainMicroBatch
 from tx_async.wire.worker import OptimStep as OptimStepCommand

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from tx_async.testing.reference import Reference
-from tx_async.testing.simulation import INFO, Sent
-from tx_async.testing.stage import POISON_TOKEN, Stage
+from tests.support.reference import Reference
+from tests.support.simulation import INFO, Sent
+from tests.support.stage import POISON_TOKEN, Stage
 from tx_async.wire.worker import TrainMicroBatch
 
 

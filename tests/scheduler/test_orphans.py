@@ -2,9 +2,9 @@
 
 import pytest
 
-from tx_async.scheduler.orphans import LOOK_AFTER_S
-from tx_async.testing.reference import Reference
-from tx_async.testing.stage import Stage
+from tests.support.reference import Reference
+from tests.support.stage import Stage
+from tx_async.scheduler.training.orphans import LOOK_AFTER_S
 from tx_async.wire.operations import UnloadModel
 from tx_async.wire.worker import SaveAdapter
 

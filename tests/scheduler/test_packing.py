@@ -4,8 +4,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from tx_async.scheduler.packing import Row, pack
-from tx_async.testing.simulation import INFO, datum
+from tests.support.simulation import INFO, datum
+from tx_async.scheduler.training.packing import Row, pack
 from tx_async.wire.operations import ForwardBackward
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)

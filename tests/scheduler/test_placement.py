@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tx_async.scheduler.placement import MICRO_BATCH_OVERHEAD, Contents, Placement
+from tx_async.scheduler.training.placement import MICRO_BATCH_OVERHEAD, Contents, Placement
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 

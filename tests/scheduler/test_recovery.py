@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from tx_async.testing.chain_engine import NAN_TOKEN
-from tx_async.testing.reference import Reference
-from tx_async.testing.stage import Stage
+from tests.support.chain_engine import NAN_TOKEN
+from tests.support.reference import Reference
+from tests.support.stage import Stage
 from tx_async.wire.operations import CreateModelFromCheckpoint
 
 

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
+from tests.support.simulation import POLICY
+from tests.support.stage import Stage
 from tx_async.errors import Conflict
-from tx_async.testing.simulation import POLICY
-from tx_async.testing.stage import Stage
 from tx_async.wire.records import Put, SessionRecord
 
 DAY = 24 * 3600.0

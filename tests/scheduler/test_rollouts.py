@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from tx_async.scheduler.events import RequestCancelled, SessionEnded, WorkerLost, WorkerReady
-from tx_async.testing.reference import Reference
-from tx_async.testing.simulation import INFO
-from tx_async.testing.stage import Stage
+from tests.support.reference import Reference
+from tests.support.simulation import INFO
+from tests.support.stage import Stage
+from tx_async.scheduler.core.events import RequestCancelled, SessionEnded, WorkerLost, WorkerReady
 from tx_async.wire.worker import AdmitSequences, CancelSequences, LoadSampler, SampleQuantum, TrainMicroBatch
 
 
@@ -243,7 +243,7 @@ def test_a_failed_quantum_is_tried_again_without_its_sequences_being_lost(stage:
 
 
 def test_a_prompt_that_fills_the_context_after_a_restart_with_a_smaller_one_fails_alone(stage: Stage):
-    import tx_async.testing.simulation as simulation
+    import tests.support.simulation as simulation
 
     sampler = stage.sampler()
     sample = stage.ask(sampler)

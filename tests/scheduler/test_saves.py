@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from tx_async.testing.reference import Reference
-from tx_async.testing.simulation import INFO
-from tx_async.testing.stage import Stage
+from tests.support.reference import Reference
+from tests.support.simulation import INFO
+from tests.support.stage import Stage
 from tx_async.wire.operations import UnloadModel
 from tx_async.wire.records import SamplerRecord
 from tx_async.wire.worker import CreateAdapter, LoadAdapter, SaveAdapter

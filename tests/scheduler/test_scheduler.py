@@ -8,6 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.support.actor import InProcessServer, running
+from tests.support.chain_engine import ChainEngine, Storage
+from tests.support.simulation import INFO, datum
 from tx_async.config import ServerConfig
 from tx_async.dispatch import events as dispatch
 from tx_async.errors import (
@@ -22,13 +25,10 @@ from tx_async.errors import (
     UnknownSampler,
     UnknownSession,
 )
-from tx_async.scheduler.events import Tick
+from tx_async.scheduler.core.events import Tick
 from tx_async.scheduler.interface import StillPending
 from tx_async.scheduler.scheduler import Scheduler
-from tx_async.testing.actor import InProcessServer, running
-from tx_async.testing.chain_engine import ChainEngine, Storage
 from tx_async.testing.memory_journal import Fault, MemoryDisk
-from tx_async.testing.simulation import INFO, datum
 from tx_async.wire.operations import (
     CreateModel,
     CreateModelFromCheckpoint,

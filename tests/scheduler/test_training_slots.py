@@ -4,9 +4,9 @@ from collections import Counter
 
 import msgspec
 
-from tx_async.testing.reference import Reference
-from tx_async.testing.simulation import INFO, POLICY
-from tx_async.testing.stage import Stage
+from tests.support.reference import Reference
+from tests.support.simulation import INFO, POLICY
+from tests.support.stage import Stage
 from tx_async.wire.operations import UnloadModel
 from tx_async.wire.worker import LoadAdapter, ReleaseAdapter, SaveAdapter, TrainMicroBatch
 

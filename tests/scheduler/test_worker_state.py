@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.worker_state import Kind, WorkerState
-from tx_async.testing.simulation import INFO
+from tests.support.simulation import INFO
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.wire.worker import SampleQuantum, TrainMicroBatch
 
 QUANTA: dict[Kind, TrainMicroBatch | SampleQuantum] = {

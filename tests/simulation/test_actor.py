@@ -9,11 +9,11 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from tests.support.actor import InProcessServer, running
+from tests.support.chain_engine import Adapter, Storage
+from tests.support.simulation import datum
 from tx_async.errors import NotReady, Overloaded, StorageError
-from tx_async.testing.actor import InProcessServer, running
-from tx_async.testing.chain_engine import Adapter, Storage
 from tx_async.testing.memory_journal import Fault, MemoryDisk
-from tx_async.testing.simulation import datum
 from tx_async.wire.operations import CreateModel, ForwardBackward, Operation, OptimStep
 from tx_async.wire.records import ResultRecord, SessionRecord
 from tx_async.wire.worker import AdamParams, AdapterConfig

@@ -4,10 +4,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.support.chain_engine import NAN_TOKEN
+from tests.support.reference import Reference
+from tests.support.stage import Stage
 from tx_async.errors import Conflict
-from tx_async.testing.chain_engine import NAN_TOKEN
-from tx_async.testing.reference import Reference
-from tx_async.testing.stage import Stage
 
 SIZES = st.lists(st.integers(2, 9), min_size=1, max_size=3)
 NAMES = st.sampled_from("ab")

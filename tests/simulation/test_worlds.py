@@ -4,8 +4,8 @@ that lies on disk equals the reference's."""
 
 import pytest
 
-from tx_async.testing.reference import Reference
-from tx_async.testing.simulation import World
+from tests.support.reference import Reference
+from tests.support.simulation import World
 
 EVENTS = 150
 SEEDS = 1_000

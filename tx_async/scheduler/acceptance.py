@@ -13,11 +13,11 @@ from tx_async.clock import Clock
 from tx_async.errors import Overloaded, StorageError, UserError
 from tx_async.journal.journal import Journal
 from tx_async.scheduler import submissions
-from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.events import RequestAccepted
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.events import RequestAccepted
+from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.performer import Performer
 from tx_async.scheduler.quota import Quota
-from tx_async.scheduler.state import SchedulerState
 from tx_async.wire import ids, operations, results
 from tx_async.wire.operations import CreateModel, CreateModelFromCheckpoint, Operation
 from tx_async.wire.records import Change, ModelRecord, Put, RequestRecord, ResultRecord

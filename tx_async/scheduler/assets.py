@@ -6,8 +6,8 @@ import msgspec
 
 from tx_async.clock import Clock
 from tx_async.errors import Conflict, InvalidRequest, UnknownCheckpoint, UnknownSampler
+from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.performer import Performer
-from tx_async.scheduler.state import SchedulerState
 from tx_async.wire import ids
 from tx_async.wire.records import CheckpointRecord, Delete, ModelRecord, Put, SamplerRecord, SessionRecord
 

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from tx_async.errors import StorageError
 from tx_async.journal.journal import Journal
-from tx_async.scheduler.events import Append, DeleteFiles, Finish
+from tx_async.scheduler.core.events import Append, DeleteFiles, Finish
 from tx_async.wire.records import Change, Put
 
 COMMIT_RETRY_S = 0.5

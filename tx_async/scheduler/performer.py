@@ -19,7 +19,7 @@ import numpy as np
 from tx_async.clock import Clock
 from tx_async.errors import ContentLost, NotReady, StorageError
 from tx_async.journal.journal import Journal
-from tx_async.scheduler.events import (
+from tx_async.scheduler.core.events import (
     BodyLoaded,
     DeleteFiles,
     Fact,
@@ -30,8 +30,8 @@ from tx_async.scheduler.events import (
     ListFiles,
     Send,
 )
+from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.outbox import Item, Outbox
-from tx_async.scheduler.state import SchedulerState
 from tx_async.wire import operations
 from tx_async.wire.records import Change, ResultRecord
 from tx_async.wire.worker import Command

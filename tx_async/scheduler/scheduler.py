@@ -24,8 +24,8 @@ from tx_async.journal.journal import Journal
 from tx_async.scheduler import submissions
 from tx_async.scheduler.acceptance import Acceptance
 from tx_async.scheduler.assets import Assets
-from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.events import (
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.events import (
     CommandFailed,
     CommandFinished,
     RequestCancelled,
@@ -33,14 +33,14 @@ from tx_async.scheduler.events import (
     WorkerLost,
     WorkerReady,
 )
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.recovery import RecoveryProgress
+from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.interface import BaseModelInfo, StillPending
 from tx_async.scheduler.payload_cache import PayloadCache
 from tx_async.scheduler.performer import DeleteBelow, ListBelow, Performer, SendCommand
-from tx_async.scheduler.policy import Policy
 from tx_async.scheduler.quota import Quota
-from tx_async.scheduler.recovery import RecoveryProgress
 from tx_async.scheduler.sessions import Sessions
-from tx_async.scheduler.state import SchedulerState
 from tx_async.scheduler.statistics import SchedulerStatistics
 from tx_async.scheduler.waiters import Waiters
 from tx_async.wire.operations import Operation

@@ -9,8 +9,8 @@ import msgspec
 from tx_async.clock import Clock
 from tx_async.errors import SessionGone, UnknownSession
 from tx_async.journal.journal import Journal
-from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.events import Append, SessionEnded
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.events import Append, SessionEnded
 from tx_async.scheduler.performer import Performer
 from tx_async.wire.records import Put, SessionRecord
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tx_async.errors import Conflict, SessionGone, UnknownModel, UnknownSampler, UnknownSession
-from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.lanes import FORWARD
-from tx_async.scheduler.runs import Runs
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.training.lanes import FORWARD
+from tx_async.scheduler.training.runs import Runs
 from tx_async.wire.operations import (
     CreateModel,
     CreateModelFromCheckpoint,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 
 from tx_async.errors import Cancelled, InvalidRequest, ServerError, UnknownCheckpoint
-from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.events import (
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.events import (
     BodyLoaded,
     CommandFailed,
     CommandFinished,
@@ -26,16 +26,16 @@ from tx_async.scheduler.events import (
     WorkerLost,
     WorkerReady,
 )
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.recovery import restore
+from tx_async.scheduler.core.retention import Retention
+from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.scheduler.lanes import Step
-from tx_async.scheduler.orphans import Orphans
-from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.recovery import restore
-from tx_async.scheduler.retention import Retention
-from tx_async.scheduler.rollouts import Rollouts, SamplingAnswer
-from tx_async.scheduler.sampling import BASE_NAMESPACE, SampleJob
-from tx_async.scheduler.training import Training, TrainingAnswer
-from tx_async.scheduler.worker_state import Kind, WorkerState
+from tx_async.scheduler.sampling.rollouts import Rollouts, SamplingAnswer
+from tx_async.scheduler.sampling.sampling import BASE_NAMESPACE, SampleJob
+from tx_async.scheduler.training.lanes import Step
+from tx_async.scheduler.training.orphans import Orphans
+from tx_async.scheduler.training.training import Training, TrainingAnswer
 from tx_async.wire.operations import Operation, Sample
 from tx_async.wire.records import DropBody, ModelRecord, RequestRecord
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support import parity
 from tx_async.engine.adapter_slots import pad
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.streams import SameStream
@@ -18,7 +19,6 @@ from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, init_weights, layer_slice
 from tx_async.models.decoder import unembedding
 from tx_async.models.load import load_model
-from tx_async.testing import parity
 from tx_async.wire.worker import (
     BASE_SLOT,
     LORA_ALPHA,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from tx_async.errors import Cancelled
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.rollouts import Rollouts
-from tx_async.scheduler.runs import Runs, snapshots_of
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.sampling.rollouts import Rollouts
+from tx_async.scheduler.training.runs import Runs, snapshots_of
 from tx_async.wire.records import Change, Delete, ModelRecord, Put, SessionRecord
 
 

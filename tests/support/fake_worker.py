@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tx_async.testing import fail_points, fake_engine
+from tests.support import fail_points
+from tx_async.testing import fake_engine
 from tx_async.wire.worker import Welcome
 from tx_async.worker.engine_api import ReportProgress
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from tests.support.chain_engine import Adapter
+from tests.support.simulation import INFO, OWNER, POLICY, WORKER, Sent, World, datum
 from tx_async.scheduler import submissions
-from tx_async.scheduler.events import CommandFailed, Tick
-from tx_async.scheduler.lanes import Lane
-from tx_async.scheduler.policy import Policy
-from tx_async.testing.chain_engine import Adapter
-from tx_async.testing.simulation import INFO, OWNER, POLICY, WORKER, Sent, World, datum
+from tx_async.scheduler.core.events import CommandFailed, Tick
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.training.lanes import Lane
 from tx_async.wire import operations, results
 from tx_async.wire.ids import sampler_id
 from tx_async.wire.operations import (

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tests.support import parity
+from tests.support.parity import Case
 from tx_async.engine import adapter_slots, train
 from tx_async.engine.adapter_slots import TrainingState
 from tx_async.engine.batch import RowBatch, row_batch
@@ -24,9 +26,7 @@ from tx_async.engine.optimizer import Adam, optim_step
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import from_config
 from tx_async.models.peft import AdapterWeights, from_peft, to_peft
-from tx_async.testing import parity
 from tx_async.testing.engine_bench import Segment, micro_batch, segment
-from tx_async.testing.parity import Case
 from tx_async.wire.worker import AdamParams, AdapterConfig
 
 STEPS, ROWS, LENGTH = 10, 2, 16

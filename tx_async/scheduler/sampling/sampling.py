@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from tx_async.scheduler.lanes import ALONE_FROM_ATTEMPT
+from tx_async.scheduler.training.lanes import ALONE_FROM_ATTEMPT
 from tx_async.wire import results
 from tx_async.wire.operations import Sample
 from tx_async.wire.records import RequestRecord

@@ -5,10 +5,10 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tx_async.errors import TxError
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.outages import Outage
-from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.outages import Outage
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.wire.worker import BASE_SLOT, LoadSampler
 
 

@@ -11,18 +11,18 @@ import math
 from msgspec import Struct
 
 from tx_async.errors import Conflict, InvalidRequest, TxError, UserError
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.events import CommandFailed, CommandFinished
-from tx_async.scheduler.fairness import FairQueue
-from tx_async.scheduler.lanes import Lane, Step
-from tx_async.scheduler.micro_batches import MicroBatches, RowsSent
-from tx_async.scheduler.outages import Outage
-from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.runs import Runs, error_of
-from tx_async.scheduler.saves import Saves
-from tx_async.scheduler.snapshots import Snapshots, SnapshotSent
-from tx_async.scheduler.training_slots import BaseSent, TrainingSlots
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.events import CommandFailed, CommandFinished
+from tx_async.scheduler.core.fairness import FairQueue
+from tx_async.scheduler.core.outages import Outage
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.training.lanes import Lane, Step
+from tx_async.scheduler.training.micro_batches import MicroBatches, RowsSent
+from tx_async.scheduler.training.runs import Runs, error_of
+from tx_async.scheduler.training.saves import Saves
+from tx_async.scheduler.training.snapshots import Snapshots, SnapshotSent
+from tx_async.scheduler.training.training_slots import BaseSent, TrainingSlots
 from tx_async.wire.operations import (
     CreateModelFromCheckpoint,
     ForwardBackward,

@@ -8,13 +8,13 @@ import numpy as np
 from msgspec import Struct
 
 from tx_async.errors import InvalidRequest
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.events import CommandFailed, CommandFinished
-from tx_async.scheduler.fairness import FairQueue
-from tx_async.scheduler.lanes import Lane, Step
-from tx_async.scheduler.packing import Row, fill, fits, pack
-from tx_async.scheduler.runs import Runs, error_of
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.events import CommandFailed, CommandFinished
+from tx_async.scheduler.core.fairness import FairQueue
+from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.training.lanes import Lane, Step
+from tx_async.scheduler.training.packing import Row, fill, fits, pack
+from tx_async.scheduler.training.runs import Runs, error_of
 from tx_async.wire import results
 from tx_async.wire.operations import ForwardBackward
 from tx_async.wire.results import ForwardBackwardResult

@@ -11,14 +11,14 @@ from typing import Any
 import anyio
 import numpy as np
 
+from tests.support.chain_engine import ChainEngine, Storage
+from tests.support.simulation import BASE, INFO
 from tx_async.config import ServerConfig
 from tx_async.dispatch import events as dispatch
 from tx_async.errors import NotReady, TxError
 from tx_async.journal.journal import Journal
 from tx_async.scheduler.scheduler import Scheduler
-from tx_async.testing.chain_engine import ChainEngine, Storage
 from tx_async.testing.memory_journal import MemoryDisk, MemoryJournal
-from tx_async.testing.simulation import BASE, INFO
 from tx_async.wire.worker import Command, SaveAdapter
 
 

@@ -1,7 +1,7 @@
 """An example of an engine of one's own: it samples, knows no JAX, and is deterministic.
 
     tx-async worker --connect tcp://server:7001 --name example --capabilities sample \\
-        --engine tx_async.testing.peft_sampler:create
+        --engine tests.support.peft_sampler:create
 
 It attaches beside the worker that trains, reads each adapter version from storage as the PEFT files that were saved,
 and answers a prompt with a walk through the vocabulary whose stride is a checksum of those files: enough to see which

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Struct
 
 from tx_async.errors import CorruptedCheckpoint, EngineError, NonFiniteGradients, StorageError, UnknownCheckpoint
-from tx_async.scheduler.packing import pack
+from tx_async.scheduler.training.packing import pack
 from tx_async.wire.operations import ForwardBackward
 from tx_async.wire.worker import (
     TRAIN_TENSORS,

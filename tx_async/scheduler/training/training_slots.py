@@ -5,12 +5,12 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, TxError
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.events import CommandFailed
-from tx_async.scheduler.lanes import Lane
-from tx_async.scheduler.runs import Runs, error_of
-from tx_async.scheduler.snapshots import Snapshots
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.events import CommandFailed
+from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.training.lanes import Lane
+from tx_async.scheduler.training.runs import Runs, error_of
+from tx_async.scheduler.training.snapshots import Snapshots
 from tx_async.wire.records import Delete
 from tx_async.wire.worker import CreateAdapter, LoadAdapter
 

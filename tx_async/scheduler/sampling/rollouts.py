@@ -9,14 +9,14 @@ import numpy as np
 from msgspec import Struct
 
 from tx_async.errors import Cancelled, ServerError, TxError
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.events import CommandFailed, CommandFinished
-from tx_async.scheduler.fairness import FairQueue
-from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.runs import Ignored, error_of
-from tx_async.scheduler.sampler_slots import SamplerSent, SamplerSlots
-from tx_async.scheduler.sampling import SampleJob, renumber
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.events import CommandFailed, CommandFinished
+from tx_async.scheduler.core.fairness import FairQueue
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.sampling.sampler_slots import SamplerSent, SamplerSlots
+from tx_async.scheduler.sampling.sampling import SampleJob, renumber
+from tx_async.scheduler.training.runs import Ignored, error_of
 from tx_async.wire import results
 from tx_async.wire.records import DropBody
 from tx_async.wire.results import Failure

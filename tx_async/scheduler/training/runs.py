@@ -7,11 +7,11 @@ from typing import Any, Literal
 import msgspec
 
 from tx_async.errors import CorruptedModel, ServerError, TxError, UserError
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.lanes import REPLAYED_KINDS, Lane, Step
-from tx_async.scheduler.outages import Outage
-from tx_async.scheduler.policy import Policy
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.outages import Outage
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.training.lanes import REPLAYED_KINDS, Lane, Step
 from tx_async.wire import results
 from tx_async.wire.records import Change, DropBody, ModelRecord, Put
 from tx_async.wire.results import Failure

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tx_async.testing import fail_points
+from tests.support import fail_points
 from tx_async.testing.server import Server, _server
 
 SERVE_FAKE = Path(__file__).parents[2] / "tests" / "durability" / "serve_fake.py"

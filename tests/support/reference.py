@@ -7,10 +7,10 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from tx_async.scheduler.lanes import REPLAYED_KINDS
-from tx_async.scheduler.state import seed_of
-from tx_async.testing.chain_engine import Adapter, reference_rows, reference_sample
-from tx_async.testing.simulation import BASE, World
+from tests.support.chain_engine import Adapter, reference_rows, reference_sample
+from tests.support.simulation import BASE, World
+from tx_async.scheduler.core.state import seed_of
+from tx_async.scheduler.training.lanes import REPLAYED_KINDS
 from tx_async.wire import results
 from tx_async.wire.operations import (
     CreateModel,

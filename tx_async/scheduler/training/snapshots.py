@@ -12,10 +12,10 @@ import math
 import msgspec
 from msgspec import Struct
 
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.lanes import Lane
-from tx_async.scheduler.runs import Runs, snapshots_of
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.training.lanes import Lane
+from tx_async.scheduler.training.runs import Runs, snapshots_of
 from tx_async.wire.records import Change, DropBody, Put, Snapshot
 from tx_async.wire.worker import SaveAdapter
 

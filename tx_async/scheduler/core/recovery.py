@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 
 from tx_async.errors import Conflict
-from tx_async.scheduler.lanes import FORWARD, REPLAYED_KINDS, Lane, Step
-from tx_async.scheduler.training import Training
+from tx_async.scheduler.training.lanes import FORWARD, REPLAYED_KINDS, Lane, Step
+from tx_async.scheduler.training.training import Training
 from tx_async.wire.operations import CreateModel, Sample, UnloadModel
 from tx_async.wire.records import Delete, RequestRecord
 

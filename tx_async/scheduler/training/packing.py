@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 from msgspec import Struct
 
-from tx_async.scheduler.placement import Placement, round_up
+from tx_async.scheduler.training.placement import Placement, round_up
 from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.worker import LOSS_FNS, EngineInfo
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from tx_async.scheduler.outages import Outage
-from tx_async.scheduler.packing import PackedRequest
-from tx_async.scheduler.policy import Policy
+from tx_async.scheduler.core.outages import Outage
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.training.packing import PackedRequest
 from tx_async.wire.operations import ForwardBackward, LoadWeights, Operation, OptimStep, Rejected
 from tx_async.wire.records import ModelRecord, RequestRecord, Snapshot
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from tx_async.errors import CheckpointExists, InvalidRequest
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.lanes import Lane, Step
-from tx_async.scheduler.runs import Runs
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.training.lanes import Lane, Step
+from tx_async.scheduler.training.runs import Runs
 from tx_async.wire.ids import sampler_id
 from tx_async.wire.operations import LoadWeights, SaveWeights
 from tx_async.wire.records import Change, CheckpointRecord, Put, SamplerRecord

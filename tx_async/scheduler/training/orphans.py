@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from tx_async.scheduler.decisions import Decisions
-from tx_async.scheduler.events import FilesListed
-from tx_async.scheduler.lanes import Lane
-from tx_async.scheduler.runs import Runs, snapshots_of
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.events import FilesListed
+from tx_async.scheduler.training.lanes import Lane
+from tx_async.scheduler.training.runs import Runs, snapshots_of
 
 LOOK_AFTER_S = 60.0
 """After a death; until then a process that was given up may still be writing."""

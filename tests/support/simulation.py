@@ -16,12 +16,13 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from tests.support.chain_engine import NAN_TOKEN, ChainEngine, Storage
 from tx_async.config import ServerConfig
 from tx_async.errors import StorageError, TxError
 from tx_async.journal.transaction import Transaction
 from tx_async.scheduler import submissions
-from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.events import (
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.events import (
     BodyLoaded,
     CommandFailed,
     CommandFinished,
@@ -39,13 +40,12 @@ from tx_async.scheduler.events import (
     WorkerLost,
     WorkerReady,
 )
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.scheduler.orphans import LOOK_AFTER_S
 from tx_async.scheduler.outbox import changes_of
-from tx_async.scheduler.policy import Policy
 from tx_async.scheduler.quota import Quota
-from tx_async.scheduler.state import SchedulerState
-from tx_async.testing.chain_engine import NAN_TOKEN, ChainEngine, Storage
+from tx_async.scheduler.training.orphans import LOOK_AFTER_S
 from tx_async.testing.memory_journal import MemoryDisk
 from tx_async.wire import operations
 from tx_async.wire.ids import model_id, sampler_id

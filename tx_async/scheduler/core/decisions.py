@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from tx_async.errors import TxError
-from tx_async.scheduler.catalog import Catalog
-from tx_async.scheduler.events import Append, DeleteFiles, FetchBody, Finish, Instruction, ListFiles
-from tx_async.scheduler.worker_state import WorkerState
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.events import Append, DeleteFiles, FetchBody, Finish, Instruction, ListFiles
+from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.wire import results
 from tx_async.wire.records import Change, RequestRecord, ResultRecord
 from tx_async.wire.results import Failure

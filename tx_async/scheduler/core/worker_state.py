@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tx_async.scheduler.adapters import SlotCache
-from tx_async.scheduler.events import Send
-from tx_async.scheduler.fairness import Shares
-from tx_async.scheduler.outages import Outage
-from tx_async.scheduler.policy import Policy
+from tx_async.scheduler.core.adapters import SlotCache
+from tx_async.scheduler.core.events import Send
+from tx_async.scheduler.core.fairness import Shares
+from tx_async.scheduler.core.outages import Outage
+from tx_async.scheduler.core.policy import Policy
 from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
 
 Kind = Literal["train", "sample"]
