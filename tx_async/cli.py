@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command_docs() -> list[tuple[str, str, str]]:
-    """(command, what it does, its own flags) of every command; the README's table and its test."""
+    """(command, what it does, its own flags) of every command; the table in schemas/commands.md and its test."""
     docs = []
     for name, command, summary in _commands_of(parser()):
         options = [flag for action in command._actions for flag in action.option_strings if flag.startswith("--")]
@@ -286,7 +286,7 @@ def _add_schemas(commands: Any) -> None:
     command = commands.add_parser(
         "schemas",
         help="write the generated files of a checkout anew",
-        description="JSON Schemas, golden messages, the OpenAPI description and the README's tables, from the structs.",
+        description="JSON Schemas, golden messages, the OpenAPI description and the tables of schemas/.",
     )
     command.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 and a list when a file is stale"

@@ -1,4 +1,4 @@
-"""The docstrings under the fields of a struct, as data: `--help`, the README's tables and their test read them here."""
+"""The docstrings under the fields of a struct, as data: for `--help`, the tables in `schemas/`, and their tests."""
 
 from __future__ import annotations
 

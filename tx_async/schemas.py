@@ -3,7 +3,7 @@
 - `schemas/worker/messages.json`: JSON Schema of every message between server and worker, and of its envelope
 - `schemas/worker/examples.json`: one example of each, as JSON and as the bytes of its header frame
 - `schemas/openapi.json`: the HTTP API
-- the tables in `README.md`, each between `<!-- table: NAME -->` and `<!-- end -->`
+- the tables in `schemas/*.md`, each between `<!-- table: NAME -->` and `<!-- end -->`
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def generated_files() -> dict[Path, str]:
         ROOT / "schemas/worker/messages.json": _json(worker_schema()),
         ROOT / "schemas/worker/examples.json": _json(worker_examples()),
         ROOT / "schemas/openapi.json": openapi.render().decode(),
-        ROOT / "README.md": fill_tables((ROOT / "README.md").read_text()),
+        **{path: fill_tables(path.name, path.read_text()) for path in sorted((ROOT / "schemas").glob("*.md"))},
     }
 
 
@@ -81,15 +81,15 @@ def _example(envelope: EnvelopeToWorker | EnvelopeFromWorker) -> dict[str, Any]:
     return {"message": msgspec.to_builtins(envelope.message), "header": encode(envelope).hex()}
 
 
-# ---- the README's tables
+# ---- tables of the reference pages
 
 
-def fill_tables(text: str) -> str:
-    """The README with every table anew. Raises `ConfigError` for a table that nobody knows."""
+def fill_tables(page: str, text: str) -> str:
+    """A page with every table anew. Raises `ConfigError` for a table that nobody knows."""
 
     def fill(match: re.Match[str]) -> str:
         if (table := TABLES.get(match["name"])) is None:
-            raise ConfigError(f"README.md asks for an unknown table {match['name']!r}; known: {', '.join(TABLES)}.")
+            raise ConfigError(f"{page} asks for an unknown table {match['name']!r}; known: {', '.join(TABLES)}.")
         return f"{match[1]}{table()}\n{match[3]}"
 
     return TABLE.sub(fill, text)
