@@ -31,6 +31,7 @@ from tx_async.dispatch.router import Router
 from tx_async.errors import StorageError
 from tx_async.journal.factory import open_journal
 from tx_async.metrics import CONTENT_TYPE, render
+from tx_async.private import close_data, private_umask
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
@@ -66,6 +67,13 @@ class Server:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Scheduler]:
         """Serve while the context is open. An actor that dies of a broken invariant ends the context with its error."""
+        with private_umask():
+            close_data(self.config)
+            async with self._actors_running() as scheduler:
+                yield scheduler
+
+    @asynccontextmanager
+    async def _actors_running(self) -> AsyncIterator[Scheduler]:
         config = self.config
         base_model = await anyio.to_thread.run_sync(
             base_models.read, config.base_model, config.base_model_name, config.backend_config

@@ -149,12 +149,14 @@ def _worker(args: argparse.Namespace) -> int:
     """Until a signal: whatever ends the worker's process, or its mesh, the next one attaches again."""
     import asyncio
 
+    from tx_async.private import private_umask
     from tx_async.worker.supervisor import attach_forever
 
     worker = attach_forever(
         args.connect, args.token, args.process_id, args.engine, name=args.name, capabilities=args.capabilities
     )
-    asyncio.run(worker)
+    with private_umask():
+        asyncio.run(worker)
     return 0
 
 
@@ -196,14 +198,15 @@ def _add_migrate(commands: Any) -> None:
 def _migrate(args: argparse.Namespace) -> int:
     import asyncio
 
-    return asyncio.run(_migrate_journal(_load_config(args)))
+    from tx_async.private import private_umask
+
+    with private_umask():
+        return asyncio.run(_migrate_journal(_load_config(args)))
 
 
 async def _migrate_journal(settings: ServerConfig) -> int:
     from tx_async.journal.factory import open_journal
 
-    if not settings.database_url:
-        settings.data_path.mkdir(parents=True, exist_ok=True)
     journal = open_journal(settings)
     records = await journal.open()
     await journal.close()

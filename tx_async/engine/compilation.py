@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
 from tx_async.engine.executables import Executables
+from tx_async.private import make_folder
 
 CACHE_BYTES_MAX = 4 * 2**30
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -34,7 +35,7 @@ def use_cache(folder: str) -> None:
     Call before the first jit.
     """
     if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(folder))
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -32,6 +32,7 @@ from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
 import tx_async
+from tx_async.private import make_folder
 
 BYTES_MAX = 2**30
 """At a start, the files that were used longest ago are removed until the others take this."""
@@ -61,7 +62,7 @@ class Executables:
         self._environment = _environment()
         self._hits = _Hits()
         jax.monitoring.register_event_listener(self._on_event)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._tidy()
 
     def __repr__(self) -> str:

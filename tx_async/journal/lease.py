@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from tx_async.errors import LeaseHeld
+from tx_async.private import FILE_MODE
 
 
 class Holder(Struct, frozen=True, kw_only=True):
@@ -47,7 +48,7 @@ class FileLock:
 
     def acquire(self, holder: Holder) -> None:
         """Raises `LeaseHeld` naming who has it, `OSError` when the file cannot be written."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, FILE_MODE)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)

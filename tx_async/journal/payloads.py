@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tx_async.errors import ContentLost, StorageError
 from tx_async.journal.transaction import checksum
+from tx_async.private import make_folder, opener
 
 BODY_INLINE_BYTES_MAX = 64 * 1024
 """Larger bodies get a file of their own."""
@@ -81,7 +82,7 @@ class Payloads:
 
     def _write(self, name: str, body: bytes) -> bytes:
         """Write and sync one file; its folder is synced by the caller."""
-        with open(self._folder / name, "xb", buffering=0) as file:
+        with open(self._folder / name, "xb", buffering=0, opener=opener) as file:
             view = memoryview(body)
             while view:
                 view = view[file.write(view) :]
@@ -96,7 +97,7 @@ class Payloads:
                 _log.warning("The payload %s could not be removed: %s", self._folder / name, error)
 
     def _sweep(self, live: frozenset[str]) -> int:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         orphans = [entry.name for entry in os.scandir(self._folder) if entry.name not in live]
         self._remove(orphans)
         return len(orphans)

@@ -6,6 +6,8 @@ Beside `tx.db` lie `tx.db-wal` (SQLite's log), `tx.db.lock` (the lease) and `tx.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +21,7 @@ from tx_async.journal import migrate
 from tx_async.journal.lease import FileLock, Holder
 from tx_async.journal.payloads import BODY_INLINE_BYTES_MAX, Payloads, sync_folder
 from tx_async.journal.transaction import TableChanges, Transaction, checksum, read_result, verify
+from tx_async.private import make_folder, opener
 from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, decode_record
 
 T = TypeVar("T")
@@ -65,7 +68,7 @@ class SqliteDriver:
     async def open(self) -> None:
         holder = Holder.this_process()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._lock.acquire(holder)
             self._connection = connection = _Connection(partial(_connect, self.path), 64)
             await connection
@@ -148,6 +151,8 @@ class SqliteDriver:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    with contextlib.suppress(FileExistsError):  # SQLite gives its log the mode of the database
+        os.close(opener(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL))
     return sqlite3.connect(path, isolation_level=None, timeout=5.0)
 
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tx_async.private import FOLDER_MODE, make_folder, opener
+
 INCOMING = ".incoming"
 """Folder, beside the keys, of files that are not complete yet. No key begins with a dot."""
 COPY_BYTES = 8 * 2**20
@@ -21,7 +23,7 @@ def put_files(base: Path, items: Mapping[str, bytes | Path]) -> None:
     """Write all, sync each, then rename each into place and sync the folders: after a crash a key has its old or its
     new content, never a part. A `Path` is copied in pieces."""
     incoming = base / INCOMING
-    incoming.mkdir(parents=True, exist_ok=True)
+    make_folder(incoming)
     written: dict[str, Path] = {}
     try:
         for key, data in items.items():
@@ -60,7 +62,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write(path: Path, data: bytes | Path) -> None:
-    with open(path, "xb") as file:
+    with open(path, "xb", opener=opener) as file:
         if isinstance(data, Path):
             with open(data, "rb") as source:
                 shutil.copyfileobj(source, file, COPY_BYTES)
@@ -104,5 +106,5 @@ def _make_folders(base: Path, folder: Path) -> None:
     if folder == base or folder.is_dir():
         return
     _make_folders(base, folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
     sync_folder(folder.parent)

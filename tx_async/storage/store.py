@@ -17,6 +17,7 @@ from msgspec import Struct
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from tx_async.errors import ConfigError, NotFound, StorageError
+from tx_async.private import make_folder
 from tx_async.storage import local
 from tx_async.storage.keys import check_key
 
@@ -209,7 +210,8 @@ def _local_folder(base: str) -> Path | None:
 def _open(base: str, folder: Path | None) -> ObjectStore:
     try:
         if folder is not None:
-            return LocalStore(folder, mkdir=True, automatic_cleanup=True)
+            make_folder(folder)
+            return LocalStore(folder, automatic_cleanup=True)
         return from_url(base)
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
         raise ConfigError(f"checkpoints_base {base!r} cannot be used: {_first_line(error)}") from error

@@ -24,6 +24,8 @@ from typing import Any
 
 import msgspec
 
+from tx_async.private import opener
+
 HEALTHZ = "/api/v1/healthz"
 READY_S = 180.0
 STOP_S = 30.0
@@ -56,7 +58,7 @@ class Server:
         return self.process.pid
 
     def start(self) -> None:
-        with self.log_path.open("ab") as log:
+        with open(self.log_path, "ab", opener=opener) as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.environ
             )
@@ -72,7 +74,7 @@ class Server:
         except OSError:
             return 0, None
 
-    def post(self, path: str, timeout_s: float = 10.0, **body: Any) -> tuple[int, Any]:
+    def post(self, path: str, /, timeout_s: float = 10.0, **body: Any) -> tuple[int, Any]:
         """(status, decoded JSON) of a POST of JSON, sent once; status 0 when there was no answer."""
         headers = {"Content-Type": "application/json", "X-API-Key": "tml-dummy"}
         request = urllib.request.Request(self.base_url + path, msgspec.json.encode(body), headers)

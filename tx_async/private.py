@@ -1,0 +1,105 @@
+"""What a server keeps is its user's alone: files 0600, folders 0700, whatever the umask of the shell that started it.
+
+The umask of the process covers what libraries write; what must not depend on it uses `opener` and `make_folder`. Data
+of earlier releases, or a folder that was made by hand, are closed by `close_folder`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tx_async.config import ServerConfig
+
+UMASK = 0o077
+FILE_MODE = 0o600
+FOLDER_MODE = 0o700
+_OTHERS = 0o077
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def private_umask() -> Iterator[None]:
+    """Everything that this process, and the processes that it starts, make meanwhile is its user's alone."""
+    before = os.umask(UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def opener(path: str, flags: int) -> int:
+    """For `open(…, opener=opener)`: a file that is made is private from its first moment."""
+    return os.open(path, flags, FILE_MODE)
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents, where they are missing; each is private."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+
+
+def close_data(config: ServerConfig) -> None:
+    """What an earlier release, or a hand, has left open of everything that this server keeps."""
+    journal = [config.data_path / "tx_async.db"]
+    if config.database_url.startswith("sqlite:///"):
+        journal = [Path("/" + config.database_url.removeprefix("sqlite:///").lstrip("/"))]
+    close_folder(config.data_path, [path for file in journal for path in file.parent.glob(f"{file.name}*")])
+    for place in (config.resolved_checkpoints_base, config.resolved_compilation_cache_dir):
+        if "://" not in place:
+            folder = Path(place).expanduser()
+            close_folder(folder, folder.glob("*"))
+
+
+def close_folder(folder: Path, contents: Iterable[Path] = ()) -> None:
+    """Make a folder of ours private, and what `contents` names in it, with everything below; warn where we may not.
+
+    The folder comes first, because nobody reaches what is in it then. A folder that programs share (sticky, the root
+    of the file system, a home) is left as it is.
+    """
+    if _is_shared(folder):
+        _log.warning("%s is a folder for other things, too: its mode is left as it is", folder)
+    elif not _close(folder):
+        return
+    for path in contents:
+        for entry in _below(path):
+            _close(entry)
+
+
+def _is_shared(folder: Path) -> bool:
+    try:
+        is_sticky = bool(folder.stat().st_mode & stat.S_ISVTX)
+    except OSError:
+        return False
+    return is_sticky or folder.absolute() in (Path("/"), Path.home())
+
+
+def _close(path: Path) -> bool:
+    """Whether anything was open."""
+    try:
+        mode = stat.S_IMODE(path.stat(follow_symlinks=False).st_mode)
+        if path.is_symlink() or not mode & _OTHERS:
+            return False
+        path.chmod(mode & ~_OTHERS)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        _log.warning("%s can be read by others, and its mode cannot be changed: %s", path, error.strerror)
+        return False
+    return True
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """The path itself, and everything below it."""
+    if path.is_symlink():
+        return
+    yield path
+    for folder, folders, files in os.walk(path):
+        yield from (Path(folder) / name for name in (*folders, *files))
