@@ -66,6 +66,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A missing predecessor in `seq_id` order is taken for burned when its client has been silent for so long."""
     chunk_gap_ms: int = 60_000
     """The same while it may be the first piece of a batch, which the SDK sends last."""
+    seq_ahead_max: int = 10_000
+    """How far a `seq_id` may lie beyond the largest one that its run has accepted; further ahead is answered 400."""
     train_share: float = 1.0
     """Weight of training against sampling when both have work."""
     sample_share: float = 1.0

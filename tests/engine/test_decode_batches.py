@@ -2,7 +2,11 @@
 
 from itertools import pairwise
 
-from tx_async.engine.decode_batches import PREFILL_ROWS, prefill_rows
+from tx_async.engine.decode_batches import PREFILL_ROWS, decode_batch, prefill_rows
+from tx_async.engine.kv_cache import CacheLayout
+from tx_async.engine.prefix_cache import PageKeys
+from tx_async.engine.sequences import Sample
+from tx_async.wire.worker import SequenceSpec
 
 
 def test_calls_have_a_row_for_every_tile_and_few_to_spare():
@@ -12,3 +16,11 @@ def test_calls_have_a_row_for_every_tile_and_few_to_spare():
         assert sum(calls[:-1]) < num_tiles <= sum(calls)
         assert sum(calls) <= max(PREFILL_ROWS[0], 2 * num_tiles)
         assert all(larger >= smaller for larger, smaller in pairwise(calls))
+
+
+def test_a_top_k_beyond_int32_is_no_limit_and_no_overflow():
+    """It is a whole number to a client, and an element of an int32 array here: the worker must not die of it."""
+    spec = SequenceSpec(sequence_id=1, sampler_slot=-1, adapter_version="base", prompt=0, max_tokens=1, top_k=2**63 - 1)
+    sample = Sample(1, spec, ("base", b""), 1, 2, [5], PageKeys("base", 16))
+    batch = decode_batch([sample], 4, CacheLayout.plan(64, 16, 64))
+    assert int(batch.top_k[0]) == 2**31 - 1

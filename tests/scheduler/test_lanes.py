@@ -1,10 +1,13 @@
 """Operations of one run: accepted in any order, carried out in `seq_id` order, once."""
 
+from functools import partial
+
+import msgspec
 import pytest
 
 from tests.support.reference import Reference
 from tests.support.stage import Stage
-from tx_async.errors import Conflict
+from tx_async.errors import Conflict, InvalidRequest
 from tx_async.scheduler import submissions
 from tx_async.wire.operations import OptimStep, UnloadModel
 from tx_async.wire.worker import AdamParams, TrainMicroBatch
@@ -176,3 +179,62 @@ def test_unload_that_was_accepted_before_a_crash_still_unloads(stage: Stage):
     request = stage.catalog.find_request(*key)
     assert request is not None and not stage.error(request.request_id)
     assert stage.catalog.models[model].status == "unloaded"
+
+
+def test_a_seq_id_far_ahead_is_refused_and_burns_nothing(stage: Stage):
+    model = stage.model()
+    far = stage.policy.seq_ahead_max + 1
+    with pytest.raises(InvalidRequest, match="seq_ahead_max"):
+        stage.optim_step(model, far)
+    stage.wait(stage.policy.chunk_gap_s + 1)
+    requests = stage.train(model, 1)
+    stage.run()
+    assert not any(stage.error(request) for request in requests)
+    stage.optim_step(model, far)  # no longer far: the run has accepted 1 and 2
+    assert stage.lane(model).newest_seq_id == far
+
+
+def test_a_journal_that_holds_a_seq_id_far_ahead_starts(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    """An earlier server accepted it. Its predecessors will never come, however many they would be."""
+    model = stage.model()
+    stage.train(model, 1)
+    stage.run()
+    monkeypatch.setattr(submissions, "new_request", partial(_as_if_near, submissions.new_request))
+    far = stage.optim_step(model, 10**9)
+    stage.crash_server()
+    stage.start_worker()
+    stage.settle()
+    stage.wait(stage.policy.chunk_gap_s + 1)
+    stage.run()
+    assert not stage.error(far)
+    stage.crash_worker()
+    stage.start_worker()
+    next_one = stage.optim_step(model, 10**9 + 1)
+    stage.run()
+    assert not stage.error(next_one) and len(stage.lane(model).burned) == 1
+    Reference(stage).check()
+
+
+def _as_if_near(new_request, runs, *arguments):
+    policy, runs.policy = runs.policy, msgspec.structs.replace(runs.policy, seq_ahead_max=10**12)
+    try:
+        return new_request(runs, *arguments)
+    finally:
+        runs.policy = policy
+
+
+def test_what_was_forgotten_does_not_make_the_next_seq_id_look_far(stage: Stage):
+    """A run that only evaluates takes no snapshots, and its results are forgotten one by one."""
+    model = stage.model()
+    far = stage.policy.seq_ahead_max - 1
+    stage.forward_backward(model, far, forward_only=True)
+    stage.wait(stage.policy.chunk_gap_s + 1)
+    stage.run()
+    stage.wait(stage.policy.result_retention_s + 1)
+    assert not stage.lane(model).steps, "they would fill the memory of a run that never takes a step"
+    stage.crash_server()
+    stage.start_worker()
+    stage.settle()
+    following = stage.forward_backward(model, far + 1)
+    stage.run()
+    assert not stage.error(following), "and it need not wait for what was forgotten"

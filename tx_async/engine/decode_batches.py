@@ -21,6 +21,8 @@ BATCHES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CPU_BATCH_MAX = 16
 """Up to here a CPU's kernels give every row the same bits in every batch; larger batches are no faster per row."""
 PREFILL_ROWS = (4, 16, 64)
+INT32_MAX = 2**31 - 1
+"""A top_k beyond it is beyond every vocabulary, and so no limit either."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
         remaining=column([sample.num_left for sample in samples], np.int32),
         adapter=column([spec.sampler_slot for spec in specs], np.int32, BASE_SLOT),
         temperature=column([spec.temperature for spec in specs], np.float32),
-        top_k=column([spec.top_k for spec in specs], np.int32),
+        top_k=column([min(spec.top_k, INT32_MAX) for spec in specs], np.int32),
         top_p=column([spec.top_p for spec in specs], np.float32, 1.0),
         seed=seeds,
         sample_index=column([spec.sample_index for spec in specs], np.int32),

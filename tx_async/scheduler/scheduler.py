@@ -284,6 +284,7 @@ def policy_of(config: ServerConfig) -> Policy:
         sample_share=config.sample_share,
         seq_gap_s=config.seq_gap_ms / 1000,
         chunk_gap_s=config.chunk_gap_ms / 1000,
+        seq_ahead_max=config.seq_ahead_max,
         snapshot_every_steps=config.snapshot_every_steps,
         snapshot_every_bytes=config.snapshot_every_bytes,
         snapshot_idle_s=config.snapshot_idle_s,

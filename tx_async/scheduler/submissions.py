@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tx_async.errors import Conflict, SessionGone, UnknownModel, UnknownSampler, UnknownSession
+from tx_async.errors import Conflict, InvalidRequest, SessionGone, UnknownModel, UnknownSampler, UnknownSession
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.training.lanes import FORWARD
 from tx_async.scheduler.training.runs import Runs
@@ -70,11 +70,16 @@ def same(request: RequestRecord, digest: str) -> RequestRecord:
 def new_request(
     runs: Runs, request_id: str, owner: str, operation: Operation, digest: str, num_bytes: int, now: float
 ) -> RequestRecord:
-    """Raises `Conflict` when the operation's turn has passed."""
+    """Raises `Conflict` when the operation's turn has passed, `InvalidRequest` when its number cannot be the next."""
     subject, seq_id = key_of(operation)
     lane = runs.lanes.get(subject)
     if lane is not None and lane.is_used_up(seq_id):
         raise Conflict(f"seq_id {seq_id} of {subject} is used up: its turn has passed. Use the next seq_id.")
+    if lane is not None and seq_id - lane.newest_seq_id > runs.policy.seq_ahead_max:
+        raise InvalidRequest(
+            f"seq_id {seq_id} is too far ahead: {subject} has accepted up to {lane.newest_seq_id}, and at most "
+            f"{runs.policy.seq_ahead_max} beyond that are allowed (`seq_ahead_max`). Use the next seq_id."
+        )
     num_samples = operation.num_samples if isinstance(operation, Sample) else 0
     return RequestRecord(
         request_id=request_id,

@@ -18,6 +18,7 @@ from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.tensors import Tensor
 
 TENSOR_RANK_MAX = 2
+AXIS_MAX = 2**31 - 1
 ITEM_BYTES = {"float32": 4, "int64": 8}
 
 
@@ -137,4 +138,8 @@ def _datum_from_json(datum: tinker.DatumJson, where: str, budget: DenseBudget) -
 
 def _check_shape(dimensions: tuple[int, ...]) -> None:
     if len(dimensions) > TENSOR_RANK_MAX or min(dimensions, default=0) < 0:
-        raise InvalidRequest(f"shape {list(dimensions)} is not supported: tensors have one or two dimensions.")
+        shown = str(list(dimensions[: TENSOR_RANK_MAX + 1]))
+        raise InvalidRequest(f"shape {shown} is not supported: tensors have one or two dimensions.")
+    # NumPy refuses an axis that it cannot address, also when another one is 0 and there is nothing to address.
+    if max(dimensions, default=0) > AXIS_MAX:
+        raise InvalidRequest(f"shape {list(dimensions)} has an axis longer than {AXIS_MAX}.")

@@ -59,6 +59,8 @@ class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
     dropped_seq_id: int = 0
     """Operations up to here cannot be replayed any more; 0: the run can be repeated from its creation."""
     status: Literal["live", "unloaded", "corrupted", "copy"] = "live"
+    newest_seq_id: int = 0
+    """Largest seq_id among the requests that were forgotten: what its client sends next is not far ahead of nothing."""
 
     @property
     def key(self) -> str:

@@ -13,6 +13,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     seq_gap_s: float = 15.0
     chunk_gap_s: float = 60.0
     """See `Lane.gap_limit`."""
+    seq_ahead_max: int = 10_000
+    """A `seq_id` may be so far beyond the largest one that its run has accepted."""
     snapshot_every_steps: int = 16
     snapshot_every_bytes: int = 256 * 2**20
     snapshot_idle_s: float = 30.0

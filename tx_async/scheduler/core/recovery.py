@@ -64,7 +64,7 @@ def _restore_operation(training: Training, request: RequestRecord, is_finished: 
         if not is_finished:
             training.end_without_lane(request)
     elif not is_finished or request.seq_id > lane.model.dropped_seq_id:
-        lane.steps[request.seq_id] = Step(request, None, finished=is_finished)
+        lane.add(Step(request, None, finished=is_finished))
 
 
 def _refuse_latecomers(training: Training, lane: Lane) -> None:

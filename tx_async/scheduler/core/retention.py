@@ -8,8 +8,9 @@ from tx_async.errors import Cancelled
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.sampling.rollouts import Rollouts
+from tx_async.scheduler.training.lanes import Lane
 from tx_async.scheduler.training.runs import Runs, snapshots_of
-from tx_async.wire.records import Change, Delete, ModelRecord, Put, SessionRecord
+from tx_async.wire.records import Change, Delete, ModelRecord, Put, RequestRecord, SessionRecord
 
 
 class Retention:
@@ -34,14 +35,33 @@ class Retention:
 
     def _forget_results(self) -> None:
         """Those that are too old, and the oldest of those that are too many; but nothing that a replay may need."""
-        needed = {step.request.request_id for lane in self.runs.lanes.values() for step in lane.steps.values()}
+        needed = {
+            step.request.request_id
+            for lane in self.runs.lanes.values()
+            for step in lane.steps.values()
+            if not step.finished or step.needs_replay
+        }
         excess = len(self.catalog.results) - self.policy.results_kept_max
         oldest_kept = self.decisions.now - self.policy.result_retention_s
         changes: list[Change] = []
+        forgotten: list[RequestRecord] = []
         for i, (request_id, result) in enumerate(self.catalog.results.items()):
             if (i < excess or result.finished_at < oldest_kept) and request_id not in needed:
                 changes += [Delete("result", request_id), Delete("request", request_id)]
-        self.decisions.append(*changes)
+                if request := self.catalog.requests.get(request_id):
+                    forgotten.append(request)
+        self.decisions.append(*changes, *self._forget_steps(forgotten))
+        for request in forgotten:
+            self.decisions.delete_files(request.storage_key)
+
+    def _forget_steps(self, requests: list[RequestRecord]) -> list[Change]:
+        """Runs forget them, too: what only evaluates takes no snapshot that would cover its operations."""
+        lanes: dict[str, Lane] = {}
+        for request in requests:
+            if lane := self.runs.lanes.get(request.subject):
+                lane.forget(request.seq_id)
+                lanes[request.subject] = lane
+        return [Put(lane.model) for lane in lanes.values()]
 
     def _expire_checkpoints(self) -> None:
         now = self.decisions.now

@@ -16,6 +16,8 @@ from tx_async.wire.results import PromptAltTokens, SampledSequence, SampleResult
 from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import FinishedSequence, PromptScores, SequenceSpec
 
+INT32_MAX = 2**31 - 1
+"""What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
 BASE_NAMESPACE = "base"
 """Prefix-cache namespace of the base model without an adapter."""
 
@@ -77,7 +79,7 @@ class SampleJob(Struct, eq=False):
             prompt=0,
             max_tokens=self.max_tokens,
             temperature=op.temperature,
-            top_k=op.top_k,
+            top_k=min(op.top_k, INT32_MAX),
             top_p=op.top_p,
             seed=self.seed,
             sample_index=index,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.training.packing import PackedRequest
+from tx_async.scheduler.training.ranges import Ranges
 from tx_async.wire.operations import ForwardBackward, LoadWeights, Operation, OptimStep, Rejected
 from tx_async.wire.records import ModelRecord, RequestRecord, Snapshot
 
@@ -91,7 +93,9 @@ class Lane:
         #: seq_id of the next operation to give to the device; everything before it is part of the device state
         self.cursor = self.base_seq_id + 1
         #: seq_ids that will never come: later ones have gone ahead
-        self.burned: set[int] = set()
+        self.burned = Ranges()
+        #: largest seq_id that was accepted
+        self.newest_seq_id = max(self.base_seq_id, model.newest_seq_id)
         #: when the newest submission of the run arrived, accepted or refused for the moment: its client is there
         self.heard_at = 0.0
         #: True while the device holds base + operations up to the cursor
@@ -171,13 +175,23 @@ class Lane:
         """The operation at the cursor, past everything burned or without effect on a replay; None when it is not
         there yet."""
         while True:
+            self.cursor = self.burned.end_of(self.cursor)
             step = self.steps.get(self.cursor)
-            if step is None:
-                if self.cursor not in self.burned:
-                    return None
-            elif not step.finished or step.needs_replay:
+            if step is None or not step.finished or step.needs_replay:
                 return step
             self.cursor += 1
+
+    def add(self, step: Step) -> None:
+        """It was accepted, now or in an earlier life of the server."""
+        self.steps[step.seq_id] = step
+        self.newest_seq_id = max(self.newest_seq_id, step.seq_id)
+
+    def forget(self, seq_id: int) -> None:
+        """An operation without effect on the run's state, whose result nobody can ask for any more."""
+        if self.steps.pop(seq_id, None) is not None:
+            self.burned.add(seq_id, seq_id + 1)
+        newest = max(self.model.newest_seq_id, seq_id)
+        self.model = msgspec.structs.replace(self.model, newest_seq_id=newest)
 
     def advance(self) -> None:
         """The operation at the cursor is wholly in the device's stream."""
@@ -207,7 +221,7 @@ class Lane:
     def burn_gap(self) -> None:
         """Nobody will send what is missing before the next accepted operation."""
         following = min(seq_id for seq_id in self.steps if seq_id > self.cursor)
-        self.burned.update(range(self.cursor, following))
+        self.burned.add(self.cursor, following)
 
     def lose_device_state(self) -> None:
         """The slot's content is gone or not to be trusted: everything after the base runs again."""
@@ -222,9 +236,17 @@ class Lane:
         self.num_bytes_since_snapshot = 0
         # What was skipped once stays skipped: a latecomer must not slip in before operations that ran without it.
         last = max((step.seq_id for step in self.steps.values() if step.finished), default=0)
-        self.burned.update(s for s in range(self.base_seq_id + 1, last) if s not in self.steps)
+        self._burn_what_is_missing(max(last, self.model.newest_seq_id))
         for step in self.steps.values():
             step.restart()
+
+    def _burn_what_is_missing(self, last: int) -> None:
+        """Up to this seq_id."""
+        previous = self.base_seq_id
+        for seq_id in sorted(seq_id for seq_id in self.steps if previous < seq_id <= last):
+            self.burned.add(previous + 1, seq_id)
+            previous = seq_id
+        self.burned.add(previous + 1, last + 1)
 
     def is_used_up(self, seq_id: int) -> bool:
         """True when this seq_id can no longer be accepted: its turn is over."""

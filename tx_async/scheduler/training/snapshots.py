@@ -131,7 +131,7 @@ class Snapshots:
                     files.append(step.request.storage_key)
                     changes.append(Put(msgspec.structs.replace(step.request, storage_key="")))
                 del lane.steps[step.seq_id]
-            lane.burned = {seq_id for seq_id in lane.burned if seq_id > kept[-1].seq_id}
+            lane.burned.drop_below(kept[-1].seq_id + 1)
             if first_drop and lane.model.created_from:
                 files.append(lane.model.created_from)
         self.decisions.append(*changes)

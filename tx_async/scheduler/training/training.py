@@ -80,7 +80,7 @@ class Training:
         elif lane.is_used_up(request.seq_id):
             self._refuse(request, Conflict(f"seq_id {request.seq_id} came too late: later operations went ahead."))
         else:
-            lane.steps[request.seq_id] = Step(request, operation)
+            lane.add(Step(request, operation))
             if request.seq_id == 0:
                 lane.cursor = 0
             self.runs.touch(lane)
