@@ -173,15 +173,19 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--base-model", default="", metavar="DIR_OR_HUB_NAME", help="train this model [a tiny one, made here]"
     )
+    command.add_argument("--serve", action="store_true", help="only serve the model, until Ctrl-C")
+    command.add_argument("--port", type=int, default=8000, help="where --serve listens, on loopback [8000]")
     command.add_argument("--steps", type=int, default=0, help="training steps [40]")
     command.add_argument("--learning-rate", type=float, default=0.0, help="[0.005 for the tiny model, else 0.0005]")
     command.set_defaults(run=_demo)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from tx_async.demo import run
+    from tx_async import demo
 
-    return run(args.base_model, args.steps, args.learning_rate)
+    if args.serve:
+        return demo.serve(args.base_model, args.port)
+    return demo.run(args.base_model, args.steps, args.learning_rate)
 
 
 # ---- migrate

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,17 +68,43 @@ def run(base_model: str = "", steps: int = 0, learning_rate: float = 0.0) -> int
     return 0 if all(answer.is_right for answer in answers) else 1
 
 
+def serve(base_model: str = "", port: int = 8000) -> int:
+    """Serve the demo's model until Ctrl-C, for programs of one's own. Raises `ConfigError` when it cannot run here."""
+    console = Console(highlight=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="tx_async-demo-") as folder, contextlib.suppress(KeyboardInterrupt):
+        model = base_model or _make_tiny_model(console, Path(folder) / "model")
+        try:
+            with _server(console, model, Path(folder) / "server", port) as server:
+                _say_how_to_use(console, server)
+                assert server.process
+                server.process.wait()
+        except ServerFailed as error:
+            raise ConfigError(str(error)) from error
+    return 0
+
+
+def _say_how_to_use(console: Console, server: Server) -> None:
+    console.print(
+        f"\nServed until Ctrl-C. From another terminal:\n"
+        f"  export TINKER_BASE_URL={server.base_url} TINKER_API_KEY={API_KEY}\n"
+        "  python -m tx_async.examples.sft\n"
+    )
+
+
 def _make_tiny_model(console: Console, folder: Path) -> str:
     console.print("[green]✓[/] made a tiny Qwen3 (2 layers, 64 wide, random weights) with a byte-level tokenizer")
     return str(make_qwen3(folder))
 
 
 @contextlib.contextmanager
-def _server(console: Console, model: str, folder: Path) -> Iterator[Server]:
+def _server(console: Console, model: str, folder: Path, port: int | None = None) -> Iterator[Server]:
     with contextlib.ExitStack() as stack:
         with console.status("starting the server") as status:
             server = stack.enter_context(
-                running_server(model, data_dir=folder, waiting=lambda what: status.update(f"waiting for {what}"))
+                running_server(
+                    model, data_dir=folder, port=port, waiting=lambda what: status.update(f"waiting for {what}")
+                )
             )
         console.print(f"[green]✓[/] server at {server.base_url}: SQLite in {folder}, one local worker")
         yield server
