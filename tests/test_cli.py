@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from tx_async import cli, keys, serve
-from tx_async.api.owner import Owners, hash_key, is_loopback, read_registry
+from tx_async.api.key_file import ID_DIGITS, KeyFile, read_keys
+from tx_async.api.owner import Owners, hash_key, is_loopback, owner_of
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError, Unauthorized
 from tx_async.testing.server import free_port, running_server
@@ -117,24 +118,25 @@ def test_a_key_is_shown_once_and_only_its_hash_is_kept(tmp_path):
     key = done.stdout.strip()
     assert key.startswith("tml-")
     assert key not in file.read_text()
-    assert read_registry(str(file)) == {hash_key(key): "alice"}
+    (registered,) = read_keys(file).values()
+    assert (registered.digest, registered.name, registered.owner) == (hash_key(key), "alice", owner_of(key))
     assert file.stat().st_mode & 0o077 == 0
     assert run("keys", "--file", str(file), "list").stdout == f"{hash_key(key)[:8]}  alice\n"
     assert "alice" in run("keys", "--file", str(file), "revoke", "alice").stdout
-    assert read_registry(str(file)) == {}
+    assert read_keys(file) == {}
 
 
 def test_a_revoked_key_is_refused_and_the_others_are_not(tmp_path):
     file = tmp_path / "keys"
     alice, bob = keys.add(file, "alice"), keys.add(file, "bob")
-    keys.revoke(file, hash_key(alice)[: keys.ID_DIGITS])
-    owners = Owners(read_registry(str(file)))
+    keys.revoke(file, hash_key(alice)[:ID_DIGITS])
+    owners = Owners(KeyFile(str(file)).current)
     assert owners.authenticate(bob)
     with pytest.raises(Unauthorized):
         owners.authenticate(alice)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\nb", "a#b", " a"])
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a#b", " a", "a  b", "a role=admin"])
 def test_a_name_that_the_file_cannot_hold_is_refused(tmp_path, name):
     with pytest.raises(ConfigError):
         keys.add(tmp_path / "keys", name)
@@ -147,7 +149,28 @@ def test_a_taken_name_and_an_unknown_one_are_refused(tmp_path):
         keys.add(tmp_path / "keys", "alice")
     with pytest.raises(ConfigError, match="0 keys called 'bob'"):
         keys.revoke(tmp_path / "keys", "bob")
-    assert [name for _, name in keys.listed(tmp_path / "keys")] == ["alice"]
+    assert [key.name for key in keys.listed(tmp_path / "keys")] == ["alice"]
+
+
+def test_a_key_may_have_a_role_and_an_end(tmp_path):
+    file = str(tmp_path / "keys")
+    assert run("keys", "--file", file, "add", "ops", "--role", "admin", "--expires", "90d").returncode == 0
+    (key,) = keys.listed(tmp_path / "keys")
+    assert key.role == "admin" and abs((key.expires_at or 0) - time.time() - 90 * 24 * 3600) < 100
+    listed = run("keys", "--file", file, "list").stdout
+    assert "ops  admin  until 20" in listed
+    for arguments in (["--role", "root"], ["--expires", "soon"], ["--expires", "2020-01-01"]):
+        done = run("keys", "--file", file, "add", "other", *arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(keys.listed(tmp_path / "keys")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", 130), ("2m", 220), ("1.5h", 5500), ("1d", 86500), ("1w", 604900), ("2000-01-01", 946684800)],
+)
+def test_an_expiry_is_a_duration_or_a_time(text, expected):
+    assert keys.parse_expiry(text, 100.0) == expected
 
 
 # ---- migrate, doctor, schemas

@@ -18,17 +18,21 @@ from typing import Protocol
 import anyio
 from msgspec import Struct
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tx_async import base_model as base_models
 from tx_async import config as configuration
+from tx_async.api.errors import error_response
+from tx_async.api.gate import Gate, GateMiddleware
+from tx_async.api.owner import Owners, key_of, open_owners, reached_at
 from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
 from tx_async.dispatch.events import Event
 from tx_async.dispatch.router import Router
-from tx_async.errors import StorageError
+from tx_async.errors import StorageError, UserError
 from tx_async.journal.factory import open_journal
 from tx_async.metrics import CONTENT_TYPE, render
 from tx_async.private import close_data, private_umask
@@ -129,7 +133,7 @@ async def _storage_probe(store: Store, config: ServerConfig) -> StorageProbe | N
 
 def create_app(config: ServerConfig | None = None, engine: str = DEFAULT_ENGINE) -> Starlette:
     """The ASGI application. Without `config`, it is read from `TX_…` variables and TX_CONFIG when the server starts."""
-    app = Starlette(lifespan=_lifespan, exception_handlers=EXCEPTION_HANDLERS)
+    app = Starlette(lifespan=_lifespan, exception_handlers=EXCEPTION_HANDLERS, middleware=[Middleware(GateMiddleware)])
     app.router.redirect_slashes = False
     app.state.config = config
     app.state.engine = engine
@@ -140,11 +144,15 @@ def create_app(config: ServerConfig | None = None, engine: str = DEFAULT_ENGINE)
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     config = app.state.config or configuration.load()
     server = Server(config, app.state.engine)
+    app.state.gate = Gate(config)
+    owners = open_owners(config)
     started = False
     try:
         async with server.running() as scheduler:
-            app.router.routes.extend(create_routes(scheduler, config, Store(config.resolved_checkpoints_base)))
-            app.router.routes.append(_metrics_route(server))
+            app.router.routes.extend(
+                create_routes(scheduler, config, Store(config.resolved_checkpoints_base), owners=owners)
+            )
+            app.router.routes.append(_metrics_route(server, app.state.gate, owners))
             started = True
             yield
     except BaseException as error:
@@ -155,10 +163,16 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
         raise
 
 
-def _metrics_route(server: Server) -> Route:
-    """For a Prometheus that scrapes it; numbers of the whole server and nobody's names, so it asks for no key."""
+def _metrics_route(server: Server, gate: Gate, owners: Owners) -> Route:
+    """For a Prometheus that scrapes it: numbers of the whole server, which this machine may read without a key, and an
+    admin from everywhere."""
 
     async def metrics(request: Request) -> Response:
+        if not gate.is_local(request.scope):
+            try:
+                owners.require_admin(key_of(request.headers), reached_at(request.scope))
+            except UserError as error:
+                return error_response(error)
         return Response(render(server.statistics()), headers={"content-type": CONTENT_TYPE})
 
     return Route("/metrics", metrics, methods=["GET"])

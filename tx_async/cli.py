@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -233,9 +234,16 @@ def _add_keys(commands: Any) -> None:
     actions = command.add_subparsers(metavar="ACTION", required=True)
     add = actions.add_parser("add", help="make a key and print it, once")
     add.add_argument("name", help="whose key it is")
+    add.add_argument(
+        "--role", choices=("user", "admin"), default="user",
+        help="admin: also metrics from other machines, all runs, the whole audit log [user]",
+    )  # fmt: skip
+    add.add_argument(
+        "--expires", default="", metavar="WHEN", help="90d, 12h, 2027-01-01, or 2027-01-01T12:00:00Z [never]"
+    )
     add.set_defaults(run=_keys_add)
-    actions.add_parser("list", help="id and name of every key").set_defaults(run=_keys_list)
-    revoke = actions.add_parser("revoke", help="remove a key; a running server must be restarted")
+    actions.add_parser("list", help="id, name, role and expiry of every key").set_defaults(run=_keys_list)
+    revoke = actions.add_parser("revoke", help="remove a key; a running server refuses it from then on")
     revoke.add_argument("name", help="name or id")
     revoke.set_defaults(run=_keys_revoke)
 
@@ -248,25 +256,31 @@ def _keys_add(args: argparse.Namespace) -> int:
     from tx_async import keys
 
     path = _keys_file(args)
-    print(keys.add(path, args.name))
+    expires_at = keys.parse_expiry(args.expires, time.time()) if args.expires else None
+    print(keys.add(path, args.name, args.role, expires_at))
     print(
-        f"This key is shown once; its hash is in {path}: start the server with --api-keys-file {path}", file=sys.stderr
+        f"This key is shown once; its hash is in {path}. A server with --api-keys-file {path} takes it from now on.",
+        file=sys.stderr,
     )
     return 0
 
 
 def _keys_list(args: argparse.Namespace) -> int:
     from tx_async import keys
+    from tx_async.api.key_file import format_time
 
-    for key_id, name in keys.listed(_keys_file(args)):
-        print(f"{key_id}  {name}")
+    for key in keys.listed(_keys_file(args)):
+        expiry = f"{'expired' if key.has_expired(time.time()) else 'until'} {format_time(key.expires_at)}"
+        print(
+            "  ".join([key.key_id, key.name, *(["admin"] * (key.role == "admin")), *([expiry] * bool(key.expires_at))])
+        )
     return 0
 
 
 def _keys_revoke(args: argparse.Namespace) -> int:
     from tx_async import keys
 
-    print(f"Revoked: {keys.revoke(_keys_file(args), args.name)}. Restart the server, so that it refuses the key.")
+    print(f"Revoked: {keys.revoke(_keys_file(args), args.name)}. A running server refuses it from now on.")
     return 0
 
 

@@ -36,7 +36,19 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Compiled programs, run as they are found, so let nobody else write there; empty = `compilation_cache` in
     `data_dir`."""
     api_keys_file: str = ""
-    """File of hashed API keys (`tx-async keys`); required unless the server listens on loopback only."""
+    """File of hashed API keys (`tx-async keys`); required unless the server listens on loopback only. A change of it
+    counts at once."""
+    allowed_hosts: str = ""
+    """Names, separated by commas, that a server without keys answers to besides those of loopback; `*` = any."""
+    allowed_origins: str = ""
+    """Origins (`https://host:port`), separated by commas, whose pages may use a server without keys; `*` = any."""
+    trusted_proxies: str = ""
+    """Addresses or networks, separated by commas, of proxies whose X-Forwarded-Proto and X-Forwarded-Host are
+    believed."""
+    tls_cert: str = ""
+    """PEM file with the certificate, and those between it and its root, to speak https with."""
+    tls_key: str = ""
+    """PEM file with the private key of `tls_cert`, without a passphrase."""
 
     local_workers: int = 1
     """Workers that the server spawns and supervises; 0 = all are started by hand."""

@@ -57,6 +57,12 @@ class Unauthorized(UserError):
     status = 401
 
 
+class Forbidden(UserError):
+    """This is not allowed to who asks for it."""
+
+    status = 403
+
+
 class NotFound(UserError):
     """Nothing of that name exists here, or it belongs to somebody else."""
 

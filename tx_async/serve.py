@@ -14,6 +14,8 @@ import logging
 import os
 import resource
 import signal
+import ssl
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -23,6 +25,7 @@ from hypercorn.config import Sockets
 from hypercorn.utils import LifespanFailureError, wrap_app
 
 from tx_async import logs
+from tx_async.api.gate import Gate
 from tx_async.api.owner import is_loopback
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
@@ -44,6 +47,7 @@ EXIT_SECOND_SIGNAL = 130
 def serve(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit code. Raises `ConfigError` for what the operator can change."""
     check_exposure(config)
+    Gate(config)
     logs.configure(config.log_level)
     _raise_open_files_limit()
     settings = _hypercorn_settings(config)
@@ -141,7 +145,28 @@ def _hypercorn_settings(config: ServerConfig) -> HypercornConfig:
     settings.include_server_header = False
     settings.errorlog = logging.getLogger("hypercorn")
     settings.loglevel = config.log_level.upper()
+    _use_tls(settings, config)
     return settings
+
+
+def _use_tls(settings: HypercornConfig, config: ServerConfig) -> None:
+    """HTTP/1.1 alone: it is what every poll and its latency are measured with. Raises `ConfigError`."""
+    if not config.tls_cert and not config.tls_key:
+        return
+    if not config.tls_cert or not config.tls_key:
+        raise ConfigError("tls_cert and tls_key belong together: name the certificate's file and its key's.")
+    cert, key = str(Path(config.tls_cert).expanduser()), str(Path(config.tls_key).expanduser())
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=_no_passphrase)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(f"tls_cert {cert} with tls_key {key} cannot be used: {error}.") from error
+    settings.certfile, settings.keyfile = cert, key
+    settings.alpn_protocols = ["http/1.1"]
+
+
+def _no_passphrase() -> str:
+    """Instead of the question on the terminal."""
+    raise ValueError("the key wants a passphrase; take it off with `openssl pkey`")
 
 
 def _bind(settings: HypercornConfig, config: ServerConfig) -> Sockets:

@@ -11,9 +11,10 @@ BYTES_PER_GIGABYTE = 10**9
 
 
 async def describe_api_key(call: Call) -> tinker.ApiKeyResponse:
+    key = call.api.owners.find(call.key)
     return tinker.ApiKeyResponse(
         key_id=int(call.owner.removeprefix("owner-")[:8], 16),
-        name=call.api.owners.name_of(call.header("x-api-key")),
+        name=key.name if key else "",
         note="A key of this server.",
         details=tinker.ApiKeyDetails(
             org_details=tinker.ApiKeyOrganisation(name="tx_async"), user_details=tinker.ApiKeyUser(email="")

@@ -9,7 +9,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from tx_async.api.links import Links
-from tx_async.api.owner import Owners
+from tx_async.api.owner import Owners, key_of
 from tx_async.clock import Clock
 from tx_async.config import ServerConfig
 from tx_async.scheduler.interface import SchedulerApi
@@ -55,6 +55,15 @@ class Call:
     @property
     def scheduler(self) -> SchedulerApi:
         return self.api.scheduler
+
+    @property
+    def key(self) -> str | None:
+        return key_of(self.request.headers)
+
+    @property
+    def is_admin(self) -> bool:
+        """The key has the role admin: it may see what belongs to others. Nobody's has where there are no keys."""
+        return self.api.owners.is_admin(self.key)
 
     def path(self, name: str) -> str:
         return self.request.path_params[name]

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from tx_async.api import body
 from tx_async.api.context import Api, Call
 from tx_async.api.errors import error_response, internal_error_response, json_response
+from tx_async.api.owner import key_of, reached_at
 from tx_async.errors import TxError
 
 CONTROL_BODY_BYTES_MAX = 2**20
@@ -83,8 +84,7 @@ class Endpoint:
         return answer if isinstance(answer, Response) else json_response(answer)
 
     def _authenticate(self, request: Request) -> str:
-        reached_at, _port = request.scope.get("server") or ("", None)
-        return self._api.owners.authenticate(request.headers.get("x-api-key"), reached_at)
+        return self._api.owners.authenticate(key_of(request.headers), reached_at(request.scope))
 
 
 def _parameters(handler: Callable[..., Any]) -> list[str]:

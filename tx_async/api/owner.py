@@ -1,7 +1,7 @@
 """Who is asking. A tenant is its API key: what it makes belongs to the key's hash, and the key itself is never kept.
 
 Without a registry any key will do, on loopback only (it has one user, or several who trust each other); with one, only
-the keys whose hashes it lists do. The file has one key a line, `<hash> <name>`; `#` begins a comment.
+the keys whose hashes it lists do (`key_file.py`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import secrets
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
-from tx_async.errors import ConfigError, Unauthorized
+from tx_async.api.key_file import Key, KeyFile, Keys
+from tx_async.config import ServerConfig
+from tx_async.errors import Forbidden, Unauthorized
 
 KEY_PREFIX = "tml-"
 """The SDK refuses keys that begin otherwise."""
-HASH_DIGITS = 64
 
 
 def new_key() -> str:
@@ -34,48 +36,68 @@ def owner_of(key: str) -> str:
     return "owner-" + hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def read_registry(path: str) -> dict[str, str]:
-    """hash -> name of every registered key. Raises `ConfigError` naming the line that is wrong."""
-    try:
-        lines = Path(path).expanduser().read_text().splitlines()
-    except OSError as error:
-        raise ConfigError(f"api_keys_file {path} cannot be read: {error}") from error
-    registry: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        digest, _, name = line.split("#", 1)[0].strip().partition(" ")
-        if not digest:
-            continue
-        if len(digest) != HASH_DIGITS or set(digest) - set("0123456789abcdef"):
-            raise ConfigError(f"{path}, line {number}: a line is `<sha256 of the key> <name>`.")
-        registry[digest] = name.strip()
-    return registry
-
-
 class Owners:
     """Turns the X-API-Key header into an owner."""
 
-    def __init__(self, registry: Mapping[str, str] | None = None):
-        #: hash -> name of the accepted keys; None accepts every key
-        self._registry = registry
+    def __init__(self, keys: Callable[[], Keys] | None = None, now: Callable[[], float] = time.time):
+        """keys: those that count at this moment; None accepts every key."""
+        self._keys = keys
+        self._now = now
 
     def __repr__(self) -> str:
-        return "<Owners any key>" if self._registry is None else f"<Owners {len(self._registry)} keys>"
+        return "<Owners any key>" if self._keys is None else f"<Owners {len(self._keys())} keys>"
 
     def authenticate(self, key: str | None, reached_at: str = "") -> str:
         """The owner. reached_at: the server's own address on this connection, "" = none. Raises `Unauthorized`."""
-        if self._registry is None:
+        if self._keys is None:
             if is_address(reached_at) and not is_loopback(reached_at):
                 raise Unauthorized(
                     "This server has no API keys and therefore answers on loopback only: its operator must set "
                     "api_keys_file (`tx-async keys add NAME` makes one)."
                 )
-        elif not key or hash_key(key) not in self._registry:
-            raise Unauthorized()
+        else:
+            registered = self._keys().get(hash_key(key)) if key else None
+            if registered is None:
+                raise Unauthorized()
+            if registered.has_expired(self._now()):
+                raise Unauthorized("This API key has expired: ask the server's operator for a new one.")
         return owner_of(key or "")
 
-    def name_of(self, key: str | None) -> str:
-        """How the registry calls a key."""
-        return (self._registry or {}).get(hash_key(key or ""), "")
+    def require_admin(self, key: str | None, reached_at: str = "") -> None:
+        """Raises `Unauthorized`, or `Forbidden` for a key of role user. Where there are no keys, everybody is one."""
+        self.authenticate(key, reached_at)
+        if self._keys is not None and not self.is_admin(key):
+            raise Forbidden("This is for keys of role admin (`tx-async keys add NAME --role admin`).")
+
+    def is_admin(self, key: str | None) -> bool:
+        registered = self.find(key)
+        return registered is not None and registered.role == "admin"
+
+    def find(self, key: str | None) -> Key | None:
+        """What the registry says of a key; None where there is no registry."""
+        return self._keys().get(hash_key(key or "")) if self._keys else None
+
+    def names(self) -> dict[str, str]:
+        """owner -> name of its key, where the registry says so."""
+        return {key.owner: key.name for key in self._keys().values() if key.owner} if self._keys else {}
+
+
+def open_owners(config: ServerConfig) -> Owners:
+    """Raises `ConfigError` when the key registry cannot be read."""
+    return Owners(KeyFile(config.api_keys_file).current if config.api_keys_file else None)
+
+
+def key_of(headers: Mapping[str, str]) -> str | None:
+    """`X-API-Key`, as the SDK sends it, or `Authorization: Bearer`, as most other programs do."""
+    if key := headers.get("x-api-key"):
+        return key
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else headers.get("x-api-key")
+
+
+def reached_at(scope: MutableMapping[str, Any]) -> str:
+    """The server's own address on this connection; "" = none."""
+    return (scope.get("server") or ("", None))[0]
 
 
 def is_loopback(host: str) -> bool:

@@ -25,7 +25,7 @@ from tx_async.api.context import Api, CheckpointFiles
 from tx_async.api.endpoint import Endpoint, Row
 from tx_async.api.errors import http_exception_response
 from tx_async.api.links import Links
-from tx_async.api.owner import Owners, read_registry
+from tx_async.api.owner import Owners, open_owners
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.scheduler.interface import SchedulerApi
@@ -151,15 +151,15 @@ def create_routes(
     *,
     clock: Clock | None = None,
     links: Links | None = None,
+    owners: Owners | None = None,
 ) -> list[Route]:
     """Everything under /api/v1. Raises `ConfigError` when the key registry cannot be read."""
-    registry = read_registry(config.api_keys_file) if config.api_keys_file else None
     api = Api(
         scheduler=scheduler,
         config=config,
         clock=clock or SystemClock(),
         files=files,
-        owners=Owners(registry),
+        owners=owners or open_owners(config),
         links=links or Links(),
         tokenizer_id=_tokenizer_id(scheduler, config),
     )

@@ -11,6 +11,7 @@ import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,8 @@ class Server:
     environ: dict[str, str]
     #: the newest process; None before the first start
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    #: trusts the server's own certificate, where it has one
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
 
     @property
     def pid(self) -> int:
@@ -66,7 +69,7 @@ class Server:
     def get(self, path: str, timeout_s: float = 5.0) -> tuple[int, Any]:
         """(status, decoded JSON) of a GET; status 0 while nobody listens."""
         try:
-            with urllib.request.urlopen(self.base_url + path, timeout=timeout_s) as response:
+            with urllib.request.urlopen(self.base_url + path, timeout=timeout_s, context=self.tls) as response:
                 return response.status, msgspec.json.decode(response.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -79,7 +82,7 @@ class Server:
         headers = {"Content-Type": "application/json", "X-API-Key": "tml-dummy"}
         request = urllib.request.Request(self.base_url + path, msgspec.json.encode(body), headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with urllib.request.urlopen(request, timeout=timeout_s, context=self.tls) as response:
                 return response.status, msgspec.json.decode(response.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -177,8 +180,10 @@ def _server(
         settings["backend_config"] = msgspec.json.encode(backend).decode()
     flags = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TX_")}
+    cert = settings.get("tls_cert")
     return Server(
-        base_url=f"http://127.0.0.1:{port}",
+        base_url=f"http{'s' if cert else ''}://127.0.0.1:{port}",
+        tls=ssl.create_default_context(cafile=cert) if cert else None,
         port=port,
         data_dir=folder,
         log_path=folder / "server.log",

@@ -1,0 +1,90 @@
+"""The server as others reach it: over TLS, with keys that come and go, by names and from pages."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.durability import serving
+from tx_async import keys
+from tx_async.api.key_file import read_keys
+from tx_async.config import ServerConfig
+from tx_async.errors import ConfigError
+from tx_async.serve import _hypercorn_settings
+
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
+
+
+def make_certificate(folder: Path, *options: str) -> tuple[Path, Path]:
+    folder.mkdir(exist_ok=True)
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = [
+        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2",
+        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert,
+    ]  # fmt: skip
+    subprocess.run([*command, *(options or ("-nodes",))], check=True, capture_output=True)
+    return cert, key
+
+
+@needs_openssl
+def test_a_server_speaks_https_and_follows_its_keys(tiny_qwen3, tmp_path):
+    """Over TLS, and with a file of keys that changes while it runs."""
+    cert, key = make_certificate(tmp_path / "tls")
+    file = tmp_path / "keys"
+    alice, ops = keys.add(file, "alice"), keys.add(file, "ops", "admin")
+    settings = {"tls_cert": cert, "tls_key": key, "api_keys_file": file}
+    with serving(tmp_path / "data", tiny_qwen3, **settings) as server:
+        assert server.base_url.startswith("https://") and server.tls
+        with httpx.Client(base_url=server.base_url, verify=server.tls) as http:
+
+            def status(path: str, key: str = "", **headers: str) -> int:
+                return http.get(path, headers={"x-api-key": key, **headers}).status_code
+
+            assert status("/api/v1/training_runs", alice) == 200
+            assert status("/api/v1/training_runs", authorization=f"Bearer {alice}") == 200
+            assert status("/metrics") == 200  # this machine
+            assert status("/metrics", host="api.example") == 401
+            assert status("/metrics", alice, host="api.example") == 403
+            assert status("/metrics", ops, host="api.example") == 200
+            bob = keys.add(file, "bob")
+            assert status("/api/v1/training_runs", bob) == 200
+            keys.revoke(file, "alice")
+            assert status("/api/v1/training_runs", alice) == 401
+            assert status("/api/v1/training_runs", bob) == 200
+            me = http.get("/api/v1/auth/apikey/me", headers={"x-api-key": bob}).json()
+            assert me["name"] == "bob"
+        with pytest.raises(httpx.HTTPError):  # no plain HTTP on the same port
+            httpx.get(server.base_url.replace("https", "http") + "/api/v1/healthz")
+    assert "BEGIN" not in server.log() and bob not in server.log()
+    assert [key.name for key in read_keys(file).values()] == ["ops", "bob"]
+
+
+@needs_openssl
+def test_certificates_that_cannot_be_used_are_refused_at_start(tmp_path):
+    cert, key = make_certificate(tmp_path / "one")
+    _, other = make_certificate(tmp_path / "two")
+    _, locked = make_certificate(tmp_path / "three", "-passout", "pass:secret")
+    refusals = [
+        ({"tls_cert": cert}, "belong together"),
+        ({"tls_key": key}, "belong together"),
+        ({"tls_cert": cert, "tls_key": other}, "cannot be used"),
+        ({"tls_cert": cert, "tls_key": locked}, "passphrase"),
+        ({"tls_cert": tmp_path / "none", "tls_key": key}, "No such file"),
+        ({"tls_cert": key, "tls_key": cert}, "cannot be used"),
+    ]
+    for settings, reason in refusals:
+        with pytest.raises(ConfigError, match=reason):
+            _hypercorn_settings(ServerConfig(**{name: str(path) for name, path in settings.items()}))
+    assert _hypercorn_settings(ServerConfig(tls_cert=str(cert), tls_key=str(key))).ssl_enabled
+
+
+def test_a_page_from_elsewhere_cannot_use_a_keyless_server(tiny_qwen3, tmp_path):
+    with serving(tmp_path, tiny_qwen3) as server:
+        for path in ("/api/v1/training_runs", "/metrics", "/api/v1/healthz", "/nowhere"):
+            assert httpx.get(server.base_url + path, headers={"host": "evil.example"}).status_code == 403
+        create = server.base_url + "/api/v1/create_session"
+        body = {"tags": [], "user_metadata": {}}
+        assert httpx.post(create, json=body, headers={"origin": "https://evil.example"}).status_code == 403
+        assert httpx.post(create, content=b'{"tags": []}', headers={"content-type": "text/plain"}).status_code == 200
