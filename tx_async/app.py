@@ -1,8 +1,8 @@
 """The composition root: `hypercorn tx_async.app:app` serves; `create_app(config)` is what the command line uses.
 
-At start: read the base model's description, open the journal (it migrates and takes the lease), recover the live
-state from it, open the doors for workers, spawn the local ones. A server that cannot start says why in one line and
-ends.
+At start: read the base model's description, open the journal (it migrates and takes the lease), see that base model,
+journal and storage belong together, recover the live state, open the doors for workers, spawn the local ones. A server
+that cannot start says why in one line and ends.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from tx_async.api.gate import Gate, GateMiddleware
 from tx_async.api.owner import Owners, key_of, open_owners, reached_at
 from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
-from tx_async.dispatch.events import Event
+from tx_async.dispatch.events import Event, WorkerReady
 from tx_async.dispatch.router import Router
 from tx_async.errors import StorageError, UserError
+from tx_async.identity import Identity
 from tx_async.journal.factory import open_journal
 from tx_async.metrics import CONTENT_TYPE, render
 from tx_async.private import close_data, private_umask
@@ -62,6 +63,7 @@ class Server:
         self.config = config
         self._engine = engine
         self.scheduler: Scheduler | None = None
+        self.identity: Identity | None = None
         #: by name; `running` has made them
         self._actors: dict[str, Actor] = {}
 
@@ -82,10 +84,17 @@ class Server:
         base_model = await anyio.to_thread.run_sync(
             base_models.read, config.base_model, config.base_model_name, config.backend_config
         )
-        store = Store(config.resolved_checkpoints_base)
         journal = open_journal(config)
         records = await journal.open()
+        try:
+            identity = self.identity = Identity(config, base_model, journal, records)
+            records = await identity.settle()
+        except BaseException:
+            await journal.close()
+            raise
+        store = identity.store
         router = Router(config, self._on_event, await _storage_probe(store, config))
+        router.storage_id, router.base_fingerprint = store.storage_id, identity.base_fingerprint
         try:
             await router.start()
             supervisor = Supervisor(config, router, engine=self._engine)
@@ -98,10 +107,11 @@ class Server:
                 delete_files=store.delete_prefix,
                 list_files=store.list_keys,
                 worker_status=supervisor.waiting_for,
+                storage_status=identity.waiting_for,
             )
             self._actors = {"scheduler": scheduler, "journal": journal, "router": router, "supervisor": supervisor}
             async with anyio.create_task_group() as actors:
-                for actor in (scheduler.run, router.run, supervisor.run, journal.supervise):
+                for actor in (scheduler.run, router.run, supervisor.run, journal.supervise, identity.run):
                     actors.start_soon(actor, name=actor.__qualname__)
                 actors.start_soon(sweep_for_ever, store, lambda: scheduler.models)
                 yield scheduler
@@ -115,7 +125,9 @@ class Server:
                 await journal.close()
 
     def _on_event(self, event: Event) -> None:
-        assert self.scheduler is not None
+        assert self.scheduler is not None and self.identity is not None
+        if isinstance(event, WorkerReady):
+            self.identity.base_loaded(event.info.base_model_digest)
         self.scheduler.on_event(event)
 
 
@@ -149,9 +161,8 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     started = False
     try:
         async with server.running() as scheduler:
-            app.router.routes.extend(
-                create_routes(scheduler, config, Store(config.resolved_checkpoints_base), owners=owners)
-            )
+            assert server.identity is not None
+            app.router.routes.extend(create_routes(scheduler, config, server.identity.store, owners=owners))
             app.router.routes.append(_metrics_route(server, app.state.gate, owners))
             started = True
             yield

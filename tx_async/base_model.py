@@ -8,6 +8,7 @@ from typing import Any
 
 from tx_async import hub
 from tx_async.errors import BaseModelError
+from tx_async.fingerprint import fingerprint
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.wire.worker import EngineConfig
 
@@ -44,6 +45,7 @@ def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
         max_context_length=min(limit, engine.max_context_length or limit),
         eos_token_ids=_eos_token_ids(config, _read_json(folder / "generation_config.json") or {}),
         max_lora_rank=engine.max_lora_rank,
+        fingerprint=fingerprint(folder),
     )
 
 

@@ -105,11 +105,13 @@ def _add_config_flags(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("settings (also TX_… variables and keys of the file)")
     for field in field_docs(ServerConfig):
         is_json = isinstance(field.default, msgspec.Struct)
-        shown = "" if is_json or field.default == "" else f" [{field.default}]"
+        shown = "" if is_json or field.default in ("", False) else f" [{field.default}]"
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             metavar="JSON" if is_json else field.type.upper(),
             help=(field.doc.replace("%", "%%") + shown).strip(),
+            **switch,
         )
 
 

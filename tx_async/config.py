@@ -35,6 +35,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     compilation_cache_dir: str = ""
     """Compiled programs, run as they are found, so let nobody else write there; empty = `compilation_cache` in
     `data_dir`."""
+    adopt: bool = False
+    """This start means it that the base model or the storage is another than the journal's; not remembered, and never
+    in a file."""
     api_keys_file: str = ""
     """File of hashed API keys (`tx-async keys`); required unless the server listens on loopback only. A change of it
     counts at once."""
@@ -149,11 +152,14 @@ def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | No
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"TX_CONFIG names {path}, which cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    if "adopt" in values:
+        raise ConfigError(f"{path} sets adopt, which is meant for one start only: use --adopt or TX_ADOPT=1.")
+    return values
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -120,6 +120,11 @@ class RunLost(ServerError):
     """The training run's state was lost in a restart. Create the model again from its last checkpoint."""
 
 
+class OtherBase(UserError):
+    """This belongs to another base model than the one that is served here. It is kept, and works again when a server
+    has that base."""
+
+
 class NonFiniteGradients(UserError):
     """The gradients are NaN or infinite. The step was not taken, the weights are as before, the gradients were
     cleared."""
@@ -153,6 +158,10 @@ class ConfigError(TxError):
 
 class BaseModelError(ConfigError):
     """The base model cannot be loaded."""
+
+
+class WrongIdentity(ConfigError):
+    """The journal belongs to another base model or to another storage. Start with those, or say `--adopt`."""
 
 
 class LeaseHeld(ConfigError):

@@ -84,6 +84,8 @@ class Router:
     ):
         self.config = config
         self.storage_probe = storage_probe
+        #: of the storage and the base model, as the journal knows them; "" while it does not
+        self.storage_id = self.base_fingerprint = ""
         self.clock = clock or SystemClock()
         #: made by `start`, so that a server that never gets so far leaves nothing behind
         self._runtime = runtime
@@ -403,6 +405,7 @@ class Router:
             inbox=group.inbox.path if group.inbox and member.outbox_path else "",
             outbox=member.outbox_path,
             storage_probe=self.storage_probe,
+            storage_id=self.storage_id,
         )
 
     def _handle_ready(self, group: Group) -> None:
@@ -411,6 +414,11 @@ class Router:
         infos = [group.members[id].info for id in range(group.num_processes)]
         if differences := differences_of(infos):  # type: ignore[arg-type]
             return self._lose(group, f"its processes built different engines: {differences}")
+        loaded = infos[0].base_model_digest  # type: ignore[union-attr]
+        if loaded and self.base_fingerprint and loaded != self.base_fingerprint:
+            return self._lose(
+                group, f"it loaded another base model ({loaded}) than the server's {self.base_fingerprint}"
+            )
         group.is_ready = True
         logger.info("worker %s is ready", group.name)
         self._on_event(WorkerReady(group.name, infos[0], group.capabilities))  # type: ignore[arg-type]

@@ -70,10 +70,10 @@ class Checkpoints:
     """`cached` is shared by the command thread and the threads that write files: every access holds the lock."""
 
     def __init__(
-        self, base: str, model: Any, max_rank: int, writes: bool = True, cache_bytes_max: int = CACHE_BYTES_MAX
+        self, store: Store, model: Any, max_rank: int, writes: bool = True, cache_bytes_max: int = CACHE_BYTES_MAX
     ):
         """writes: False on all but one host of a mesh."""
-        self.store = Store(base)
+        self.store = store
         self.model, self.max_rank, self.writes, self.cache_bytes_max = model, max_rank, writes, cache_bytes_max
         self._lock = threading.Lock()
         #: newest use last; `_num_bytes` is the sum over it

@@ -29,9 +29,11 @@ from tx_async.engine.optimizer import Adam, StepOutcome
 from tx_async.engine.sharding import is_one_cpu
 from tx_async.engine.streams import OwnStream, SameStream
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
+from tx_async.fingerprint import fingerprint
 from tx_async.layers.lora import LOW_RANK
 from tx_async.models.decoder import Decoder
 from tx_async.models.load import fetch, load_model
+from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
 from tx_async.wire.worker import EngineConfig, EngineInfo, Welcome
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
@@ -54,8 +56,8 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     folder = fetch(welcome.base_model)
     model, params = load_model(folder, dtype, progress, devices)
-    digest = mesh.base_model_digest(folder)
-    engine = JaxEngine(model, params, config, folder, welcome.checkpoints_base, digest)
+    store = Store(welcome.checkpoints_base, welcome.storage_id)
+    engine = JaxEngine(model, params, config, folder, store, fingerprint(folder))
     if config.compilation_cache_dir and is_one_cpu(model.mesh):
         engine.keep_executables(Executables(Path(config.compilation_cache_dir) / "executables"))
     if config.compile_ahead:
@@ -72,7 +74,7 @@ class JaxEngine:
         params: Any,
         config: EngineConfig,
         folder: Path,
-        checkpoints_base: str,
+        store: Store,
         base_model_digest: str = "",
     ):
         """folder: of the base model; base_model_digest: of what it holds, for hosts that must have the same."""
@@ -92,7 +94,7 @@ class JaxEngine:
         self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank, self.cut_state)
         #: of the adapter in each training slot; 0 where nothing was created yet
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
-        self.checkpoints = Checkpoints(checkpoints_base, model, config.max_lora_rank, writes=jax.process_index() == 0)
+        self.checkpoints = Checkpoints(store, model, config.max_lora_rank, writes=jax.process_index() == 0)
         self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut)
         self.overlaps = is_one_cpu(model.mesh)
         stream = OwnStream("sampling") if self.overlaps else SameStream()

@@ -10,11 +10,9 @@ the log of both.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +28,6 @@ from tx_async.models.decoder import Decoder
 from tx_async.wire.worker import EngineConfig
 from tx_async.worker.engine_api import ReportProgress
 
-DIGEST_BYTES = 1 << 20
 JOIN_S = 300
 """How long a process waits for the others of its mesh."""
 SELF_TEST_SIZES = (4, 65_536)
@@ -154,19 +151,6 @@ def _expected(inputs: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 # ---- between the hosts and the mesh
-
-
-def base_model_digest(folder: Path) -> str:
-    """Of the configuration, and of the beginning, end and size of each file of weights: hosts of a mesh that loaded
-    different models differ here, and would otherwise train on a mixture of both."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            begin = file.read(DIGEST_BYTES)
-            file.seek(max(0, size - DIGEST_BYTES))
-            digest.update(f"{path.name} {size} ".encode() + begin + file.read())
-    return digest.hexdigest()[:32]
 
 
 def to_mesh(tree: Any, sharding: NamedSharding) -> Any:

@@ -136,6 +136,7 @@ class Acceptance:
             session_id=operation.session_id,
             owner=request.owner,
             base_model=self.state.base_model.name,
+            base_fingerprint=self.catalog.base_fingerprint,
             lora=lora,
             created_at=self.clock.now(),
             user_metadata=operation.user_metadata,

@@ -40,6 +40,8 @@ class BaseModelInfo(Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     max_lora_rank: int = 32
     target_tokens_k_max: int = 128
+    fingerprint: str = ""
+    """Of its weights and configuration; "" while no weights are on this host."""
 
 
 class SchedulerApi(Protocol):

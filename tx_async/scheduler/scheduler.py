@@ -75,6 +75,7 @@ class Scheduler:
         delete_files: DeleteBelow,
         list_files: ListBelow,
         worker_status: Callable[[], list[str]],
+        storage_status: Callable[[], list[str]] = list,
         clock: Clock | None = None,
     ):
         self.config = config
@@ -82,6 +83,7 @@ class Scheduler:
         self.journal = journal
         self.clock = clock or SystemClock()
         self._worker_status = worker_status
+        self._storage_status = storage_status
         self.catalog = Catalog(records)
         self.state = SchedulerState(self.catalog, base_model, policy_of(config), self.clock.now())
         self.waiters = Waiters()
@@ -176,9 +178,10 @@ class Scheduler:
 
     def waiting_for(self) -> list[str]:
         capabilities = {c for worker in self.state.workers.values() for c in worker.capabilities}
+        waiting = self._storage_status()
         if capabilities >= {"train", "sample"}:
-            return []
-        return self._worker_status() or ["a worker: none is attached"]
+            return waiting
+        return [*waiting, *(self._worker_status() or ["a worker: none is attached"])]
 
     def statistics(self) -> SchedulerStatistics:
         state = self.state

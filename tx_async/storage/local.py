@@ -52,6 +52,13 @@ def remove_leftovers(base: Path, older_than_s: float) -> int:
     return removed
 
 
+def sync_file(path: Path) -> None:
+    """Make a file that somebody else has written durable, and its name."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

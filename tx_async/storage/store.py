@@ -1,16 +1,20 @@
 """Checkpoint bytes by key: a local folder, `s3://`, `gs://`, `az://` (obstore), or `memory:///` for tests.
 
-A put is atomic, and durable when it returns. Every verb comes twice: `…_sync` for worker threads, and a coroutine of
-the same name for the server, which runs the first on a thread.
+A put is atomic, and durable when it returns. A storage that carries another identity than the one expected, or none, is
+away: what is not found there is not gone, and a folder takes nothing. Every verb comes twice: `…_sync` for worker
+threads, and a coroutine of the same name for the server, which runs the first on a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import obstore
 from msgspec import Struct
@@ -23,6 +27,16 @@ from tx_async.storage.keys import check_key
 
 CHUNK_BYTES = 8 * 2**20
 """Pieces in which large objects travel."""
+IDENTITY = "identity.json"
+"""Key of the object that says which storage this is."""
+_CLOUD_OPTIONS: dict[str, Any] = {
+    "retry_config": {
+        "max_retries": 4,
+        "retry_timeout": timedelta(seconds=20),
+        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+    },
+}
+"""A storage that fails is waited for by those who know for how long; here a call fails within half a minute."""
 
 
 class Entry(Struct, frozen=True):
@@ -35,14 +49,52 @@ class Entry(Struct, frozen=True):
 class Store:
     """One place of storage. It keeps no state: what is stored is what is listed."""
 
-    def __init__(self, base: str | Path):
+    def __init__(self, base: str | Path, storage_id: str = ""):
+        """storage_id: what the storage calls itself in `identity.json`; "" while that is not known. A local folder that
+        is not there is made, unless it has an identity: then it is away."""
         self.base = str(base)
+        self.storage_id = storage_id
         #: the folder of a local store; None for all others
         self._folder = _local_folder(self.base)
-        self._objects = _open(self.base, self._folder)
+        self._opened: ObjectStore | None = None
+        if not storage_id:
+            self._objects  # noqa: B018  what the operator can change is told at once
 
     def __repr__(self) -> str:
         return f"<Store {self.base}>"
+
+    @property
+    def address(self) -> str:
+        """For messages: the whole path of a folder, or the address."""
+        return str(self._folder or self.base)
+
+    @property
+    def _objects(self) -> ObjectStore:
+        if self._opened is None:
+            self._opened = _open(self.base, self._folder, mkdir=not self.storage_id)
+        return self._opened
+
+    def identity_sync(self) -> str:
+        """What the storage calls itself. Raises `NotFound` when it carries no identity, `StorageError` when it does not
+        answer or its identity is damaged."""
+        try:
+            return str(json.loads(self.get_sync(IDENTITY))["storage_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{IDENTITY} in {self.address} is damaged: {error}") from error
+
+    def confirm_sync(self) -> None:
+        """Raises `StorageError` unless the storage is there and the expected one."""
+        if not self.storage_id:
+            return
+        try:
+            found = self.identity_sync()
+        except NotFound:
+            found = ""
+        if found != self.storage_id:
+            what = f"carries the identity {found}" if found else "is empty, or not mounted"
+            raise StorageError(
+                f"The storage {self.address} is away: it {what}; this server's carries {self.storage_id}."
+            )
 
     # ---- write
 
@@ -56,10 +108,23 @@ class Store:
             check_key(key)
         with _errors(self, "written", ", ".join(items)):
             if self._folder is not None:
+                self.confirm_sync()  # a folder that nothing is mounted on would take everything, and hide it later
                 local.put_files(self._folder, items)
                 return
             for key, data in items.items():
                 obstore.put(self._objects, key, data, chunk_size=CHUNK_BYTES)
+
+    def create_sync(self, key: str, data: bytes) -> bool:
+        """Store bytes unless something is there; False when there was. Of several writers one is the first."""
+        check_key(key)
+        with _errors(self, "written", key):
+            try:
+                obstore.put(self._objects, key, data, mode="create", use_multipart=False)
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+            if self._folder is not None:
+                local.sync_file(self._folder / key)
+            return True
 
     def delete_sync(self, key: str) -> None:
         """Nothing happens when the key is not there."""
@@ -68,6 +133,7 @@ class Store:
             try:
                 obstore.delete(self._objects, key)
             except FileNotFoundError:
+                self.confirm_sync()
                 return
             if self._folder is not None:
                 _sync_if_there((self._folder / key).parent)
@@ -135,6 +201,7 @@ class Store:
             try:
                 obstore.head(self._objects, key)
             except FileNotFoundError:
+                self.confirm_sync()
                 return False
             return True
 
@@ -142,11 +209,15 @@ class Store:
         """Everything below `prefix/`, in no particular order, without holding all of it."""
         if prefix:
             check_key(prefix)
+        is_empty = True
         with _errors(self, "listed", prefix):
             for page in obstore.list(self._objects, prefix or None):
                 for found in page:
                     if not found["path"].startswith(f"{local.INCOMING}/"):
+                        is_empty = False
                         yield Entry(found["path"], found["size"], found["last_modified"].timestamp())
+        if is_empty:
+            self.confirm_sync()
 
     def list_sync(self, prefix: str = "") -> list[Entry]:
         """Everything below `prefix/`, sorted by key."""
@@ -207,13 +278,17 @@ def _local_folder(base: str) -> Path | None:
     return None if "://" in base else Path(base).expanduser().absolute()
 
 
-def _open(base: str, folder: Path | None) -> ObjectStore:
+def _open(base: str, folder: Path | None, mkdir: bool) -> ObjectStore:
+    """Raises `ConfigError`, and `StorageError` for a folder that was there before."""
     try:
         if folder is not None:
-            make_folder(folder)
+            if mkdir:
+                make_folder(folder)
             return LocalStore(folder, automatic_cleanup=True)
-        return from_url(base)
+        return from_url(base) if base.startswith("memory:") else from_url(base, **_CLOUD_OPTIONS)
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
+        if not mkdir and folder is not None:
+            raise StorageError(f"The storage {folder} is away: {_first_line(error)}") from error
         raise ConfigError(f"checkpoints_base {base!r} cannot be used: {_first_line(error)}") from error
 
 
@@ -224,6 +299,8 @@ def _errors(store: Store, verb: str, what: str) -> Iterator[None]:
         yield
     except (obstore.exceptions.BaseError, OSError) as error:
         if isinstance(error, FileNotFoundError) and verb in ("read", "copied"):
+            if what != IDENTITY:
+                store.confirm_sync()
             raise NotFound(f"Nothing is stored under {what}.") from error
         raise StorageError(f"{what} could not be {verb} in {store.base}: {_first_line(error)}") from error
 

@@ -135,7 +135,14 @@ def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
     if faults.load_error and _is_due(faults):
         raise RuntimeError(faults.load_error)
     vocab_size, context = _read_base_model(welcome.base_model)
-    return FakeEngine(welcome.engine, welcome.checkpoints_base, vocab_size=vocab_size, context=context, faults=faults)
+    return FakeEngine(
+        welcome.engine,
+        welcome.checkpoints_base,
+        storage_id=welcome.storage_id,
+        vocab_size=vocab_size,
+        context=context,
+        faults=faults,
+    )
 
 
 def _read_base_model(folder: str) -> tuple[int, int]:
@@ -155,6 +162,7 @@ class FakeEngine:
         config: EngineConfig | None = None,
         checkpoints_base: str = "",
         *,
+        storage_id: str = "",
         vocab_size: int = VOCAB_SIZE,
         context: int = CONTEXT,
         faults: Faults | None = None,
@@ -164,7 +172,7 @@ class FakeEngine:
         self.num_commands = 0
         self._vocab_size = vocab_size
         self._context = min(context, self.config.max_context_length or context)
-        self._store = Store(checkpoints_base) if checkpoints_base else None
+        self._store = Store(checkpoints_base, storage_id) if checkpoints_base else None
         #: checkpoints by key, when there is no folder for them
         self.files: dict[str, bytes] = {}
         self._training: dict[int, _Adapter] = {}

@@ -46,6 +46,8 @@ class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
     base_model: str
     lora: AdapterConfig
     created_at: float
+    base_fingerprint: str = ""
+    """Which weights `base_model` names; "" in records from before it was kept: the journal's first base."""
     user_metadata: dict = {}
     created_from: str | None = None
     """Storage key, for a model created from a checkpoint."""
@@ -81,6 +83,7 @@ class SamplerRecord(Struct, tag="sampler", frozen=True, kw_only=True):
     inflight_model_id: str | None = None
     """Set for a session that follows the inflight saves of a training run: its `storage_key` moves on with them."""
     num_clones: int = 0
+    base_fingerprint: str = ""
 
     @property
     def key(self) -> str:
@@ -142,13 +145,45 @@ class CheckpointRecord(Struct, tag="checkpoint", frozen=True, kw_only=True):
     public: bool = False
     user_metadata: dict = {}
     expires_at: float | None = None
+    base_fingerprint: str = ""
 
     @property
     def key(self) -> str:
         return self.path
 
 
-Record = SessionRecord | ModelRecord | SamplerRecord | RequestRecord | ResultRecord | CheckpointRecord
+class KnownBase(Struct, frozen=True, kw_only=True):
+    """A base model that this journal was served with."""
+
+    fingerprint: str
+    name: str
+    path: str
+    since: float
+    """Seconds since the epoch."""
+
+
+class KnownStorage(Struct, frozen=True, kw_only=True):
+    """The storage that this journal's checkpoints lie in."""
+
+    storage_id: str
+    address: str
+    """Where it was when it last answered."""
+
+
+class IdentityRecord(Struct, tag="identity", frozen=True, kw_only=True):
+    """Whom this journal's data belong to: there is one."""
+
+    journal_id: str
+    bases: tuple[KnownBase, ...] = ()
+    """The first is that of records without a fingerprint; the last is the one that is served."""
+    storage: KnownStorage | None = None
+
+    @property
+    def key(self) -> str:
+        return "identity"
+
+
+Record = SessionRecord | ModelRecord | SamplerRecord | RequestRecord | ResultRecord | CheckpointRecord | IdentityRecord
 
 
 class Put(Struct, tag=True, frozen=True):
@@ -175,7 +210,7 @@ Change = Put | Delete | DropBody
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
-RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint")
+RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint", "identity")
 
 
 def encode_record(record: Record) -> bytes:

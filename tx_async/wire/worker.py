@@ -107,6 +107,8 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     """Shared-memory arena that this worker writes and the server reads ("" = frames)."""
     storage_probe: StorageProbe | None = None
     """None where all workers run on the server's host."""
+    storage_id: str = ""
+    """What is not found is gone only while the storage carries this identity. "" = not known yet."""
 
 
 class Refused(Struct, tag=True, frozen=True):

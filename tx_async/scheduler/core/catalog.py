@@ -11,11 +11,12 @@ from typing import Any
 
 from msgspec import Struct
 
-from tx_async.errors import InvalidRequest, UnknownCheckpoint
+from tx_async.errors import InvalidRequest, OtherBase, UnknownCheckpoint
 from tx_async.wire.records import (
     Change,
     CheckpointRecord,
     Delete,
+    IdentityRecord,
     ModelRecord,
     Put,
     Record,
@@ -47,6 +48,8 @@ class Catalog:
         self.request_ids: dict[tuple[str, int], str] = {}
         #: storage key -> how many records need its files
         self.references: Counter[str] = Counter()
+        #: whose data these are; None where nobody has said so
+        self.identity: IdentityRecord | None = None
         for record in records:
             self._put(record)
 
@@ -67,6 +70,9 @@ class Catalog:
     def _put(self, record: Record) -> None:
         if isinstance(record, ResultRecord):
             self.results[record.key] = ResultEntry(record.finished_at, record.content == "error")
+            return
+        if isinstance(record, IdentityRecord):
+            self.identity = record
             return
         table = self._table_of(type_of(record))
         self._release(table.get(record.key))
@@ -95,16 +101,38 @@ class Catalog:
     def _table_of(self, name: str) -> dict[str, Any]:
         return getattr(self, f"{name}s")
 
+    @property
+    def base_fingerprint(self) -> str:
+        """Of the base that is served; "" while nobody knows it."""
+        return self.identity.bases[-1].fingerprint if self.identity and self.identity.bases else ""
+
+    def is_of_other_base(self, record: ModelRecord | SamplerRecord | CheckpointRecord) -> bool:
+        if self.identity is None or not self.identity.bases:
+            return False
+        return (record.base_fingerprint or self.identity.bases[0].fingerprint) != self.base_fingerprint
+
+    def check_base(self, record: ModelRecord | SamplerRecord | CheckpointRecord) -> None:
+        """Raises `OtherBase` when its numbers mean nothing with the base that is served."""
+        if self.is_of_other_base(record):
+            assert self.identity is not None
+            theirs = record.base_fingerprint or self.identity.bases[0].fingerprint
+            raise OtherBase(
+                f"{record.key} belongs to the base model {record.base_model} (fingerprint {theirs}); this server has "
+                f"{self.identity.bases[-1].name} (fingerprint {self.base_fingerprint}). It is kept, and works again "
+                "when a server has its base."
+            )
+
     def find_request(self, subject: str, seq_id: int) -> RequestRecord | None:
         request_id = self.request_ids.get((subject, seq_id))
         return self.requests[request_id] if request_id else None
 
     def find_checkpoint(self, owner: str, path: str, optimizer: bool = False) -> CheckpointRecord:
-        """One's own or a published one. Raises `UnknownCheckpoint`, and `InvalidRequest` when it lacks what is asked
-        for."""
+        """One's own or a published one. Raises `UnknownCheckpoint`, `OtherBase`, and `InvalidRequest` when it lacks
+        what is asked for."""
         checkpoint = self.checkpoints.get(path)
         if checkpoint is None or (checkpoint.owner != owner and not checkpoint.public):
             raise UnknownCheckpoint(f"{path}: no such checkpoint. It was never saved, was deleted, or has expired.")
+        self.check_base(checkpoint)
         if optimizer and checkpoint.kind != "weights":
             raise InvalidRequest(
                 f"{path} holds no optimizer state: load it without, or load a checkpoint of save_state."

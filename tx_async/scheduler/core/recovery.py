@@ -39,7 +39,7 @@ def restore(training: Training) -> list[RequestRecord]:
     """Lanes from the catalog. Returns the samples that are unfinished."""
     catalog = training.decisions.catalog
     for model in catalog.models.values():
-        if model.status == "live":
+        if model.status == "live" and not catalog.is_of_other_base(model):
             training.runs.create(model)
     samples = []
     for request in list(catalog.requests.values()):

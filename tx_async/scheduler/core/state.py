@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 
-from tx_async.errors import Cancelled, InvalidRequest, ServerError, UnknownCheckpoint
+from tx_async.errors import Cancelled, InvalidRequest, OtherBase, ServerError, UnknownCheckpoint
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.events import (
@@ -134,6 +134,11 @@ class SchedulerState:
             error = InvalidRequest(
                 f"The prompt fills the model's context of {self.base_model.max_context_length} tokens."
             )
+            self.decisions.fail(request, error, DropBody(request.request_id))
+            return
+        try:
+            self.catalog.check_base(sampler)
+        except OtherBase as error:
             self.decisions.fail(request, error, DropBody(request.request_id))
             return
         eos = self.base_model.eos_token_ids if operation.use_eos else ()

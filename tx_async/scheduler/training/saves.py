@@ -46,6 +46,7 @@ class Saves:
             key=storage_key(lane, step, operation),
             kind=FILE_KINDS[operation.kind],  # type: ignore[arg-type]
             metadata={
+                "base_fingerprint": lane.model.base_fingerprint or self.decisions.catalog.base_fingerprint,
                 "base_model": lane.model.base_model,
                 "model_id": lane.model_id,
                 "name": operation.name or EPHEMERAL,
@@ -68,6 +69,7 @@ class Saves:
             name=operation.name,
             storage_key=storage_key(lane, step, operation),
             base_model=lane.model.base_model,
+            base_fingerprint=lane.model.base_fingerprint,
             lora=lane.model.lora,
             created_at=now,
             size_bytes=size_bytes,
@@ -94,6 +96,7 @@ class Saves:
             session_id=model.session_id,
             owner=model.owner,
             base_model=model.base_model,
+            base_fingerprint=model.base_fingerprint,
             created_at=self.decisions.now,
             storage_key=storage_key(lane, step, operation),
             inflight_model_id=model.model_id if operation.inflight else None,

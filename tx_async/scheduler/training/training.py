@@ -90,11 +90,18 @@ class Training:
         self.runs.fail(Step(request, None), error)
 
     def end_without_lane(self, request: RequestRecord) -> None:
-        """What needs no place in the order of operations: unload_model, and whatever comes after it."""
+        """What needs no place in the order of operations: unload_model, whatever comes after it, and whatever is asked
+        of a run that belongs to another base."""
+        model = self.decisions.catalog.models.get(request.subject)
+        try:
+            if model is not None:
+                self.decisions.catalog.check_base(model)
+        except TxError as error:
+            self._refuse(request, error)
+            return
         if request.kind == UnloadModel.__name__:
             self._unload(request)
             return
-        model = self.decisions.catalog.models.get(request.subject)
         status = model.status if model else "gone"
         self._refuse(request, UserError(f"This training run is {status}: no operation can run on it any more."))
 
