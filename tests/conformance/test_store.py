@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tx_async.errors import CorruptedCheckpoint, InvalidRequest, NotFound, UnknownCheckpoint
+from tx_async.errors import CorruptedCheckpoint, InvalidRequest, NotFound, StorageError, UnknownCheckpoint
 from tx_async.storage import checkpoint_files as checkpoints
-from tx_async.storage.store import Store
+from tx_async.storage.identity import ensure_identity_sync
+from tx_async.storage.store import IDENTITY, Store
 
 RUN = "s-12:train:0"
 """Model ids have colons."""
@@ -218,3 +219,32 @@ async def test_many_at_once(store: Store):
     for key in found:
         metadata, files = await checkpoints.read_checkpoint(store, key)
         assert files == {"f": b"%d" % metadata["i"]}
+
+
+# ---- whose it is
+
+
+def test_a_storage_gets_its_identity_once(store: Store):
+    assert ensure_identity_sync(store) == ensure_identity_sync(store)
+    assert not store.create_sync(IDENTITY, b"{}")
+
+
+def test_nothing_is_lost_for_good_in_a_storage_that_is_away(store: Store):
+    """Without its identity, or with another one, "not found" may mean that it is not mounted."""
+    store.storage_id = ensure_identity_sync(store)
+    with pytest.raises(NotFound):
+        store.get_sync("a/b")
+    assert not store.exists_sync("a/b") and store.list_sync("a") == []
+    identity = store.get_sync(IDENTITY)
+    for away in (lambda: store.delete_sync(IDENTITY), lambda: store.put_sync(IDENTITY, b'{"storage_id": "another"}')):
+        away()
+        for ask in (store.get_sync, store.exists_sync, store.list_sync):
+            with pytest.raises(StorageError, match="is away"):
+                ask("a/b")
+        with pytest.raises(StorageError, match="is away"):
+            checkpoints.read_manifest_sync(store, "a/b")
+        store.storage_id, known = "", store.storage_id
+        store.put_sync(IDENTITY, identity)
+        store.storage_id = known
+    with pytest.raises(NotFound):
+        store.get_sync("a/b")

@@ -32,11 +32,13 @@ def serving(
     base_model: Path,
     *,
     fake: bool = True,
+    ready: bool = True,
     environ: Mapping[str, str] | None = None,
     backend: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[Server]:
-    """A server on `folder`, with workers that need no JAX (`fake`) or real ones. It is stopped, however it ends."""
+    """A server on `folder`, with workers that need no JAX (`fake`) or real ones. It is stopped, however it ends.
+    `ready=False`: yield it as soon as it answers at all."""
     folder.mkdir(parents=True, exist_ok=True)
     backend = {"max_context_length": 256, "max_lora_adapters": 4, "max_lora_rank": 8, **(backend or {})}
     server = _server(folder, base_model, backend, dict(environ or {}), dict(settings))
@@ -45,7 +47,7 @@ def serving(
     server.start()
     try:
         if fail_points.VARIABLE not in server.environ:  # else it may die before it is ready
-            server.wait_ready()
+            server.wait_ready() if ready else server.wait_accepting()
         yield server
         server.stop()
     finally:
