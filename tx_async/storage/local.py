@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tx_async.private import FOLDER_MODE, make_folder, opener
+from tx_async.private import FILE_MODE, FOLDER_MODE, make_folder, opener
 
 INCOMING = ".incoming"
 """Folder, beside the keys, of files that are not complete yet. No key begins with a dot."""
@@ -53,8 +53,9 @@ def remove_leftovers(base: Path, older_than_s: float) -> int:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file that somebody else has written durable, and its name."""
+    """Make a file that a library has written durable, with its name, and private."""
     with open(path, "rb") as file:
+        os.fchmod(file.fileno(), FILE_MODE)
         os.fsync(file.fileno())
     sync_folder(path.parent)
 
