@@ -5,6 +5,7 @@ import tarfile
 
 import pytest
 
+from tx_async.errors import StorageError
 from tx_async.testing.fake_scheduler import FAKE_FILES
 
 
@@ -117,6 +118,61 @@ async def test_links_end_with_their_checkpoint_and_belong_to_their_owner(client,
     await client.delete(url)
     async with connect(None) as anyone:
         assert (await anyone.get(link)).status_code == 404
+
+
+async def test_a_link_is_for_the_checkpoint_that_it_was_made_for(client, connect, url, model_id, result):
+    """Deleted and saved again under the same name, it is another one."""
+    link = (await client.get(f"{url}/external_weights_urls")).json()["urls"]["adapter_config.json"]
+    archive = (await client.get(f"{url}/archive")).headers["location"]
+    await client.delete(url)
+    body = {"model_id": model_id, "seq_id": 2, "path": "one"}
+    assert (await result(await client.post("/api/v1/save_weights", json=body))).status_code == 200
+    async with connect(None) as anyone:
+        assert (await anyone.get(link)).status_code == 404
+        assert (await anyone.get(archive)).status_code == 404
+        again = (await client.get(f"{url}/external_weights_urls")).json()["urls"]["adapter_config.json"]
+        assert (await anyone.get(again)).status_code == 200
+
+
+def damage(scheduler, name, content):
+    (key,) = (key for key in scheduler.files.content if key.endswith(f"/{name}"))
+    if content is None:
+        del scheduler.files.content[key]
+    else:
+        scheduler.files.content[key] = content
+
+
+@pytest.mark.parametrize("content", [b"\1" * 64, b"\0" * 63, None], ids=["another bit", "shorter", "gone"])
+async def test_damaged_files_are_not_served(client, connect, scheduler, url, content):
+    link = (await client.get(f"{url}/external_weights_urls")).json()["urls"]["adapter_model.safetensors"]
+    archive = (await client.get(f"{url}/archive")).headers["location"]
+    damage(scheduler, "adapter_model.safetensors", content)
+    async with connect(None) as anyone:
+        response = await anyone.get(link)
+        assert response.status_code == 400 and "damaged: adapter_model.safetensors" in response.json()["detail"]
+        if content is None or len(content) != 64:
+            assert (await anyone.get(archive)).status_code == 400
+        else:  # its first file is whole, and on its way
+            assert b"\1" * 64 not in (await anyone.get(archive)).content
+
+
+async def test_a_damaged_list_of_files_is_not_served(client, connect, scheduler, url):
+    link = (await client.get(f"{url}/external_weights_urls")).json()["urls"]["adapter_config.json"]
+    damage(scheduler, "metadata.json", b"{}")
+    async with connect(None) as anyone:
+        assert "damaged" in (await anyone.get(link)).json()["detail"]
+    damage(scheduler, "metadata.json", None)
+    assert (await client.get(f"{url}/external_weights_urls")).status_code == 400
+
+
+async def test_what_a_failure_of_the_server_says_is_not_where_it_happened(client, scheduler, path, url, monkeypatch):
+    async def broken(prefix):
+        raise StorageError(f"{prefix} could not be listed in s3://bucket/base: http://10.0.0.7:9000 says 403")
+
+    monkeypatch.setattr(scheduler.files, "list", broken)
+    response = await client.get(f"{url}/external_weights_urls")
+    assert response.status_code == 503
+    assert response.json()["detail"].endswith("could not be listed in …: … says 403")
 
 
 async def test_older_sdks_are_redirected_to_a_tar(client, connect, url):

@@ -8,8 +8,10 @@ from typing import Protocol
 
 from starlette.requests import Request
 
+from tx_async.api.gate import Gate
 from tx_async.api.links import Links
 from tx_async.api.owner import Owners, key_of
+from tx_async.api.redaction import Redaction
 from tx_async.clock import Clock
 from tx_async.config import ServerConfig
 from tx_async.scheduler.interface import SchedulerApi
@@ -41,6 +43,9 @@ class Api:
     files: CheckpointFiles
     owners: Owners
     links: Links
+    gate: Gate
+    redact: Redaction
+    """Takes the server's paths and addresses out of what tenants are told of a failure."""
     tokenizer_id: str
     """Folder or hub name that clients load the tokenizer from."""
 

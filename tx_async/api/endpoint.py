@@ -65,7 +65,9 @@ class Endpoint:
         try:
             response = await self._respond(request)
         except TxError as error:
-            response = error_response(error)
+            if error.category != "user":
+                logger.warning("%s %s failed: %s", self.row.method, self.row.path, error.message)
+            response = error_response(error, self._api.redact)
         except ClientDisconnect:
             return
         except Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,9 +26,11 @@ def json_response(value: object, status: int = 200, headers: dict[str, str] | No
     return Response(_encode(value), status, headers, media_type="application/json")
 
 
-def error_response(error: TxError) -> Response:
+def error_response(error: TxError, redact: Callable[[str], str] = str) -> Response:
+    """redact: takes out of a failure of the server what is not its tenants' business."""
     headers = {"retry-after": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
-    return _response(error.status, error.message, error.category, headers)
+    message = error.message if error.category == "user" else redact(error.message)
+    return _response(error.status, message, error.category, headers)
 
 
 def internal_error_response() -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.responses import Response
 
 from tx_async.api import body
@@ -18,8 +19,10 @@ METADATA_FIRST_BYTES = 2**20
 async def retrieve_future(call: Call, request: tinker.RetrieveFutureRequest) -> Response:
     outcome = await call.scheduler.retrieve(call.owner, request.request_id, call.api.config.long_poll_ms / 1000)
     if isinstance(outcome, StillPending):
-        return json_response(_pending(request.request_id, outcome), 408)
-    if outcome.content in ("json", "error"):
+        return json_response(_pending(call, request.request_id, outcome), 408)
+    if outcome.content == "error":
+        return json_response(_redacted(call, outcome))
+    if outcome.content == "json":
         return Response(outcome.payload, media_type="application/json")
     if request.allow_metadata_only and len(outcome.payload) >= METADATA_FIRST_BYTES:
         return json_response(
@@ -45,11 +48,17 @@ def _encode(record: ResultRecord, wants_protobuf: bool) -> bytes:
     return results.encode_json(json_results.forward_backward(output))
 
 
-def _pending(request_id: str, pending: StillPending) -> tinker.PendingResponse:
+def _redacted(call: Call, record: ResultRecord) -> results.Failure:
+    """The journal keeps the whole reason."""
+    failure = msgspec.json.decode(record.payload, type=results.Failure)
+    return msgspec.structs.replace(failure, error=call.api.redact(failure.error))
+
+
+def _pending(call: Call, request_id: str, pending: StillPending) -> tinker.PendingResponse:
     return tinker.PendingResponse(
         request_id=request_id,
         queue_state=pending.queue_state,
-        queue_state_reason=pending.queue_state_reason,
+        queue_state_reason=pending.queue_state_reason and call.api.redact(pending.queue_state_reason),
         detail="The result is not ready yet: poll again.",
         category="server",
     )

@@ -11,18 +11,30 @@ import secrets
 import msgspec
 
 from tx_async.errors import NotFound
+from tx_async.wire.records import CheckpointRecord
 
 LINK_LIFETIME_S = 3600
 _SIGNATURE_BYTES = 16
 
 
-class _Permission(msgspec.Struct, frozen=True, array_like=True):
-    checkpoint: str
+class Permission(msgspec.Struct, frozen=True, array_like=True):
+    """To read the files of one checkpoint: of the one that had this name then, not of a later one."""
+
+    path: str
+    storage_key: str
+    created_at: float
     expires_at: float
+
+    def is_for(self, checkpoint: CheckpointRecord) -> bool:
+        return (checkpoint.path, checkpoint.storage_key, checkpoint.created_at) == (
+            self.path,
+            self.storage_key,
+            self.created_at,
+        )
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Permission).decode
+_decode = msgspec.msgpack.Decoder(Permission).decode
 
 
 class Links:
@@ -31,13 +43,13 @@ class Links:
     def __init__(self, secret: bytes | None = None):
         self._secret = secret or secrets.token_bytes(32)
 
-    def token(self, checkpoint: str, expires_at: float) -> str:
+    def token(self, checkpoint: CheckpointRecord, expires_at: float) -> str:
         """Permission to read the files of one checkpoint until `expires_at`, safe in a URL."""
-        text = _encode(_Permission(checkpoint, expires_at))
+        text = _encode(Permission(checkpoint.path, checkpoint.storage_key, checkpoint.created_at, expires_at))
         return base64.urlsafe_b64encode(self._sign(text) + text).decode().rstrip("=")
 
-    def checkpoint(self, token: str, now: float) -> str:
-        """The checkpoint that a token permits. Raises `NotFound` for a forged or expired one."""
+    def permission(self, token: str, now: float) -> Permission:
+        """What a token permits. Raises `NotFound` for a forged or expired one."""
         try:
             data = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
         except (binascii.Error, ValueError):
@@ -48,7 +60,7 @@ class Links:
         permission = _decode(text)
         if permission.expires_at < now:
             raise NotFound("This download link has expired; ask for a new one.")
-        return permission.checkpoint
+        return permission
 
     def _sign(self, text: bytes) -> bytes:
         return hmac.digest(self._secret, text, hashlib.sha256)[:_SIGNATURE_BYTES]

@@ -24,8 +24,10 @@ from tx_async.api import (
 from tx_async.api.context import Api, CheckpointFiles
 from tx_async.api.endpoint import Endpoint, Row
 from tx_async.api.errors import http_exception_response
+from tx_async.api.gate import Gate
 from tx_async.api.links import Links
 from tx_async.api.owner import Owners, open_owners
+from tx_async.api.redaction import Redaction
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.scheduler.interface import SchedulerApi
@@ -161,6 +163,8 @@ def create_routes(
         files=files,
         owners=owners or open_owners(config),
         links=links or Links(),
+        gate=Gate(config),
+        redact=Redaction(config, scheduler.base_model.name),
         tokenizer_id=_tokenizer_id(scheduler, config),
     )
     return [Route(row.path, Endpoint(row, api), methods=[row.method]) for row in ROUTES]

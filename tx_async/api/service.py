@@ -69,5 +69,7 @@ async def get_server_capabilities(call: Call) -> tinker.ServerCapabilitiesRespon
 async def healthz(call: Call) -> Response:
     """503 with what is missing until a request could run."""
     if waiting_for := call.scheduler.waiting_for():
+        if not (call.api.gate.is_local(call.request.scope) or call.is_admin):
+            waiting_for = [call.api.redact(line) for line in waiting_for]
         return json_response(tinker.HealthResponse(status="starting", waiting_for=waiting_for), 503)
     return json_response(tinker.HealthResponse(status="ok"))

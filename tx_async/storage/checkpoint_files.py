@@ -58,8 +58,10 @@ def write_checkpoint_sync(
     for name in files:
         if name == METADATA or "/" in name:
             raise InvalidRequest(f"{name!r} cannot be the name of a checkpoint's file.")
-    manifest = Manifest(dict(metadata), {name: _file_info(data) for name, data in files.items()})
-    encoded = _encode(manifest)  # before anything is written: metadata that is no JSON must not cost the old checkpoint
+    manifest = Manifest(dict(metadata), {name: file_info(data) for name, data in files.items()})
+    encoded = encode_manifest(
+        manifest
+    )  # before anything is written: metadata that is no JSON must not cost the old checkpoint
     delete_checkpoint_sync(store, key)
     store.put_many_sync({f"{key}/{name}": data for name, data in files.items()})
     store.put_sync(f"{key}/{METADATA}", encoded)
@@ -74,7 +76,7 @@ def read_manifest_sync(store: Store, key: str) -> Manifest:
         data = store.get_sync(f"{key}/{METADATA}")
     except NotFound as error:
         raise UnknownCheckpoint(f"No complete checkpoint is stored under {key}.") from error
-    return _decode(key, data)
+    return decode_manifest(key, data)
 
 
 def read_checkpoint_sync(store: Store, key: str, verify: bool = True) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -185,7 +187,7 @@ async def sweep_incomplete(store: Store, older_than_s: float, prefix: str = "") 
 # ---- parts
 
 
-def _file_info(data: bytes | Path) -> FileInfo:
+def file_info(data: bytes | Path) -> FileInfo:
     if isinstance(data, Path):
         with open(data, "rb") as file:
             return FileInfo(data.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
@@ -198,7 +200,7 @@ def _read_file(store: Store, key: str, name: str, info: FileInfo, verify: bool) 
     except NotFound as error:
         raise _missing(key, name) from error
     if verify:
-        _compare(key, name, info, _file_info(data))
+        _compare(key, name, info, file_info(data))
     return data
 
 
@@ -219,12 +221,13 @@ def _files_of(store: Store, key: str) -> list[Entry]:
     return [entry for entry in store.list_sync(key) if entry.key.rpartition("/")[0] == key]
 
 
-def _encode(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: Manifest) -> bytes:
     content = msgspec.to_builtins(manifest)
     return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
-def _decode(key: str, data: bytes) -> Manifest:
+def decode_manifest(key: str, data: bytes) -> Manifest:
+    """Of metadata.json's bytes. Raises `CorruptedCheckpoint`."""
     try:
         content = json.loads(data)
         expected = content.pop("checksum")

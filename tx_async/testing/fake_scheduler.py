@@ -33,6 +33,7 @@ from tx_async.errors import (
 )
 from tx_async.scheduler.interface import BaseModelInfo, StillPending
 from tx_async.scheduler.waiters import Waiters
+from tx_async.storage.checkpoint_files import Manifest, encode_manifest, file_info
 from tx_async.wire import ids, operations, results
 from tx_async.wire.operations import Operation
 from tx_async.wire.records import (
@@ -59,6 +60,9 @@ FAKE_BASE_MODEL = BaseModelInfo(
 DEFAULT_MAX_TOKENS = 4
 SAMPLED_LOGPROB = -0.5
 FAKE_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"\0" * 64}
+FAKE_FILES["metadata.json"] = encode_manifest(
+    Manifest({}, {name: file_info(data) for name, data in FAKE_FILES.items()})
+)
 """What every saved checkpoint holds."""
 
 R = TypeVar("R")

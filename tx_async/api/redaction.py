@@ -1,0 +1,56 @@
+"""What tenants are told of a failure names no path, bucket or endpoint of the server; the log and the journal do.
+
+Reasons come from libraries and other processes, so what they mention is recognised by its form, and what the settings
+name by its text. The served model's name stays, even where it is a path: clients know it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import urlsplit
+
+from tx_async.config import ServerConfig
+
+HIDDEN = "…"
+_URL = r"(?<![\w+.-])(?!tinker://)[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)\]},;]*[^\s'\"<>)\]},;:.]"
+_PATH = r"(?<![\w/.~…-])~?/[\w.@+~=-]+(?:/[\w.@+~=-]*)*"
+_ADDRESS = r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b|\[[0-9A-Fa-f:]{2,}\](?::\d+)?"
+_BY_FORM = re.compile(f"{_URL}|{_PATH}|{_ADDRESS}")
+_ENDPOINT_VARIABLES = (
+    "AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL",
+)  # fmt: skip
+_NAME_CHARACTERS_MIN = 3
+
+
+class Redaction:
+    def __init__(self, config: ServerConfig, model_name: str):
+        self._model_name = model_name
+        named = sorted(_named(config) - {"", model_name}, key=len, reverse=True)
+        #: what the settings name, whole words only
+        self._by_text = re.compile("|".join(rf"(?<![\w-]){re.escape(text)}(?![\w-])" for text in named) or r"(?!)")
+
+    def __call__(self, text: str) -> str:
+        return self._model_name.join(map(self._hide, _split(text, self._model_name)))
+
+    def _hide(self, text: str) -> str:
+        return self._by_text.sub(HIDDEN, _BY_FORM.sub(HIDDEN, text))
+
+
+def _split(text: str, separator: str) -> list[str]:
+    return text.split(separator) if separator else [text]
+
+
+def _named(config: ServerConfig) -> set[str]:
+    """Folders, buckets, hosts."""
+    found = {
+        config.base_model,
+        str(config.data_path),
+        config.resolved_checkpoints_base,
+        config.resolved_compilation_cache_dir,
+        config.api_keys_file,
+    }
+    for url in (config.resolved_checkpoints_base, config.database_url, *map(os.environ.get, _ENDPOINT_VARIABLES)):
+        if url and "://" in url:
+            found |= {url, urlsplit(url).hostname or "", urlsplit(url).netloc.rpartition("@")[2]}
+    return {text for text in found if len(text) >= _NAME_CHARACTERS_MIN}
