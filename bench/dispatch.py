@@ -26,7 +26,6 @@ import uvloop
 
 from tx_async.config import ServerConfig
 from tx_async.dispatch import router as router_module
-from tx_async.dispatch.events import BatchFinished
 from tx_async.testing.dispatch import RunningDispatch, running_dispatch
 from tx_async.wire.worker import CancelSequences, TrainMicroBatch
 from tx_async.worker.supervisor import WorkerProcess
@@ -46,14 +45,14 @@ async def round_trips(running: RunningDispatch, in_flight: int, seconds: float, 
         running.router.send("w0", command, tensors)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds:
-        finished = await running.next(BatchFinished)
+        finished = await running.finished()
         finished.release()
         latencies.append(time.perf_counter() - sent_at.pop(0))
         sent_at.append(time.perf_counter())
         running.router.send("w0", command, tensors)
     elapsed = time.perf_counter() - started
     for _ in range(in_flight):
-        (await running.next(BatchFinished)).release()
+        (await running.finished()).release()
     num_bytes = 2 * sum(tensor.nbytes for tensor in tensors)
     return {
         "per_s": len(latencies) / elapsed,

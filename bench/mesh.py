@@ -31,11 +31,11 @@ import numpy as np
 import uvloop
 
 from tx_async.config import ServerConfig
-from tx_async.dispatch.events import BatchFinished, WorkerReady
 from tx_async.testing.dispatch import FAKE_ENGINE, RunningDispatch, running_dispatch
 from tx_async.testing.engine_bench import micro_batch, segment
 from tx_async.testing.models import make_qwen3
 from tx_async.testing.server import free_port
+from tx_async.wire.facts import WorkerReady
 from tx_async.wire.worker import (
     AdapterConfig,
     AdmitSequences,
@@ -63,7 +63,7 @@ async def call(running: RunningDispatch, command: Command, tensors: Sequence[np.
     """-> milliseconds until it was answered by every process."""
     began = time.perf_counter()
     running.router.send("w0", command, tensors)
-    (await running.next(BatchFinished, START_S)).release()
+    (await running.finished(START_S)).release()
     return 1000 * (time.perf_counter() - began)
 
 
@@ -143,11 +143,11 @@ async def flood(running: RunningDispatch, seconds: float, in_flight: int = 2) ->
         running.router.send("w0", NOTHING)
     number, until = 0, time.perf_counter() + seconds
     while time.perf_counter() < until:
-        await running.next(BatchFinished)
+        await running.finished()
         running.router.send("w0", NOTHING)
         number += 1
     for _ in range(in_flight):
-        await running.next(BatchFinished)
+        await running.finished()
     return number
 
 

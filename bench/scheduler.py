@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from tx_async.scheduler.core.events import Fact
+from tx_async.scheduler.core.facts import Fact
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
 

@@ -30,7 +30,6 @@ from tx_async.api.gate import Gate, GateMiddleware
 from tx_async.api.owner import Owners, key_of, open_owners, reached_at
 from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
-from tx_async.dispatch.events import Event, WorkerReady
 from tx_async.dispatch.router import Router
 from tx_async.errors import StorageError, UserError
 from tx_async.identity import Identity
@@ -41,6 +40,7 @@ from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
 from tx_async.storage.sweep import sweep_for_ever
+from tx_async.wire.facts import WorkerFact, WorkerReady
 from tx_async.wire.worker import StorageProbe
 from tx_async.worker.supervisor import DEFAULT_ENGINE, Supervisor
 
@@ -93,7 +93,7 @@ class Server:
             await journal.close()
             raise
         store = identity.store
-        router = Router(config, self._on_event, await _storage_probe(store, config))
+        router = Router(config, self._tell, await _storage_probe(store, config))
         router.storage_id, router.base_fingerprint = store.storage_id, identity.base_fingerprint
         try:
             await router.start()
@@ -124,11 +124,11 @@ class Server:
                 await router.stop()
                 await journal.close()
 
-    def _on_event(self, event: Event) -> None:
+    def _tell(self, fact: WorkerFact) -> None:
         assert self.scheduler is not None and self.identity is not None
-        if isinstance(event, WorkerReady):
-            self.identity.base_loaded(event.info.base_model_digest)
-        self.scheduler.on_event(event)
+        if isinstance(fact, WorkerReady):
+            self.identity.base_loaded(fact.info.base_model_digest)
+        self.scheduler.tell(fact)
 
 
 async def _storage_probe(store: Store, config: ServerConfig) -> StorageProbe | None:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from tx_async.config import ServerConfig
 from tx_async.dispatch import dealer as dealer_module
 from tx_async.dispatch.dealer import Dealer, Detached, StreamDiverged
-from tx_async.dispatch.events import BatchFailed, BatchFinished, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.dispatch.frames import (
     IN_FRAME,
     Block,
@@ -32,9 +31,11 @@ from tx_async.dispatch.router import Router
 from tx_async.errors import ConfigError, EngineError, NotReady, WorkerRefused
 from tx_async.testing.dispatch import until
 from tx_async.testing.fake_engine import FakeEngine
+from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.wire.worker import (
     PROTOCOL_VERSION,
     CancelSequences,
+    CommandFailed,
     CommandFinished,
     Done,
     EngineConfig,
@@ -81,6 +82,11 @@ class Server:
                 pass
         assert isinstance(event, kind), event
         return event
+
+    async def finished(self):
+        ended = await self.event(CommandEnded)
+        assert ended.failure is None, ended
+        return ended
 
     async def attach(self, **options):
         dealer = Dealer(options.pop("connect", self.router.address), **options)
@@ -171,10 +177,10 @@ async def test_a_worker_attaches_works_and_leaves(server):
     np.testing.assert_array_equal(received.tensors[0], BIG)
     np.testing.assert_array_equal(received.tensors[1], SMALL)
     dealer.reply(number, Trained(), [BIG * 2])
-    finished = await server.event(BatchFinished)
+    finished = await server.finished()
     assert (finished.worker_id, finished.number, finished.result) == ("w0", 1, Trained())
     np.testing.assert_array_equal(finished.tensors[0], BIG * 2)
-    assert finished.elapsed_ms > 0
+    assert finished.outcome.elapsed_ms > 0
 
     dealer.goodbye("tired")
     assert "tired" in (await server.event(WorkerLost)).reason
@@ -191,7 +197,7 @@ async def test_tensors_travel_in_both_directions(tensors, shared_memory_bytes):
         number = server.router.send("w0", ReleaseAdapter(slot=0), tensors)
         received = await asyncio.to_thread(dealer.receive)
         dealer.reply(number, Trained(), received.tensors)
-        finished = await server.event(BatchFinished)
+        finished = await server.finished()
         for before, after in zip(tensors, finished.tensors, strict=True):
             np.testing.assert_array_equal(before, after)
             assert (before.dtype, before.shape) == (after.dtype, after.shape)
@@ -221,7 +227,7 @@ async def test_ten_thousand_commands_stay_in_order(server):
             tensors = [np.full(sizes[sent], sent + 1, np.int32)] if sizes[sent] else []
             sent += 1
             assert server.router.send("w0", CancelSequences(sequence_ids=(sent,)), tensors) == sent
-        finished = await server.event(BatchFinished)
+        finished = await server.finished()
         assert finished.number == number
         held.append(finished)
         if len(held) > 5:
@@ -248,7 +254,7 @@ async def test_a_full_arena_is_gone_around_by_frames():
         assert server.router.statistics().arena_full == 4
         for number in range(1, 7):
             dealer.reply(number, Trained(), [BIG + number])
-        results = [await server.event(BatchFinished) for _ in range(6)]
+        results = [await server.finished() for _ in range(6)]
         for number, finished in enumerate(results, 1):
             np.testing.assert_array_equal(finished.tensors[0], BIG + number)
 
@@ -260,7 +266,7 @@ async def test_released_memory_goes_back_to_the_worker_without_further_commands(
             number = server.router.send("w0", ReleaseAdapter(slot=0))
             await asyncio.to_thread(dealer.receive)
             dealer.reply(number, Trained(), [BIG])
-            finished = await server.event(BatchFinished)
+            finished = await server.finished()
             finished.release()
             finished.release()
             await until(lambda: dealer._outbox.used_bytes == 0)
@@ -274,8 +280,10 @@ async def test_one_error_fails_one_command(server):
         await asyncio.to_thread(dealer.receive)
     dealer.fail(1, EngineError("not this one"))
     dealer.reply(2, Done())
-    assert await server.event(BatchFailed) == BatchFailed("w0", 1, "server", "not this one", False)
-    assert (await server.event(BatchFinished)).number == 2
+    failed = CommandFailed(number=1, category="server", message="not this one")
+    ended = await server.event(CommandEnded)
+    assert (ended.worker_id, ended.failure) == ("w0", failed)
+    assert (await server.finished()).number == 2
 
 
 async def test_a_fatal_error_loses_the_worker(server):
@@ -283,7 +291,8 @@ async def test_a_fatal_error_loses_the_worker(server):
     server.router.send("w0", ReleaseAdapter(slot=0))
     await asyncio.to_thread(dealer.receive)
     dealer.fail(1, ZeroDivisionError("by zero"), fatal=True)
-    assert await server.event(BatchFailed) == BatchFailed("w0", 1, "server", "ZeroDivisionError: by zero", True)
+    failed = CommandFailed(number=1, category="server", message="ZeroDivisionError: by zero", fatal=True)
+    assert await server.event(CommandEnded) == CommandEnded("w0", failed)
     assert "ZeroDivisionError" in (await server.event(WorkerLost)).reason
 
 
@@ -379,7 +388,7 @@ async def test_tcp_workers_know_the_token():
         received = await asyncio.to_thread(dealer.receive)
         np.testing.assert_array_equal(received.tensors[0], BIG)
         dealer.reply(1, Trained(), [BIG])
-        np.testing.assert_array_equal((await server.event(BatchFinished)).tensors[0], BIG)
+        np.testing.assert_array_equal((await server.finished()).tensors[0], BIG)
 
 
 async def test_without_the_token_a_tcp_peer_is_told_nothing():
@@ -510,7 +519,7 @@ async def test_an_answer_that_cannot_be_right_loses_the_worker(server, fault):
                 say(socket, CommandFinished(number=2, result=Done(), elapsed_ms=1.0))
             case "number twice":
                 say(socket, CommandFinished(number=1, result=Done(), elapsed_ms=1.0))
-                await server.event(BatchFinished)
+                await server.finished()
                 say(socket, CommandFinished(number=1, result=Done(), elapsed_ms=1.0))
             case "block outside":
                 say(socket, good, Block(1 << 40, num_bytes))
@@ -616,8 +625,8 @@ def test_strangers_cannot_disturb_anybody(fuzzed, conversation):
             received = await asyncio.to_thread(dealer.receive)
             assert received.number == number
             dealer.reply(number, Done())
-            while not isinstance(event := await asyncio.wait_for(server.events.get(), 5), BatchFinished):
+            while not isinstance(event := await asyncio.wait_for(server.events.get(), 5), CommandEnded):
                 assert getattr(event, "worker_id", None) != "honest", event
-            assert event.number == number
+            assert event.number == number and event.failure is None
 
     runner.run(run())

@@ -1,7 +1,5 @@
 """Operations of one run: accepted in any order, carried out in `seq_id` order, once."""
 
-from functools import partial
-
 import msgspec
 import pytest
 
@@ -9,6 +7,7 @@ from tests.support.reference import Reference
 from tests.support.stage import Stage
 from tx_async.errors import Conflict, InvalidRequest
 from tx_async.scheduler import submissions
+from tx_async.scheduler.core.facts import SubmissionRefused, Tick
 from tx_async.wire.operations import OptimStep, UnloadModel
 from tx_async.wire.worker import AdamParams, TrainMicroBatch
 from tx_async.wire.worker import OptimStep as OptimStepCommand
@@ -74,7 +73,7 @@ def test_a_batch_whose_pieces_take_long_to_arrive_is_not_cut(stage: Stage, is_ac
         if is_accepted:
             pieces.append(stage.forward_backward(model, seq_id))
         else:
-            stage.state.training.runs.heard_of(model, stage.now)
+            stage.handle(SubmissionRefused(model))
     stage.wait(0.9 * stage.policy.chunk_gap_s)
     stage.run()
     pieces.append(stage.forward_backward(model, 1))
@@ -102,8 +101,7 @@ def test_a_latecomer_whose_commit_was_on_its_way_when_the_gap_was_given_up_fails
     stage.operations[model, 1] = late
     stage.now += stage.policy.chunk_gap_s + 1
     stage.submit(late)
-    stage.state.training.runs.decisions.now = stage.now
-    stage.state.training.runs.burn_gaps()
+    stage.handle(Tick())
     stage.settle()
     stage.run()
     known = stage.catalog.find_request(model, 1)
@@ -194,12 +192,12 @@ def test_a_seq_id_far_ahead_is_refused_and_burns_nothing(stage: Stage):
     assert stage.lane(model).newest_seq_id == far
 
 
-def test_a_journal_that_holds_a_seq_id_far_ahead_starts(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+def test_a_journal_that_holds_a_seq_id_far_ahead_starts(stage: Stage):
     """An earlier server accepted it. Its predecessors will never come, however many they would be."""
     model = stage.model()
     stage.train(model, 1)
     stage.run()
-    monkeypatch.setattr(submissions, "new_request", partial(_as_if_near, submissions.new_request))
+    stage.state.policy = msgspec.structs.replace(stage.policy, seq_ahead_max=10**12)
     far = stage.optim_step(model, 10**9)
     stage.crash_server()
     stage.start_worker()
@@ -213,14 +211,6 @@ def test_a_journal_that_holds_a_seq_id_far_ahead_starts(stage: Stage, monkeypatc
     stage.run()
     assert not stage.error(next_one) and len(stage.lane(model).burned) == 1
     Reference(stage).check()
-
-
-def _as_if_near(new_request, runs, *arguments):
-    policy, runs.policy = runs.policy, msgspec.structs.replace(runs.policy, seq_ahead_max=10**12)
-    try:
-        return new_request(runs, *arguments)
-    finally:
-        runs.policy = policy
 
 
 def test_what_was_forgotten_does_not_make_the_next_seq_id_look_far(stage: Stage):

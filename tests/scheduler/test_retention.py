@@ -6,16 +6,15 @@ import pytest
 from tests.support.simulation import POLICY
 from tests.support.stage import Stage
 from tx_async.errors import Conflict
-from tx_async.wire.records import Put, SessionRecord
+from tx_async.scheduler.core.facts import CheckpointChanged, SessionChanged
+from tx_async.wire.records import SessionRecord
 
 DAY = 24 * 3600.0
 
 
 def end_session(stage: Stage, name: str = "s") -> None:
     record = stage.catalog.sessions[name]
-    change = Put(msgspec.structs.replace(record, status="success"))
-    stage.state.decisions.append(change)
-    stage._perform(stage.state.decisions.take())
+    stage.handle(SessionChanged(msgspec.structs.replace(record, status="success")))
     stage.settle()
 
 
@@ -62,8 +61,7 @@ def test_expired_checkpoints_go_with_their_files(stage: Stage):
     stage.run()
     path = f"tinker://{model}/weights/a"
     record = msgspec.structs.replace(stage.catalog.checkpoints[path], expires_at=stage.now + 10)
-    stage.state.decisions.append(Put(record))
-    stage._perform(stage.state.decisions.take())
+    stage.handle(CheckpointChanged(record))
     stage.wait(70)
     assert list(stage.catalog.checkpoints) == [f"tinker://{model}/weights/b"]
     assert not any("weights/a" in key for key in stage.storage.files)

@@ -6,7 +6,8 @@ import pytest
 from tests.support.reference import Reference
 from tests.support.simulation import INFO
 from tests.support.stage import Stage
-from tx_async.scheduler.core.events import RequestCancelled, SessionEnded, WorkerLost, WorkerReady
+from tx_async.scheduler.core.facts import RequestCancelled, SessionEnded
+from tx_async.wire.facts import WorkerLost, WorkerReady
 from tx_async.wire.worker import AdmitSequences, CancelSequences, LoadSampler, SampleQuantum, TrainMicroBatch
 
 
@@ -108,7 +109,7 @@ def test_training_is_never_cancelled(stage: Stage):
 def test_the_end_of_a_session_cancels_its_samples_and_no_others(stage: Stage):
     mine, other = stage.sampler(stage.new_session("a")), stage.sampler(stage.new_session("b"))
     cancelled, kept = stage.ask(mine, max_tokens=9), stage.ask(other, max_tokens=9)
-    stage.handle(SessionEnded("a"))
+    stage.handle(SessionEnded("a", "expired"))
     stage.run()
     assert "cancelled" in stage.error(cancelled) and not stage.error(kept)
 

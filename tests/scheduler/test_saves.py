@@ -6,6 +6,7 @@ import pytest
 from tests.support.reference import Reference
 from tests.support.simulation import INFO
 from tests.support.stage import Stage
+from tx_async.scheduler.core.facts import SamplerJoined
 from tx_async.wire.operations import UnloadModel
 from tx_async.wire.records import SamplerRecord
 from tx_async.wire.worker import CreateAdapter, LoadAdapter, SaveAdapter
@@ -173,15 +174,10 @@ def test_an_inflight_save_moves_earlier_sessions_of_its_run_on(stage: Stage):
 
 
 def test_joins_are_not_forgotten_when_a_session_moves_on(stage: Stage):
-    import msgspec
-
-    from tx_async.wire.records import Put
-
     model = stage.model()
     stage.save_ephemeral(model, 1, number=0, inflight=True)
     stage.run()
-    joined = msgspec.structs.replace(sampler_of(stage, 0), num_clones=1)
-    stage.catalog.apply([Put(joined)])
+    stage.handle(SamplerJoined(sampler_of(stage, 0).sampler_id))
     stage.save_ephemeral(model, 2, number=1, inflight=True)
     stage.run()
     assert sampler_of(stage, 0).num_clones == 1

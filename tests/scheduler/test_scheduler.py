@@ -12,7 +12,6 @@ from tests.support.actor import InProcessServer, running
 from tests.support.chain_engine import ChainEngine, Storage
 from tests.support.simulation import INFO, datum
 from tx_async.config import ServerConfig
-from tx_async.dispatch import events as dispatch
 from tx_async.errors import (
     Conflict,
     NotReady,
@@ -25,10 +24,11 @@ from tx_async.errors import (
     UnknownSampler,
     UnknownSession,
 )
-from tx_async.scheduler.core.events import Tick
+from tx_async.scheduler.core.facts import Tick
 from tx_async.scheduler.interface import StillPending
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.testing.memory_journal import Fault, MemoryDisk
+from tx_async.wire.facts import CommandEnded, WorkerLost
 from tx_async.wire.operations import (
     CreateModel,
     CreateModelFromCheckpoint,
@@ -39,7 +39,7 @@ from tx_async.wire.operations import (
     UnloadModel,
 )
 from tx_async.wire.records import ResultRecord, SessionRecord
-from tx_async.wire.worker import AdamParams, AdapterConfig
+from tx_async.wire.worker import AdamParams, AdapterConfig, CommandFailed
 
 MODEL = "s:train:0"
 
@@ -354,8 +354,9 @@ async def test_a_fatal_failure_is_the_worker_s_and_not_the_request_s():
         scheduler = await with_model(server)
         server.is_worker_stuck = True
         request = await scheduler.submit("alice", forward_backward(1))
-        scheduler.on_event(dispatch.BatchFailed("w0", server.numbers, "server", "device lost", True))
-        scheduler.on_event(dispatch.WorkerLost("w0", "device lost"))
+        failed = CommandFailed(number=server.numbers, category="server", message="device lost", fatal=True)
+        scheduler.tell(CommandEnded("w0", failed))
+        scheduler.tell(WorkerLost("w0", "device lost"))
         server.is_worker_stuck = False
         server.engine = ChainEngine(INFO, server.storage)
         server.attach()

@@ -14,12 +14,12 @@ import numpy as np
 from tests.support.chain_engine import ChainEngine, Storage
 from tests.support.simulation import BASE, INFO
 from tx_async.config import ServerConfig
-from tx_async.dispatch import events as dispatch
 from tx_async.errors import NotReady, TxError
 from tx_async.journal.journal import Journal
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.testing.memory_journal import MemoryDisk, MemoryJournal
-from tx_async.wire.worker import Command, SaveAdapter
+from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerReady
+from tx_async.wire.worker import Command, CommandFailed, CommandFinished, SaveAdapter
 
 
 class InProcessServer:
@@ -50,13 +50,13 @@ class InProcessServer:
 
     def lose_worker(self) -> None:
         """It dies with everything it had; another one attaches."""
-        self.scheduler.on_event(dispatch.WorkerLost("w0", "crash"))
+        self.scheduler.tell(WorkerLost("w0", "crash"))
         self.engine = ChainEngine(INFO, self.storage)
         self.attach()
 
     def attach(self) -> None:
         self.numbers = 0
-        self.scheduler.on_event(dispatch.WorkerReady("w0", INFO, frozenset({"train", "sample"})))
+        self.scheduler.tell(WorkerReady("w0", INFO, frozenset({"train", "sample"})))
 
     def send(self, worker_id: str, command: Command, tensors: Sequence[np.ndarray]) -> int:
         if worker_id != "w0":
@@ -76,9 +76,11 @@ class InProcessServer:
             if isinstance(command, SaveAdapter):
                 engine.finish_save(command.key)
         except TxError as error:
-            self.scheduler.on_event(dispatch.BatchFailed("w0", number, error.category, error.message, False))
+            failed = CommandFailed(number=number, category=error.category, message=error.message)
+            self.scheduler.tell(CommandEnded("w0", failed))
             return
-        self.scheduler.on_event(dispatch.BatchFinished("w0", number, result, arrays, 1.0))
+        finished = CommandFinished(number=number, result=result, elapsed_ms=1.0)
+        self.scheduler.tell(CommandEnded("w0", finished, arrays))
 
     async def list(self, prefix: str) -> list[str]:
         return self.storage.list(prefix)

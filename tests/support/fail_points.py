@@ -27,7 +27,7 @@ SERVER_POINTS = {
     "accept": "tx_async.scheduler.acceptance:Acceptance._accept",
     "outbox_show": "tx_async.scheduler.performer:Performer._show",
     "command_send": "tx_async.dispatch.router:Router.send",
-    "result_handle": "tx_async.scheduler.scheduler:Scheduler.on_event",
+    "result_handle": "tx_async.scheduler.scheduler:Scheduler.tell",
     "result_read": "tx_async.journal.journal:Journal.read_result",
     "files_list": "tx_async.storage.store:Store.list_keys",
     "files_delete": "tx_async.storage.store:Store.delete_prefix",

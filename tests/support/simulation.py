@@ -18,36 +18,41 @@ from msgspec import Struct
 
 from tests.support.chain_engine import NAN_TOKEN, ChainEngine, Storage
 from tx_async.config import ServerConfig
-from tx_async.errors import StorageError, TxError
+from tx_async.errors import Overloaded, StorageError, TxError
 from tx_async.journal.transaction import Transaction
-from tx_async.scheduler import submissions
+from tx_async.scheduler.assets import new_sampler
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.events import (
+from tx_async.scheduler.core.facts import (
     BodyLoaded,
-    CommandFailed,
-    CommandFinished,
-    DeleteFiles,
+    CheckpointDeleted,
     Fact,
-    FetchBody,
     FilesListed,
+    RequestCancelled,
+    ResultDurable,
+    SamplerCreated,
+    SubmissionRefused,
+    Tick,
+)
+from tx_async.scheduler.core.instructions import (
+    Append,
+    DeleteFiles,
+    FetchBody,
     Finish,
     Instruction,
     ListFiles,
-    RequestAccepted,
-    RequestCancelled,
+    Publish,
     Send,
-    Tick,
-    WorkerLost,
-    WorkerReady,
 )
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.scheduler.outbox import changes_of
 from tx_async.scheduler.quota import Quota
+from tx_async.scheduler.submissions import Submission, Submissions, key_of, session_of
 from tx_async.scheduler.training.orphans import LOOK_AFTER_S
 from tx_async.testing.memory_journal import MemoryDisk
 from tx_async.wire import operations
+from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerReady
 from tx_async.wire.ids import model_id, sampler_id
 from tx_async.wire.operations import (
     CreateModel,
@@ -64,17 +69,24 @@ from tx_async.wire.operations import (
 )
 from tx_async.wire.records import (
     Change,
-    Delete,
-    ModelRecord,
     Put,
     RequestRecord,
     ResultRecord,
-    SamplerRecord,
     SessionRecord,
     decode_record,
 )
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import AdamParams, AdapterConfig, EngineInfo, Result, SaveAdapter, Saved, TrainMicroBatch
+from tx_async.wire.worker import (
+    AdamParams,
+    AdapterConfig,
+    CommandFailed,
+    CommandFinished,
+    EngineInfo,
+    Result,
+    SaveAdapter,
+    Saved,
+    TrainMicroBatch,
+)
 
 OWNER = "alice"
 WORKER = "w0"
@@ -104,6 +116,7 @@ class Sent(Struct):
     number: int
     command: object
     tensors: list[np.ndarray]
+    cause: str = ""
 
 
 class Accepted(Struct, frozen=True):
@@ -147,8 +160,8 @@ class World:
         self.reads: list[str] = []
         #: folders that the server has asked storage for, with what it found there
         self.listings: list[FilesListed] = []
-        #: submissions whose commit is on its way
-        self.accepting: dict[tuple[str, int], Accepted] = {}
+        #: request_id -> submission whose commit is on its way
+        self.accepting: dict[str, Submission] = {}
         self.num_requests = 0
         self.num_events = 0
         self.num_crashes = 0
@@ -209,6 +222,7 @@ class World:
         self.catalog = Catalog(rows)
         self.state = SchedulerState(self.catalog, BASE, self.policy, self.now)
         self.quota = Quota(CONFIG)
+        self.submissions = Submissions(self.state, self.quota, self._new_id)
         for request in self.catalog.requests.values():
             if request.request_id not in self.catalog.results:
                 self.quota.take(request)
@@ -222,7 +236,7 @@ class World:
         self.reads.clear()
         self.listings.clear()
         for accepting in self.accepting.values():
-            self.to_send.append(accepting.operation)
+            self.to_send.append(accepting.accepted.operation)
         self.accepting.clear()
         self._end_worker()
         self.now += 0.001  # no two lives begin at the same moment
@@ -255,7 +269,9 @@ class World:
                     self.reads.append(instruction.request_id)
                 case ListFiles():
                     self.listings.append(self._list(instruction))
-                case _:
+                case Publish():
+                    self.quota.give_back(instruction.result.request_id)
+                case Append() | Finish() | DeleteFiles():
                     self.commits.append((changes_of(instruction), lambda item=instruction: self._show(item)))
 
     def _list(self, instruction: ListFiles) -> FilesListed:
@@ -267,8 +283,7 @@ class World:
 
     def _show(self, item: Instruction) -> None:
         if isinstance(item, Finish):
-            self.catalog.apply([Put(item.result)])
-            self.quota.give_back(item.result.request_id)
+            self.handle(ResultDurable(item.result))
         elif isinstance(item, DeleteFiles):
             self._check_not_named(item.storage_key)
             self.storage.delete(item.storage_key)
@@ -285,7 +300,7 @@ class World:
         assert instruction.number == self.worker.last_number + 1
         self.worker.last_number += 1
         tensors = [np.array(tensor) for tensor in instruction.tensors]
-        self.worker.inbox.append(Sent(instruction.number, instruction.command, tensors))
+        self.worker.inbox.append(Sent(instruction.number, instruction.command, tensors, instruction.cause))
 
     # ---- the worker's life
 
@@ -313,12 +328,12 @@ class World:
         self._check_slots(sent)
         if isinstance(sent.command, TrainMicroBatch) and self._fault(0.01):
             category = self.random.choice(["server", "unknown", "user"])
-            self.worker.outbox.append(CommandFailed(WORKER, sent.number, category, "it did not work out"))
+            self.worker.outbox.append(failed(sent, category, "it did not work out"))
             return
         try:
             result, tensors = self.worker.engine.execute(sent.command, sent.tensors)  # type: ignore[arg-type]
         except TxError as error:
-            self.worker.outbox.append(CommandFailed(WORKER, sent.number, error.category, error.message))
+            self.worker.outbox.append(failed(sent, error.category, error.message))
             return
         if isinstance(sent.command, SaveAdapter):
             self.worker.saving.append(sent)
@@ -327,7 +342,7 @@ class World:
 
     def _answer(self, sent: Sent, result: Result, tensors: list[np.ndarray]) -> None:
         assert self.worker is not None
-        fact = CommandFinished(WORKER, sent.number, result, tensors, self.random.random() * 20)
+        fact = finished(sent, result, tensors, self.random.random() * 20)
         self.worker.outbox.append(fact)
         if self._fault(0.02):
             self.worker.outbox.append(fact)  # it answers twice
@@ -338,9 +353,9 @@ class World:
         assert isinstance(sent.command, SaveAdapter)
         try:
             self.worker.engine.finish_save(sent.command.key)
-            self.handle(CommandFinished(WORKER, sent.number, Saved(size_bytes=1)))
+            self.handle(finished(sent, Saved(size_bytes=1)))
         except StorageError as error:
-            self.handle(CommandFailed(WORKER, sent.number, error.category, error.message))
+            self.handle(failed(sent, error.category, error.message))
 
     def _check_slots(self, sent: Sent) -> None:
         """Rows are trained in the slot of their own run: its number is the second token of every datum."""
@@ -474,27 +489,18 @@ class World:
         self.num_names += 1
         checkpoints = [None, *sorted(self.catalog.checkpoints)]
         path = self.random.choice(checkpoints)
-        record = SamplerRecord(
-            sampler_id=sampler_id("s", self.num_names),
-            session_id="s",
-            owner=OWNER,
-            base_model="base",
-            created_at=self.now,
-            model_path=path,
-            storage_key=self.catalog.checkpoints[path].storage_key if path else None,
-        )
-        # Simulated as instantly durable, with everything before it: clients wait for it.
-        while self.commits:
+        session = self.catalog.sessions["s"]
+        record = new_sampler(self.catalog, session, sampler_id("s", self.num_names), BASE.name, path, self.now)
+        self.handle(SamplerCreated(record))
+        while self.commits:  # clients wait until it is durable
             self.commit_some()
-        self.catalog.apply([Put(record)])
-        self._write([Put(record)])
         self.samplers.append(record.sampler_id)
 
     def send_next(self) -> None:
         """A client's submission arrives: its first, or again."""
         if self.to_send and (not self.sent or self.random.random() < 0.8):
             operation = self.to_send.pop(0)
-            self.operations[submissions.key_of(operation)] = operation
+            self.operations[key_of(operation)] = operation
             self.sent.append(operation)
         else:
             operation = self.random.choice(self.sent)
@@ -506,78 +512,31 @@ class World:
         self.to_send.append(self.stragglers.pop(self.random.randrange(len(self.stragglers))))
 
     def submit(self, operation: Operation) -> None:
-        """As `Scheduler.submit` does it."""
+        """A client is told why not, and may try again."""
         try:
-            submissions.session_of(self.catalog, OWNER, operation)
-            key = submissions.key_of(operation)
-            body = operations.encode(operation)
-            digest = operations.body_digest(body)
-            if known := self.catalog.find_request(*key):
-                submissions.same(known, digest)
-                self._acknowledge(known, operation)
-                return
-            if accepting := self.accepting.get(key):
-                submissions.same(accepting.request, digest)
-                return
-            self.num_requests += 1
-            name = f"r-{self.num_requests}"
-            runs = self.state.training.runs
-            request = submissions.new_request(runs, name, OWNER, operation, digest, len(body), self.now)
-            self.quota.check(request)
-            self.quota.take(request)
+            self._submit(operation)
+        except Overloaded:
+            self.handle(SubmissionRefused(key_of(operation)[0]))
         except TxError:
             return
-        self.accepting[key] = Accepted(request, operation)
-        self._accept(key, request, operation, body)
 
-    def _accept(self, key: tuple[str, int], request: RequestRecord, operation: Operation, body: bytes) -> None:
-        changes: tuple[Change, ...] = (Put(request, body),)
-        if isinstance(operation, CreateModel):
-            changes = (Put(self._model(operation, operation.lora)), *changes)
-        elif isinstance(operation, CreateModelFromCheckpoint):
-            source = self.catalog.checkpoints.get(operation.path)
-            if source is None:
-                del self.accepting[key]
-                self.quota.give_back(request.request_id)
-                return
-            model = msgspec.structs.replace(
-                self._model(operation, source.lora),
-                created_from=source.storage_key,
-                created_from_path=source.path,
-                created_with_optimizer=operation.optimizer,
-            )
-            changes = (Put(model), *changes)
-        if isinstance(operation, CreateModel):
-            result = ResultRecord(
-                request_id=request.request_id, finished_at=self.now, content="json", payload=b'{"model_id": "x"}'
-            )
-            changes = (*changes, Put(result))
-        self.commits.append((changes, lambda: self._accepted(key, request, operation, changes)))
+    def _submit(self, operation: Operation) -> None:
+        session_of(self.catalog, OWNER, operation)
+        submission = self.submissions.submit(OWNER, operation, self.now)
+        if isinstance(submission, RequestRecord):
+            self._acknowledge(submission, operation)
+        elif submission.request.request_id not in self.accepting:
+            self.accepting[submission.request.request_id] = submission
+            self.commits.append((submission.changes, lambda: self._durable(submission)))
 
-    def _model(self, operation: CreateModel | CreateModelFromCheckpoint, lora: AdapterConfig) -> ModelRecord:
-        return ModelRecord(
-            model_id=operation.model_id,
-            session_id="s",
-            owner=OWNER,
-            base_model="base",
-            lora=lora,
-            created_at=self.now,
-        )
+    def _durable(self, submission: Submission) -> None:
+        del self.accepting[submission.request.request_id]
+        self._acknowledge(submission.request, submission.accepted.operation)
+        self.handle(self.submissions.durable(submission))
 
-    def _accepted(
-        self, key: tuple[str, int], request: RequestRecord, operation: Operation, changes: tuple[Change, ...]
-    ) -> None:
-        del self.accepting[key]
-        self.catalog.apply(changes)
-        if isinstance(operation, CreateModel | CreateModelFromCheckpoint):
-            model = changes[0]
-            assert isinstance(model, Put) and isinstance(model.record, ModelRecord)
-            self.state.create_model(model.record)
-        self._acknowledge(request, operation)
-        if isinstance(operation, CreateModel):
-            self.quota.give_back(request.request_id)
-        else:
-            self.handle(RequestAccepted(request, operation))
+    def _new_id(self, prefix: str) -> str:
+        self.num_requests += 1
+        return f"{prefix}-{self.num_requests}"
 
     def _acknowledge(self, request: RequestRecord, operation: Operation) -> None:
         if not self._fault(0.1):
@@ -616,11 +575,7 @@ class World:
     def delete_checkpoint(self) -> None:
         paths = sorted(self.catalog.checkpoints)
         if paths:
-            path = self.random.choice(paths)
-            key = self.catalog.checkpoints[path].storage_key
-            self.state.decisions.append(Delete("checkpoint", path))
-            self.state.decisions.delete_files(key)
-            self._perform(self.state.decisions.take())
+            self.handle(CheckpointDeleted(self.random.choice(paths)))
 
     def read_body(self) -> None:
         name = self.reads.pop(self.random.randrange(len(self.reads)))
@@ -706,7 +661,7 @@ class World:
         self.fault_rate = 0.0
         self.storage.is_down = False
         for operation in self.to_send:
-            self.operations[submissions.key_of(operation)] = operation
+            self.operations[key_of(operation)] = operation
             self.submit(operation)
         self.to_send.clear()
         for _ in range(events_max):
@@ -740,6 +695,16 @@ class World:
         for lane in self.state.training.runs.lanes.values():
             assert not (lane.resident and not self.state.workers)
             assert self.catalog.models[lane.model_id] == lane.model or lane.model.last_request_at
+
+
+def finished(sent: Sent, result: Result, tensors: Sequence[np.ndarray] = (), elapsed_ms: float = 0.0) -> CommandEnded:
+    outcome = CommandFinished(number=sent.number, result=result, elapsed_ms=elapsed_ms)
+    return CommandEnded(WORKER, outcome, tensors)
+
+
+def failed(sent: Sent, category: str, message: str) -> CommandEnded:
+    outcome = CommandFailed(number=sent.number, category=category, message=message)  # type: ignore[arg-type]
+    return CommandEnded(WORKER, outcome)
 
 
 def datum(tokens: list[int]) -> Datum:

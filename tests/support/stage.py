@@ -8,12 +8,13 @@ import msgspec
 import numpy as np
 
 from tests.support.chain_engine import Adapter
-from tests.support.simulation import INFO, OWNER, POLICY, WORKER, Sent, World, datum
-from tx_async.scheduler import submissions
-from tx_async.scheduler.core.events import CommandFailed, Tick
+from tests.support.simulation import BASE, INFO, OWNER, POLICY, WORKER, Sent, World, datum, failed
+from tx_async.scheduler.assets import new_sampler
+from tx_async.scheduler.core.facts import SamplerCreated, SessionCreated, Tick
 from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.submissions import key_of
 from tx_async.scheduler.training.lanes import Lane
-from tx_async.wire import operations, results
+from tx_async.wire import results
 from tx_async.wire.ids import sampler_id
 from tx_async.wire.operations import (
     CreateModel,
@@ -24,7 +25,7 @@ from tx_async.wire.operations import (
     Sample,
     SaveWeights,
 )
-from tx_async.wire.records import Put, RequestRecord, ResultRecord, SamplerRecord, SessionRecord, decode_record
+from tx_async.wire.records import Put, RequestRecord, ResultRecord, SessionRecord, decode_record
 from tx_async.wire.worker import AdamParams, AdapterConfig, Command, EngineInfo, TrainMicroBatch
 
 POISON_TOKEN = 98
@@ -46,8 +47,8 @@ class Stage(World):
 
     def new_session(self, name: str) -> str:
         record = SessionRecord(session_id=name, owner=OWNER, created_at=self.now)
-        self.catalog.apply([Put(record)])
         self._write([Put(record)])
+        self.handle(SessionCreated(record))
         return name
 
     def model(self, session: str = "s", seed: int = 0, rank: int = 4) -> str:
@@ -63,17 +64,9 @@ class Stage(World):
 
     def submit_now(self, operation: Operation) -> str:
         """Submit and make durable; the request's id. Raises what the client would be told."""
-        key = submissions.key_of(operation)
+        key = key_of(operation)
         self.operations[key] = operation
-        body = operations.encode(operation)
-        submissions.session_of(self.catalog, OWNER, operation)
-        if known := self.catalog.find_request(*key):
-            return submissions.same(known, operations.body_digest(body)).request_id
-        request = submissions.new_request(
-            self.state.training.runs, "probe", OWNER, operation, operations.body_digest(body), len(body), self.now
-        )
-        self.quota.check(request)
-        self.submit(operation)
+        self._submit(operation)
         self.settle()
         known = self.catalog.find_request(*key)
         assert known is not None
@@ -124,18 +117,11 @@ class Stage(World):
 
     def sampler(self, session: str = "s", path: str | None = None) -> str:
         self.num_names += 1
-        record = SamplerRecord(
-            sampler_id=sampler_id(session, 1000 + self.num_names),
-            session_id=session,
-            owner=OWNER,
-            base_model="base",
-            created_at=self.now,
-            model_path=path,
-            storage_key=self.catalog.checkpoints[path].storage_key if path else None,
-        )
-        self.catalog.apply([Put(record)])
-        self._write([Put(record)])
-        return record.sampler_id
+        name = sampler_id(session, 1000 + self.num_names)
+        record = new_sampler(self.catalog, self.catalog.sessions[session], name, BASE.name, path, self.now)
+        self.handle(SamplerCreated(record))
+        self.settle()
+        return name
 
     def ask(self, sampler: str, num_samples: int = 1, max_tokens: int = 4, token: int = 5) -> str:
         """A sample request."""
@@ -211,10 +197,15 @@ class Stage(World):
         """The worker fails the command that is next; the command."""
         assert self.worker is not None
         sent = self.worker.inbox.popleft()
-        self.handle(CommandFailed(WORKER, sent.number, category, message))
+        self.handle(failed(sent, category, message))
         return sent.command  # type: ignore[return-value]
 
     # ---- what tests look at
+
+    def commands_caused_by(self, cause: str) -> list[Command]:
+        """Of those that the worker has not executed yet."""
+        assert self.worker is not None
+        return [sent.command for sent in self.worker.inbox if sent.cause == cause]  # type: ignore[misc]
 
     def lane(self, model: str) -> Lane:
         return self.state.training.runs.lanes[model]

@@ -15,12 +15,12 @@ import pytest
 import uvloop
 
 from tx_async.config import ServerConfig
-from tx_async.dispatch.events import BatchFailed, BatchFinished, WorkerLost, WorkerProgress
 from tx_async.dispatch.router import Router
 from tx_async.dispatch.runtime import default_root
 from tx_async.errors import BaseModelError
 from tx_async.testing.dispatch import FAKE_ENGINE, running_dispatch, until
 from tx_async.testing.fake_engine import FAULTS_VARIABLE
+from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerProgress
 from tx_async.wire.worker import (
     AdamParams,
     AdapterConfig,
@@ -140,7 +140,7 @@ async def test_a_busy_worker_is_not_lost(config, monkeypatch):
     faults(monkeypatch, stall_at=1, stall_ms=2_500)
     async with running_dispatch(config) as running:
         await running.ready()
-        assert isinstance(await running.call(NOTHING), BatchFinished)
+        assert (await running.call(NOTHING)).failure is None
         assert running.supervisor.processes[0].num_starts == 1
 
 
@@ -149,8 +149,8 @@ async def test_an_error_of_the_engine_is_fatal_and_says_why(config, monkeypatch,
     async with running_dispatch(config) as running:
         await running.ready()
         await running.call(NOTHING)
-        failed = await running.call(NOTHING)
-        assert isinstance(failed, BatchFailed) and failed.fatal and "told to fail" in failed.message
+        failed = (await running.call(NOTHING)).failure
+        assert failed and failed.fatal and "told to fail" in failed.message
         assert "told to fail" in (await running.next(WorkerLost)).reason
         await until(lambda: running.supervisor.processes[0].num_starts == 2)
         await running.ready()
@@ -161,9 +161,9 @@ async def test_an_error_of_one_command_fails_that_command_alone(config, monkeypa
     faults(monkeypatch, user_error_at=1)
     async with running_dispatch(config) as running:
         await running.ready()
-        failed = await running.call(NOTHING)
-        assert isinstance(failed, BatchFailed) and not failed.fatal
-        assert isinstance(await running.call(NOTHING), BatchFinished)
+        failed = (await running.call(NOTHING)).failure
+        assert failed and not failed.fatal
+        assert (await running.call(NOTHING)).failure is None
 
 
 async def test_a_worker_that_cannot_load_is_tried_again_and_healthz_can_say_why(config, monkeypatch, tmp_path):
@@ -220,7 +220,7 @@ def test_it_runs_under_uvloop_as_well(config):
             await running.ready()
             tensors = [np.arange(50_000, dtype=np.float32)]
             for _ in range(200):
-                assert isinstance(await running.call(NOTHING, tensors), BatchFinished)
+                assert (await running.call(NOTHING, tensors)).failure is None
             return pids(running)[0]
 
     assert is_gone(uvloop.run(serve()))
@@ -243,7 +243,7 @@ async def test_two_processes_get_one_stream_and_give_one_answer(mesh):
         assert statistics.shared_bytes == 2 * tensors[0].nbytes and statistics.arena_used_bytes == 0
         for number in range(3, 500):
             running.router.send("w0", OptimStep(slot=0, adam=AdamParams()))
-            assert (await running.next(BatchFinished)).number == number
+            assert (await running.finished()).number == number
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -255,7 +255,7 @@ async def test_a_mesh_fails_as_one_and_returns_as_one(mesh, killed):
             running.router.send("w0", NOTHING)
         os.kill(before[killed], signal.SIGKILL)
         while not isinstance(event := await running.events.get(), WorkerLost):
-            assert isinstance(event, BatchFinished)
+            assert isinstance(event, CommandEnded) and event.failure is None
         assert f"process {killed}" in event.reason
         await running.ready()
         assert not set(before) & set(pids(running))
@@ -289,9 +289,9 @@ async def test_a_save_that_process_0_alone_cannot_write_fails_alone(mesh, monkey
     async with running_dispatch(mesh) as running:
         await running.ready()
         save = SaveAdapter(slot=0, config=AdapterConfig(rank=4), key="here", kind="training")
-        failed = await running.call(save)
-        assert isinstance(failed, BatchFailed) and not failed.fatal
-        assert isinstance(await running.call(NOTHING), BatchFinished)
+        failed = (await running.call(save)).failure
+        assert failed and not failed.fatal
+        assert (await running.call(NOTHING)).failure is None
 
 
 async def test_half_a_mesh_is_not_ready(mesh):

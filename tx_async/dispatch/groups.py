@@ -12,10 +12,18 @@ from typing import Literal
 
 import numpy as np
 
-from tx_async.dispatch.events import Capability
 from tx_async.dispatch.frames import Block
 from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter
-from tx_async.wire.worker import Command, CommandFailed, CommandFinished, EngineInfo, Hello, Progress, SaveAdapter
+from tx_async.wire.worker import (
+    Capability,
+    Command,
+    CommandFailed,
+    CommandFinished,
+    EngineInfo,
+    Hello,
+    Progress,
+    SaveAdapter,
+)
 
 Outcome = CommandFinished | CommandFailed
 

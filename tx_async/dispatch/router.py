@@ -1,7 +1,7 @@
-"""The server's end: attaches workers, numbers their commands, and turns what they say into events.
+"""The server's end: attaches workers, numbers their commands, and turns what they say into facts.
 
 Everything happens on the event loop's thread, in callbacks that never await: a socket became readable, a timer fired,
-the scheduler called `send`. What happened goes to one callback as a fact (`dispatch/events.py`).
+the scheduler called `send`. What happened goes to one callback as a fact (`wire/facts.py`).
 
 Two doors. A socket file in a folder that only this user can enter is always open, for workers on this host; a tcp
 port is open only when configured, and only to peers that know the token. A worker that is lost, or whose connection
@@ -24,7 +24,6 @@ import numpy as np
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.dispatch.doors import Doors, Frames, Peer
-from tx_async.dispatch.events import BatchFailed, BatchFinished, Event, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.dispatch.frames import (
     IN_FRAME,
     SMALL_BLOCK_BYTES,
@@ -43,6 +42,7 @@ from tx_async.dispatch.security import tokens_equal
 from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter, create_arena
 from tx_async.dispatch.statistics import RouterStatistics
 from tx_async.errors import ConfigError, NotReady
+from tx_async.wire.facts import CommandEnded, WorkerFact, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.wire.tensors import TensorSpec
 from tx_async.wire.worker import (
     PROTOCOL_VERSION,
@@ -76,7 +76,7 @@ class Router:
     def __init__(
         self,
         config: ServerConfig,
-        on_event: Callable[[Event], None],
+        tell: Callable[[WorkerFact], None],
         storage_probe: StorageProbe | None = None,
         *,
         clock: Clock | None = None,
@@ -89,7 +89,7 @@ class Router:
         self.clock = clock or SystemClock()
         #: made by `start`, so that a server that never gets so far leaves nothing behind
         self._runtime = runtime
-        self._on_event = on_event
+        self._tell = tell
         #: every attached or attaching worker by name; a lost group is removed
         self._groups: dict[str, Group] = {}
         #: connection -> the group and member behind it; exactly the members of `_groups`
@@ -304,7 +304,7 @@ class Router:
                 self._handle_outcome(group, member, outcome, envelope.block, payload)
             case Progress() as progress:
                 member.progress = progress
-                self._on_event(WorkerProgress(group.name, progress.stage, progress.done, progress.total))
+                self._tell(WorkerProgress(group.name, progress.stage, progress.done, progress.total))
             case Ready(info=info):
                 member.info = info
                 self._handle_ready(group)
@@ -421,7 +421,7 @@ class Router:
             )
         group.is_ready = True
         logger.info("worker %s is ready", group.name)
-        self._on_event(WorkerReady(group.name, infos[0], group.capabilities))  # type: ignore[arg-type]
+        self._tell(WorkerReady(group.name, infos[0], group.capabilities))  # type: ignore[arg-type]
 
     # ---- results
 
@@ -466,15 +466,12 @@ class Router:
         if disagreement := in_flight.disagreement:
             return self._lose(group, f"command {number}: {disagreement}")
         self._counts["results_received"] += 1
-        match in_flight.outcome:
-            case CommandFinished(result=result, elapsed_ms=elapsed_ms):
-                release = self._releaser(group.members[0], in_flight.outcome_block)
-                self._on_event(BatchFinished(group.name, number, result, in_flight.tensors, elapsed_ms, release))
-            case CommandFailed(category=category, message=message):
-                self._on_event(BatchFailed(group.name, number, category, message, False))
+        assert in_flight.outcome is not None
+        release = self._releaser(group.members[0], in_flight.outcome_block)
+        self._tell(CommandEnded(group.name, in_flight.outcome, in_flight.tensors, release))
 
     def _fail_group(self, group: Group, member: Member, failure: CommandFailed) -> None:
-        self._on_event(BatchFailed(group.name, failure.number, failure.category, failure.message, True))
+        self._tell(CommandEnded(group.name, failure))
         self._lose(group, f"{member} failed at command {failure.number}: {failure.message}")
 
     def _releaser(self, member: Member, block: Block | None) -> Callable[[], None]:
@@ -533,7 +530,7 @@ class Router:
         self._forget(group)
         self._counts["workers_lost"] += group.is_ready
         lost = WorkerLost(group.name, reason) if group.is_ready else WorkerProgress(group.name, reason)
-        self._on_event(lost)
+        self._tell(lost)
 
     def _forget(self, group: Group) -> None:
         del self._groups[group.name]

@@ -1,23 +1,31 @@
-"""What clients know by a name of its own, beside their training runs: sampling sessions and checkpoints."""
+"""What clients know by a name of its own, beside their training runs: sampling sessions and checkpoints.
+
+Each call checks what it may do against the records, tells the state, and returns when that is durable.
+"""
 
 from __future__ import annotations
 
-import msgspec
+from msgspec.structs import replace
 
 from tx_async.clock import Clock
 from tx_async.errors import Conflict, InvalidRequest, UnknownCheckpoint, UnknownSampler
-from tx_async.scheduler.core.state import SchedulerState
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.facts import (
+    CheckpointChanged,
+    CheckpointCopied,
+    CheckpointDeleted,
+    SamplerCreated,
+    SamplerJoined,
+)
 from tx_async.scheduler.performer import Performer
 from tx_async.wire import ids
-from tx_async.wire.records import CheckpointRecord, Delete, ModelRecord, Put, SamplerRecord, SessionRecord
+from tx_async.wire.records import CheckpointRecord, ModelRecord, SamplerRecord, SessionRecord
 
 
 class Assets:
-    """Their records; what is sampled from them, and their files, are the state's."""
-
-    def __init__(self, state: SchedulerState, performer: Performer, clock: Clock):
-        self.state = state
-        self.catalog = state.catalog
+    def __init__(self, catalog: Catalog, base_model_name: str, performer: Performer, clock: Clock):
+        self.catalog = catalog
+        self.base_model_name = base_model_name
         self.performer = performer
         self.clock = clock
 
@@ -27,36 +35,26 @@ class Assets:
         self, session: SessionRecord, sampling_session_seq_id: int, base_model: str | None, model_path: str | None
     ) -> SamplerRecord:
         """Raises `InvalidRequest`, `UnknownCheckpoint`, and `Conflict` when the number was used for other weights."""
-        if base_model is not None and base_model != self.state.base_model.name:
+        if base_model is not None and base_model != self.base_model_name:
             raise InvalidRequest(
-                f"base_model {base_model!r} is not served here; this server has {self.state.base_model.name!r}."
+                f"base_model {base_model!r} is not served here; this server has {self.base_model_name!r}."
             )
         sampler_id = ids.sampler_id(session.session_id, sampling_session_seq_id)
         if existing := self.catalog.samplers.get(sampler_id):
             if existing.model_path != model_path:
                 raise Conflict(f"{sampler_id} was created before, for other weights. Use the next sequence number.")
             return existing
-        checkpoint = self.catalog.find_checkpoint(session.owner, model_path) if model_path else None
-        sampler = SamplerRecord(
-            sampler_id=sampler_id,
-            session_id=session.session_id,
-            owner=session.owner,
-            base_model=self.state.base_model.name,
-            base_fingerprint=self.catalog.base_fingerprint,
-            created_at=self.clock.now(),
-            model_path=model_path,
-            storage_key=checkpoint.storage_key if checkpoint else None,
-        )
-        await self.performer.decide(Put(sampler))
+        sampler = new_sampler(self.catalog, session, sampler_id, self.base_model_name, model_path, self.clock.now())
+        await self.performer.handle_durably(SamplerCreated(sampler))
         return sampler
 
     async def join_sampler(self, owner: str, sampler_id: str) -> int:
         sampler = self.catalog.samplers.get(sampler_id)
         if sampler is None or sampler.owner != owner:
             raise UnknownSampler()
-        joined = msgspec.structs.replace(sampler, num_clones=sampler.num_clones + 1)
-        await self.performer.decide(Put(joined))
-        return joined.num_clones
+        number = sampler.num_clones + 1
+        await self.performer.handle_durably(SamplerJoined(sampler_id))
+        return number
 
     # ---- checkpoints
 
@@ -67,20 +65,17 @@ class Assets:
         return checkpoint
 
     async def update_checkpoint(self, owner: str, checkpoint: CheckpointRecord) -> None:
-        changed = msgspec.structs.replace(
+        changed = replace(
             self._checkpoint(owner, checkpoint.path),
             public=checkpoint.public,
             expires_at=checkpoint.expires_at,
             user_metadata=checkpoint.user_metadata,
         )
-        await self.performer.decide(Put(changed))
+        await self.performer.handle_durably(CheckpointChanged(changed))
 
     async def delete_checkpoint(self, owner: str, path: str) -> None:
-        checkpoint = self._checkpoint(owner, path)
-        durable = self.performer.decide(Delete("checkpoint", path))
-        self.state.decisions.delete_files(checkpoint.storage_key)
-        self.performer.perform(self.state.decisions.take())
-        await durable
+        self._checkpoint(owner, path)
+        await self.performer.handle_durably(CheckpointDeleted(path))
 
     async def copy_checkpoint(self, owner: str, path: str, session_id: str, model_seq_id: int) -> CheckpointRecord:
         """The copy names the same immutable files; they go when nothing names them any more."""
@@ -101,8 +96,25 @@ class Assets:
             last_request_at=now,
             status="copy",
         )
-        copied = msgspec.structs.replace(
+        copied = replace(
             source, path=copied_path, model_id=model_id, owner=owner, created_at=now, public=False, expires_at=None
         )
-        await self.performer.decide(Put(model), Put(copied))
+        await self.performer.handle_durably(CheckpointCopied(model, copied))
         return copied
+
+
+def new_sampler(
+    catalog: Catalog, session: SessionRecord, sampler_id: str, base_model: str, model_path: str | None, now: float
+) -> SamplerRecord:
+    """Pinned to the files that the path means now. Raises `UnknownCheckpoint`."""
+    checkpoint = catalog.find_checkpoint(session.owner, model_path) if model_path else None
+    return SamplerRecord(
+        sampler_id=sampler_id,
+        session_id=session.session_id,
+        owner=session.owner,
+        base_model=base_model,
+        base_fingerprint=catalog.base_fingerprint,
+        created_at=now,
+        model_path=model_path,
+        storage_key=checkpoint.storage_key if checkpoint else None,
+    )

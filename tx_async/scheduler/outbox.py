@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from msgspec import Struct
 
 from tx_async.errors import StorageError
 from tx_async.journal.journal import Journal
-from tx_async.scheduler.core.events import Append, DeleteFiles, Finish
+from tx_async.scheduler.core.instructions import Append, DeleteFiles, Finish
 from tx_async.wire.records import Change, Put
 
 COMMIT_RETRY_S = 0.5
@@ -28,9 +28,10 @@ _log = logging.getLogger(__name__)
 Item = Append | Finish | DeleteFiles
 
 
-class _Entry(Struct, frozen=True):
+class _Entry(Struct, eq=False):
     item: Item
-    visible: asyncio.Future[None] | None
+    visible: asyncio.Future[None] | None = None
+    """For those who wait until it, and everything before it, is visible."""
 
 
 class Outbox:
@@ -45,15 +46,16 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def post(self, item: Item, visible: asyncio.Future[None] | None = None) -> None:
-        self._entries.append(_Entry(item, visible))
+    def post(self, item: Item) -> None:
+        self._entries.append(_Entry(item))
         self._arrived.set()
 
-    async def commit(self, changes: Sequence[Change]) -> None:
-        """Post changes, and wait until they and everything before them are durable."""
-        visible = asyncio.get_running_loop().create_future()
-        self.post(Append(tuple(changes)), visible)
-        await visible
+    async def flush(self) -> None:
+        """Wait until everything that was posted so far is visible."""
+        if self._entries:
+            newest = self._entries[-1]
+            newest.visible = newest.visible or asyncio.get_running_loop().create_future()
+            await asyncio.shield(newest.visible)  # others may wait for the same
 
     async def run(self) -> None:
         while True:
@@ -61,7 +63,8 @@ class Outbox:
                 self._arrived.clear()
                 await self._arrived.wait()
             batch = self._next_batch()
-            await self._commit_surely([change for entry in batch for change in changes_of(entry.item)])
+            changes = [change for entry in batch for change in changes_of(entry.item)]
+            await self._commit_surely(changes, batch[0].item.cause)
             for entry in batch:
                 self._entries.popleft()
                 self.show(entry.item)
@@ -79,13 +82,13 @@ class Outbox:
             batch.append(entry)
         return batch
 
-    async def _commit_surely(self, changes: list[Change]) -> None:
+    async def _commit_surely(self, changes: list[Change], cause: str) -> None:
         while True:
             try:
                 await self.journal.commit(changes, may_refuse=False)
                 return
             except StorageError as error:
-                _log.error("Results wait for the journal: %s", error)
+                _log.error("Results wait for the journal, the oldest one of %s: %s", cause, error)
                 await asyncio.sleep(COMMIT_RETRY_S)
 
 

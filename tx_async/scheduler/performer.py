@@ -19,21 +19,20 @@ import numpy as np
 from tx_async.clock import Clock
 from tx_async.errors import ContentLost, NotReady, StorageError
 from tx_async.journal.journal import Journal
-from tx_async.scheduler.core.events import (
-    BodyLoaded,
+from tx_async.scheduler.core.facts import BodyLoaded, Fact, FilesListed, ResultDurable
+from tx_async.scheduler.core.instructions import (
     DeleteFiles,
-    Fact,
     FetchBody,
-    FilesListed,
     Finish,
     Instruction,
     ListFiles,
+    Publish,
     Send,
 )
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.outbox import Item, Outbox
 from tx_async.wire import operations
-from tx_async.wire.records import Change, ResultRecord
+from tx_async.wire.records import ResultRecord
 from tx_async.wire.worker import Command
 
 READ_RETRY_S = 0.5
@@ -101,9 +100,20 @@ class Performer:
         self._is_handling = True
         try:
             while self._facts:
-                self.perform(self.state.handle(self._facts.popleft(), self.clock.now()))
+                self._handle(self._facts.popleft())
         finally:
             self._is_handling = False
+
+    def _handle(self, fact: Fact) -> None:
+        instructions = self.state.handle(fact, self.clock.now())
+        if instructions and _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %s", fact.cause, ", ".join(type(instruction).__name__ for instruction in instructions))
+        self.perform(instructions)
+
+    async def handle_durably(self, fact: Fact) -> None:
+        """Handle a fact, and wait until what was decided about it is durable. A full disk only delays that."""
+        self.handle(fact)
+        await self.outbox.flush()
 
     # ---- instructions out
 
@@ -112,33 +122,31 @@ class Performer:
             match instruction:
                 case Send():
                     self._perform_send(instruction)
+                case Publish(result=result):
+                    self.publish(result)
                 case FetchBody():
-                    self.spawn(self._fetch_body(instruction.request_id))
+                    self.spawn(self._fetch_body(instruction))
                 case ListFiles():
                     self.spawn(self._list(instruction))
                 case _:
                     self.outbox.post(instruction)
 
-    def decide(self, *changes: Change) -> Awaitable[None]:
-        """Change known records now; the awaitable is done when that is durable. A full disk only delays it."""
-        self.state.catalog.apply(changes)
-        return self.outbox.commit(changes)
-
     def _perform_send(self, instruction: Send) -> None:
         try:
             number = self._send(instruction.worker_id, instruction.command, instruction.tensors)
         except NotReady:
-            return  # it is gone; `WorkerLost` is on its way
+            _log.debug("%s: %s is gone, and `WorkerLost` on its way", instruction.cause, instruction.worker_id)
+            return
         assert number == instruction.number, f"command {instruction.number} was sent as {number}"
 
-    async def _fetch_body(self, request_id: str) -> None:
-        operation, message = None, ""
+    async def _fetch_body(self, instruction: FetchBody) -> None:
+        request_id, operation, message = instruction.request_id, None, ""
         try:
             async with self._reading:
                 operation = operations.decode(await self._read_body(request_id))
         except (ContentLost, msgspec.DecodeError) as error:
             message = str(error)
-            _log.error("The body of request %s is lost: %s", request_id, error)
+            _log.error("%s: the body of request %s is lost: %s", instruction.cause, request_id, error)
         self.handle(BodyLoaded(request_id, operation, message))
 
     async def _read_body(self, request_id: str) -> bytes:
@@ -157,7 +165,7 @@ class Performer:
         try:
             keys = tuple(await self._list_files(instruction.prefix))
         except StorageError as error:
-            _log.warning("Files of %s were not listed: %s", instruction.prefix, error)
+            _log.warning("%s: files of %s were not listed: %s", instruction.cause, instruction.prefix, error)
         self.handle(FilesListed(instruction.model_id, keys))
 
     # ---- durable: visible
@@ -165,12 +173,12 @@ class Performer:
     def _show(self, item: Item) -> None:
         match item:
             case Finish(result=result):
-                self.publish(result)
-            case DeleteFiles(storage_key=key):
-                self.spawn(self._delete(key))
+                self.handle(ResultDurable(result))
+            case DeleteFiles():
+                self.spawn(self._delete(item))
 
-    async def _delete(self, storage_key: str) -> None:
+    async def _delete(self, instruction: DeleteFiles) -> None:
         try:
-            await self._delete_files(storage_key)
+            await self._delete_files(instruction.storage_key)
         except StorageError as error:
-            _log.warning("Files of %s were not deleted: %s", storage_key, error)
+            _log.warning("%s: files of %s were not deleted: %s", instruction.cause, instruction.storage_key, error)

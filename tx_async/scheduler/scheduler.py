@@ -18,21 +18,12 @@ import anyio
 
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
-from tx_async.dispatch import events as dispatch
 from tx_async.errors import NotFound, NotReady, ResultGone
 from tx_async.journal.journal import Journal
-from tx_async.scheduler import submissions
 from tx_async.scheduler.acceptance import Acceptance
 from tx_async.scheduler.assets import Assets
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.events import (
-    CommandFailed,
-    CommandFinished,
-    RequestCancelled,
-    Tick,
-    WorkerLost,
-    WorkerReady,
-)
+from tx_async.scheduler.core.facts import RequestCancelled, Tick
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
@@ -42,12 +33,13 @@ from tx_async.scheduler.performer import DeleteBelow, ListBelow, Performer, Send
 from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.sessions import Sessions
 from tx_async.scheduler.statistics import SchedulerStatistics
+from tx_async.scheduler.submissions import Submissions, session_of
 from tx_async.scheduler.waiters import Waiters
+from tx_async.wire.facts import CommandEnded, WorkerFact
 from tx_async.wire.operations import Operation
 from tx_async.wire.records import (
     CheckpointRecord,
     ModelRecord,
-    Put,
     Record,
     RequestRecord,
     ResultRecord,
@@ -98,8 +90,9 @@ class Scheduler:
             delete_files=delete_files,
             list_files=list_files,
         )
-        self._acceptance = Acceptance(self.state, journal, self.performer, self.quota, self.clock)
-        self._assets = Assets(self.state, self.performer, self.clock)
+        self._submissions = Submissions(self.state, self.quota)
+        self._acceptance = Acceptance(self._submissions, journal, self.performer, self.clock)
+        self._assets = Assets(self.catalog, base_model.name, self.performer, self.clock)
         self._sessions = Sessions(self.catalog, journal, self.performer, self.clock, config.session_timeout_s)
         self._recovery = RecoveryProgress()
         self._is_stopping = False
@@ -140,23 +133,11 @@ class Scheduler:
             self._sessions.expire()
             self._recovery.report(self.state.training.runs.num_replays, self.clock.monotonic())
 
-    def on_event(self, event: dispatch.Event) -> None:
+    def tell(self, fact: WorkerFact) -> None:
         """What the router says."""
-        match event:
-            case dispatch.BatchFinished():
-                self.performer.handle(
-                    CommandFinished(event.worker_id, event.number, event.result, event.tensors, event.elapsed_ms)
-                )
-                event.release()
-            case dispatch.BatchFailed(fatal=False):
-                self.performer.handle(CommandFailed(event.worker_id, event.number, event.category, event.message))
-            case dispatch.WorkerReady():
-                self.performer.handle(WorkerReady(event.worker_id, event.info, event.capabilities))
-            case dispatch.WorkerLost():
-                _log.warning("Worker %s is lost: %s", event.worker_id, event.reason)
-                self.performer.handle(WorkerLost(event.worker_id, event.reason))
-            case dispatch.BatchFailed() | dispatch.WorkerProgress():
-                pass  # after a fatal failure the worker is lost, and what it had runs again
+        self.performer.handle(fact)
+        if isinstance(fact, CommandEnded):
+            fact.release()
 
     # ---- views
 
@@ -241,9 +222,9 @@ class Scheduler:
     # ---- requests
 
     async def submit(self, owner: str, operation: Operation) -> RequestRecord:
-        if session := submissions.session_of(self.catalog, owner, operation):
+        if session := session_of(self.catalog, owner, operation):
             self._sessions.seen(session)
-        if self._acceptance.is_new(operation):
+        if self._submissions.is_new(operation):
             self._refuse_when_stopping()
         return await self._acceptance.submit(owner, operation)
 
@@ -261,7 +242,6 @@ class Scheduler:
 
     def _publish(self, result: ResultRecord) -> None:
         """It is durable: whoever waits for it may see it."""
-        self.catalog.apply([Put(result)])
         self.quota.give_back(result.request_id)
         self.payloads.put(result)
         self.waiters.wake(result.request_id)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
+from msgspec.structs import replace
 
 from tx_async.clock import Clock
 from tx_async.errors import SessionGone, UnknownSession
 from tx_async.journal.journal import Journal
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.events import Append, SessionEnded
+from tx_async.scheduler.core.facts import SessionChanged, SessionCreated, SessionEnded
 from tx_async.scheduler.performer import Performer
 from tx_async.wire.records import Put, SessionRecord
 
@@ -27,7 +25,7 @@ class Sessions:
 
     async def create(self, session: SessionRecord) -> SessionRecord:
         await self.journal.commit([Put(session)])
-        self.catalog.apply([Put(session)])
+        self.performer.handle(SessionCreated(session))
         self._last_seen[session.session_id] = self.clock.monotonic()
         return session
 
@@ -47,7 +45,7 @@ class Sessions:
     def seen(self, session: SessionRecord) -> None:
         self._last_seen[session.session_id] = self.clock.monotonic()
         if session.status == "expired":  # it only slept
-            self._replace(session, status="active")
+            self.performer.handle(SessionChanged(replace(session, status="active")))
 
     def expire(self) -> None:
         """Silent ones have ended, until they are heard of again."""
@@ -57,21 +55,13 @@ class Sessions:
             if session is None:
                 del self._last_seen[session_id]
             elif session.status == "active" and now - seen > self.timeout_s:
-                self._replace(session, status="expired")
-                self.performer.handle(SessionEnded(session_id))
-
-    def _replace(self, session: SessionRecord, **fields: Any) -> None:
-        change = Put(msgspec.structs.replace(session, **fields))
-        self.catalog.apply([change])
-        self.performer.perform([Append((change,))])
+                self.performer.handle(SessionEnded(session_id, "expired", session.detail))
 
     async def finish(self, owner: str, session_id: str, status: str, detail: str | None) -> None:
         session = self.find(owner, session_id)
         if session.status in ("active", "expired"):
-            durable = self.performer.decide(Put(msgspec.structs.replace(session, status=status, detail=detail)))
-            self.performer.handle(SessionEnded(session_id))
-            await durable
+            await self.performer.handle_durably(SessionEnded(session_id, status, detail))
 
     async def update(self, owner: str, session: SessionRecord) -> None:
         known = self.find(owner, session.session_id)
-        await self.performer.decide(Put(msgspec.structs.replace(known, project_id=session.project_id)))
+        await self.performer.handle_durably(SessionChanged(replace(known, project_id=session.project_id)))

@@ -1,11 +1,21 @@
-"""What a submission is before it is accepted: whose it is, which earlier one it repeats, the record that it gets."""
+"""From an operation to the request that it becomes: recognised as a retry, refused, or new, with all that must be
+durable before its client hears of it. No I/O: `acceptance.py` commits.
+"""
 
 from __future__ import annotations
 
-from tx_async.errors import Conflict, InvalidRequest, SessionGone, UnknownModel, UnknownSampler, UnknownSession
+from collections.abc import Callable
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from tx_async.errors import Conflict, SessionGone, UnknownModel, UnknownSampler, UnknownSession, UserError
 from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.facts import RequestAccepted
+from tx_async.scheduler.core.state import SchedulerState
+from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.training.lanes import FORWARD
-from tx_async.scheduler.training.runs import Runs
+from tx_async.wire import ids, operations, results
 from tx_async.wire.operations import (
     CreateModel,
     CreateModelFromCheckpoint,
@@ -14,14 +24,153 @@ from tx_async.wire.operations import (
     Sample,
     UnloadModel,
 )
-from tx_async.wire.records import RequestRecord, SessionRecord
+from tx_async.wire.records import Change, ModelRecord, Put, RequestRecord, ResultRecord, SessionRecord
+from tx_async.wire.results import Failure
+from tx_async.wire.worker import AdapterConfig
 
 UNLOAD_SEQ_ID = -1
 """unload_model carries no seq_id; a second one is the first one's retry."""
 
 
+class Submission(Struct, frozen=True):
+    """A new request whose commit is on its way."""
+
+    accepted: RequestAccepted
+    """What the state is told when it is durable."""
+    body: bytes
+
+    @property
+    def request(self) -> RequestRecord:
+        return self.accepted.request
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """One commit: all of it or nothing."""
+        fact = self.accepted
+        records = [Put(record) for record in (fact.model, fact.result) if record is not None]
+        has_ended = fact.result is not None
+        return (*records, Put(fact.request, None if has_ended else self.body))
+
+
+class Submissions:
+    """Reads the state, and changes nothing but its own two books: what is on its way, and the quota."""
+
+    def __init__(self, state: SchedulerState, quota: Quota, new_id: Callable[[str], str] = ids.new_id):
+        self.state = state
+        self.catalog = state.catalog
+        self.quota = quota
+        self._new_id = new_id
+        #: (subject, seq_id) -> submissions whose commit is on its way
+        self._coming: dict[tuple[str, int], Submission] = {}
+
+    def is_new(self, operation: Operation) -> bool:
+        """Whether it would be accepted as a request of its own, not as the repetition of an earlier one."""
+        key = key_of(operation)
+        return key not in self._coming and self.catalog.find_request(*key) is None
+
+    def submit(self, owner: str, operation: Operation, now: float) -> RequestRecord | Submission:
+        """The request that this key has already, or the submission that is on its way to become it.
+
+        Raises `Conflict` for another body under the same key or a turn that has passed, `Overloaded`.
+        """
+        key = key_of(operation)
+        body = operations.encode(operation)
+        digest = operations.body_digest(body)
+        if known := self.catalog.find_request(*key):
+            return same(known, digest)
+        if coming := self._coming.get(key):
+            same(coming.request, digest)
+            return coming
+        request = self._new_request(owner, operation, digest, len(body), now)
+        self.quota.check(request)
+        submission = Submission(self._accepted(request, operation, now), body)
+        self.quota.take(request)
+        self._coming[key] = submission
+        return submission
+
+    def durable(self, submission: Submission) -> RequestAccepted:
+        """Its commit has succeeded: what the state is to be told at once."""
+        del self._coming[submission.request.subject, submission.request.seq_id]
+        return submission.accepted
+
+    def failed(self, submission: Submission) -> None:
+        """Its commit has failed: nothing happened, and its key is free again."""
+        del self._coming[submission.request.subject, submission.request.seq_id]
+        self.quota.give_back(submission.request.request_id)
+
+    def _new_request(self, owner: str, operation: Operation, digest: str, num_bytes: int, now: float) -> RequestRecord:
+        """Raises `Conflict`, `InvalidRequest`: see `SchedulerState.check_turn`."""
+        subject, seq_id = key_of(operation)
+        self.state.check_turn(subject, seq_id)
+        num_samples = operation.num_samples if isinstance(operation, Sample) else 0
+        return RequestRecord(
+            request_id=self._new_id("r"),
+            owner=owner,
+            kind=kind_of(operation),
+            subject=subject,
+            seq_id=seq_id,
+            body_digest=digest,
+            body_bytes=num_bytes,
+            created_at=now,
+            sample_sequence_ids=tuple(f"{subject}:{seq_id}:{i}" for i in range(num_samples)),
+        )
+
+    # ---- what creates a training run
+
+    def _accepted(self, request: RequestRecord, operation: Operation, now: float) -> RequestAccepted:
+        match operation:
+            case CreateModel():
+                return self._create_model(request, operation, now)
+            case CreateModelFromCheckpoint():
+                return self._create_model_from_checkpoint(request, operation, now)
+        return RequestAccepted(request, operation)
+
+    def _create_model(self, request: RequestRecord, operation: CreateModel, now: float) -> RequestAccepted:
+        """Needs no device: the adapter is made from its seed when it is first used."""
+        model = self._new_model(request, operation, operation.lora, now)
+        body = results.encode_json({"type": "create_model", "model_id": model.model_id})
+        result = ResultRecord(request_id=request.request_id, finished_at=now, content="json", payload=body)
+        return RequestAccepted(request, operation, model, result)
+
+    def _create_model_from_checkpoint(
+        self, request: RequestRecord, operation: CreateModelFromCheckpoint, now: float
+    ) -> RequestAccepted:
+        try:
+            checkpoint = self.catalog.find_checkpoint(request.owner, operation.path, operation.optimizer)
+        except UserError as error:
+            payload = results.encode_json(Failure.of(error))
+            result = ResultRecord(request_id=request.request_id, finished_at=now, content="error", payload=payload)
+            return RequestAccepted(request, operation, result=result)
+        model = replace(
+            self._new_model(request, operation, checkpoint.lora, now),
+            created_from=checkpoint.storage_key,
+            created_from_path=checkpoint.path,
+            created_with_optimizer=operation.optimizer,
+        )
+        return RequestAccepted(request, operation, model)
+
+    def _new_model(
+        self,
+        request: RequestRecord,
+        operation: CreateModel | CreateModelFromCheckpoint,
+        lora: AdapterConfig,
+        now: float,
+    ) -> ModelRecord:
+        return ModelRecord(
+            model_id=operation.model_id,
+            session_id=operation.session_id,
+            owner=request.owner,
+            base_model=self.state.base_model.name,
+            base_fingerprint=self.catalog.base_fingerprint,
+            lora=lora,
+            created_at=now,
+            user_metadata=operation.user_metadata,
+            last_request_at=now,
+        )
+
+
 def key_of(operation: Operation) -> tuple[str, int]:
-    """(subject, seq_id): what makes two submissions the same (sections 0.5 and 3.7 of the wire contract)."""
+    """(subject, seq_id): what makes two submissions the same (`schemas/tinker.md`, "Retries")."""
     match operation:
         case CreateModel() | CreateModelFromCheckpoint():
             return operation.model_id, 0
@@ -31,6 +180,21 @@ def key_of(operation: Operation) -> tuple[str, int]:
             return operation.sampling_session_id, operation.seq_id
         case _:
             return operation.model_id, operation.seq_id
+
+
+def kind_of(operation: Operation) -> str:
+    if isinstance(operation, ForwardBackward) and operation.forward_only:
+        return FORWARD
+    return type(operation).__name__
+
+
+def same(request: RequestRecord, digest: str) -> RequestRecord:
+    """The first request of a key, for its repetition. Raises `Conflict` when that has another body."""
+    if request.body_digest != digest:
+        raise Conflict(
+            f"seq_id {request.seq_id} was used before with another body. Use the next seq_id for a new request."
+        )
+    return request
 
 
 def session_of(catalog: Catalog, owner: str, operation: Operation) -> SessionRecord | None:
@@ -56,45 +220,3 @@ def session_of(catalog: Catalog, owner: str, operation: Operation) -> SessionRec
             if model is None or model.owner != owner or model.status == "copy":
                 raise UnknownModel()
             return catalog.sessions.get(model.session_id)
-
-
-def same(request: RequestRecord, digest: str) -> RequestRecord:
-    """The first request of a key, for its repetition. Raises `Conflict` when that has another body."""
-    if request.body_digest != digest:
-        raise Conflict(
-            f"seq_id {request.seq_id} was used before with another body. Use the next seq_id for a new request."
-        )
-    return request
-
-
-def new_request(
-    runs: Runs, request_id: str, owner: str, operation: Operation, digest: str, num_bytes: int, now: float
-) -> RequestRecord:
-    """Raises `Conflict` when the operation's turn has passed, `InvalidRequest` when its number cannot be the next."""
-    subject, seq_id = key_of(operation)
-    lane = runs.lanes.get(subject)
-    if lane is not None and lane.is_used_up(seq_id):
-        raise Conflict(f"seq_id {seq_id} of {subject} is used up: its turn has passed. Use the next seq_id.")
-    if lane is not None and seq_id - lane.newest_seq_id > runs.policy.seq_ahead_max:
-        raise InvalidRequest(
-            f"seq_id {seq_id} is too far ahead: {subject} has accepted up to {lane.newest_seq_id}, and at most "
-            f"{runs.policy.seq_ahead_max} beyond that are allowed (`seq_ahead_max`). Use the next seq_id."
-        )
-    num_samples = operation.num_samples if isinstance(operation, Sample) else 0
-    return RequestRecord(
-        request_id=request_id,
-        owner=owner,
-        kind=kind_of(operation),
-        subject=subject,
-        seq_id=seq_id,
-        body_digest=digest,
-        body_bytes=num_bytes,
-        created_at=now,
-        sample_sequence_ids=tuple(f"{subject}:{seq_id}:{i}" for i in range(num_samples)),
-    )
-
-
-def kind_of(operation: Operation) -> str:
-    if isinstance(operation, ForwardBackward) and operation.forward_only:
-        return FORWARD
-    return type(operation).__name__

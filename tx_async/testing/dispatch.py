@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from tx_async.config import ServerConfig
-from tx_async.dispatch.events import BatchFailed, BatchFinished, Event, WorkerProgress, WorkerReady
 from tx_async.dispatch.router import Router
+from tx_async.wire.facts import CommandEnded, WorkerFact, WorkerProgress, WorkerReady
 from tx_async.wire.worker import Command
 from tx_async.worker.supervisor import Supervisor
 
@@ -22,9 +22,9 @@ E = TypeVar("E")
 
 
 class RunningDispatch:
-    """What a test holds in its hand: the parts, and every event in order."""
+    """What a test holds in its hand: the parts, and every fact in order."""
 
-    def __init__(self, router: Router, supervisor: Supervisor, events: asyncio.Queue[Event]):
+    def __init__(self, router: Router, supervisor: Supervisor, events: asyncio.Queue[WorkerFact]):
         self.router = router
         self.supervisor = supervisor
         self.events = events
@@ -40,20 +40,24 @@ class RunningDispatch:
     async def ready(self) -> WorkerReady:
         return await self.next(WorkerReady)
 
-    async def call(
-        self, command: Command, tensors: Sequence[np.ndarray] = (), worker_id: str = "w0"
-    ) -> BatchFinished | BatchFailed:
+    async def finished(self, timeout_s: float = 20.0) -> CommandEnded:
+        """The end of the next command, which must not have failed."""
+        ended = await self.next(CommandEnded, timeout_s)
+        assert ended.failure is None, ended
+        return ended
+
+    async def call(self, command: Command, tensors: Sequence[np.ndarray] = (), worker_id: str = "w0") -> CommandEnded:
         """Send one command and wait for how it ended."""
         number = self.router.send(worker_id, command, tensors)
-        outcome = await self.next(BatchFinished | BatchFailed)  # type: ignore[arg-type]
-        assert outcome.number == number
-        return outcome
+        ended = await self.next(CommandEnded)
+        assert ended.number == number
+        return ended
 
 
 @contextlib.asynccontextmanager
 async def running_dispatch(config: ServerConfig, *, engine: str = FAKE_ENGINE) -> AsyncIterator[RunningDispatch]:
     """Start `config.local_workers` real processes, and leave none behind."""
-    events: asyncio.Queue[Event] = asyncio.Queue()
+    events: asyncio.Queue[WorkerFact] = asyncio.Queue()
     router = Router(config, events.put_nowait)
     await router.start()
     supervisor = Supervisor(config, router, engine=engine)

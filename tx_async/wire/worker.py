@@ -19,6 +19,9 @@ from tx_async.wire.tensors import TensorSpec
 
 PROTOCOL_VERSION = 1
 
+Capability = Literal["train", "sample"]
+"""What a worker can be asked for."""
+
 BASE_SLOT = -1
 """`sampler_slot` of a sequence that samples the base model without an adapter."""
 
@@ -78,7 +81,7 @@ class Hello(Struct, tag=True, frozen=True, kw_only=True):
     host: str
     pid: int
     process_id: int = 0
-    capabilities: frozenset[Literal["train", "sample"]] = frozenset({"train", "sample"})
+    capabilities: frozenset[Capability] = frozenset({"train", "sample"})
     shared_memory: bool = False
     """True when this worker runs on the server's own host and can map its segments."""
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from tx_async.errors import TxError
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.events import Append, DeleteFiles, FetchBody, Finish, Instruction, ListFiles
+from tx_async.scheduler.core.instructions import Append, DeleteFiles, FetchBody, Finish, Instruction, ListFiles, Publish
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.wire import results
-from tx_async.wire.records import Change, RequestRecord, ResultRecord
+from tx_async.wire.records import Change, Put, RequestRecord, ResultRecord
 from tx_async.wire.results import Failure
 from tx_async.wire.worker import Command
 
@@ -27,33 +27,44 @@ class Decisions:
         self.catalog = catalog
         #: when the fact that is being handled happened, in seconds since the epoch
         self.now = now
+        #: that fact's cause, which every instruction that follows from it carries
+        self.cause = ""
         self._instructions: list[Instruction] = []
         #: whether an adapter version is needed by an open sample
         self.is_sampled: Callable[[str], bool] = lambda _version: False
+
+    def begin(self, cause: str, now: float) -> None:
+        """A fact is to be handled."""
+        self.cause = cause
+        self.now = now
 
     def take(self) -> list[Instruction]:
         instructions, self._instructions = self._instructions, []
         return instructions
 
+    def know(self, *changes: Change) -> None:
+        """These are durable already, or become so with the record's next version."""
+        self.catalog.apply(changes)
+
     def append(self, *changes: Change) -> None:
         if changes:
             self.catalog.apply(changes)
-            self._instructions.append(Append(changes))
+            self._instructions.append(Append(changes, self.cause))
 
     def send(self, worker: WorkerState, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> None:
-        self._instructions.append(worker.send(command, on_answer, tensors))
+        self._instructions.append(worker.send(command, on_answer, tensors, self.cause))
 
     def fetch_body(self, request_id: str) -> None:
-        self._instructions.append(FetchBody(request_id))
+        self._instructions.append(FetchBody(request_id, self.cause))
 
     def list_files(self, model_id: str, prefix: str) -> None:
-        self._instructions.append(ListFiles(model_id, prefix))
+        self._instructions.append(ListFiles(model_id, prefix, self.cause))
 
     def delete_files(self, storage_key: str) -> None:
         """Unless a record, or a sample that is being drawn, still needs them. Decided before it happens: the deletion
         waits until everything decided before it is durable, so no record on disk ever names files that are gone."""
         if storage_key and not self.catalog.references[storage_key] and not self.is_sampled(storage_key):
-            self._instructions.append(DeleteFiles(storage_key))
+            self._instructions.append(DeleteFiles(storage_key, self.cause))
 
     # ---- results: `changes` become durable with them
 
@@ -66,7 +77,12 @@ class Decisions:
     ) -> None:
         self.catalog.apply(changes)
         result = ResultRecord(request_id=request.request_id, finished_at=self.now, content=content, payload=payload)
-        self._instructions.append(Finish(result, changes))
+        self._instructions.append(Finish(result, changes, self.cause))
+
+    def publish(self, result: ResultRecord) -> None:
+        """It is durable: clients may see it from now on."""
+        self.catalog.apply([Put(result)])
+        self._instructions.append(Publish(result, self.cause))
 
     def succeed(self, request: RequestRecord, body: dict[str, Any], *changes: Change) -> None:
         self.finish(request, "json", results.encode_json(body), *changes)

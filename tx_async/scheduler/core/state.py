@@ -1,4 +1,7 @@
-"""The scheduler's mind: facts in, instructions out. No I/O, no clock, no await; mutated through `handle` only.
+"""The scheduler's mind: facts in, instructions out. No I/O, no clock, no await.
+
+`restore` (once), `handle` (every fact) and `drain` (at the end) are the only ways to change it, or the catalog that it
+shares with readers; a test holds the rest of the package to that.
 
 A worker always has up to `quanta_in_flight_max` quanta ahead (of each kind, where its engine runs them side by side). A
 quantum is a train micro-batch or a few decode steps; between any two of them anything else may come: that is how
@@ -12,22 +15,22 @@ import hashlib
 from tx_async.errors import Cancelled, InvalidRequest, OtherBase, ServerError, UnknownCheckpoint
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.events import (
+from tx_async.scheduler.core.facts import (
     BodyLoaded,
-    CommandFailed,
-    CommandFinished,
     Fact,
     FilesListed,
-    Instruction,
+    RecordFact,
     RequestAccepted,
     RequestCancelled,
+    ResultDurable,
     SessionEnded,
+    SubmissionRefused,
     Tick,
-    WorkerLost,
-    WorkerReady,
 )
+from tx_async.scheduler.core.instructions import Instruction
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import restore
+from tx_async.scheduler.core.registry import Registry
 from tx_async.scheduler.core.retention import Retention
 from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
@@ -36,8 +39,10 @@ from tx_async.scheduler.sampling.sampling import BASE_NAMESPACE, SampleJob
 from tx_async.scheduler.training.lanes import Step
 from tx_async.scheduler.training.orphans import Orphans
 from tx_async.scheduler.training.training import Training, TrainingAnswer
+from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.wire.operations import Operation, Sample
-from tx_async.wire.records import DropBody, ModelRecord, RequestRecord
+from tx_async.wire.records import Change, DropBody, Put, RequestRecord
+from tx_async.wire.worker import CommandFailed, CommandFinished
 
 
 class SchedulerState:
@@ -50,6 +55,7 @@ class SchedulerState:
         self.workers: dict[str, WorkerState] = {}
         self.training = Training(self.decisions, policy, self.workers)
         self.rollouts = Rollouts(self.decisions, policy, self.workers)
+        self.registry = Registry(self.decisions)
         self.retention = Retention(self.decisions, self.training.runs, self.rollouts, policy)
         self.orphans = Orphans(self.training.runs, self.decisions)
         #: what workers have spent on each kind of quantum, for an operator
@@ -69,30 +75,55 @@ class SchedulerState:
 
     def restore(self) -> list[Instruction]:
         """Take up what the journal holds: called once, before the first fact."""
+        self.decisions.cause = "restart"
         for request in restore(self.training):
             self.restoring.add(request.request_id)
             self.decisions.fetch_body(request.request_id)
         return self.decisions.take()
 
-    def create_model(self, model: ModelRecord) -> None:
-        """A run's record is durable: its operations may come."""
-        self.training.runs.create(model)
-
     def handle(self, fact: Fact, now: float) -> list[Instruction]:
-        self.decisions.now = now
+        """The world has changed: know it, and decide what to do about it."""
+        self.decisions.begin(fact.cause, now)
+        if isinstance(fact, RecordFact):
+            self._note(fact)
+        else:
+            self._react(fact)
+            self.training.settle()
+            for worker in self.workers.values():
+                self._advance(worker)
+        return self.decisions.take()
+
+    def check_turn(self, subject: str, seq_id: int) -> None:
+        """Raises `Conflict` when the turn of this number has passed, `InvalidRequest` when it cannot be the next."""
+        if lane := self.training.runs.lanes.get(subject):
+            lane.check_turn(seq_id, self.policy)
+
+    # ---- facts
+
+    def _note(self, fact: RecordFact) -> None:
+        match fact:
+            case SubmissionRefused(subject=subject):
+                self.training.runs.heard_of(subject)
+            case ResultDurable(result=result):
+                self.decisions.publish(result)
+            case _:
+                self.registry.handle(fact)
+
+    def _react(self, fact: Fact) -> None:
         match fact:
             case RequestAccepted():
-                self._accept(fact.request, fact.operation)
+                self._accepted(fact)
             case RequestCancelled():
                 self._cancel(fact.request_id)
             case SessionEnded():
+                self.registry.end_session(fact)
                 self.rollouts.cancel_flow(fact.session_id)
             case WorkerReady():
                 self._worker_lost(fact.worker_id)  # a new life under an old name
                 self.workers[fact.worker_id] = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
             case WorkerLost():
                 self._worker_lost(fact.worker_id)
-            case CommandFinished() | CommandFailed():
+            case CommandEnded():
                 self._answered(fact)
             case BodyLoaded():
                 self._body_loaded(fact)
@@ -100,22 +131,28 @@ class SchedulerState:
                 self.orphans.found(fact)
             case Tick():
                 self._tick()
-        self.training.settle()
-        for worker in self.workers.values():
-            self._advance(worker)
-        return self.decisions.take()
+            case WorkerProgress():
+                pass  # nothing can run on it yet
 
     def drain(self, now: float) -> tuple[list[Instruction], bool]:
         """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag: something is still on
         its way."""
-        self.decisions.now = now
+        self.decisions.begin("shutdown", now)
         self.training.is_draining = self.rollouts.is_draining = True
         if trainer := self._trainer():
             self.training.snapshots.take_all(trainer)
         busy = any(worker.in_flight for worker in self.workers.values()) or self.training.snapshots.are_pending
         return self.decisions.take(), busy
 
-    # ---- facts
+    def _accepted(self, fact: RequestAccepted) -> None:
+        models: tuple[Change, ...] = (Put(fact.model),) if fact.model else ()
+        self.decisions.know(*models, Put(fact.request))
+        if fact.model:
+            self.training.runs.create(fact.model)
+        if fact.result:
+            self.decisions.publish(fact.result)
+        else:
+            self._accept(fact.request, fact.operation)
 
     def _accept(self, request: RequestRecord, operation: Operation) -> None:
         if isinstance(operation, Sample):
@@ -172,23 +209,30 @@ class SchedulerState:
         if was_trainer:
             self.training.runs.worker_lost()
 
-    def _answered(self, fact: CommandFinished | CommandFailed) -> None:
-        worker = self.workers.get(fact.worker_id)
+    def _answered(self, fact: CommandEnded) -> None:
+        worker, outcome = self.workers.get(fact.worker_id), fact.outcome
         if worker is None or fact.number not in worker.in_flight:
             return
+        if not isinstance(outcome, CommandFinished):
+            self._failed(worker, outcome)
+            return
         answer, kind = worker.answered(fact.number)
-        if isinstance(fact, CommandFinished):
-            if isinstance(answer, TrainingAnswer):
-                self.training.finished(answer, fact)
-            elif isinstance(answer, SamplingAnswer):
-                self.rollouts.finished(worker, answer, fact)
-            if kind:
-                worker.shares.measured(kind, fact.elapsed_ms)
-                self.busy_ms[kind] += fact.elapsed_ms
-        elif isinstance(answer, TrainingAnswer):
-            self.training.failed(answer, fact)
+        if isinstance(answer, TrainingAnswer):
+            self.training.finished(answer, outcome, fact.tensors)
         elif isinstance(answer, SamplingAnswer):
-            self.rollouts.failed(worker, answer, fact)
+            self.rollouts.finished(worker, answer, outcome, fact.tensors)
+        if kind:
+            worker.shares.measured(kind, outcome.elapsed_ms)
+            self.busy_ms[kind] += outcome.elapsed_ms
+
+    def _failed(self, worker: WorkerState, failure: CommandFailed) -> None:
+        if failure.fatal:
+            return  # `WorkerLost` follows, and what the worker had runs again
+        answer, _ = worker.answered(failure.number)
+        if isinstance(answer, TrainingAnswer):
+            self.training.failed(answer, failure)
+        elif isinstance(answer, SamplingAnswer):
+            self.rollouts.failed(worker, answer, failure)
 
     def _body_loaded(self, fact: BodyLoaded) -> None:
         request = self.catalog.requests.get(fact.request_id)

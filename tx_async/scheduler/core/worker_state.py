@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from tx_async.scheduler.core.adapters import SlotCache
-from tx_async.scheduler.core.events import Send
 from tx_async.scheduler.core.fairness import Shares
+from tx_async.scheduler.core.instructions import Send
 from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import Policy
 from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
@@ -69,14 +69,14 @@ class WorkerState:
         is_alone = self.num_quanta == self.quanta[kind]
         return self.info.overlaps and not is_alone and self.shares.is_ahead(kind, self.policy.quanta_in_flight_max)
 
-    def send(self, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> Send:
+    def send(self, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = (), cause: str = "") -> Send:
         self._last_number += 1
         kind = _kind_of(command)
         self.in_flight[self._last_number] = (on_answer, kind)
         if kind:
             self.quanta[kind] += 1
             self.shares.charge(kind)
-        return Send(self.worker_id, self._last_number, command, tensors)
+        return Send(self.worker_id, self._last_number, command, tensors, cause)
 
     def answered(self, number: int) -> tuple[Any, Kind | None]:
         """What was noted for a command, which is no longer in flight."""

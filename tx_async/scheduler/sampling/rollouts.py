@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from msgspec import Struct
 
 from tx_async.errors import Cancelled, ServerError, TxError
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.events import CommandFailed, CommandFinished
 from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import WorkerState
@@ -20,7 +19,15 @@ from tx_async.scheduler.training.runs import Ignored, error_of
 from tx_async.wire import results
 from tx_async.wire.records import DropBody
 from tx_async.wire.results import Failure
-from tx_async.wire.worker import AdmitSequences, CancelSequences, Sampled, SampleQuantum, SequenceSpec
+from tx_async.wire.worker import (
+    AdmitSequences,
+    CancelSequences,
+    CommandFailed,
+    CommandFinished,
+    Sampled,
+    SampleQuantum,
+    SequenceSpec,
+)
 
 NEWCOMERS_SHARE = 8
 """One in so many places on the device stays free for sessions that have nothing running yet."""
@@ -151,25 +158,27 @@ class Rollouts:
 
     # ---- answers
 
-    def finished(self, worker: WorkerState, answer: SamplingAnswer, event: CommandFinished) -> None:
+    def finished(
+        self, worker: WorkerState, answer: SamplingAnswer, outcome: CommandFinished, tensors: Sequence[np.ndarray]
+    ) -> None:
         if isinstance(answer, SamplerSent):
             self.slots.finished(worker, answer.version)
         if not isinstance(answer, QuantumSent):
             return
-        assert isinstance(event.result, Sampled)
-        for sequence_id, num_tokens in event.result.progress:
+        assert isinstance(outcome.result, Sampled)
+        for sequence_id, num_tokens in outcome.result.progress:
             self.num_tokens += num_tokens
             if job := worker.sequences.get(sequence_id):
                 self.fair.charge(job.flow, num_tokens)
-        for finished in event.result.finished:
+        for finished in outcome.result.finished:
             job = worker.sequences.pop(finished.sequence_id, None)
             if job is not None:
-                job.collect(finished, event.tensors)
+                job.collect(finished, tensors)
                 if job.is_finished:
                     self._finish(job, "sample", job.result())
 
-    def failed(self, worker: WorkerState, answer: SamplingAnswer, event: CommandFailed) -> None:
-        error = error_of(event.category, event.message)
+    def failed(self, worker: WorkerState, answer: SamplingAnswer, failure: CommandFailed) -> None:
+        error = error_of(failure.category, failure.message)
         match answer:
             case SamplerSent(version=version):
                 if self.slots.failed(worker, version, error):

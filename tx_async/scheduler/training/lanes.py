@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from tx_async.errors import Conflict, InvalidRequest
 from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.training.packing import PackedRequest
@@ -247,6 +248,16 @@ class Lane:
             self.burned.add(previous + 1, seq_id)
             previous = seq_id
         self.burned.add(previous + 1, last + 1)
+
+    def check_turn(self, seq_id: int, policy: Policy) -> None:
+        """Raises `Conflict` when its turn has passed, `InvalidRequest` when it cannot be the next."""
+        if self.is_used_up(seq_id):
+            raise Conflict(f"seq_id {seq_id} of {self.model_id} is used up: its turn has passed. Use the next seq_id.")
+        if seq_id - self.newest_seq_id > policy.seq_ahead_max:
+            raise InvalidRequest(
+                f"seq_id {seq_id} is too far ahead: {self.model_id} has accepted up to {self.newest_seq_id}, and at "
+                f"most {policy.seq_ahead_max} beyond that are allowed (`seq_ahead_max`). Use the next seq_id."
+            )
 
     def is_used_up(self, seq_id: int) -> bool:
         """True when this seq_id can no longer be accepted: its turn is over."""

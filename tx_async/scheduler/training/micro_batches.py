@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from msgspec import Struct
 
 from tx_async.errors import InvalidRequest
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.events import CommandFailed, CommandFinished
 from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.training.lanes import Lane, Step
@@ -19,7 +19,7 @@ from tx_async.wire import results
 from tx_async.wire.operations import ForwardBackward
 from tx_async.wire.results import ForwardBackwardResult
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import EngineInfo, TrainMicroBatch
+from tx_async.wire.worker import CommandFailed, EngineInfo, TrainMicroBatch
 
 
 class RowSent(Struct, frozen=True):
@@ -125,8 +125,8 @@ class MicroBatches:
 
     # ---- back
 
-    def finished(self, answer: RowsSent, event: CommandFinished) -> None:
-        logprobs, losses = event.tensors
+    def finished(self, answer: RowsSent, tensors: Sequence[np.ndarray]) -> None:
+        logprobs, losses = tensors
         for r, sent in enumerate(answer.rows):
             self.num_tokens += sum(segment.length for segment in sent.row.segments)
             if sent.is_current:
@@ -148,10 +148,10 @@ class MicroBatches:
         if step.num_outstanding == 0 and step.is_sent:
             self.runs.finish(step, "forward_backward", b"" if step.finished else _result_of(step, operation))
 
-    def failed(self, answer: RowsSent, event: CommandFailed) -> None:
+    def failed(self, answer: RowsSent, failure: CommandFailed) -> None:
         """The rows may have left gradients behind, so every run among them starts again from its base; but only a
         request that fails alone is to blame."""
-        error = error_of(event.category, event.message)
+        error = error_of(failure.category, failure.message)
         current = {id(sent.step): sent.step for sent in answer.rows if sent.is_current}
         in_company = len({id(sent.step) for sent in answer.rows}) > 1
         for step in current.values():

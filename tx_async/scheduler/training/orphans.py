@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.events import FilesListed
+from tx_async.scheduler.core.facts import FilesListed
 from tx_async.scheduler.training.lanes import Lane
 from tx_async.scheduler.training.runs import Runs, snapshots_of
 

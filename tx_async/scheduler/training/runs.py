@@ -54,12 +54,12 @@ class Runs:
     def touch(self, lane: Lane) -> None:
         """The run was used: in memory at once, on disk with the record's next version."""
         lane.last_active = lane.heard_at = self.decisions.now
-        self.decisions.catalog.apply([self.update(lane, last_request_at=self.decisions.now)])
+        self.decisions.know(self.update(lane, last_request_at=self.decisions.now))
 
-    def heard_of(self, model_id: str, now: float) -> None:
+    def heard_of(self, model_id: str) -> None:
         """A submission arrived that was not accepted, for now: its client will try again."""
         if lane := self.lanes.get(model_id):
-            lane.heard_at = max(lane.heard_at, now)
+            lane.heard_at = max(lane.heard_at, self.decisions.now)
 
     def refresh(self, lane: Lane) -> None:
         """Look again whether the lane can go on."""

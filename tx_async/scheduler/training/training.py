@@ -7,12 +7,13 @@ never leaves the device idle; answers are matched to the run of the step that as
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from msgspec import Struct
 
 from tx_async.errors import Conflict, InvalidRequest, TxError, UserError
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.events import CommandFailed, CommandFinished
 from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import Policy
@@ -34,8 +35,8 @@ from tx_async.wire.operations import (
     UnloadModel,
 )
 from tx_async.wire.records import RequestRecord
+from tx_async.wire.worker import CommandFailed, CommandFinished, Saved, Stepped
 from tx_async.wire.worker import OptimStep as OptimStepCommand
-from tx_async.wire.worker import Saved, Stepped
 
 BODIES_AHEAD = 8
 """Bodies that a replay has read from the journal before their turn."""
@@ -232,25 +233,25 @@ class Training:
 
     # ---- answers
 
-    def finished(self, answer: TrainingAnswer, event: CommandFinished) -> None:
+    def finished(self, answer: TrainingAnswer, outcome: CommandFinished, tensors: Sequence[np.ndarray]) -> None:
         match answer:
             case RowsSent():
-                self.micro_batches.finished(answer, event)
+                self.micro_batches.finished(answer, tensors)
             case StepSent() if answer.is_current:
-                self._step_finished(answer, event)
+                self._step_finished(answer, outcome)
             case BaseSent():
                 self.slots.finished(answer)
             case SnapshotSent():
                 self.snapshots.finished(answer)
 
-    def failed(self, answer: TrainingAnswer, event: CommandFailed) -> None:
+    def failed(self, answer: TrainingAnswer, failure: CommandFailed) -> None:
         match answer:
             case RowsSent():
-                self.micro_batches.failed(answer, event)
+                self.micro_batches.failed(answer, failure)
             case StepSent() if answer.is_current:
-                self._step_failed(answer, error_of(event.category, event.message))
+                self._step_failed(answer, error_of(failure.category, failure.message))
             case BaseSent():
-                self.slots.failed(answer, event)
+                self.slots.failed(answer, failure)
             case SnapshotSent():
                 self.snapshots.failed(answer)
 
@@ -275,8 +276,8 @@ class Training:
             self.saves.forget(lane, step, step.operation)
             self.runs.fail(step, outcome)
 
-    def _step_finished(self, sent: StepSent, event: CommandFinished) -> None:
-        step, result = sent.step, event.result
+    def _step_finished(self, sent: StepSent, outcome: CommandFinished) -> None:
+        step, result = sent.step, outcome.result
         match step.operation:
             case OptimStep():
                 assert isinstance(result, Stepped)

@@ -6,13 +6,12 @@ from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, TxError
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.events import CommandFailed
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.training.lanes import Lane
 from tx_async.scheduler.training.runs import Runs, error_of
 from tx_async.scheduler.training.snapshots import Snapshots
 from tx_async.wire.records import Delete
-from tx_async.wire.worker import CreateAdapter, LoadAdapter
+from tx_async.wire.worker import CommandFailed, CreateAdapter, LoadAdapter
 
 
 class BaseSent(Struct, frozen=True):
@@ -89,11 +88,11 @@ class TrainingSlots:
             path, model_id = lane.model.created_from_path, lane.model_id
             self.runs.succeed(first, {"type": "load_weights", "path": path, "model_id": model_id})
 
-    def failed(self, answer: BaseSent, event: CommandFailed) -> None:
+    def failed(self, answer: BaseSent, failure: CommandFailed) -> None:
         lane = answer.lane
         if not answer.is_current or lane.model_id not in self.runs.lanes:
             return
-        error = error_of(event.category, event.message)
+        error = error_of(failure.category, failure.message)
         first = lane.steps.get(0)
         is_creation = first is not None and not first.finished
         waited = lane.base_outage.has_lasted(self.decisions.now)

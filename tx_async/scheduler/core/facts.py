@@ -1,0 +1,210 @@
+"""What the state is told. What concerns workers stands in `wire/facts.py`, where dispatch can import it.
+
+Every fact has a `cause`: the request, worker command or event behind it. The instructions that follow from a fact carry
+its cause, so a log line about any of them says why it happened.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerProgress, WorkerReady
+from tx_async.wire.operations import Operation
+from tx_async.wire.records import (
+    CheckpointRecord,
+    ModelRecord,
+    RequestRecord,
+    ResultRecord,
+    SamplerRecord,
+    SessionRecord,
+)
+
+# ---- requests
+
+
+class RequestAccepted(Struct, frozen=True):
+    """A new request is durable, with the training run that it creates (if any), and with its result when it ended
+    at once."""
+
+    request: RequestRecord
+    operation: Operation
+    model: ModelRecord | None = None
+    result: ResultRecord | None = None
+
+    @property
+    def cause(self) -> str:
+        return self.request.request_id
+
+
+class SubmissionRefused(Struct, frozen=True):
+    """A submission was refused for now (429, 503): its client is there and will send it again."""
+
+    subject: str
+    """model_id or sampling_session_id."""
+
+    @property
+    def cause(self) -> str:
+        return f"{self.subject} is refused"
+
+
+class RequestCancelled(Struct, frozen=True):
+    request_id: str
+
+    @property
+    def cause(self) -> str:
+        return f"{self.request_id} is cancelled"
+
+
+class ResultDurable(Struct, frozen=True):
+    """The journal has a result that was decided before: clients may see it."""
+
+    result: ResultRecord
+
+    @property
+    def cause(self) -> str:
+        return self.result.request_id
+
+
+class BodyLoaded(Struct, frozen=True):
+    """The journal returned the body of a request that has to run (again); None when it is lost."""
+
+    request_id: str
+    operation: Operation | None
+    message: str = ""
+    """Why it is lost."""
+
+    @property
+    def cause(self) -> str:
+        return self.request_id
+
+
+# ---- what clients keep by name
+
+
+class SessionCreated(Struct, frozen=True):
+    """A session is durable."""
+
+    session: SessionRecord
+
+    @property
+    def cause(self) -> str:
+        return self.session.session_id
+
+
+class SessionChanged(Struct, frozen=True):
+    """A known session gets other contents; it goes on as it is."""
+
+    session: SessionRecord
+
+    @property
+    def cause(self) -> str:
+        return self.session.session_id
+
+
+class SessionEnded(Struct, frozen=True):
+    """Its client has finished, or was silent for too long: nobody will fetch its samples."""
+
+    session_id: str
+    status: str
+    detail: str | None = None
+
+    @property
+    def cause(self) -> str:
+        return self.session_id
+
+
+class SamplerCreated(Struct, frozen=True):
+    sampler: SamplerRecord
+
+    @property
+    def cause(self) -> str:
+        return self.sampler.sampler_id
+
+
+class SamplerJoined(Struct, frozen=True):
+    """One more client uses a sampling session."""
+
+    sampler_id: str
+
+    @property
+    def cause(self) -> str:
+        return self.sampler_id
+
+
+class CheckpointChanged(Struct, frozen=True):
+    """A known checkpoint gets other contents; its files stay."""
+
+    checkpoint: CheckpointRecord
+
+    @property
+    def cause(self) -> str:
+        return self.checkpoint.path
+
+
+class CheckpointDeleted(Struct, frozen=True):
+    path: str
+
+    @property
+    def cause(self) -> str:
+        return self.path
+
+
+class CheckpointCopied(Struct, frozen=True):
+    """A checkpoint gets a second name, in a run of its own that cannot be trained."""
+
+    model: ModelRecord
+    checkpoint: CheckpointRecord
+
+    @property
+    def cause(self) -> str:
+        return self.checkpoint.path
+
+
+# ---- storage and time
+
+
+class FilesListed(Struct, frozen=True):
+    """What storage has below a prefix that belongs to a training run; None when it did not answer."""
+
+    model_id: str
+    keys: tuple[str, ...] | None
+
+    @property
+    def cause(self) -> str:
+        return self.model_id
+
+
+class Tick(Struct, frozen=True):
+    """Time has passed."""
+
+    @property
+    def cause(self) -> str:
+        return "tick"
+
+
+RecordFact = (
+    SubmissionRefused
+    | ResultDurable
+    | SessionCreated
+    | SessionChanged
+    | SamplerCreated
+    | SamplerJoined
+    | CheckpointChanged
+    | CheckpointDeleted
+    | CheckpointCopied
+)
+"""Facts that only change what is known: nothing can run because of them that could not run before."""
+
+Fact = (
+    RecordFact
+    | RequestAccepted
+    | RequestCancelled
+    | BodyLoaded
+    | SessionEnded
+    | WorkerProgress
+    | WorkerReady
+    | WorkerLost
+    | CommandEnded
+    | FilesListed
+    | Tick
+)

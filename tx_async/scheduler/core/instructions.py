@@ -1,0 +1,71 @@
+"""What the state wants done. `performer.py` does it.
+
+`cause` is that of the fact that was being handled: log lines show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec import Struct
+
+from tx_async.wire.records import Change, ResultRecord
+from tx_async.wire.worker import Command
+
+
+class Append(Struct, frozen=True):
+    """Commit these changes."""
+
+    changes: tuple[Change, ...]
+    cause: str = ""
+
+
+class Finish(Struct, frozen=True):
+    """Commit a result (with `changes` in the same transaction), and come back with `ResultDurable`."""
+
+    result: ResultRecord
+    changes: tuple[Change, ...] = ()
+    cause: str = ""
+
+
+class Publish(Struct, frozen=True):
+    """A result is durable: answer whoever waits for it."""
+
+    result: ResultRecord
+    cause: str = ""
+
+
+class Send(Struct, frozen=True):
+    """Give a worker its next command. Numbers count from 1 for each `WorkerReady`."""
+
+    worker_id: str
+    number: int
+    command: Command
+    tensors: Sequence[np.ndarray] = ()
+    cause: str = ""
+
+
+class FetchBody(Struct, frozen=True):
+    """Read a request's body from the journal and come back with `BodyLoaded`."""
+
+    request_id: str
+    cause: str = ""
+
+
+class ListFiles(Struct, frozen=True):
+    """List the keys below a prefix that belongs to a training run, and come back with `FilesListed`."""
+
+    model_id: str
+    prefix: str
+    cause: str = ""
+
+
+class DeleteFiles(Struct, frozen=True):
+    """Delete what is stored under a key or prefix, once everything decided before is durable."""
+
+    storage_key: str
+    cause: str = ""
+
+
+Instruction = Append | Finish | Publish | Send | FetchBody | ListFiles | DeleteFiles
