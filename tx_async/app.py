@@ -84,6 +84,8 @@ class Server:
         base_model = await anyio.to_thread.run_sync(
             base_models.read, config.base_model, config.base_model_name, config.backend_config
         )
+        if base_model.tokenizer_problem:
+            _log.warning("Requests with stop strings will be refused: %s.", base_model.tokenizer_problem)
         journal = open_journal(config)
         records = await journal.open()
         try:

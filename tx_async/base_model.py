@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tx_async import hub
+from tx_async import hub, tokenizer_files
 from tx_async.errors import BaseModelError
 from tx_async.fingerprint import fingerprint
 from tx_async.scheduler.interface import BaseModelInfo
@@ -46,6 +46,7 @@ def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
         eos_token_ids=_eos_token_ids(config, _read_json(folder / "generation_config.json") or {}),
         max_lora_rank=engine.max_lora_rank,
         fingerprint=fingerprint(folder),
+        tokenizer_problem=tokenizer_files.problem_of(folder),
     )
 
 

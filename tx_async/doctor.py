@@ -144,6 +144,8 @@ def _base_model(config: ServerConfig) -> Finding:
     except TxError as error:
         return Finding("problem", error.message)
     text = f"{info.name}, {info.architecture}, vocabulary {info.vocab_size}, context {info.max_context_length}"
+    if info.tokenizer_problem:
+        return Finding("warning", f"{text}; requests with stop strings will be refused: {info.tokenizer_problem}")
     return Finding("ok", text)
 
 

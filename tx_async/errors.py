@@ -17,7 +17,12 @@ class TxError(Exception):
     status: ClassVar[int] = 500
 
     def __init__(self, message: str | None = None):
-        super().__init__(message or type(self).__doc__)
+        super().__init__(message or self.default_message())
+
+    @classmethod
+    def default_message(cls) -> str:
+        """The docstring without the source's line breaks and indentation."""
+        return " ".join((cls.__doc__ or "").split())
 
     @property
     def message(self) -> str:
@@ -74,6 +79,10 @@ class UnknownModel(NotFound):
     checkpoint."""
 
 
+class UnknownTrainingRun(NotFound):
+    """This training run does not exist here: it was never created, or it was deleted."""
+
+
 class UnknownSession(NotFound):
     """This session_id does not exist here. Create a session first."""
 
@@ -128,6 +137,10 @@ class OtherBase(UserError):
 class NonFiniteGradients(UserError):
     """The gradients are NaN or infinite. The step was not taken, the weights are as before, the gradients were
     cleared."""
+
+
+class NonFiniteLoss(UserError):
+    """The loss is NaN or infinite. The request left no gradients behind; those of other requests are as before."""
 
 
 class Cancelled(UserError):

@@ -5,6 +5,7 @@ import tarfile
 
 import pytest
 
+from tx_async import errors
 from tx_async.errors import StorageError
 from tx_async.testing.fake_scheduler import FAKE_FILES
 
@@ -237,3 +238,19 @@ async def test_what_is_not_kept_here_is_said_so(client, session_id, path):
     assert usage.json() == {"data": [], "sessions": {}}
     (storage,) = (await client.get("/api/v1/billing/usage/checkpoints/current")).json()["data"]
     assert storage["checkpoint_count"] == 1 and storage["size_bytes"] > 0
+
+
+@pytest.mark.parametrize("path", ["training_runs/none", "training_runs/none/checkpoints", "samplers/none"])
+async def test_a_404_names_what_was_asked_for_in_one_line(client, path):
+    response = await client.get(f"/api/v1/{path}")
+    noun = "sampling_session_id" if "samplers" in path else "training run"
+    assert response.status_code == 404 and noun in response.json()["detail"]
+
+
+ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TxError)]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_no_default_message_holds_the_sources_line_breaks(error):
+    message = error().message
+    assert message and "\n" not in message and "  " not in message

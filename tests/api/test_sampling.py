@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from tinker.proto.response_conv import deserialize_sample_response
@@ -84,9 +85,9 @@ async def test_everything_that_can_be_asked_of_a_prompt(ask, result):
     [
         (None, (), (), True),
         ([], (), (), False),
-        ("\n", ("\n",), (), False),
-        (["a", "b"], ("a", "b"), (), False),
-        ([7, 8], (), (7, 8), False),
+        ("\n", ("\n",), (), True),
+        (["a", "b"], ("a", "b"), (), True),
+        ([7, 8], (), (7, 8), True),
     ],
 )
 async def test_forms_of_stop(ask, scheduler, stop, strings, tokens, use_eos):
@@ -158,6 +159,23 @@ async def test_max_tokens_may_be_absent_or_beyond_what_the_prompt_leaves(ask, sc
 async def test_a_sample_that_cannot_be_is_a_400_with_the_reason(ask, fields, word):
     response = await ask(**fields)
     assert response.status_code == 400 and word in response.json()["detail"], response.text
+
+
+async def test_a_prompt_that_fills_the_context_can_be_scored(ask, scheduler):
+    full = prompt(*[1] * 512)
+    assert (await ask(prompt=full, prompt_logprobs=True, params={"max_tokens": 1})).status_code == 200
+    assert scheduler.operations[-1].scores_prompt
+    refused = await ask(seq_id=1, prompt=prompt(*[1] * 513), prompt_logprobs=True)
+    assert refused.status_code == 400 and "513" in refused.json()["detail"]
+
+
+async def test_stop_strings_without_a_tokenizer_are_refused_with_the_reason(ask, scheduler):
+    problem = "/models/x has no tokenizer.json"
+    scheduler.base_model = msgspec.structs.replace(scheduler.base_model, tokenizer_problem=problem)
+    refused = await ask(params={"stop": ["\n"]})
+    assert refused.status_code == 400 and problem in refused.json()["detail"]
+    assert refused.json()["category"] == "user"
+    assert (await ask(seq_id=1, params={"stop": [7]})).status_code == 200
 
 
 async def test_unknown_samplers_and_those_of_others_are_a_404(ask, other, sampler_id):

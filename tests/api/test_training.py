@@ -287,6 +287,7 @@ async def test_adam_params_under_each_of_their_names(client, model_id, result, s
         {"beta2": -0.1},
         {"eps": -1e-9},
         {"grad_clip_norm": -1.0},
+        {"weight_decay": -0.1},
         None,
     ],
     ids=repr,

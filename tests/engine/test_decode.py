@@ -5,6 +5,7 @@ import pytest
 
 from tests.support.sampling_bench import SamplingBench
 from tx_async.engine import decode
+from tx_async.errors import InvalidRequest
 from tx_async.wire.worker import PromptScores
 
 VOCAB = 256
@@ -382,3 +383,14 @@ def test_no_workload_compiles_a_program_that_was_not_known_at_start(tiny_qwen3):
     bench.finish()
     counter.close()
     assert counter.count == 0
+
+
+def test_a_prompt_that_fills_the_context_is_scored_and_nothing_is_sampled(cramped):
+    """compute_logprobs of what the server itself has sampled to the end of the context."""
+    prompt = prompts(1, seed=8, low=160, high=161)[0]
+    outcome = cramped.sample(prompt, max_tokens=0, prompt_scores=PromptScores(logprobs=True), topk_logprobs=2)
+    assert outcome.stop_reason == "length" and len(outcome.tokens) == len(outcome.logprobs) == 0
+    expected = cramped.logprobs(prompt)[:-1]
+    assert np.allclose(outcome.prompt_logprobs[1:], expected[np.arange(159), prompt[1:]], atol=BOUND)
+    with pytest.raises(InvalidRequest, match="160"):
+        cramped.admit(prompt)

@@ -170,3 +170,55 @@ def test_the_chunked_head_gives_the_gradients_of_the_whole(name, k, monkeypatch)
         up, down = (total_loss(name, x, targets, v["hidden"], w, v["a"], v["b"], scale, frozen=lp)[1] for v in shifted)
         found = (np.asarray(getattr(gradients, argument), float) * direction).sum()
         np.testing.assert_allclose(found, (up - down) / (2 * step), rtol=2e-3, atol=2e-3)
+
+
+# ---- what is not finite
+
+
+RATIO_LOSSES = ("importance_sampling", "ppo", "cispo", "gspo")
+
+
+def overflowing(advantage: float, q: float, **more: float) -> dict[str, np.ndarray]:
+    """One segment of three positions; the middle one has a placeholder for its log-probability."""
+    x = {key: np.ones((1, 3)) for key in random_inputs(0, 1)} | {"weights": np.ones((1, 3, 1))}
+    x |= {"logprobs": np.array([[-3.0, q, -3.0]]), "advantages": np.array([[1.0, advantage, 1.0]])}
+    x |= {key: np.full((1, 3), value) for key, value in more.items()}
+    return x | {"segment_ids": np.ones((1, 3), int)}
+
+
+@pytest.mark.parametrize("high", [1.2, np.inf])
+@pytest.mark.parametrize("q", [-120.0, -9999.0, -3e38])
+@pytest.mark.parametrize("name", RATIO_LOSSES)
+def test_advantage_zero_times_a_ratio_that_overflows_is_zero(name, q, high):
+    x = overflowing(0.0, q, clip_low_threshold=0.0, clip_high_threshold=high)
+    x["sequence_ratio_mask"] = np.array([[1.0, 0.0, 1.0]])
+    lp = np.full((1, 3, 1), -3.0)
+    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+    middle = slopes[0, 1, 0]
+    assert terms[0, 1] == 0 and middle == 0
+    assert np.isfinite(terms).all() and (slopes[0, [0, 2], 0] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo"])
+def test_a_ratio_is_clamped_only_where_its_product_is_not_finite(name):
+    """exp(80) is a number of fp32, and its product with the advantage too: that one is exact."""
+    for q, expected in ((-83.0, np.exp(80.0)), (-9999.0, np.exp(20.0))):
+        x = overflowing(-2.0, q)
+        lp = np.full((1, 3, 1), -3.0)
+        terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+        np.testing.assert_allclose([terms[0, 1], slopes[0, 1, 0]], 2 * expected, rtol=1e-5)
+
+
+def test_the_ratio_of_a_sequence_with_placeholders_is_clamped_too():
+    """gspo without a mask takes every position: the mean is huge where one of them is."""
+    x = overflowing(0.0, -9999.0)
+    lp = np.full((1, 3, 1), -3.0)
+    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs("gspo", x, lp))
+    assert np.isfinite(terms).all() and np.isfinite(slopes).all() and terms[0, 1] == 0
+
+
+def test_weight_zero_hides_infinity_but_not_nan():
+    x = overflowing(0.0, -3.0) | {"weights": np.zeros((1, 3, 1))}
+    lp = np.array([[[-np.inf], [-3.0], [np.nan]]])
+    terms, _ = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs("cross_entropy", x, lp))
+    assert (terms[0, :2] == 0).all() and np.isnan(terms[0, 2])

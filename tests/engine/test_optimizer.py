@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tx_async.engine.adapter_slots import TrainingState, read_state
-from tx_async.engine.optimizer import Adam, global_norm, optim_step
+from tx_async.engine.optimizer import Adam, global_norm, not_taken_because, optim_step
 from tx_async.testing.engine_bench import assert_same_bits
 from tx_async.wire.worker import AdamParams
 
@@ -193,3 +193,18 @@ def test_a_step_that_leaves_the_padding_out_is_the_same_step():
         if ours.ndim > 1:
             np.testing.assert_array_equal(ours[:, [0, 2]], before[:, [0, 2]])
             assert not np.array_equal(ours[:, 1], before[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("gradient", "words"), [(np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (3e38, "norm overflows")]
+)
+def test_the_message_tells_nan_gradients_from_a_norm_that_overflows(gradient, words):
+    gradients = np.full((1, 4), gradient, np.float32)
+    _, outcome = steps(AdamParams(), np.ones(4, np.float32), gradients)
+    assert not outcome.taken and words in not_taken_because(float(outcome.grad_norm))
+
+
+def test_the_message_of_a_step_that_overflows_gives_the_norm():
+    _, outcome = steps(AdamParams(), np.ones(4, np.float32), np.full((1, 4), 1e25, np.float32))
+    message = not_taken_because(float(outcome.grad_norm))
+    assert not outcome.taken and "2e+25" in message and "finite" in message and "NaN" not in message

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from tx_async.engine.stops import StopStrings
+from tx_async.engine.stops import StopStrings, load_decoder
+from tx_async.errors import InvalidRequest
+from tx_async.testing.models import make_qwen3
 
 
 def decode(tokens):
@@ -70,3 +72,25 @@ def test_random_bytes_agree_with_the_definition():
         strings = [decode(rng.choice(alphabet[:3], rng.integers(1, 6))), "é a", "🙂"][: rng.integers(1, 4)]
         chunks = rng.integers(1, 9, 80).tolist()
         assert found(strings, tokens, chunks) == first_completion(strings, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (None, "", "has no tokens"),
+        ("tokenizer.json", "{", "cannot be loaded"),
+        ("tokenizer.json", "", "cannot be loaded"),
+        ("tokenizer_config.json", "[", "cannot be loaded"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_had_is_the_requests_own_failure(tmp_path, name, content, words):
+    make_qwen3(tmp_path, tokenizer=name is not None)
+    if name:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidRequest, match=words):
+        load_decoder(str(tmp_path))
+
+
+def test_a_token_beyond_the_tokenizers_has_no_text(tiny_qwen3):
+    """The vocabulary of the model is padded to 320; the tokenizer knows 257."""
+    assert load_decoder(str(tiny_qwen3))([65, 66, 300, 319]) == load_decoder(str(tiny_qwen3))([65, 66])

@@ -8,7 +8,7 @@ from tests.support.stage import Stage
 from tx_async.errors import Conflict, InvalidRequest
 from tx_async.scheduler import submissions
 from tx_async.scheduler.core.facts import SubmissionRefused, Tick
-from tx_async.wire.operations import OptimStep, UnloadModel
+from tx_async.wire.operations import OptimStep, Rejected, UnloadModel
 from tx_async.wire.worker import AdamParams, TrainMicroBatch
 from tx_async.wire.worker import OptimStep as OptimStepCommand
 
@@ -228,3 +228,23 @@ def test_what_was_forgotten_does_not_make_the_next_seq_id_look_far(stage: Stage)
     following = stage.forward_backward(model, far + 1)
     stage.run()
     assert not stage.error(following), "and it need not wait for what was forgotten"
+
+
+@pytest.mark.parametrize("seq_id", [3, 9_000])
+def test_a_refused_request_has_its_answer_whatever_comes_before_it(stage: Stage, seq_id: int):
+    """A legacy client's body is malformed, its seq_id absurd: nobody waits for the numbers before it, and they are not
+    burned."""
+    model = stage.model()
+    refused = stage.submit_now(Rejected(model_id=model, seq_id=seq_id, kind="OptimStep", message="malformed"))
+    stage.run()
+    assert stage.error(refused) == "malformed"
+    stage.wait(3 * stage.policy.chunk_gap_s)
+    first = stage.forward_backward(model, 1)
+    stage.run()
+    assert not stage.error(first)
+    stage.crash_server()
+    stage.start_worker()
+    second = stage.optim_step(model, 2)
+    stage.run()
+    assert not stage.error(second)
+    Reference(stage).check()

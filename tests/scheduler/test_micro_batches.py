@@ -3,9 +3,11 @@
 import msgspec
 import pytest
 
+from tests.support.chain_engine import NAN_LOSS_TOKEN
 from tests.support.reference import Reference
-from tests.support.simulation import INFO, Sent
+from tests.support.simulation import INFO, Sent, datum
 from tests.support.stage import POISON_TOKEN, Stage
+from tx_async.wire.operations import ForwardBackward
 from tx_async.wire.worker import TrainMicroBatch
 
 
@@ -110,3 +112,31 @@ def test_a_transient_failure_of_the_engine_is_tried_again(stage: Stage):
     stage.run()
     assert not stage.error(request)
     Reference(stage).check()
+
+
+def test_a_loss_that_is_not_finite_fails_its_own_request_and_leaves_no_gradients(stage: Stage):
+    """The batch in pieces has a datum whose loss is NaN: that piece fails and says which datum it was. The piece before
+    it and the neighbour's keep their gradients, and the step takes exactly those."""
+    model, neighbour = stage.model(), stage.model()
+    kept = stage.forward_backward(model, 1, token=2)
+    number = stage.models.index(model)
+    bad_data = (datum([3, number, 0]), datum([4, number, 0]), datum([NAN_LOSS_TOKEN, number, 0]))
+    bad = stage.submit_now(ForwardBackward(model_id=model, seq_id=2, data=bad_data, loss_fn="cross_entropy"))
+    others = [stage.forward_backward(neighbour, 1), stage.optim_step(neighbour, 2)]
+    step = stage.optim_step(model, 3)
+    stage.run()
+    assert stage.error(bad).startswith("datum 2: its loss is nan.")
+    assert not any(stage.error(request) for request in (kept, step, *others))
+    Reference(stage).check()
+    stage.crash_server()
+    stage.start_worker()
+    stage.forward_backward(model, 4)
+    stage.run()
+    Reference(stage).check()
+
+
+def test_a_forward_pass_reports_a_loss_that_is_not_finite(stage: Stage):
+    model = stage.model()
+    request = stage.forward_backward(model, 1, token=NAN_LOSS_TOKEN, forward_only=True)
+    stage.run()
+    assert not stage.error(request)

@@ -46,6 +46,8 @@ from tx_async.wire.worker import (
 
 NAN_TOKEN = 99
 """A datum that begins with it brings NaN gradients."""
+NAN_LOSS_TOKEN = 97
+"""A datum that begins with it brings them, too, and its loss is NaN."""
 MODULUS = 2**20
 """Numbers that float32 holds exactly."""
 
@@ -105,7 +107,7 @@ def reference_rows(operation: ForwardBackward, info: EngineInfo) -> list[tuple[b
         for segment in row.segments:
             datum = np.frombuffer(operation.data[segment.datum].tokens, np.int32)
             tokens[segment.offset : segment.offset + segment.length] = datum
-            has_nan |= bool(datum[0] == NAN_TOKEN)
+            has_nan |= bool(datum[0] in (NAN_TOKEN, NAN_LOSS_TOKEN))
         rows.append((tokens.tobytes(), has_nan))
     return rows
 
@@ -224,6 +226,7 @@ class ChainEngine:
             owner, adapter = self._slot(slot)
             row = inputs["tokens"][r]
             logprobs[r] = adapter.visible
+            losses[r, row == NAN_LOSS_TOKEN] = np.nan
             if not command.forward_only:
                 self.training[slot] = (owner, adapter.with_row(row.tobytes(), _has_nan(row, inputs["segment_ids"][r])))
         return Trained(), [logprobs, losses]
@@ -261,4 +264,4 @@ class ChainEngine:
 
 def _has_nan(tokens: np.ndarray, segment_ids: np.ndarray) -> bool:
     starts = np.flatnonzero(np.diff(segment_ids, prepend=0) > 0)
-    return bool((tokens[starts] == NAN_TOKEN).any())
+    return bool(np.isin(tokens[starts], (NAN_TOKEN, NAN_LOSS_TOKEN)).any())

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from tests.support.chain_engine import NAN_TOKEN, ChainEngine, Storage
+from tests.support.chain_engine import NAN_LOSS_TOKEN, NAN_TOKEN, ChainEngine, Storage
 from tx_async.config import ServerConfig
 from tx_async.errors import Overloaded, StorageError, TxError
 from tx_async.journal.transaction import Transaction
@@ -437,7 +437,7 @@ class World:
     def _forward_backward(self, name: str, seq_id: int) -> ForwardBackward:
         run = self.models.index(name)
         sizes = [self.random.randint(2, 9) for _ in range(self.random.randint(1, 3))]
-        first = NAN_TOKEN if self.random.random() < 0.03 else seq_id % 90
+        first = self.random.choice((NAN_TOKEN, NAN_LOSS_TOKEN)) if self.random.random() < 0.03 else seq_id % 90
         data = tuple(datum([first, run, *range(size - 2)]) for size in sizes)
         forward_only = self.random.random() < 0.2
         return ForwardBackward(

@@ -12,7 +12,7 @@ import msgspec
 from tx_async.api import validation
 from tx_async.api.context import Call
 from tx_async.api.ownership import owned
-from tx_async.errors import InvalidRequest, UnknownCheckpoint, UnknownModel
+from tx_async.errors import InvalidRequest, UnknownCheckpoint, UnknownTrainingRun
 from tx_async.wire import tinker
 from tx_async.wire.records import CheckpointRecord, ModelRecord
 
@@ -45,7 +45,7 @@ async def get_training_run(call: Call) -> tinker.TrainingRun:
     model = call.scheduler.models.get(call.path("run"))
     checkpoints, scope = _by_run(call)[call.path("run")], access_scope(call)
     if model is None or not _may_read(call, model, scope, checkpoints):
-        raise UnknownModel("This training run does not exist here.")
+        raise UnknownTrainingRun()
     return _training_run(model, checkpoints)
 
 
@@ -102,7 +102,7 @@ def _project_of(call: Call, model: ModelRecord) -> str | None:
 async def list_checkpoints(call: Call) -> tinker.CheckpointsResponse:
     """Of one run, newest first."""
     model = call.scheduler.models.get(call.path("run")) if call.is_admin else None
-    model = model or owned(call.scheduler.models, call.path("run"), call.owner, UnknownModel)
+    model = model or owned(call.scheduler.models, call.path("run"), call.owner, UnknownTrainingRun)
     return tinker.CheckpointsResponse(checkpoints=[checkpoint_info(c) for c in _sorted(_by_run(call)[model.model_id])])
 
 

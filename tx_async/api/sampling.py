@@ -69,7 +69,7 @@ def _sample(call: Call, content: bytes) -> operations.Sample:
         top_p=params.top_p,
         stop_strings=stop_strings,
         stop_token_ids=stop_token_ids,
-        use_eos=params.stop is None,
+        use_eos=params.stop != [],
         prompt_logprobs=request.prompt_logprobs or False,
         prompt_logprobs_last_n=request.prompt_logprobs_last_n or 0,
         topk_prompt_logprobs=request.topk_prompt_logprobs,
@@ -82,7 +82,7 @@ def _sample(call: Call, content: bytes) -> operations.Sample:
 
 
 def _stops(stop: str | list[str | int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Strings or token ids. Absent: the model's own end-of-sequence tokens stop; []: nothing does."""
+    """Strings or token ids, beside the model's own end-of-sequence tokens; [] alone means that nothing stops."""
     entries = [stop] if isinstance(stop, str) else stop or []
     strings = tuple(entry for entry in entries if isinstance(entry, str))
     tokens = tuple(entry for entry in entries if isinstance(entry, int))

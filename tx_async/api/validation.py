@@ -191,15 +191,13 @@ def _check_tokens(tokens: np.ndarray, what: str, model: BaseModelInfo) -> None:
 
 
 def adam_params(params: AdamParams) -> AdamParams:
-    for field in ("learning_rate", "eps", "grad_clip_norm"):
+    for field in ("learning_rate", "eps", "grad_clip_norm", "weight_decay"):
         value = getattr(params, field)
         if not (math.isfinite(value) and value >= 0):
             raise InvalidRequest(f"adam_params: {field} is {value}; it must be finite and not negative.")
     for field in ("beta1", "beta2"):
         if not 0 <= getattr(params, field) < 1:
             raise InvalidRequest(f"adam_params: {field} is {getattr(params, field)}; it must lie in [0, 1).")
-    if not math.isfinite(params.weight_decay):
-        raise InvalidRequest(f"adam_params: weight_decay is {params.weight_decay}; it must be finite.")
     return params
 
 
@@ -277,7 +275,8 @@ def metadata(value: dict[str, Any] | None) -> dict[str, Any]:
 def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int) -> Sample:
     prompt = np.frombuffer(operation.prompt, "<i4")
     _check_tokens(prompt, "prompt", model)
-    if len(prompt) + 1 > model.max_context_length:
+    # A prompt that fills the context can be scored, although nothing can be sampled after it.
+    if len(prompt) + (not operation.scores_prompt) > model.max_context_length:
         raise InvalidRequest(
             f"prompt has {len(prompt)} tokens; the context, completion included, is {model.max_context_length}."
         )
@@ -313,6 +312,10 @@ def _check_sampling_params(operation: Sample, model: BaseModelInfo) -> None:
 def _check_stops(operation: Sample, model: BaseModelInfo) -> None:
     if len(operation.stop_strings) + len(operation.stop_token_ids) > STOPS_MAX:
         raise InvalidRequest(f"stop has more than {STOPS_MAX} entries.")
+    if operation.stop_strings and model.tokenizer_problem:
+        raise InvalidRequest(
+            f"stop has strings, and this server cannot find them: {model.tokenizer_problem}. Use token ids."
+        )
     for text in operation.stop_strings:
         if not 1 <= len(text) <= STOP_STRING_CHARACTERS_MAX:
             raise InvalidRequest(f"A stop string must have 1 to {STOP_STRING_CHARACTERS_MAX} characters.")

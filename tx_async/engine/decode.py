@@ -147,7 +147,7 @@ class SamplingEngine:
 
     def _sample(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> Sample:
         prompt = tensors[spec.prompt]
-        if not 1 <= len(prompt) < self.context:
+        if not 1 <= len(prompt) <= self.context - (spec.prompt_scores is None):
             raise InvalidRequest(f"A prompt of {len(prompt)} tokens does not fit a context of {self.context}.")
         tokens = prompt.tolist()
         self._num_admitted += 1

@@ -25,7 +25,7 @@ from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.decode_batches import bucket
 from tx_async.engine.executables import Executables
-from tx_async.engine.optimizer import Adam, StepOutcome
+from tx_async.engine.optimizer import Adam, StepOutcome, not_taken_because
 from tx_async.engine.sharding import is_one_cpu
 from tx_async.engine.streams import OwnStream, SameStream
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
@@ -355,7 +355,7 @@ def _train_programs(engine: JaxEngine) -> Iterator[Program]:
 def _stepped(outcome: StepOutcome, learning_rate: float) -> Reply:
     taken, norm, step = (np.asarray(x) for x in outcome)
     if not taken:
-        raise NonFiniteGradients()
+        raise NonFiniteGradients(not_taken_because(float(norm)))
     metrics = {"grad_norm": float(norm), "learning_rate": learning_rate, "step": float(step)}
     return wire.Stepped(metrics=metrics, step=int(step)), []
 

@@ -37,22 +37,38 @@ class LossInputs(NamedTuple):
 
 Terms = tuple[Array, Array]
 
+LOG_RATIO_MAX = 20.0
+
+
+def _ratio(log_ratio: Array, weight: Array) -> Array:
+    """exp(log_ratio). Where its product with `weight` is not finite, of the log-ratio clamped to ±LOG_RATIO_MAX: a
+    position that counts nothing (0 · ∞), with a placeholder for its log-probability, must not spoil the others."""
+    ratio = jnp.exp(log_ratio)
+    clamped = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_MAX, LOG_RATIO_MAX))
+    return jnp.where(jnp.isfinite(ratio * weight), ratio, clamped)
+
+
+def _weighted(weight: Array, x: Array) -> Array:
+    """weight · x, with 0 · ∞ = 0. NaN stays: it is no log-probability, and its cause must come to light."""
+    return jnp.where((weight == 0) & ~jnp.isnan(x), 0.0, weight * x)
+
 
 def importance_sampling(lp: Array, x: LossInputs) -> Terms:
     """-r A"""
-    ratio = jnp.exp(lp - x.logprobs)
+    ratio = _ratio(lp - x.logprobs, x.advantages)
     return -ratio * x.advantages, -ratio * x.advantages
 
 
 def ppo(lp: Array, x: LossInputs) -> Terms:
     """-min(r A, clip(r, low, high) A)"""
-    return _clipped_surrogate(jnp.exp(lp - x.logprobs), x)
+    return _clipped_surrogate(lp - x.logprobs, x)
 
 
 def cispo(lp: Array, x: LossInputs) -> Terms:
     """-sg(clip(r, low, high)) lp A"""
-    weight = -jnp.clip(jnp.exp(lp - x.logprobs), x.clip_low_threshold, x.clip_high_threshold) * x.advantages
-    return weight * lp, weight
+    ratio = _ratio(lp - x.logprobs, x.advantages)
+    weight = -jnp.clip(ratio, x.clip_low_threshold, x.clip_high_threshold) * x.advantages
+    return _weighted(weight, lp), weight
 
 
 def dro(lp: Array, x: LossInputs) -> Terms:
@@ -63,10 +79,11 @@ def dro(lp: Array, x: LossInputs) -> Terms:
 
 def gspo(lp: Array, x: LossInputs) -> Terms:
     """ppo's form with the sequence's ratio s in the place of r; its gradient flows through the position's own lp."""
-    return _clipped_surrogate(jnp.exp(x.log_sequence_ratio), x)
+    return _clipped_surrogate(x.log_sequence_ratio, x)
 
 
-def _clipped_surrogate(ratio: Array, x: LossInputs) -> Terms:
+def _clipped_surrogate(log_ratio: Array, x: LossInputs) -> Terms:
+    ratio = _ratio(log_ratio, x.advantages)
     plain = ratio * x.advantages
     clipped = jnp.clip(ratio, x.clip_low_threshold, x.clip_high_threshold) * x.advantages
     # Where both are equal the ratio lies within the bounds, and clip passes its gradient there. NaN propagates.
@@ -76,7 +93,7 @@ def _clipped_surrogate(ratio: Array, x: LossInputs) -> Terms:
 def loss_terms(lp: Array, x: LossInputs) -> Terms:
     """lp [..., K] -> (term [...] of each position, its derivative by lp [..., K]). Losses of RL read target 0 only."""
     first = lp[..., 0]
-    terms = jnp.sum(-x.weights * lp, axis=-1)
+    terms = jnp.sum(_weighted(-x.weights, lp), axis=-1)
     slopes = -x.weights
     for loss, function in (
         (IMPORTANCE_SAMPLING, importance_sampling),

@@ -111,6 +111,17 @@ def _adamw(old: TrainingState, norm: Array, adam: Adam) -> TrainingState:
     return TrainingState(weights, m, v, old.gradients, step)
 
 
+def not_taken_because(norm: float) -> str:
+    """What to tell the owner of a step that was not taken. norm: of its gradients."""
+    if math.isnan(norm):
+        reason = "The gradients are NaN or infinite"
+    elif math.isinf(norm):
+        reason = "The gradients are finite, but their norm overflows fp32"
+    else:
+        reason = f"The gradients are finite (norm {norm:.3g}), but the step that they make overflows fp32"
+    return f"{reason}. The step was not taken, the weights are as before, the gradients were cleared."
+
+
 def global_norm(tree: LoraWeights) -> Array:
     """Scaled by the largest entry, so that gradients up to fp32's limit have a norm, not an overflow."""
     leaves = jax.tree.leaves(tree)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from tx_async.errors import InvalidRequest
+
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXT_TOKENS = 4
@@ -45,8 +47,26 @@ class StopStrings:
 
 @cache
 def load_decoder(folder: str) -> Decode:
-    """The base model's tokenizer, loaded at the first stop string: most workloads never need it."""
+    """The base model's tokenizer, loaded at the first stop string: most workloads never need it.
+
+    Raises `InvalidRequest`: a request that needs what cannot be had fails alone, whatever the folder holds.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        size = len(tokenizer)
+    except Exception as error:
+        raise InvalidRequest(_cannot(f"the tokenizer of {folder} cannot be loaded: {error}")) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise InvalidRequest(_cannot(f"the tokenizer of {folder} has no tokens: are its files missing?"))
+
+    def decode(tokens: Sequence[int]) -> str:
+        known = [token for token in tokens if token < size]  # the vocabulary may be padded: such a token has no text
+        return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return decode
+
+
+def _cannot(reason: str) -> str:
+    return f"stop has strings, and this server cannot find them: {' '.join(reason.split())} Use token ids."

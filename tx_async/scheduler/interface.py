@@ -42,6 +42,8 @@ class BaseModelInfo(Struct, frozen=True, kw_only=True):
     target_tokens_k_max: int = 128
     fingerprint: str = ""
     """Of its weights and configuration; "" while no weights are on this host."""
+    tokenizer_problem: str = ""
+    """Why stop strings cannot be found here; "" when they can."""
 
 
 class SchedulerApi(Protocol):

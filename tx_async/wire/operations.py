@@ -110,7 +110,7 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     use_eos: bool = True
-    """True when `stop` was absent: the model's end-of-sequence tokens stop."""
+    """The model's end-of-sequence tokens stop, too: False only when `stop` was []."""
     prompt_logprobs: bool = False
     prompt_logprobs_last_n: int = 0
     topk_prompt_logprobs: int = 0
@@ -120,6 +120,16 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     target_layout: tuple[bytes, bytes] | None = None
     """(crow_indices, col_indices) of a CSR request, int64: the answer repeats them."""
     prompt_alt_tokens_k: int = 0
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether anything is asked about the prompt's own tokens."""
+        return bool(
+            self.prompt_logprobs
+            or self.topk_prompt_logprobs
+            or self.target_prompt_logprobs is not None
+            or self.prompt_alt_tokens_k
+        )
 
 
 class Rejected(Struct, tag=True, frozen=True, kw_only=True):

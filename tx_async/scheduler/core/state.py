@@ -167,7 +167,7 @@ class SchedulerState:
             error = UnknownCheckpoint("The sampling session of this request has ended.")
             self.decisions.fail(request, error, DropBody(request.request_id))
             return
-        if room < 1:
+        if room < (not operation.scores_prompt):
             error = InvalidRequest(
                 f"The prompt fills the model's context of {self.base_model.max_context_length} tokens."
             )
@@ -187,7 +187,7 @@ class SchedulerState:
             namespace=sampler.storage_key or BASE_NAMESPACE,
             # A seed that nobody asked for still has to survive a restart: it is the request's own.
             seed=operation.seed if operation.seed is not None else seed_of(request),
-            max_tokens=min(operation.max_tokens or room, room),
+            max_tokens=min(operation.max_tokens or room, room),  # 0: a full context, whose prompt is scored
             stop_token_ids=tuple(dict.fromkeys((*operation.stop_token_ids, *eos))),
             pending=list(range(operation.num_samples))[::-1],
         )

@@ -201,7 +201,10 @@ class Lane:
 
     @property
     def has_gap(self) -> bool:
-        return self.cursor not in self.steps and any(seq_id > self.cursor for seq_id in self.steps)
+        """Something waits for what is missing; what was refused has its answer."""
+        return self.cursor not in self.steps and any(
+            step.seq_id > self.cursor and (not step.finished or step.needs_replay) for step in self.steps.values()
+        )
 
     def gap_limit(self, policy: Policy) -> float:
         """Seconds without a word from the client after which what is missing is taken for burned: it will never come.
@@ -236,8 +239,8 @@ class Lane:
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
         # What was skipped once stays skipped: a latecomer must not slip in before operations that ran without it.
-        last = max((step.seq_id for step in self.steps.values() if step.finished), default=0)
-        self._burn_what_is_missing(max(last, self.model.newest_seq_id))
+        ran = (step.seq_id for step in self.steps.values() if step.finished and step.kind != Rejected.__name__)
+        self._burn_what_is_missing(max(max(ran, default=0), self.model.newest_seq_id))
         for step in self.steps.values():
             step.restart()
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import Struct
 
-from tx_async.errors import InvalidRequest
+from tx_async.errors import InvalidRequest, NonFiniteLoss
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.worker_state import WorkerState
@@ -146,7 +146,18 @@ class MicroBatches:
                 values = np.ascontiguousarray(logprobs[place, :k], np.float32).reshape(shape or (segment.length,))
                 step.parts[segment.datum] = (Tensor.of(values), float(losses[place].sum(dtype=np.float64)))
         if step.num_outstanding == 0 and step.is_sent:
+            self._end(sent.lane, step, operation)
+
+    def _end(self, lane: Lane, step: Step, operation: ForwardBackward) -> None:
+        """All of its rows are back. A loss that is not finite has spoiled what other requests had left, too: the run
+        starts again from its base, without this one."""
+        datum = next((i for i, (_, loss) in sorted(step.parts.items()) if not math.isfinite(loss)), None)
+        if datum is None or operation.forward_only:
             self.runs.finish(step, "forward_backward", b"" if step.finished else _result_of(step, operation))
+            return
+        loss = step.parts[datum][1]
+        self.runs.fail(step, NonFiniteLoss(f"datum {datum}: its loss is {loss}. {NonFiniteLoss.default_message()}"))
+        self.runs.lose_state(lane)
 
     def failed(self, answer: RowsSent, failure: CommandFailed) -> None:
         """The rows may have left gradients behind, so every run among them starts again from its base; but only a

@@ -183,7 +183,7 @@ class Runs:
     def corrupt(self, lane: Lane, error: TxError) -> None:
         """Nothing good is left to start from."""
         change = self.update(lane, status="corrupted")
-        self.abandon(lane, CorruptedModel(f"{CorruptedModel.__doc__} ({error.message})"), change)
+        self.abandon(lane, CorruptedModel(f"{CorruptedModel.default_message()} ({error.message})"), change)
 
     def abandon(self, lane: Lane, error: TxError, *changes: Change) -> None:
         """The run ends here: what is unfinished fails, what it kept for itself goes."""

@@ -81,9 +81,12 @@ class Training:
         elif lane.is_used_up(request.seq_id):
             self._refuse(request, Conflict(f"seq_id {request.seq_id} came too late: later operations went ahead."))
         else:
-            lane.add(Step(request, operation))
+            step = Step(request, operation)
+            lane.add(step)
             if request.seq_id == 0:
                 lane.cursor = 0
+            if isinstance(operation, Rejected):  # whatever comes before it, its answer is known
+                self.runs.fail(step, UserError(operation.message))
             self.runs.touch(lane)
             self.runs.refresh(lane)
 
