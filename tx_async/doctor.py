@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def run(config: ServerConfig) -> int:
         "disk": _disk,
         "address": _address,
         "database": _database,
+        "storage": _storage,
         "base model": _base_model,
     }
     problems = 0
@@ -144,9 +146,41 @@ def _base_model(config: ServerConfig) -> Finding:
     except TxError as error:
         return Finding("problem", error.message)
     text = f"{info.name}, {info.architecture}, vocabulary {info.vocab_size}, context {info.max_context_length}"
+    if problem := _loader_says(info.path):
+        return Finding("problem", problem)
     if info.tokenizer_problem:
         return Finding("warning", f"{text}; requests with stop strings will be refused: {info.tokenizer_problem}")
     return Finding("ok", text)
+
+
+def _loader_says(folder: str) -> str:
+    """What a worker would find wrong with the folder; "" when nothing."""
+    if not any(Path(folder).glob("*.safetensors")):
+        return ""  # a hub name whose weights the worker will fetch
+    command = [sys.executable, "-m", "tx_async.models.check", folder]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=JAX_S, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"{folder}: its files could not be checked within {JAX_S} s"
+    if not process.returncode:
+        return ""
+    said = (process.stdout or process.stderr).strip().splitlines()
+    return said[-1] if said else f"the check of {folder} ended with exit code {process.returncode}"
+
+
+def _storage(config: ServerConfig) -> Finding:
+    from tx_async.storage.store import Store
+
+    base = config.resolved_checkpoints_base
+    key = f"doctor/{secrets.token_hex(8)}"
+    try:
+        store = Store(base)
+        store.put_sync(key, b"doctor")
+        store.delete_sync(key)
+    except (TxError, OSError) as error:
+        return Finding("problem", str(error))
+    return Finding("ok", f"{base} (checkpoints_base) can be written")
 
 
 def _size(num_bytes: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tx_async.errors import BaseModelError
 from tx_async.layers import rope
+from tx_async.model_folder import context_length
 
 Config = dict[str, Any]
 
@@ -37,8 +38,8 @@ def common(config: Config, rope_dim: int) -> dict[str, Any]:
         "vocab_size": need(config, "vocab_size"),
         "hidden_size": need(config, "hidden_size"),
         "num_layers": need(config, "num_hidden_layers"),
-        "max_position_embeddings": need(config, "max_position_embeddings"),
-        "rms_norm_eps": need(config, "rms_norm_eps"),
+        "max_position_embeddings": need(config, "max_position_embeddings") and context_length(config),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
         "tied": bool(config.get("tie_word_embeddings", False)),
         "rope": rope.from_hf(config, rope_dim),
     }

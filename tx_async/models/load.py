@@ -7,7 +7,6 @@ never a tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, Sharding
 
-from tx_async import hub
+from tx_async import hub, model_folder
 from tx_async.errors import BaseModelError
 from tx_async.layers.weights import Weight
 from tx_async.models import tensor_files
@@ -65,12 +64,7 @@ def fetch(base_model: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise BaseModelError(f"{folder} has no config.json: it is not the folder of a Hugging Face model.") from None
-    except ValueError as error:
-        raise BaseModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    return model_folder.read_config(folder)
 
 
 def from_config(config: dict[str, Any]) -> Decoder:
@@ -78,7 +72,10 @@ def from_config(config: dict[str, Any]) -> Decoder:
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in MODELS:
         raise BaseModelError(f"architecture {architecture} is not supported; known: {', '.join(MODELS)}.")
-    return MODELS[architecture](config)
+    try:
+        return MODELS[architecture](config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BaseModelError(f"config.json does not describe a {architecture}: {error!r}") from error
 
 
 def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | None = None) -> Params:

@@ -3,16 +3,19 @@ ours."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 
+from tx_async import model_folder
 from tx_async.errors import BaseModelError
 
 DTYPES: dict[str, Any] = {
@@ -58,12 +61,7 @@ class StoredTensor:
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model's folder, by name: `model.safetensors`, or the shards of
     `model.safetensors.index.json`."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    else:
-        files = ["model.safetensors"]
+    files = model_folder.weight_files(folder)
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise BaseModelError(f"{folder} lacks {', '.join(missing)}.")
@@ -71,17 +69,40 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _open_file(path: Path) -> Iterator[StoredTensor]:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size - 8:
-            raise BaseModelError(f"{path} is truncated or no safetensors file.")
-        try:
-            header: dict[str, Any] = json.loads(file.read(size))
-        except ValueError as error:
-            raise BaseModelError(f"{path} is no safetensors file: {error}") from error
-    header.pop("__metadata__", None)
+    header, start = _read_header(path)
+    end = start
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise BaseModelError(f"{name} in {path} has dtype {entry['dtype']}, which is not supported.")
-        dtype = np.dtype(DTYPES[entry["dtype"]])
-        yield StoredTensor(path, name, dtype, tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        if entry.dtype not in DTYPES:
+            raise BaseModelError(f"{name} in {path} has dtype {entry.dtype}, which is not supported.")
+        tensor = StoredTensor(path, name, np.dtype(DTYPES[entry.dtype]), entry.shape, start + entry.data_offsets[0])
+        size = entry.data_offsets[1] - entry.data_offsets[0]
+        if size != math.prod(entry.shape) * tensor.dtype.itemsize:
+            raise BaseModelError(f"{name} in {path} has {size} bytes, which is not its shape {list(entry.shape)}.")
+        end = max(end, start + entry.data_offsets[1])
+        yield tensor
+    if path.stat().st_size != end:
+        raise BaseModelError(f"{path} is truncated: {path.stat().st_size} bytes, its header announces {end}.")
+
+
+class _Entry(Struct):
+    dtype: str
+    shape: tuple[Annotated[int, Meta(ge=0)], ...]
+    data_offsets: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
+
+
+def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
+    """-> (tensors by name, where their bytes begin)."""
+    with path.open("rb") as file:
+        head = file.read(64)
+        model_folder.check_no_pointer(path, head)
+        size = int.from_bytes(head[:8], "little")
+        if len(head) < 8 or size > path.stat().st_size - 8:
+            raise BaseModelError(f"{path} is truncated or no safetensors file.")
+        file.seek(8)
+        content = file.read(size)
+    try:
+        header: dict[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
+        header.pop("__metadata__", None)
+        return msgspec.convert(header, dict[str, _Entry]), 8 + size
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError) as error:
+        raise BaseModelError(f"{path} is no safetensors file: {error}") from error
