@@ -35,6 +35,7 @@ from tx_async.errors import StorageError, UserError
 from tx_async.identity import Identity
 from tx_async.journal.factory import open_journal
 from tx_async.metrics import CONTENT_TYPE, render
+from tx_async.names import tokenizer_id
 from tx_async.private import close_data, private_umask
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
@@ -84,6 +85,7 @@ class Server:
         base_model = await anyio.to_thread.run_sync(
             base_models.read, config.base_model, config.base_model_name, config.backend_config
         )
+        self._say_where_the_tokenizer_is(base_model.path)
         if base_model.tokenizer_problem:
             _log.warning("Requests with stop strings will be refused: %s.", base_model.tokenizer_problem)
         journal = open_journal(config)
@@ -125,6 +127,15 @@ class Server:
             with anyio.CancelScope(shield=True):
                 await router.stop()
                 await journal.close()
+
+    def _say_where_the_tokenizer_is(self, folder: str) -> None:
+        config = self.config
+        if tokenizer_id(config.tokenizer, config.base_model, config.base_model_name, folder) == folder:
+            _log.info(
+                "Clients are told that the tokenizer is in %s: on other machines they will not find it. Set tokenizer, "
+                "or base_model_name, to its hub name.",
+                folder,
+            )
 
     def _tell(self, fact: WorkerFact) -> None:
         assert self.scheduler is not None and self.identity is not None

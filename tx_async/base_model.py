@@ -9,6 +9,7 @@ from tx_async import hub, model_folder, tokenizer_files
 from tx_async.errors import BaseModelError
 from tx_async.fingerprint import fingerprint
 from tx_async.models import tensor_files
+from tx_async.names import names_of
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.wire.worker import EngineConfig
 
@@ -22,8 +23,8 @@ ARCHITECTURES = (
 
 
 def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
-    """Read a folder, or a hub name through `huggingface_hub`. Raises `BaseModelError` that says what is wrong with
-    it."""
+    """Read a folder, or a hub name through `huggingface_hub`. name: what clients call it, or a list with commas. Raises
+    `BaseModelError` that says what is wrong with it."""
     if not base_model:
         raise BaseModelError("No base model is configured: set TX_BASE_MODEL or --base-model to a folder or hub name.")
     folder = resolve(base_model)
@@ -37,8 +38,10 @@ def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
     model_folder.need(path, config, "max_position_embeddings")
     vocab_size = model_folder.need(path, config, "vocab_size")
     check_weights(folder)
+    names = names_of(base_model, name, folder)
     return BaseModelInfo(
-        name=name or base_model,
+        name=names[0],
+        aliases=names[1:],
         path=str(folder),
         architecture=architecture,
         vocab_size=vocab_size,

@@ -17,13 +17,15 @@ from typing import Any
 
 import msgspec
 
-from tx_async import __version__, config
+from tx_async import __version__, compatibility, config
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.field_docs import field_docs
 
 EXIT_OPERATOR = 2
-_CONFIG_FLAGS = tuple("--" + name.replace("_", "-") for name in ServerConfig.__struct_fields__)
+_CONFIG_FLAGS = tuple(
+    "--" + name.replace("_", "-") for name in (*ServerConfig.__struct_fields__, *compatibility.SERVER)
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,6 +115,9 @@ def _add_config_flags(command: argparse.ArgumentParser) -> None:
             help=(field.doc.replace("%", "%%") + shown).strip(),
             **switch,
         )
+    taken = command.add_argument_group("settings of SkyRL tx, which are taken as well")
+    for name, foreign in compatibility.SERVER.items():
+        taken.add_argument("--" + name.replace("_", "-"), metavar="STR", help=foreign.doc)
 
 
 def _load_config(args: argparse.Namespace) -> ServerConfig:
@@ -120,7 +125,7 @@ def _load_config(args: argparse.Namespace) -> ServerConfig:
     environ = dict(os.environ)
     if args.config:
         environ["TX_CONFIG"] = args.config
-    flags = {field: getattr(args, field) for field in ServerConfig.__struct_fields__}
+    flags = {field: getattr(args, field) for field in (*ServerConfig.__struct_fields__, *compatibility.SERVER)}
     return config.load(flags, environ)
 
 
@@ -132,8 +137,13 @@ def _add_worker(commands: Any) -> None:
         "worker", help="start a worker by hand", description="Attach this host's devices to a server."
     )
     command.add_argument(
-        "--connect", metavar="ADDRESS", required=True, help="the server's worker_address, tcp:// or ipc://"
+        "--connect", metavar="ADDRESS", default="", help="the server's worker_address, tcp:// or ipc://"
     )
+    command.add_argument(
+        "--coordinator-address", metavar="HOST:PORT", default="",
+        help=f"of the mesh; without --connect, the server is on that host, at port {compatibility.WORKER_PORT}",
+    )  # fmt: skip
+    command.add_argument("--num-processes", type=int, default=0, help="taken; the server knows how many there are")
     command.add_argument(
         "--token", default=os.environ.get("TX_WORKER_TOKEN", ""), help="the server's worker_token [TX_WORKER_TOKEN]"
     )
@@ -156,11 +166,17 @@ def _worker(args: argparse.Namespace) -> int:
     from tx_async.worker.supervisor import attach_forever
 
     worker = attach_forever(
-        args.connect, args.token, args.process_id, args.engine, name=args.name, capabilities=args.capabilities
+        _worker_address(args), args.token, args.process_id, args.engine, name=args.name, capabilities=args.capabilities
     )
     with private_umask():
         asyncio.run(worker)
     return 0
+
+
+def _worker_address(args: argparse.Namespace) -> str:
+    if not (args.connect or args.coordinator_address):
+        raise ConfigError("worker needs --connect ADDRESS: the server's worker_address.")
+    return args.connect or compatibility.connect_of(args.coordinator_address)
 
 
 # ---- demo

@@ -3,6 +3,7 @@ refused by name."""
 
 from __future__ import annotations
 
+import logging
 import os
 import tomllib
 from collections.abc import Mapping
@@ -12,8 +13,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from tx_async import compatibility
 from tx_async.errors import ConfigError
 from tx_async.wire.worker import EngineConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,7 +26,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     base_model: str = ""
     """Folder, or hub name, of the Hugging Face model that every adapter belongs to."""
     base_model_name: str = ""
-    """Name that clients use for it; empty = `base_model` itself."""
+    """Name that clients use for it, or several, separated by commas (in a file: a list); the first is reported. Empty =
+    `base_model` itself."""
+    tokenizer: str = ""
+    """Hub name or folder where clients find the tokenizer; empty = `base_model_name` if that is a hub name, else
+    `base_model`. The server reads its own from `base_model`."""
     host: str = "127.0.0.1"
     port: int = 8000
     backend_config: EngineConfig = EngineConfig()
@@ -110,10 +118,6 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     log_level: str = "info"
 
     @property
-    def model_name(self) -> str:
-        return self.base_model_name or self.base_model
-
-    @property
     def data_path(self) -> Path:
         return Path(self.data_dir).expanduser() if self.data_dir else Path.home() / ".local/share/tx_async"
 
@@ -139,15 +143,31 @@ def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | No
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     if file := environ.get("TX_CONFIG"):
-        values |= _read_file(Path(file))
-    values |= _read_environment(environ)
-    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+        values |= _in_our_names(_read_file(Path(file)), f"{file}: ")
+    values |= _in_our_names(_read_environment(environ), "TX_")
+    values |= _in_our_names({key: value for key, value in (flags or {}).items() if value is not None}, "")
     if isinstance(values.get("backend_config"), str):
         values["backend_config"] = _parse_json("backend_config", values["backend_config"])
+    if isinstance(values.get("backend_config"), dict):
+        values["backend_config"] = compatibility.translated(
+            values["backend_config"], EngineConfig.__struct_fields__, _say, compatibility.BACKEND, "backend_config."
+        )
+    if isinstance(values.get("base_model_name"), list):
+        values["base_model_name"] = ",".join(map(str, values["base_model_name"]))
+    values = dict(compatibility.worker_door(values, _say))
     try:
         return msgspec.convert(values, ServerConfig, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"The configuration is invalid: {error}") from error
+
+
+def _in_our_names(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    return compatibility.translated(values, ServerConfig.__struct_fields__, _say, compatibility.SERVER, where)
+
+
+def _say(line: str) -> None:
+    """What is taken and means something else here."""
+    logger.warning("%s", line)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -163,13 +183,17 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    fields = {f"TX_{field.name.upper()}": field.name for field in msgspec.structs.fields(ServerConfig)}
+    fields = {f"TX_{name.upper()}": name for name in (*ServerConfig.__struct_fields__, *compatibility.SERVER)}
     unknown = sorted(name for name in environ if name.startswith("TX_") and name not in fields and name != "TX_CONFIG")
     if unknown:
         raise ConfigError(
-            f"Unknown setting in the environment: {', '.join(unknown)}. Known: {', '.join(sorted(fields))}."
+            f"Unknown setting in the environment: {', '.join(unknown)}.{compatibility.nearest(unknown[0], fields)} "
+            f"Known: {', '.join(sorted(fields))}."
         )
-    return {fields[name]: value for name, value in environ.items() if name in fields}
+    values = {fields[name]: value for name, value in environ.items() if name in fields}
+    if url := environ.get(compatibility.DATABASE_VARIABLE):
+        values.setdefault("database_url", url)
+    return values
 
 
 def _parse_json(key: str, text: str) -> Any:

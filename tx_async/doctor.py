@@ -142,7 +142,7 @@ def _base_model(config: ServerConfig) -> Finding:
     if not config.base_model:
         return Finding("warning", "none is set; `serve` needs --base-model")
     try:
-        info = base_model.read(config.base_model, config.model_name, config.backend_config)
+        info = base_model.read(config.base_model, config.base_model_name, config.backend_config)
     except TxError as error:
         return Finding("problem", error.message)
     text = f"{info.name}, {info.architecture}, vocabulary {info.vocab_size}, context {info.max_context_length}"

@@ -3,6 +3,7 @@
 import json
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import zstandard
@@ -322,3 +323,33 @@ async def test_another_optimizers_params_fail_in_their_place(client, model_id, r
 async def test_a_request_that_does_not_say_whose_it_is_is_a_400(client, ids):
     response = await client.post("/api/v1/optim_step", json=ids | {"adam_params": {}})
     assert response.status_code == 400 and response.json()["detail"]
+
+
+# ---- names of the base model
+
+
+@pytest.mark.parametrize("name", ["fake/model", "fake/model/", "also", "fake/model:peft:512", "also:peft:1"])
+async def test_every_name_of_the_base_model_is_taken_and_one_is_reported(client, scheduler, session_id, name):
+    scheduler.base_model = msgspec.structs.replace(scheduler.base_model, aliases=("also",))
+    body = {"session_id": session_id, "model_seq_id": 4, "base_model": name}
+    model_id = (await client.post("/api/v1/create_model", json=body)).json()["model_id"]
+    info = (await client.post("/api/v1/get_info", json={"model_id": model_id})).json()
+    assert info["model_data"]["model_name"] == "fake/model"
+    sampler = {"session_id": session_id, "sampling_session_seq_id": 4, "base_model": name}
+    assert (await client.post("/api/v1/create_sampling_session", json=sampler)).status_code == 200
+
+
+OTHERS = ["fake/model:peft:513", "fake/model:peft:x", "fake/model:peft:", "other:peft:8", "model"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+async def test_a_name_that_does_not_fit_is_refused_with_the_reason(client, session_id, name):
+    body = {"session_id": session_id, "model_seq_id": 4, "base_model": name}
+    refused = await client.post("/api/v1/create_model", json=body)
+    assert refused.status_code == 400 and "fake/model" in refused.json()["detail"]
+
+
+async def test_a_rank_that_is_too_high_names_the_setting(client, session_id):
+    body = {"session_id": session_id, "model_seq_id": 4, "base_model": "fake/model", "lora_config": {"rank": 4096}}
+    refused = await client.post("/api/v1/create_model", json=body)
+    assert refused.status_code == 400 and "max_lora_rank" in refused.json()["detail"]

@@ -14,7 +14,7 @@ from tx_async.wire.worker import AdapterConfig
 
 
 async def create_model(call: Call, request: tinker.CreateModelRequest) -> tinker.UntypedAPIFuture:
-    validation.base_model(request.base_model, call.scheduler.base_model)
+    base_model = validation.base_model(request.base_model, call.scheduler.base_model)
     validation.optimizer_type((request.optimizer_config or tinker.OptimizerConfig()).type)
     model_id = ids.model_id(request.session_id, request.model_seq_id)
     lora = _adapter_config(model_id, request.lora_config or tinker.LoraConfig())
@@ -22,7 +22,7 @@ async def create_model(call: Call, request: tinker.CreateModelRequest) -> tinker
         model_id=model_id,
         session_id=request.session_id,
         model_seq_id=request.model_seq_id,
-        base_model=request.base_model,
+        base_model=base_model,
         lora=validation.adapter(lora, call.scheduler.base_model),
         user_metadata=validation.metadata(request.user_metadata),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -30,6 +28,7 @@ from tx_async.api.owner import Owners, open_owners
 from tx_async.api.redaction import Redaction
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
+from tx_async.names import tokenizer_id
 from tx_async.scheduler.interface import SchedulerApi
 from tx_async.wire import tinker
 
@@ -165,7 +164,10 @@ def create_routes(
         links=links or Links(),
         gate=Gate(config),
         redact=Redaction(config, scheduler.base_model.name),
-        tokenizer_id=_tokenizer_id(scheduler, config),
+        tokenizer_id=tokenizer_id(
+            config.tokenizer, config.base_model, config.base_model_name, scheduler.base_model.path
+        )
+        or scheduler.base_model.name,
     )
     return [Route(row.path, Endpoint(row, api), methods=[row.method]) for row in ROUTES]
 
@@ -181,10 +183,3 @@ def create_api(
 
 
 EXCEPTION_HANDLERS = {HTTPException: http_exception_response}
-
-
-def _tokenizer_id(scheduler: SchedulerApi, config: ServerConfig) -> str:
-    """A local folder by its resolved path; a hub name as it is, because clients have caches of their own."""
-    if Path(config.base_model).expanduser().is_dir() and config.base_model:
-        return scheduler.base_model.path
-    return config.base_model or scheduler.base_model.path or scheduler.base_model.name

@@ -16,14 +16,15 @@ from tx_async.wire.tensors import Tensor
 async def create_sampling_session(
     call: Call, request: tinker.CreateSamplingSessionRequest
 ) -> tinker.CreateSamplingSessionResponse:
-    if request.base_model is not None:
-        validation.base_model(request.base_model, call.scheduler.base_model)
+    base_model = request.base_model
+    if base_model is not None:
+        base_model = validation.base_model(base_model, call.scheduler.base_model)
     if request.model_path is not None:
         validation.tinker_path(request.model_path)
-    elif request.base_model is None:
+    elif base_model is None:
         raise InvalidRequest("create_sampling_session needs a base_model or a model_path.")
     sampler = await call.scheduler.create_sampler(
-        call.owner, request.session_id, request.sampling_session_seq_id, request.base_model, request.model_path
+        call.owner, request.session_id, request.sampling_session_seq_id, base_model, request.model_path
     )
     return tinker.CreateSamplingSessionResponse(type="create_sampling_session", sampling_session_id=sampler.sampler_id)
 

@@ -203,15 +203,26 @@ def adam_params(params: AdamParams) -> AdamParams:
 
 def adapter(config: AdapterConfig, model: BaseModelInfo) -> AdapterConfig:
     if not 1 <= config.rank <= model.max_lora_rank:
-        raise InvalidRequest(f"lora_config: rank is {config.rank}; this server allows 1 to {model.max_lora_rank}.")
+        raise InvalidRequest(
+            f"lora_config: rank is {config.rank}; this server allows 1 to {model.max_lora_rank} (its setting "
+            "max_lora_rank in backend_config)."
+        )
     if not (config.train_attn or config.train_mlp or config.train_unembed):
         raise InvalidRequest("lora_config: train_attn, train_mlp and train_unembed are all false: nothing would train.")
     return config
 
 
-def base_model(name: str, model: BaseModelInfo) -> None:
-    if name != model.name:
+def base_model(name: str, model: BaseModelInfo) -> str:
+    """The name that it is reported by, whichever of its names this is. `NAME:peft:N` is the hosted service's way to ask
+    for a context of N tokens."""
+    known, (plain, marker, length) = {model.name, *model.aliases}, name.strip().rpartition(":peft:")
+    if (plain if marker else length).rstrip("/") not in known:
         raise InvalidRequest(f"base_model {name!r} is not served here; this server has {model.name!r}.")
+    if marker and not (length.isascii() and length.isdigit() and 0 < int(length[:12]) <= model.max_context_length):
+        raise InvalidRequest(
+            f"base_model {name!r} asks for a context of {length[:12]!r} tokens; here it is {model.max_context_length}."
+        )
+    return model.name
 
 
 def optimizer_type(kind: str) -> None:
@@ -314,7 +325,8 @@ def _check_stops(operation: Sample, model: BaseModelInfo) -> None:
         raise InvalidRequest(f"stop has more than {STOPS_MAX} entries.")
     if operation.stop_strings and model.tokenizer_problem:
         raise InvalidRequest(
-            f"stop has strings, and this server cannot find them: {model.tokenizer_problem}. Use token ids."
+            "stop has strings, and this server cannot find them: its base model has no tokenizer that can be loaded "
+            "(its log says why). Use token ids."
         )
     for text in operation.stop_strings:
         if not 1 <= len(text) <= STOP_STRING_CHARACTERS_MAX:

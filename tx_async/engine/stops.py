@@ -5,11 +5,14 @@ A sequence stops after the first token with which the decoded completion contain
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from tx_async.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -57,9 +60,10 @@ def load_decoder(folder: str) -> Decode:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         size = len(tokenizer)
     except Exception as error:
-        raise InvalidRequest(_cannot(f"the tokenizer of {folder} cannot be loaded: {error}")) from error
+        log.warning("The tokenizer of %s cannot be loaded: %s", folder, error)
+        raise InvalidRequest(_cannot("cannot be loaded")) from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
-        raise InvalidRequest(_cannot(f"the tokenizer of {folder} has no tokens: are its files missing?"))
+        raise InvalidRequest(_cannot("has no tokens"))
 
     def decode(tokens: Sequence[int]) -> str:
         known = [token for token in tokens if token < size]  # the vocabulary may be padded: such a token has no text
@@ -69,4 +73,4 @@ def load_decoder(folder: str) -> Decode:
 
 
 def _cannot(reason: str) -> str:
-    return f"stop has strings, and this server cannot find them: {' '.join(reason.split())} Use token ids."
+    return f"stop has strings, and this server cannot find them: its base model's tokenizer {reason}. Use token ids."

@@ -32,6 +32,8 @@ class BaseModelInfo(Struct, frozen=True, kw_only=True):
     ready."""
 
     name: str
+    aliases: tuple[str, ...] = ()
+    """What else a request may call it."""
     path: str
     """Folder of the model's files on this host ("" when it is a hub name)."""
     architecture: str
