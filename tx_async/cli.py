@@ -149,11 +149,17 @@ def _add_worker(commands: Any) -> None:
     )
     command.add_argument("--process-id", type=int, default=0, help="place of this host in its mesh, from 0 [0]")
     command.add_argument(
-        "--engine", default="", metavar="MODULE:FACTORY", help="an engine of your own [the JAX engine]"
+        "--engine", default="", metavar="MODULE:FACTORY", help="vllm, or an engine of your own [the JAX engine]"
     )
-    command.add_argument("--name", default="w0", help="the worker that this process is a part of [w0]")
+    command.add_argument("--name", default="", help="the worker that this process is a part of [w0]")
     command.add_argument(
-        "--capabilities", default="train,sample", help="what the engine can do: train, sample, or both [train,sample]"
+        "--capabilities", default="", help="what the engine can do [train,sample,score; of vllm: sample]"
+    )
+    command.add_argument("--vllm-url", default="", metavar="URL", help="where vLLM listens, http://127.0.0.1:8001")
+    command.add_argument("--vllm-lora-dir", default="", metavar="DIR", help="folder for adapters, seen by vLLM, too")
+    command.add_argument("--vllm-api-key-file", default="", metavar="FILE", help="file with vLLM's API key")
+    command.add_argument(
+        "--vllm-allow-unproven", action="store_true", help="let vLLM sample adapters of mixtures of experts, too"
     )
     command.set_defaults(run=_worker)
 

@@ -76,6 +76,17 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shared_memory_bytes: int = 512 * 2**20
     """Size of each arena between the server and a worker of its own host."""
 
+    external_inference_url: str = ""
+    """vLLM that samples what it can beside the local worker, for example `http://127.0.0.1:8001`; commas between
+    several."""
+    external_inference_lora_base: str = ""
+    """Folder for adapters that vLLM can read as well; empty = `external_inference` in `data_dir`."""
+    external_inference_api_key: str = ""
+    external_inference_api_key_file: str = ""
+    """File with that key, which a command line would show to everybody on the host."""
+    external_inference_allow_unproven: bool = False
+    """Let vLLM sample adapters of mixtures of experts, too."""
+
     request_body_bytes_max: int = 256 * 2**20
     queued_requests_max: int = 20_000
     """Accepted, unfinished requests; more are answered 429."""
@@ -128,6 +139,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def resolved_checkpoints_base(self) -> str:
         return self.checkpoints_base or str(self.data_path / "checkpoints")
+
+    @property
+    def resolved_external_inference_lora_base(self) -> str:
+        return self.external_inference_lora_base or str(self.data_path / "external_inference")
 
     @property
     def resolved_compilation_cache_dir(self) -> str:

@@ -185,6 +185,10 @@ class WorkerRefused(ConfigError):
     """The server refused this worker."""
 
 
+class EngineGone(ServerError):
+    """The external engine that this worker speaks for is gone."""
+
+
 class EngineError(ServerError):
     """The engine failed while it ran this request."""
 

@@ -1,8 +1,10 @@
 """What every engine must do, whatever runs inside: one list of behaviours over the protocol of `worker/engine_api.py`.
 
 An engine joins by a factory in `ENGINES` that builds it with the given configuration, its checkpoints under a folder.
+One that only samples has a trainer beside it, which writes the adapters that it reads.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from tx_async.errors import NonFiniteGradients, TxError, UnknownCheckpoint
 from tx_async.testing.fake_engine import FakeEngine
+from tx_async.testing.fake_vllm import FakeVllm
 from tx_async.wire.worker import (
     BASE_SLOT,
     LOSS_FNS,
@@ -41,6 +44,8 @@ from tx_async.wire.worker import (
     Welcome,
 )
 from tx_async.worker.engine_api import Engine
+from tx_async.worker.external_settings import ExternalSettings
+from tx_async.worker.vllm import create as create_vllm
 
 
 def jax_engine(config: EngineConfig, folder: Path) -> Engine:
@@ -58,10 +63,35 @@ def jax_engine(config: EngineConfig, folder: Path) -> Engine:
     return create(welcome, lambda *_: None)
 
 
-ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {
-    "fake": lambda config, folder: FakeEngine(config, str(folder), vocab_size=128, context=128),
-    "jax": jax_engine,
-}
+def fake_engine(config: EngineConfig, folder: Path) -> Engine:
+    return FakeEngine(config, str(folder), vocab_size=128, context=128)
+
+
+def vllm_engine(config: EngineConfig, folder: Path, cleanup: contextlib.ExitStack) -> Engine:
+    """The worker that samples through vLLM, and a vLLM whose model is the fake engine's."""
+    from tx_async.testing.models import make_qwen3
+
+    model = folder / "model"
+    if not model.exists():
+        make_qwen3(model, vocab_size=128, eos_token_id=127, tokenizer=False)
+    vllm = cleanup.enter_context(FakeVllm(str(model), vocab_size=128, max_model_len=128))
+    welcome = Welcome(
+        base_model=str(model), engine=config, checkpoints_base=str(folder), heartbeat_interval_ms=1000, lease_ms=1000
+    )
+    settings = ExternalSettings(url=vllm.url, lora_dir=str(folder / "loras"), worker_name=f"vllm-{vllm.port}")
+    return create_vllm(welcome, lambda *_: None, settings)
+
+
+ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {"fake": fake_engine, "jax": jax_engine}
+SAMPLERS: dict[str, Callable[[EngineConfig, Path, contextlib.ExitStack], Engine]] = {"vllm": vllm_engine}
+TRAINING = (
+    CreateAdapter,
+    LoadAdapter,
+    ReleaseAdapter,
+    TrainMicroBatch,
+    OptimStep,
+    SaveAdapter,
+)
 CONFIG = EngineConfig(
     max_lora_adapters=4, max_lora_rank=8, max_sampler_adapters=3, sample_max_num_sequences=4, max_context_length=128,
     decode_steps=4,
@@ -76,16 +106,19 @@ class Bench:
     """An engine and the batches that a scheduler would make for it."""
 
     engine: Engine
+    #: another one, where the engine only samples
+    trainer: Engine
 
     def run(self, command, *tensors):
-        return self.engine.execute(command, tensors)()
+        engine = self.trainer if isinstance(command, TRAINING) else self.engine
+        return engine.execute(command, tensors)()
 
     def result(self, command, *tensors):
         return self.run(command, *tensors)[0]
 
     def train(self, sequences, slots, forward_only=False, **inputs):
         """One sequence a row, next-token targets, weight 1, cross entropy. Returns (logprobs, losses), cut to size."""
-        info = self.engine.info()
+        info = self.trainer.info()
         longest = max(len(sequence) for sequence in sequences)
         num_rows, length = next(
             shape for shape in info.row_shapes if shape[1] >= longest and shape[0] >= len(sequences)
@@ -176,15 +209,32 @@ def prompt(*tokens):
 @pytest.fixture(params=ENGINES)
 def make(request, tmp_path):
     """Engines that share one folder of checkpoints."""
-    engines = []
+    with contextlib.ExitStack() as cleanup:
+        yield maker(request.param, tmp_path, cleanup)
 
+
+@pytest.fixture(params=[*ENGINES, *SAMPLERS])
+def make_sampler(request, tmp_path):
+    """The same, and those that only sample."""
+    with contextlib.ExitStack() as cleanup:
+        yield maker(request.param, tmp_path, cleanup)
+
+
+def maker(name, folder, cleanup):
     def make():
-        engines.append(ENGINES[request.param](CONFIG, tmp_path))
-        return Bench(engines[-1])
+        if name in ENGINES:
+            engine = trainer = ENGINES[name](CONFIG, folder)
+        else:
+            engine, trainer = SAMPLERS[name](CONFIG, folder, cleanup), fake_engine(CONFIG, folder)
+        cleanup.callback(engine.close)
+        return Bench(engine, trainer)
 
-    yield make
-    for engine in engines:
-        engine.close()
+    return make
+
+
+@pytest.fixture
+def sampler(make_sampler):
+    return make_sampler()
 
 
 @pytest.fixture
@@ -355,6 +405,12 @@ def test_weights_without_optimizer_begin_with_fresh_moments(make):
     assert (bench.logprobs(0) != other.logprobs(0)).any()
 
 
+def test_a_version_that_does_not_exist_fails_alone(sampler):
+    with pytest.raises(UnknownCheckpoint):
+        sampler.result(LoadSampler(sampler_slot=0, key="run/nothing"))
+    assert set(sampler.sample(spec(1), prompts=[prompt()])) == {1}
+
+
 def test_a_checkpoint_that_does_not_exist_fails_alone(bench):
     bench.trained(0)
     with pytest.raises(UnknownCheckpoint):
@@ -381,72 +437,89 @@ def test_a_slot_whose_load_failed_has_nothing_of_the_run_before_it(make):
 # ---- sampling
 
 
-def test_a_sample_takes_its_quanta_and_its_length(bench):
-    found = bench.sample(spec(max_tokens=10), prompts=[prompt()])
+def test_a_sample_takes_its_quanta_and_its_length(sampler):
+    found = sampler.sample(spec(max_tokens=10), prompts=[prompt()])
     sequence, tensors, num_quanta = found[1]
     assert sequence.stop_reason == "length"
     tokens, logprobs = tensors[sequence.tokens], tensors[sequence.logprobs]
     assert tokens.dtype == np.int32 and logprobs.dtype == np.float32
     assert len(tokens) == len(logprobs) == 10 and (logprobs <= 0).all()
-    assert num_quanta >= -(-10 // bench.engine.info().decode_steps)
+    assert num_quanta >= -(-10 // sampler.engine.info().decode_steps)
 
 
-def test_a_stop_token_ends_a_sample_and_belongs_to_it(bench):
-    sequence, tensors, _ = bench.sample(spec(), prompts=[prompt()])[1]
+def test_a_stop_token_ends_a_sample_and_belongs_to_it(sampler):
+    sequence, tensors, _ = sampler.sample(spec(), prompts=[prompt()])[1]
     third = int(tensors[sequence.tokens][2])
     expected = tensors[sequence.tokens][: list(tensors[sequence.tokens]).index(third) + 1]
-    stopped, tensors, _ = bench.sample(spec(2, stop_token_ids=(third,)), prompts=[prompt()])[2]
+    stopped, tensors, _ = sampler.sample(spec(2, stop_token_ids=(third,)), prompts=[prompt()])[2]
     assert stopped.stop_reason == "stop"
     np.testing.assert_array_equal(tensors[stopped.tokens], expected)
 
 
-def test_a_sample_is_a_function_of_its_seed_and_index_alone(make):
+def test_a_sample_is_a_function_of_its_seed_and_index_alone(make_sampler):
     def tokens(found, sequence_id):
         sequence, tensors, _ = found[sequence_id]
         return tensors[sequence.tokens].tolist()
 
     fields = {"temperature": 1.0, "seed": 5, "max_tokens": 8}
-    alone = make().sample(spec(1, **fields), prompts=[prompt()])
-    crowd = make().sample(*[spec(10 + index, **fields, sample_index=index) for index in range(6)], prompts=[prompt()])
+    alone = make_sampler().sample(spec(1, **fields), prompts=[prompt()])
+    crowd = make_sampler().sample(
+        *[spec(10 + index, **fields, sample_index=index) for index in range(6)], prompts=[prompt()]
+    )
     assert tokens(crowd, 10) == tokens(alone, 1)
     assert len({tuple(tokens(crowd, 10 + index)) for index in range(6)}) > 1
 
 
-def test_more_sequences_than_fit_simply_wait(bench):
+def test_more_sequences_than_fit_simply_wait(sampler):
     specs = [spec(number, max_tokens=3 + number % 3) for number in range(1, 12)]
-    found = bench.sample(*specs, prompts=[prompt()])
+    found = sampler.sample(*specs, prompts=[prompt()])
     assert set(found) == set(range(1, 12))
     for number, (sequence, tensors, _) in found.items():
         assert len(tensors[sequence.tokens]) == 3 + number % 3
 
 
-def test_cancelled_sequences_are_forgotten(bench):
-    bench.result(AdmitSequences(sequences=(spec(1, max_tokens=100), spec(2, max_tokens=4))), prompt())
-    assert bench.result(CancelSequences(sequence_ids=(1, 77))) == Done()
-    assert set(bench.sample(spec(3), prompts=[prompt()])) == {2, 3}
+def test_cancelled_sequences_are_forgotten(sampler):
+    sampler.result(AdmitSequences(sequences=(spec(1, max_tokens=100), spec(2, max_tokens=4))), prompt())
+    assert sampler.result(CancelSequences(sequence_ids=(1, 77))) == Done()
+    assert set(sampler.sample(spec(3), prompts=[prompt()])) == {2, 3}
 
 
-def test_sampler_and_trainer_agree(bench):
+def test_a_sequence_that_cannot_run_fails_alone(sampler):
+    """Its sampler slot was never filled; the one beside it, in the same quantum, is none the worse."""
+    specs = (spec(1, sampler_slot=2, adapter_version="run/none"), spec(2))
+    assert sampler.result(AdmitSequences(sequences=specs), prompt()) == Done()
+    failed, finished = [], []
+    for _ in range(50):
+        result = sampler.result(SampleQuantum(decode_steps=4, prefill_tokens=64))
+        failed += result.failed
+        finished += [sequence.sequence_id for sequence in result.finished]
+        if failed and finished:
+            break
+    assert [(sequence_id, category) for sequence_id, category, _ in failed] == [(1, "server")] and finished == [2]
+    assert "slot 2" in failed[0][2]
+
+
+def test_sampler_and_trainer_agree(sampler):
     """What was sampled with a saved version has the log-probabilities that `forward` computes for it."""
-    bench.trained(0)
-    bench.save(0, "run/sampler", "sampler")
-    assert isinstance(bench.result(LoadSampler(sampler_slot=1, key="run/sampler")), Loaded)
-    sequence, tensors, _ = bench.sample(spec(sampler_slot=1, adapter_version="run/sampler"), prompts=[prompt()])[1]
+    sampler.trained(0)
+    sampler.save(0, "run/version", "sampler")
+    assert isinstance(sampler.result(LoadSampler(sampler_slot=1, key="run/version")), Loaded)
+    sequence, tensors, _ = sampler.sample(spec(sampler_slot=1, adapter_version="run/version"), prompts=[prompt()])[1]
     text = np.concatenate([prompt(), tensors[sequence.tokens]])
-    logprobs = bench.train([text], [0], forward_only=True)[0][0]
+    logprobs = sampler.train([text], [0], forward_only=True)[0][0]
     np.testing.assert_allclose(tensors[sequence.logprobs], logprobs[len(prompt()) - 1 :], atol=1e-3)
 
 
-def test_a_saved_version_never_changes(bench):
-    bench.trained(0)
-    bench.save(0, "run/fixed", "sampler")
-    bench.result(LoadSampler(sampler_slot=0, key="run/fixed"))
+def test_a_saved_version_never_changes(sampler):
+    sampler.trained(0)
+    sampler.save(0, "run/fixed", "sampler")
+    sampler.result(LoadSampler(sampler_slot=0, key="run/fixed"))
     fields = {"sampler_slot": 0, "adapter_version": "run/fixed"}
-    before, tensors, _ = bench.sample(spec(1, **fields), prompts=[prompt()])[1]
+    before, tensors, _ = sampler.sample(spec(1, **fields), prompts=[prompt()])[1]
     expected = tensors[before.logprobs]
-    bench.train(DATA, [0, 0, 0])
-    bench.step()
-    after, tensors, _ = bench.sample(spec(2, **fields), prompts=[prompt()])[2]
+    sampler.train(DATA, [0, 0, 0])
+    sampler.step()
+    after, tensors, _ = sampler.sample(spec(2, **fields), prompts=[prompt()])[2]
     np.testing.assert_array_equal(tensors[after.logprobs], expected)
 
 
@@ -479,8 +552,8 @@ def test_only_the_last_positions_are_scored_when_asked_so(bench):
     assert (tensors[sequence.prompt_topk_logprobs][:3] == -99999.0).all()
 
 
-def test_top_logprobs_of_sampled_tokens_contain_the_greedy_one(bench):
-    sequence, tensors, _ = bench.sample(spec(topk_logprobs=4, max_tokens=5), prompts=[prompt()])[1]
+def test_top_logprobs_of_sampled_tokens_contain_the_greedy_one(sampler):
+    sequence, tensors, _ = sampler.sample(spec(topk_logprobs=4, max_tokens=5), prompts=[prompt()])[1]
     top = tensors[sequence.topk_logprobs]
     assert top.shape == tensors[sequence.topk_token_ids].shape == (5, 4)
     assert (top[:, 0] >= tensors[sequence.logprobs] - 1e-6).all()

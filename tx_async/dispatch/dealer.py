@@ -132,7 +132,7 @@ class Dealer:
         name: str = "w0",
         process_id: int = 0,
         token: str = "",
-        capabilities: frozenset = frozenset({"train", "sample"}),
+        capabilities: frozenset = frozenset({"train", "sample", "score"}),
         parent_pid: int = 0,
         count_compilations: Callable[[], int] = lambda: 0,
         on_beat: Callable[[float], None] = lambda lease_s: None,
@@ -390,8 +390,8 @@ class Dealer:
                 pass
             case Welcome() as welcome:
                 self._handle_welcome(welcome)
-            case Refused(reason=reason):
-                self._end(Detached(reason) if self._is_attached else WorkerRefused(reason))
+            case Refused(reason=reason, is_final=is_final):
+                self._end(Detached(reason) if self._is_attached and not is_final else WorkerRefused(reason))
             case Shutdown():
                 self._incoming.put(_Ended())
 

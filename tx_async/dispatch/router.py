@@ -201,6 +201,14 @@ class Router:
         self._counts["commands_sent"] += 1
         return number
 
+    def dismiss(self, worker_id: str, reason: str) -> None:
+        """Send a worker away that the scheduler will not have. Nothing happens when it is gone already."""
+        if group := self._groups.get(worker_id):
+            for member in group.members.values():
+                self._doors.post(member.peer, Refused(reason, is_final=True))
+            self._counts["workers_refused"] += 1
+            self._lose(group, reason)
+
     def process_exited(self, worker_id: str, process_id: int, pid: int, reason: str) -> None:
         """The supervisor saw a worker process end: do not wait for its lease to expire."""
         self._doors.drain()

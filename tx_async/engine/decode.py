@@ -40,9 +40,9 @@ from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
 from tx_async.engine.sharding import is_one_cpu
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
-from tx_async.errors import InvalidRequest
+from tx_async.errors import Category, InvalidRequest
 from tx_async.layers.lora import LoraWeights
-from tx_async.wire.worker import EngineConfig, FinishedSequence, Sampled, SequenceSpec
+from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequenceSpec
 from tx_async.worker.engine_api import Pending, Reply
 
 DECODE_STEPS = {"cpu": 4}
@@ -109,6 +109,8 @@ class SamplingEngine:
         self._num_admitted = 0
         #: the newest quantum: all before it are settled
         self._last: Quantum | None = None
+        #: (sequence_id, category, message) for the next quantum that is settled
+        self._failed: list[tuple[int, Category, str]] = []
         self._lock = threading.RLock()
         self.programs = {program.name: program for program in self._list_programs(lora_weights, lora_scale)}
 
@@ -122,10 +124,15 @@ class SamplingEngine:
 
     # ---- commands
 
-    def admit(self, specs: Sequence[SequenceSpec], tensors: Sequence[np.ndarray]) -> None:
-        """Queue sequences; `tensors` are only read now. Raises `InvalidRequest` before it queued any."""
-        samples = [self._sample(spec, tensors) for spec in specs]
+    def admit(self, specs: Sequence[SequenceSpec], tensors: Sequence[np.ndarray], loaded: Sequence[bool]) -> None:
+        """Queue sequences; `tensors` are only read now. Those of a sampler slot that is not `loaded` fail alone. Raises
+        `InvalidRequest` before it queued any."""
+        able = [spec for spec in specs if spec.sampler_slot == BASE_SLOT or loaded[spec.sampler_slot]]
+        samples = [self._sample(spec, tensors) for spec in able]
         with self._lock:
+            for spec in specs:
+                if spec not in able:
+                    self._failed.append((spec.sequence_id, "server", f"Sampler slot {spec.sampler_slot} is empty."))
             for sample in samples:
                 self.sequences.admit(sample)
 
@@ -228,9 +235,11 @@ class SamplingEngine:
                     finished.append(_finished(sample, reason, tensors))
                     self.sequences.finish(sample)
         num_decoding = self.sequences.num_decoding
+        failed, self._failed = self._failed, []
         quantum.reply = (
             Sampled(
                 finished=tuple(finished),
+                failed=tuple(failed),
                 progress=tuple(quantum.progress.items()),
                 num_running=num_decoding,
                 num_waiting=len(self.sequences.running) - num_decoding + len(self.sequences.waiting),

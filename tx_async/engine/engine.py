@@ -125,6 +125,7 @@ class JaxEngine:
             overlaps=self.overlaps,
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
             base_model_digest=self.base_model_digest,
+            dtype=str(self.params["embed"].dtype),
         )
 
     @property
@@ -173,7 +174,7 @@ class JaxEngine:
             case wire.LoadSampler():
                 return self._load_sampler(command)
             case wire.AdmitSequences():
-                self.sampling.admit(command.sequences, tensors)
+                self.sampling.admit(command.sequences, tensors, self.samplers.scale != 0)
                 return _done
             case wire.CancelSequences():
                 self.sampling.cancel(command.sequence_ids)

@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,17 @@ def read_manifest_sync(store: Store, key: str) -> Manifest:
     return decode_manifest(key, data)
 
 
-def read_checkpoint_sync(store: Store, key: str, verify: bool = True) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The metadata and the files' bytes by name. Raises as `read_manifest_sync`, and `CorruptedCheckpoint` naming the
-    first file that is missing or differs from its recorded hash."""
+def read_checkpoint_sync(
+    store: Store, key: str, verify: bool = True, only: Collection[str] | None = None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The metadata and the files' bytes by name (`only`: of these, as far as they are there). Raises as
+    `read_manifest_sync`, and `CorruptedCheckpoint` naming the first file that is missing or differs from its recorded
+    hash."""
     manifest = read_manifest_sync(store, key)
     return manifest.metadata, {
-        name: _read_file(store, key, name, info, verify) for name, info in manifest.files.items()
+        name: _read_file(store, key, name, info, verify)
+        for name, info in manifest.files.items()
+        if only is None or name in only
     }
 
 

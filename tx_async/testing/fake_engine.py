@@ -18,19 +18,23 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from msgspec import Struct
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
 
 from tx_async.errors import (
     BaseModelError,
+    Category,
     CorruptedCheckpoint,
     EngineError,
     NonFiniteGradients,
+    TxError,
     UnknownCheckpoint,
 )
 from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
@@ -69,6 +73,8 @@ from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
 FAULTS_VARIABLE = "FAKE_ENGINE"
 ADAPTER_FILE = "fake_adapter.npz"
+PEFT_FILE = "adapter_model.safetensors"
+FEATURES_TENSOR = "base_model.model.features"
 FEATURES = 16
 VOCAB_SIZE = 512
 CONTEXT = 1024
@@ -283,14 +289,17 @@ class FakeEngine:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         data = buffer.getvalue()
         if self._store is not None:
-            write_checkpoint_sync(self._store, key, {ADAPTER_FILE: data}, {"kind": kind})
+            write_checkpoint_sync(self._store, key, {ADAPTER_FILE: data, **_peft_files(adapter.w)}, {"kind": kind})
         else:
             self.files[key] = data
         return len(data)
 
     def _load(self, key: str) -> _Adapter:
         if self._store is not None:
-            data = read_checkpoint_sync(self._store, key)[1][ADAPTER_FILE]
+            files = read_checkpoint_sync(self._store, key)[1]
+            if ADAPTER_FILE not in files:
+                return _Adapter(w=_weights_of(load_safetensors(files[PEFT_FILE])))
+            data = files[ADAPTER_FILE]
         elif key in self.files:
             data = self.files[key]
         else:
@@ -325,6 +334,7 @@ class FakeEngine:
 
     def _sample(self, decode_steps: int, prefill_tokens: int) -> Reply:
         finished: list[FinishedSequence] = []
+        failed: list[tuple[int, Category, str]] = []
         progress: list[tuple[int, int]] = []
         tensors: list[np.ndarray] = []
         running = list(self._sequences.values())[: self.config.sample_max_num_sequences]
@@ -338,7 +348,12 @@ class FakeEngine:
                     progress.append((sequence.spec.sequence_id, chunk))
                 continue
             num_before = len(sequence.tokens)
-            stop_reason = self._decode(sequence, decode_steps)
+            try:
+                stop_reason = self._decode(sequence, decode_steps)
+            except TxError as error:
+                del self._sequences[sequence.spec.sequence_id]
+                failed.append((sequence.spec.sequence_id, error.category, error.message))
+                continue
             progress.append((sequence.spec.sequence_id, chunk + len(sequence.tokens) - num_before))
             if stop_reason:
                 del self._sequences[sequence.spec.sequence_id]
@@ -346,12 +361,23 @@ class FakeEngine:
         num_running = sum(sequence.prefilled == len(sequence.prompt) for sequence in self._sequences.values())
         result = Sampled(
             finished=tuple(finished),
+            failed=tuple(failed),
             progress=tuple(progress),
             num_running=num_running,
             num_waiting=len(self._sequences) - num_running,
             num_prefilled_tokens=prefill_tokens - budget,
         )
         return result, tensors
+
+    def complete(self, spec: SequenceSpec, prompt: np.ndarray) -> tuple[FinishedSequence, list[np.ndarray]]:
+        """A whole sequence at once, beside all others."""
+        sequence, tensors = _Sequence(spec, prompt, None), []
+        stop_reason = self._decode(sequence, spec.max_tokens)
+        return self._finish(sequence, stop_reason or "length", tensors), tensors
+
+    def load_peft(self, slot: int, data: bytes, without: Sequence[str] = ()) -> None:
+        """Fill a sampler slot from a PEFT file, without tensors whose names have one of these parts."""
+        self._samplers[slot] = _Adapter(w=_weights_of(load_safetensors(data), without))
 
     def _decode(self, sequence: _Sequence, decode_steps: int) -> str | None:
         """Append up to `decode_steps` tokens; the reason, when one of them was the last."""
@@ -428,6 +454,24 @@ class FakeEngine:
             ids, values = self._topk(w, prompt[:-1], scores.alt_tokens_k)
             found |= {"alt_token_ids": ids, "alt_logprobs": values}
         return found
+
+
+# ---- adapters as files
+
+
+def _peft_files(w: np.ndarray) -> dict[str, bytes]:
+    """As an engine of somebody else would read them."""
+    config = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": None}
+    return {PEFT_FILE: save_safetensors({FEATURES_TENSOR: w}), "adapter_config.json": json.dumps(config).encode()}
+
+
+def _weights_of(tensors: Mapping[str, np.ndarray], without: Sequence[str] = ()) -> np.ndarray:
+    """An adapter's FEATURES numbers: its own, or of any other adapter a mixture in which every tensor shows."""
+    w = np.zeros(FEATURES, np.float32)
+    for name, tensor in sorted(tensors.items()):
+        if not any(part in name for part in without):
+            w += tensor if name == FEATURES_TENSOR else np.resize(np.tanh(tensor.ravel()), FEATURES) / len(tensors)
+    return w
 
 
 # ---- the mathematics

@@ -112,6 +112,7 @@ COMMANDS = (
         SampleQuantum(decode_steps=8, prefill_tokens=512),
         Sampled(
             finished=(FinishedSequence(sequence_id=1, stop_reason="stop", tokens=0, logprobs=1, prompt_logprobs=2),),
+            failed=((3, "server", "Sampler slot 7 is empty."),),
             progress=((1, 8), (2, 8)),
             num_running=1,
             num_prefilled_tokens=30,

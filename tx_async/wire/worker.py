@@ -15,12 +15,14 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from tx_async.errors import Category
 from tx_async.wire.tensors import TensorSpec
 
 PROTOCOL_VERSION = 1
 
-Capability = Literal["train", "sample"]
-"""What a worker can be asked for."""
+Capability = Literal["train", "sample", "score"]
+"""What a worker can be asked for. train: everything about training slots. sample: `LoadSampler` and sequences. score:
+sequences with `PromptScores`, too; who trains scores as well."""
 
 BASE_SLOT = -1
 """`sampler_slot` of a sequence that samples the base model without an adapter."""
@@ -81,7 +83,7 @@ class Hello(Struct, tag=True, frozen=True, kw_only=True):
     host: str
     pid: int
     process_id: int = 0
-    capabilities: frozenset[Capability] = frozenset({"train", "sample"})
+    capabilities: frozenset[Capability] = frozenset({"train", "sample", "score"})
     shared_memory: bool = False
     """True when this worker runs on the server's own host and can map its segments."""
 
@@ -115,9 +117,11 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Refused(Struct, tag=True, frozen=True):
-    """The worker may not attach; it says the reason in its log and exits."""
+    """The worker may not attach, or may not stay; it says the reason in its log and exits."""
 
     reason: str
+    is_final: bool = False
+    """Attaching again at once would change nothing, although it was attached."""
 
 
 class Progress(Struct, tag=True, frozen=True, kw_only=True):
@@ -125,6 +129,37 @@ class Progress(Struct, tag=True, frozen=True, kw_only=True):
     """What is being waited for: "loading weights", "compiling", …"""
     done: float
     total: float
+
+
+class SamplingLimits(Struct, frozen=True, kw_only=True):
+    """What a sequence may ask of a worker that cannot do everything; what is beyond goes to another worker."""
+
+    temperature_min: float
+    """Of sequences that are not greedy."""
+    temperature_max: float
+    topk_logprobs_max: int
+    stop_strings_max: int
+
+
+class TrialSequence(Struct, frozen=True, kw_only=True):
+    """What an external engine sampled before it was trusted."""
+
+    tokens: tuple[int, ...]
+    """Prompt and completion."""
+    logprobs: tuple[float, ...]
+    """Of the completion's tokens, as the external engine reports them."""
+    with_adapter: bool
+    """Sampled with the trial's adapter; else with the base model."""
+
+
+class Trial(Struct, frozen=True, kw_only=True):
+    """An external engine's samples, for a worker that scores to compare with: where they differ, it is refused."""
+
+    key: str
+    """Storage key of a loud adapter of all projections, made for this trial; the server deletes it afterwards."""
+    sequences: tuple[TrialSequence, ...]
+    tolerance: float
+    """Largest difference of a log-probability, in nats, where the scoring worker computes in float32."""
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
@@ -152,6 +187,15 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """Device bytes of one training slot: A, B, m, v and one gradient."""
     base_model_digest: str = ""
     """Of what the engine loaded: the processes of a mesh must agree on it. "" = not known."""
+    dtype: str = "float32"
+    """Of the base weights."""
+    continuous: bool = False
+    """Admitted sequences run by themselves: they may be admitted at any time, and a quantum only waits for news of
+    them."""
+    limits: SamplingLimits | None = None
+    """None: every sequence that its capabilities allow."""
+    trial: Trial | None = None
+    """None: the engine is trusted as it is."""
 
 
 class Ready(Struct, tag=True, frozen=True, kw_only=True):
@@ -283,7 +327,8 @@ class SaveAdapter(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class LoadSampler(Struct, tag=True, frozen=True, kw_only=True):
-    """Put the adapter saved under `key` (any kind) into sampler slot `sampler_slot`. Result: `Loaded`."""
+    """Put the adapter saved under `key` (any kind) into sampler slot `sampler_slot`. Result: `Loaded`, whose `refused`
+    says so when this engine can never take that adapter while another one may."""
 
     sampler_slot: int
     key: str
@@ -377,6 +422,8 @@ class Done(Struct, tag=True, frozen=True):
 class Loaded(Struct, tag=True, frozen=True, kw_only=True):
     step: int = 0
     """Optimizer steps that the loaded state has taken."""
+    refused: str = ""
+    """Why this engine cannot sample this adapter (its rank, its modules); the slot is empty then."""
 
 
 class Trained(Struct, tag=True, frozen=True):
@@ -420,6 +467,9 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
 
 class Sampled(Struct, tag=True, frozen=True, kw_only=True):
     finished: tuple[FinishedSequence, ...]
+    failed: tuple[tuple[int, Category, str], ...] = ()
+    """(sequence_id, category, message) of sequences that ended without a result; all others go on. "user": no worker
+    can do what is asked. Otherwise the sequence runs again, elsewhere where that can be."""
     progress: tuple[tuple[int, int], ...] = ()
     """(sequence_id, tokens prefilled or decoded for it in this quantum)."""
     num_running: int = 0
@@ -444,7 +494,7 @@ class CommandFailed(Struct, tag=True, frozen=True, kw_only=True):
     """One command failed; its slot's state is as the command's docstring says, everything else is unharmed."""
 
     number: int
-    category: Literal["user", "server", "unknown"]
+    category: Category
     message: str
     fatal: bool = False
     """True when the engine cannot vouch for its state any longer: the worker exits and is recovered."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from tx_async.errors import EngineGone
 from tx_async.wire.worker import Command, EngineInfo, Result
 
 Reply = tuple[Result, list[np.ndarray]]
@@ -39,3 +40,12 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class WatchedEngine(Engine, Protocol):
+    """An engine that lives elsewhere, and may go. Then its pendings raise `EngineGone`, which answers nothing."""
+
+    def watch(self, on_gone: Callable[[EngineGone], None]) -> None:
+        """From now on `on_gone` is called, once and on any thread, when it is gone."""
+        ...

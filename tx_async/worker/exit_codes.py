@@ -12,5 +12,7 @@ class ExitCode(IntEnum):
     """The server would not have it: start again, later."""
     DETACHED = 4
     """The server is gone, or the rest of its mesh is: start again."""
+    ENGINE_GONE = 5
+    """The external engine is gone: start again, and wait for it."""
     CONFIGURATION = 78
     """Base model or configuration cannot work, whatever is tried (the sysexits name: EX_CONFIG)."""

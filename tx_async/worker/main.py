@@ -8,15 +8,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import importlib
 import logging
 import os
 import signal
 import sys
+from typing import get_args
 
 from tx_async.dispatch.dealer import Dealer, Detached
-from tx_async.errors import ConfigError, TxError, WorkerRefused
+from tx_async.errors import ConfigError, EngineGone, TxError, WorkerRefused
+from tx_async.wire.worker import Capability, Welcome
+from tx_async.worker import external_settings
+from tx_async.worker.engine_api import Engine, ReportProgress
 from tx_async.worker.exit_codes import ExitCode
+from tx_async.worker.external_settings import ExternalSettings, api_key_from_environment
 from tx_async.worker.pulse import beat
 from tx_async.worker.worker import CreateEngine, Worker
 
@@ -24,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ENGINE = "tx_async.engine.engine:create"
 TOKEN_VARIABLE = "TX_WORKER_TOKEN"
+CAPABILITIES = get_args(Capability)
 PR_SET_PDEATHSIG = 1
 
 
@@ -40,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         token,
         options.process_id,
         options.engine,
+        external=_external(options),
         name=options.name,
         parent_pid=options.parent_pid,
         capabilities=frozenset(options.capabilities.split(",")),
@@ -53,11 +61,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--token", default="", help=f"shared secret of a tcp door; better set {TOKEN_VARIABLE}")
     parser.add_argument("--process-id", type=int, default=0, help="this process's place in its mesh")
     parser.add_argument("--name", default="w0", help="the worker that this process belongs to")
-    parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that makes the engine")
-    parser.add_argument("--capabilities", default="train,sample", help="what the engine can do: train, sample, or both")
+    parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that makes the engine, or vllm")
+    parser.add_argument("--capabilities", default=",".join(CAPABILITIES), help="what the engine can do")
+    parser.add_argument("--vllm-url", default="")
+    parser.add_argument("--vllm-lora-dir", default="")
+    parser.add_argument("--vllm-allow-unproven", action="store_true")
     parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is no longer our parent")
     parser.add_argument("--log-level", default="info")
     return parser.parse_args(arguments)
+
+
+def _external(options: argparse.Namespace) -> ExternalSettings | None:
+    if options.engine != external_settings.ENGINE:
+        return None
+    return ExternalSettings(
+        url=options.vllm_url,
+        lora_dir=options.vllm_lora_dir,
+        api_key=api_key_from_environment(),
+        allow_unproven=options.vllm_allow_unproven,
+        worker_name=options.name,
+    )
 
 
 def run(
@@ -66,9 +89,10 @@ def run(
     process_id: int,
     engine: str,
     *,
+    external: ExternalSettings | None = None,
     name: str = "w0",
     parent_pid: int = 0,
-    capabilities: frozenset[str] = frozenset({"train", "sample"}),
+    capabilities: frozenset[str] = frozenset(CAPABILITIES),
 ) -> ExitCode:
     """Attach, serve, and say how it ended. Must run on the process's main thread (it installs signal handlers)."""
     if parent_pid:
@@ -78,13 +102,13 @@ def run(
             connect, name=name, process_id=process_id, token=token, parent_pid=parent_pid, capabilities=capabilities,
             on_beat=beat,
         ) as dealer:  # fmt: skip
-            return _serve(dealer, engine)
+            return _serve(dealer, _factory(engine, external))
     except ConfigError as error:
         return _report(ExitCode.CONFIGURATION, error)
 
 
-def _serve(dealer: Dealer, engine: str) -> ExitCode:
-    worker = Worker(dealer, _factory(engine))
+def _serve(dealer: Dealer, create_engine: CreateEngine) -> ExitCode:
+    worker = Worker(dealer, create_engine)
     _stop_on_signals(worker)
     try:
         return worker.run()
@@ -92,6 +116,9 @@ def _serve(dealer: Dealer, engine: str) -> ExitCode:
         return _report(ExitCode.REFUSED, error)
     except Detached as error:
         return _report(ExitCode.DETACHED, error)
+    except EngineGone as error:
+        dealer.goodbye(error.message)
+        return _report(ExitCode.ENGINE_GONE, error)
     except ConfigError as error:
         dealer.goodbye(error.message)
         return _report(ExitCode.CONFIGURATION, error)
@@ -104,8 +131,10 @@ def _serve(dealer: Dealer, engine: str) -> ExitCode:
         return ExitCode.STOPPED
 
 
-def _factory(engine: str) -> CreateEngine:
+def _factory(engine: str, external: ExternalSettings | None) -> CreateEngine:
     """The engine's factory, imported when it is called: the server hears of this worker before it imports JAX."""
+    if external:
+        return functools.partial(_create_external, external)
 
     def create(welcome, progress):
         module_name, _, attribute = engine.partition(":")
@@ -118,6 +147,12 @@ def _factory(engine: str) -> CreateEngine:
         return factory(welcome, progress)
 
     return create
+
+
+def _create_external(settings: ExternalSettings, welcome: Welcome, progress: ReportProgress) -> Engine:
+    from tx_async.worker.vllm import create
+
+    return create(welcome, progress, settings)
 
 
 def _stop_on_signals(worker: Worker) -> None:

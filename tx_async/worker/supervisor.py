@@ -22,9 +22,10 @@ from tx_async.dispatch.groups import describe
 from tx_async.dispatch.router import Router
 from tx_async.errors import BaseModelError
 from tx_async.metrics import Counter, Gauge
-from tx_async.worker import allocator
+from tx_async.worker import allocator, external_settings
 from tx_async.worker.exit_codes import ExitCode
-from tx_async.worker.main import DEFAULT_ENGINE, TOKEN_VARIABLE
+from tx_async.worker.external_settings import ExternalSettings, read_key_file
+from tx_async.worker.main import CAPABILITIES, DEFAULT_ENGINE, TOKEN_VARIABLE
 from tx_async.worker.pulse import PULSE_VARIABLE, Pulse
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 RESTART_DELAY_MIN_S = 0.1
 RESTART_DELAY_MAX_S = 30.0
 """The delay doubles from one to the other while a worker keeps dying."""
+EXTERNAL_DELAY_MAX_S = 10.0
+"""The same of a worker for an external engine, which is to attach within 30 s of that engine's return."""
 HEALTHY_AFTER_S = 60.0
 """A process that lived so long starts again with the shortest delay."""
 LAST_LINE_CHARACTERS_MAX = 500
@@ -52,20 +55,26 @@ class WorkerProcess:
         name: str = "w0",
         process_id: int = 0,
         engine: str = DEFAULT_ENGINE,
-        capabilities: str = "train,sample",
+        capabilities: str = ",".join(CAPABILITIES),
+        external: ExternalSettings | None = None,
+        must_start: bool = True,
         environment: Mapping[str, str] | None = None,
         on_exit: OnExit = lambda process, pid, text: None,
         log_level: str = "info",
     ):
+        """`must_start`: that the first process finds that none can run ends `run`; else the next ones try."""
         self.name = name
+        self.must_start = must_start
+        self._delay_max_s = EXTERNAL_DELAY_MAX_S if external else RESTART_DELAY_MAX_S
         self.process_id = process_id
         self.num_starts = 0
         self._command = [
             sys.executable, "-m", "tx_async.worker.main", "--connect", connect, "--name", name, "--process-id",
             str(process_id), "--engine", engine, "--capabilities", capabilities, "--parent-pid", str(os.getpid()),
-            "--log-level", log_level,
+            "--log-level", log_level, *(external.arguments if external else ()),
         ]  # fmt: skip
-        self._environment = {**allocator.ENVIRONMENT, **os.environ, **(environment or {})}
+        own = dict(environment or {}) | (external.environment if external else {})
+        self._environment = {**allocator.ENVIRONMENT, **os.environ, **own}
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
         self._last_line = ""
@@ -103,14 +112,14 @@ class WorkerProcess:
             if self._stopping.is_set():
                 return
             # At the first start this is the operator's to change. Later it has worked before, and may work again.
-            if code == ExitCode.CONFIGURATION and self.num_starts == 1:
+            if code == ExitCode.CONFIGURATION and self.num_starts == 1 and self.must_start:
                 raise BaseModelError(self._last_line or None)
             if time.monotonic() - started > HEALTHY_AFTER_S or code in (ExitCode.STOPPED, ExitCode.DETACHED):
                 delay_s = RESTART_DELAY_MIN_S
             logger.warning("worker process %s %s; it starts again in %.1f s", self.label, self.exit_text, delay_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
-            delay_s = min(2 * delay_s, RESTART_DELAY_MAX_S)
+            delay_s = min(2 * delay_s, self._delay_max_s)
 
     async def _live(self) -> int:
         self._last_line = ""
@@ -213,7 +222,20 @@ class Supervisor:
                 log_level=config.log_level,
             )
             for index in range(config.local_workers)
-        ]
+        ] + [self._external_process(config, settings) for settings in external_engines(config)]
+
+    def _external_process(self, config: ServerConfig, settings: ExternalSettings) -> WorkerProcess:
+        """The server can do without it: it ends nothing when it cannot start."""
+        return WorkerProcess(
+            self._router.address,
+            name=settings.name,
+            engine=external_settings.ENGINE,
+            capabilities=external_settings.CAPABILITIES,
+            external=settings,
+            must_start=False,
+            on_exit=self._handle_exit,
+            log_level=config.log_level,
+        )
 
     def __repr__(self) -> str:
         running = sum(process.pid is not None for process in self.processes)
@@ -257,6 +279,22 @@ class Supervisor:
         self._router.process_exited(process.name, process.process_id, pid, text)
 
 
+def external_engines(config: ServerConfig) -> list[ExternalSettings]:
+    """Of every engine that the configuration names. Raises `ConfigError`."""
+    if not config.external_inference_url:
+        return []
+    from_file = read_key_file(config.external_inference_api_key_file, "external_inference_api_key_file")
+    return [
+        ExternalSettings(
+            url=url.strip(),
+            lora_dir=config.resolved_external_inference_lora_base,
+            api_key=config.external_inference_api_key or from_file,
+            allow_unproven=config.external_inference_allow_unproven,
+        ).check("external_inference_url", "external_inference_lora_base")
+        for url in config.external_inference_url.split(",")
+    ]
+
+
 def _exit_text(code: int, last_line: str) -> str:
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}" + (f" (last said: {last_line})" if last_line else "")
@@ -270,7 +308,8 @@ async def attach_forever(
     engine: str = DEFAULT_ENGINE,
     *,
     name: str = "w0",
-    capabilities: str = "train,sample",
+    capabilities: str = ",".join(CAPABILITIES),
+    external: ExternalSettings | None = None,
 ) -> None:
     """Run a worker by hand (`tx-async worker`): it attaches, and after every loss attaches again, until a signal.
 
@@ -278,7 +317,7 @@ async def attach_forever(
     """
     process = WorkerProcess(
         connect, name=name, process_id=process_id, engine=engine or DEFAULT_ENGINE, capabilities=capabilities,
-        environment={TOKEN_VARIABLE: token} if token else None,
+        external=external, environment={TOKEN_VARIABLE: token} if token else None,
     )  # fmt: skip
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []

@@ -14,10 +14,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tx_async.dispatch.dealer import Dealer, Received
-from tx_async.errors import TxError
+from tx_async.errors import EngineGone, TxError
 from tx_async.storage.probe import check_probe
-from tx_async.wire.worker import AdmitSequences, CancelSequences, LoadSampler, SampleQuantum, SaveAdapter, Welcome
-from tx_async.worker.engine_api import Engine, Pending, ReportProgress
+from tx_async.wire.worker import (
+    AdmitSequences,
+    CancelSequences,
+    LoadSampler,
+    SampleQuantum,
+    SaveAdapter,
+    Welcome,
+)
+from tx_async.worker.engine_api import Engine, Pending, ReportProgress, WatchedEngine
 from tx_async.worker.exit_codes import ExitCode
 
 logger = logging.getLogger(__name__)
@@ -43,6 +50,8 @@ class Worker:
         self._sampling: Completions = self._completions
         #: set by the first fatal error, on any thread; nothing is answered after it
         self._crash: BaseException | None = None
+        #: commands that wait on a thread of their own, so that nobody waits behind them
+        self._slow: tuple[type, ...] = (SaveAdapter,)
         #: False while the engine is being built
         self.is_serving = False
 
@@ -56,8 +65,12 @@ class Worker:
         info = engine.info()
         if info.overlaps:
             self._sampling = queue.Queue(UNANSWERED_COMMANDS_MAX)
+        if info.continuous:
+            self._slow = (SaveAdapter, LoadSampler)
         self.dealer.ready(info)
         self.is_serving = True
+        if isinstance(engine, WatchedEngine):
+            engine.watch(self.dealer.stop)
         self._serve(engine)
         if self._crash:
             return ExitCode.CRASHED
@@ -87,7 +100,7 @@ class Worker:
             pending = engine.execute(received.command, received.tensors)
         except Exception as error:
             pending = _raiser(error)
-        if isinstance(received.command, SaveAdapter):
+        if isinstance(received.command, self._slow):
             saving.submit(self._complete, received.number, pending)
         else:
             completions = self._sampling if isinstance(received.command, SAMPLING) else self._completions
@@ -103,6 +116,8 @@ class Worker:
         try:
             result, tensors = pending()
             self.dealer.reply(number, result, tensors)
+        except EngineGone as error:
+            self.dealer.stop(error)
         except TxError as error:
             self.dealer.fail(number, error)
         except Exception as error:

@@ -1,0 +1,111 @@
+"""What an external inference engine must be able to say over HTTP, apart from how it says it.
+
+`external.py` is the worker and knows no HTTP; `vllm_http.py` speaks vLLM's HTTP and knows no worker. Another engine
+with the same kind of interface is one more file like that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from tx_async.wire.worker import SamplingLimits, SequenceSpec
+
+
+class Unreachable(Exception):
+    """No answer: the connection failed or broke, or the time for it is over."""
+
+
+class Rejected(Exception):
+    """It answered that it would not. `status` is that of HTTP."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+    @property
+    def is_unknown_model(self) -> bool:
+        return self.status == 404
+
+    @property
+    def is_failure(self) -> bool:
+        """The engine's own, not the request's."""
+        return self.status >= 500
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the engine says that it serves."""
+
+    name: str
+    """Of the base model, in requests."""
+    root: str
+    """Folder or hub name that it was loaded from."""
+    max_context_length: int
+    adapters: dict[str, str]
+    """Name -> folder."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled sequence."""
+
+    stop_reason: Literal["stop", "length"]
+    tokens: np.ndarray
+    """int32 [T]"""
+    logprobs: np.ndarray
+    """float32 [T], of the untempered model."""
+    topk_token_ids: np.ndarray | None
+    topk_logprobs: np.ndarray | None
+    """int32 / float32 [T, k], best first."""
+    num_cached_tokens: int
+
+
+class Dialect(Protocol):
+    """Every call raises `Unreachable` or `Rejected`. All run on one event loop; a call that is cancelled closes its
+    connection, which ends what the engine does for it."""
+
+    url: str
+    product: str
+    """For messages: "vLLM"."""
+    how_to_load_adapters: str
+    """What an operator must do so that it does."""
+    limits: SamplingLimits
+    """What holds for every engine of this kind; `topk_logprobs_max` is the most that is worth asking for."""
+
+    async def version(self) -> str: ...
+
+    def why_untested(self, version: str) -> str:
+        """ "" for a version that this dialect was tested with."""
+        ...
+
+    async def check_health(self) -> None: ...
+
+    async def served(self) -> Served: ...
+
+    async def num_tokens(self) -> float | None:
+        """Tokens that it has computed since its start, to tell slow from stuck; None when it does not count them."""
+        ...
+
+    async def load_adapter(self, name: str, folder: str) -> None: ...
+
+    async def unload_adapter(self, name: str) -> None: ...
+
+    async def complete(self, model: str, prompt: Prompt, spec: SequenceSpec) -> Completion: ...
+
+    async def close(self) -> None: ...
+
+
+class Prompt:
+    """Tokens, encoded once for all samples of one prompt."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens: list[int] = tokens.tolist()
+        #: as the dialect writes it; made by whoever needs it first
+        self.encoded: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)

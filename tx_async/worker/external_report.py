@@ -1,0 +1,66 @@
+"""What became of sequences, as a quantum's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tx_async.errors import Category
+from tx_async.wire.worker import FinishedSequence, Sampled, SequenceSpec
+from tx_async.worker.dialect import Completion
+from tx_async.worker.engine_api import Reply
+
+
+@dataclass(frozen=True)
+class Failure:
+    category: Category
+    message: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    spec: SequenceSpec
+    num_prompt_tokens: int
+    result: Completion | Failure
+
+
+def report(outcomes: Sequence[Outcome], num_running: int) -> Reply:
+    finished: list[FinishedSequence] = []
+    tensors: list[np.ndarray] = []
+    progress: list[tuple[int, int]] = []
+    for outcome in outcomes:
+        if isinstance(outcome.result, Completion):
+            finished.append(_finished(outcome.spec.sequence_id, outcome.result, tensors))
+            num_computed = outcome.num_prompt_tokens - outcome.result.num_cached_tokens + len(outcome.result.tokens)
+            progress.append((outcome.spec.sequence_id, num_computed))
+    result = Sampled(
+        finished=tuple(finished),
+        failed=tuple(
+            (outcome.spec.sequence_id, outcome.result.category, outcome.result.message)
+            for outcome in outcomes
+            if isinstance(outcome.result, Failure)
+        ),
+        progress=tuple(progress),
+        num_running=num_running,
+    )
+    return result, tensors
+
+
+def _finished(sequence_id: int, completion: Completion, tensors: list[np.ndarray]) -> FinishedSequence:
+    def add(array: np.ndarray | None) -> int:
+        if array is None:
+            return -1
+        tensors.append(array)
+        return len(tensors) - 1
+
+    return FinishedSequence(
+        sequence_id=sequence_id,
+        stop_reason=completion.stop_reason,
+        tokens=add(completion.tokens),
+        logprobs=add(completion.logprobs),
+        topk_token_ids=add(completion.topk_token_ids),
+        topk_logprobs=add(completion.topk_logprobs),
+        num_cached_tokens=completion.num_cached_tokens,
+    )

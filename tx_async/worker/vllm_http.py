@@ -1,0 +1,231 @@
+"""vLLM's dialect of HTTP: `/v1/completions` by token ids, adapters by name, health. Written against vLLM 0.32.
+
+Every sampling parameter is sent, whatever its value: what a request leaves out, vLLM takes from the model's
+`generation_config.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from tx_async.wire.worker import SamplingLimits, SequenceSpec
+from tx_async.worker.dialect import Completion, Prompt, Rejected, Served, Unreachable
+
+TESTED_VERSION = "0.32"
+GREEDY_BELOW = 1e-5
+TEMPERATURE_MIN = 0.01
+"""vLLM raises smaller ones to this without a word."""
+TEMPERATURE_MAX = 2.0
+TOPK_LOGPROBS_MAX = 128
+"""The most that this server's API knows; `--max-logprobs` may be less."""
+STOP_STRINGS_MAX = 4
+CONNECT_S = 5.0
+ANSWER_S = 20.0
+"""For everything but loads and samples, which take as long as they take: the watch notices when nothing moves."""
+MESSAGE_CHARACTERS_MAX = 300
+COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+NOT_SCORED = -99999.0
+
+
+class _Logprobs(Struct):
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+
+
+class _Choice(Struct):
+    finish_reason: str
+    token_ids: list[int]
+    logprobs: _Logprobs
+
+
+class _PromptDetails(Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Answer(Struct):
+    choices: list[_Choice]
+    usage: _Usage
+
+
+class _Model(Struct):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(Struct):
+    data: list[_Model]
+
+
+_answers = msgspec.json.Decoder(_Answer)
+_models = msgspec.json.Decoder(_Models)
+
+
+class VllmHttp:
+    """Implements `dialect.Dialect`."""
+
+    product = "vLLM"
+    how_to_load_adapters = (
+        "Start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, where it can read that folder."
+    )
+    limits = SamplingLimits(
+        temperature_min=TEMPERATURE_MIN,
+        temperature_max=TEMPERATURE_MAX,
+        topk_logprobs_max=TOPK_LOGPROBS_MAX,
+        stop_strings_max=STOP_STRINGS_MAX,
+    )
+
+    def __init__(self, url: str, api_key: str = ""):
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    # ---- what it is
+
+    async def version(self) -> str:
+        return msgspec.json.decode(await self._get("/version"))["version"]
+
+    def why_untested(self, version: str) -> str:
+        if version.startswith(f"{TESTED_VERSION}."):
+            return ""
+        return f"vLLM {version} was not tested, {TESTED_VERSION} was"
+
+    async def check_health(self) -> None:
+        await self._get("/health")
+
+    async def served(self) -> Served:
+        models = _models.decode(await self._get("/v1/models")).data
+        base = next((model for model in models if model.parent is None and model.max_model_len), None)
+        if base is None:
+            raise Rejected(404, "no base model is served")
+        adapters = {model.id: model.root or "" for model in models if model is not base and model.parent is not None}
+        return Served(base.id, base.root or base.id, base.max_model_len or 0, adapters)
+
+    async def num_tokens(self) -> float | None:
+        lines = (await self._get("/metrics")).decode(errors="replace").splitlines()
+        counts = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(COUNTERS)]
+        return sum(counts) if counts else None
+
+    # ---- adapters
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    # ---- samples
+
+    async def complete(self, model: str, prompt: Prompt, spec: SequenceSpec) -> Completion:
+        prompt.encoded = prompt.encoded or msgspec.json.encode(prompt.tokens)
+        body = completion_request(model, spec) | {"prompt": msgspec.Raw(prompt.encoded)}
+        return _completion(_answers.decode(await self._post("/v1/completions", body)), spec.topk_logprobs)
+
+    # ---- HTTP
+
+    async def _get(self, path: str) -> bytes:
+        return await self._ask("GET", path, None, ANSWER_S)
+
+    async def _post(self, path: str, body: dict[str, Any]) -> bytes:
+        return await self._ask("POST", path, msgspec.json.encode(body), None)
+
+    async def _ask(self, method: str, path: str, content: bytes | None, answer_s: float | None) -> bytes:
+        headers = {"Content-Type": "application/json"} if content else {}
+        timeout = httpx.Timeout(answer_s, connect=CONNECT_S)
+        try:
+            response = await self._client.request(method, path, content=content, headers=headers, timeout=timeout)
+        except httpx.TimeoutException as error:
+            raise Unreachable(f"{path} was not answered in time") from error
+        except httpx.HTTPError as error:
+            raise Unreachable(f"{path}: {str(error) or type(error).__name__}") from error
+        if response.status_code >= 400:
+            raise Rejected(response.status_code, _message(response))
+        return response.content
+
+
+def completion_request(model: str, spec: SequenceSpec) -> dict[str, Any]:
+    """The body of `/v1/completions` but for its prompt. End-of-sequence tokens are named among the stop tokens, so
+    vLLM's own are ignored."""
+    return {
+        "model": model,
+        "n": 1,
+        "max_tokens": spec.max_tokens,
+        "temperature": 0.0 if spec.temperature < GREEDY_BELOW else spec.temperature,
+        "top_k": max(spec.top_k, 0),
+        "top_p": spec.top_p,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": seed_of(spec.seed, spec.sample_index),
+        "stop": list(spec.stop_strings),
+        "stop_token_ids": list(spec.stop_token_ids),
+        "ignore_eos": True,
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "logprobs": spec.topk_logprobs,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def seed_of(seed: int, index: int) -> int:
+    """63 bits of both: sample i of a request draws from a stream of its own, the same after every restart."""
+    digest = hashlib.blake2b(b"%d %d" % (seed, index), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _completion(answer: _Answer, topk: int) -> Completion:
+    choice = answer.choices[0]
+    if choice.finish_reason not in ("stop", "length"):
+        raise Rejected(500, f"a sample ended with finish_reason {choice.finish_reason!r}")
+    ids, values = _topk(choice.logprobs.top_logprobs, topk) if topk else (None, None)
+    details = answer.usage.prompt_tokens_details
+    return Completion(
+        stop_reason=choice.finish_reason,  # type: ignore[arg-type]
+        tokens=np.array(choice.token_ids, np.int32),
+        logprobs=np.array(choice.logprobs.token_logprobs, np.float32),
+        topk_token_ids=ids,
+        topk_logprobs=values,
+        num_cached_tokens=(details.cached_tokens or 0) if details else 0,
+    )
+
+
+def _topk(positions: Sequence[dict[str, float]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 and float32 [T, k], best first. Each position lists the sampled token too, where it is not among them."""
+    ids = np.zeros((len(positions), k), np.int32)
+    values = np.full((len(positions), k), NOT_SCORED, np.float32)
+    for row, candidates in enumerate(positions):
+        best = sorted((-logprob, int(token.removeprefix("token_id:"))) for token, logprob in candidates.items())[:k]
+        ids[row, : len(best)] = [token for _, token in best]
+        values[row, : len(best)] = [-logprob for logprob, _ in best]
+    return ids, values
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        body = msgspec.json.decode(response.content)
+        text = body["error"]["message"] if "error" in body else body["detail"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        text = response.text
+    return " ".join(str(text).split())[:MESSAGE_CHARACTERS_MAX]
