@@ -5,12 +5,18 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyrage
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tx_async.engine.checkpoints import ADAPTER, GRADIENTS, OPTIMIZER
+from tests.support import parity
+from tx_async.engine.checkpoints import ADAPTER, GRADIENTS, OPTIMIZER, Checkpoints, SavedAdapter
 from tx_async.errors import CorruptedCheckpoint, InvalidRequest, StorageError, UnknownCheckpoint, UserError
+from tx_async.models.load import from_config
+from tx_async.storage.checkpoint_files import read_checkpoint_sync
+from tx_async.storage.store import Store
 from tx_async.testing.engine_bench import assert_same_bits, segment
+from tx_async.testing.models import QWEN3_TINY
 from tx_async.wire.worker import AdapterConfig, CreateAdapter, LoadSampler, SaveAdapter
 
 LENGTHS = (30, 25, 31, 20)
@@ -268,3 +274,47 @@ def test_a_save_that_cannot_be_written_fails_and_changes_nothing_that_a_mesh_mus
     assert list(checkpoints._cached) == ["run/a"]
     Path(checkpoints.store.base, "run").unlink()
     bench.save(0, config, "run/a")
+
+
+# ---- exports
+
+
+def files_of(bench, key):
+    return read_checkpoint_sync(bench.engine.checkpoints.store, key)[1]
+
+
+def test_an_encrypted_export_is_for_its_recipients_alone(bench, forget):
+    config = bench.create(0)
+    train(bench, 0, 2)
+    mine, other = (pyrage.x25519.Identity.generate() for _ in range(2))
+    recipients = tuple(str(identity.to_public()) for identity in (mine, other))
+    bench.run(SaveAdapter(slot=0, config=config, key="run/plain", kind="external"))
+    bench.run(SaveAdapter(slot=0, config=config, key="run/secret", kind="external", age_recipients=recipients))
+    forget(bench)
+    plain, secret = files_of(bench, "run/plain"), files_of(bench, "run/secret")
+    assert set(secret) == {f"{name}.age" for name in plain}
+    for name, content in plain.items():
+        assert all(pyrage.decrypt(secret[f"{name}.age"], [identity]) == content for identity in (mine, other))
+    with pytest.raises(InvalidRequest, match="encrypted"):
+        bench.load(1, config, "run/secret", optimizer=False)
+
+
+def test_an_export_names_its_base(bench):
+    config = bench.create(0)
+    metadata = {"base_model": "Qwen/Qwen3-0.6B"}
+    bench.run(SaveAdapter(slot=0, config=config, key="run/named", kind="external", metadata=metadata))
+    peft_config = json.loads(files_of(bench, "run/named")["adapter_config.json"])
+    assert peft_config["base_model_name_or_path"] == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize(("tied", "train_unembed"), [(True, True), (True, False), (False, True)])
+def test_an_export_for_a_tied_model_says_what_merging_gets_wrong(tmp_path, tied, train_unembed):
+    """Nothing is computed: only the files are looked at."""
+    config = QWEN3_TINY | {"tie_word_embeddings": tied, "num_hidden_layers": 1}
+    model, lora = from_config(config), AdapterConfig(rank=2, train_unembed=train_unembed)
+    checkpoints = Checkpoints(Store(tmp_path), model, max_rank=2)
+    checkpoints.write("run/export", SavedAdapter("external", lora, parity.random_adapter(model, lora)), {})
+    files = read_checkpoint_sync(Store(tmp_path), "run/export")[1]
+    assert ("README.md" in files) == (tied and train_unembed)
+    if "README.md" in files:
+        assert b"0.073" in files["README.md"] and b"exclude_unembed" in files["README.md"]

@@ -7,7 +7,7 @@ from tests.support.reference import Reference
 from tests.support.simulation import INFO
 from tests.support.stage import Stage
 from tx_async.scheduler.core.facts import SamplerJoined
-from tx_async.wire.operations import UnloadModel
+from tx_async.wire.operations import SaveWeights, UnloadModel
 from tx_async.wire.records import SamplerRecord
 from tx_async.wire.worker import CreateAdapter, LoadAdapter, SaveAdapter
 
@@ -315,3 +315,15 @@ def test_a_base_that_a_dead_worker_never_answered_holds_no_later_save():
     stage.run()
     assert not stage.error(save)
     Reference(stage).check()
+
+
+def test_an_export_may_leave_the_unembedding_out(stage: Stage):
+    """For tools that merge into a model with tied embeddings. What is listed is what was written."""
+    model = stage.model()
+    save = SaveWeights(model_id=model, seq_id=1, kind="external_weights", name="out", exclude_unembed=True)
+    saved = stage.submit_now(save)
+    stage.run()
+    assert not stage.error(saved)
+    (command,) = [command for command in stage.executed if isinstance(command, SaveAdapter)]
+    assert command.config.train_attn and not command.config.train_unembed
+    assert stage.catalog.checkpoints[f"tinker://{model}/external_weights/out"].lora == command.config

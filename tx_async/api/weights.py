@@ -6,6 +6,7 @@ import hashlib
 
 import msgspec
 
+from tx_async import age
 from tx_async.api import body, training, validation
 from tx_async.api.context import Call
 from tx_async.api.models import future
@@ -120,14 +121,14 @@ def _save_weights_for_sampler(call: Call, request: tinker.SaveWeightsForSamplerR
 
 
 def _save_weights_external(call: Call, request: tinker.SaveWeightsExternalRequest) -> operations.SaveWeights:
-    if request.age_encryption_recipients:
-        raise InvalidRequest("age_encryption_recipients is not supported here: exports are not encrypted.")
     return operations.SaveWeights(
         model_id=request.model_id,
         seq_id=request.seq_id,
         kind="external_weights",
         name=validation.checkpoint_name(request.path),
         ttl_seconds=validation.ttl_seconds(request.ttl_seconds),
+        age_recipients=age.check_recipients(request.age_encryption_recipients or ()),
+        exclude_unembed=request.exclude_unembed,
     )
 
 

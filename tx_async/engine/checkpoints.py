@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from tx_async.age import SUFFIX as AGE_SUFFIX
+from tx_async.age import encrypted
 from tx_async.engine.adapter_slots import HostWeights, pad, trim
 from tx_async.errors import CorruptedCheckpoint, InvalidRequest
 from tx_async.models.peft import from_peft, to_peft
@@ -38,6 +40,19 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 GRADIENTS = "gradients.safetensors"
+README = "README.md"
+TIED_NOTE = """# This adapter adapts a tied unembedding
+
+The base model's `lm_head` is its embedding matrix (`tie_word_embeddings`), and this adapter adapts `lm_head`.
+
+- Applied by PEFT without merging, it computes what the server computed.
+- Merged (`merge_and_unload`), PEFT writes the change into the embedding as well, so the inputs change with it: measured
+  0.073 nats of log-probability.
+- Tools that merge by name, such as tinker-cookbook's `build_hf_model`, find no `lm_head.weight` in the base and fail.
+
+To merge, export without it (`"exclude_unembed": true` in the body of `save_weights_external`), which leaves out what
+`lm_head` has learned; or train with `train_unembed=False` from the start.
+"""
 
 
 @dataclass
@@ -100,24 +115,30 @@ class Checkpoints:
             while self._num_bytes > self.cache_bytes_max and len(self._cached) > 1:
                 self._drop(next(iter(self._cached)))
 
-    def write(self, key: str, adapter: SavedAdapter, metadata: Mapping[str, str]) -> int:
+    def write(
+        self, key: str, adapter: SavedAdapter, metadata: Mapping[str, str], age_recipients: Sequence[str] = ()
+    ) -> int:
         """Make `adapter` durable under `key`; only the host that `writes` does. Returns bytes. Raises `StorageError`;
-        the key has no checkpoint then, and whoever asked for it is told."""
+        the key has no checkpoint then, and whoever asked for it is told. metadata: its `base_model` is what PEFT will
+        load the base from."""
         adapter.to_host()
         if not self.writes:
             return 0
-        files = self._files(adapter)
+        files = encrypted(self._files(adapter, metadata.get("base_model", "")), age_recipients)
         write_checkpoint_sync(self.store, key, files, {**metadata, **_description(adapter)})
         return sum(len(data) for data in files.values())
 
-    def _files(self, adapter: SavedAdapter) -> dict[str, bytes]:
+    def _files(self, adapter: SavedAdapter, base_model: str) -> dict[str, bytes]:
         tensors, peft_config = to_peft(self.model, trim(adapter.weights, adapter.config.rank), adapter.config)
+        peft_config["base_model_name_or_path"] = base_model or None
         files = {ADAPTER: save_safetensors(tensors, {"format": "pt"}), ADAPTER_CONFIG: json.dumps(peft_config).encode()}
         if adapter.m is not None and adapter.v is not None:
             moments = {**self._named("m.", adapter.m, adapter.config), **self._named("v.", adapter.v, adapter.config)}
             files[OPTIMIZER] = save_safetensors(moments)
         if adapter.gradients is not None:
             files[GRADIENTS] = save_safetensors(self._named("", adapter.gradients, adapter.config))
+        if adapter.kind == "external" and self.model.tied and adapter.config.train_unembed:
+            files[README] = TIED_NOTE.encode()
         return files
 
     def _named(self, prefix: str, weights: Any, config: AdapterConfig) -> dict[str, np.ndarray]:
@@ -138,6 +159,8 @@ class Checkpoints:
 
     def _read(self, key: str) -> SavedAdapter:
         metadata, files = read_checkpoint_sync(self.store, key)
+        if ADAPTER + AGE_SUFFIX in files:
+            raise InvalidRequest(f"The checkpoint {key} is encrypted to its recipients: it cannot be loaded here.")
         if ADAPTER not in files or ADAPTER_CONFIG not in files:
             raise CorruptedCheckpoint(f"The checkpoint {key} holds no adapter ({ADAPTER_CONFIG} and {ADAPTER}).")
         try:

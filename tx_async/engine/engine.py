@@ -246,8 +246,10 @@ class JaxEngine:
         else:
             weights = self._programs["read_weights"](self.training.weights, slot)
             saved = SavedAdapter(command.kind, command.config, weights)
-        self.checkpoints.keep(command.key, saved)
-        return lambda: (wire.Saved(size_bytes=self.checkpoints.write(command.key, saved, command.metadata)), [])
+        if not command.age_recipients:  # what is encrypted is for others, and nothing here loads it
+            self.checkpoints.keep(command.key, saved)
+        write = partial(self.checkpoints.write, command.key, saved, command.metadata, command.age_recipients)
+        return lambda: (wire.Saved(size_bytes=write()), [])
 
     def _load_sampler(self, command: wire.LoadSampler) -> Pending:
         saved = self.checkpoints.load(command.key)

@@ -28,6 +28,7 @@ from msgspec import Struct
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from tx_async.age import encrypted
 from tx_async.errors import (
     BaseModelError,
     Category,
@@ -252,8 +253,8 @@ class FakeEngine:
                 loaded = self._load(key)
                 self._training[slot] = loaded if optimizer else _Adapter(w=loaded.w)
                 return Loaded(step=self._training[slot].step), []
-            case SaveAdapter(slot=slot, key=key, kind=kind):
-                return Saved(size_bytes=self._save(self._adapter(slot), key, kind)), []
+            case SaveAdapter(slot=slot, key=key, kind=kind, age_recipients=recipients):
+                return Saved(size_bytes=self._save(self._adapter(slot), key, kind, recipients)), []
             case LoadSampler(sampler_slot=slot, key=key):
                 self._samplers.pop(slot, None)
                 self._samplers[slot] = self._load(key)
@@ -279,7 +280,7 @@ class FakeEngine:
 
     # ---- checkpoints
 
-    def _save(self, adapter: _Adapter, key: str, kind: str) -> int:
+    def _save(self, adapter: _Adapter, key: str, kind: str, age_recipients: Sequence[str]) -> int:
         arrays = {"w": adapter.w, "step": np.int64(adapter.step)}
         if kind in ("training", "snapshot"):
             arrays |= {"m": adapter.m, "v": adapter.v}
@@ -289,7 +290,8 @@ class FakeEngine:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         data = buffer.getvalue()
         if self._store is not None:
-            write_checkpoint_sync(self._store, key, {ADAPTER_FILE: data, **_peft_files(adapter.w)}, {"kind": kind})
+            files = encrypted({ADAPTER_FILE: data, **_peft_files(adapter.w)}, age_recipients)
+            write_checkpoint_sync(self._store, key, files, {"kind": kind})
         else:
             self.files[key] = data
         return len(data)

@@ -79,6 +79,10 @@ class SaveWeights(Struct, tag=True, frozen=True, kw_only=True):
     ttl_seconds: int | None = None
     overwrite: bool = False
     user_metadata: dict = {}
+    age_recipients: tuple[str, ...] = ()
+    """Who can read an export; () = everybody who gets the files."""
+    exclude_unembed: bool = False
+    """Leave the adapter of the unembedding out of an export."""
 
 
 class LoadWeights(Struct, tag=True, frozen=True, kw_only=True):

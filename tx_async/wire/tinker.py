@@ -279,6 +279,8 @@ class SaveWeightsExternalRequest(TrainingIds):
     path: str
     ttl_seconds: Int64 | None = None
     age_encryption_recipients: list[str] | None = None
+    exclude_unembed: bool = False
+    """Not of the SDK: leaves lm_head's adapter out, for tools that merge into a model with tied embeddings."""
 
 
 class LoadStateRequest(TrainingIds):

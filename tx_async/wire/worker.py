@@ -324,6 +324,8 @@ class SaveAdapter(Struct, tag=True, frozen=True, kw_only=True):
     key: str
     kind: Literal["training", "snapshot", "sampler", "external"]
     metadata: dict[str, str] = {}
+    age_recipients: tuple[str, ...] = ()
+    """Files become `NAME.age`, encrypted to these; nobody here can load them again."""
 
 
 class LoadSampler(Struct, tag=True, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from tx_async.scheduler.training.runs import Runs
 from tx_async.wire.ids import sampler_id
 from tx_async.wire.operations import LoadWeights, SaveWeights
 from tx_async.wire.records import Change, CheckpointRecord, Put, SamplerRecord
-from tx_async.wire.worker import LoadAdapter, SaveAdapter
+from tx_async.wire.worker import AdapterConfig, LoadAdapter, SaveAdapter
 
 FILE_KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 RESULT_TYPES = {
@@ -42,7 +42,7 @@ class Saves:
         self._saving[name] = step.seq_id
         return SaveAdapter(
             slot=slot,
-            config=lane.model.lora,
+            config=_saved_config(lane, operation),
             key=storage_key(lane, step, operation),
             kind=FILE_KINDS[operation.kind],  # type: ignore[arg-type]
             metadata={
@@ -51,6 +51,7 @@ class Saves:
                 "model_id": lane.model_id,
                 "name": operation.name or EPHEMERAL,
             },
+            age_recipients=operation.age_recipients,
         )
 
     def finished(self, lane: Lane, step: Step, operation: SaveWeights, size_bytes: int) -> None:
@@ -70,7 +71,7 @@ class Saves:
             storage_key=storage_key(lane, step, operation),
             base_model=lane.model.base_model,
             base_fingerprint=lane.model.base_fingerprint,
-            lora=lane.model.lora,
+            lora=_saved_config(lane, operation),
             created_at=now,
             size_bytes=size_bytes,
             user_metadata=operation.user_metadata,
@@ -144,6 +145,16 @@ class Saves:
             self.decisions.append(Put(step.request))
         key = step.request.storage_key
         return LoadAdapter(slot=slot, config=lane.model.lora, key=key, optimizer=operation.optimizer)
+
+
+def _saved_config(lane: Lane, operation: SaveWeights) -> AdapterConfig:
+    """Of what is written: an export may leave the unembedding out, unless nothing else was trained."""
+    lora = lane.model.lora
+    if not operation.exclude_unembed:
+        return lora
+    if not (lora.train_attn or lora.train_mlp):
+        raise InvalidRequest("exclude_unembed: this adapter adapts the unembedding only, so nothing would be exported.")
+    return msgspec.structs.replace(lora, train_unembed=False)
 
 
 def _check_same_shape(lane: Lane, checkpoint: CheckpointRecord) -> None:
