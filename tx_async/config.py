@@ -88,6 +88,19 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Let vLLM sample adapters of mixtures of experts, too."""
 
     request_body_bytes_max: int = 256 * 2**20
+    """Bytes of one request body, unpacked; a larger one is answered 413."""
+    bodies_bytes_max: int = 256 * 2**20
+    """Bytes of all request bodies that are being read, unpacked and decoded; more of them wait."""
+    tenant_bodies_bytes_max: int = 128 * 2**20
+    """The same of one API key; a body that takes more than three quarters of it is answered 413."""
+    body_timeout_ms: int = 30_000
+    """A request body that makes no progress for so long is answered 408, and its connection closed."""
+    request_datums_max: int = 4_096
+    """Datums of one request."""
+    json_values_max: int = 1_000_000
+    """Numbers and texts of one JSON body; a body of more is answered 413, before it is decoded."""
+    json_depth_max: int = 64
+    """How deep JSON may nest; deeper is answered 400."""
     queued_requests_max: int = 20_000
     """Accepted, unfinished requests; more are answered 429."""
     queued_bytes_max: int = 4 * 2**30

@@ -56,6 +56,12 @@ class BodyTooLarge(UserError):
     status = 413
 
 
+class BodyTimeout(UserError):
+    """The request body made no progress for too long (`body_timeout_ms`). Send it again."""
+
+    status = 408
+
+
 class Unauthorized(UserError):
     """No valid API key in the X-API-Key header."""
 

@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import ssl
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ GRACEFUL_S = 1.0
 KEEP_ALIVE_S = 120
 BACKLOG = 4096
 HEADERS_BYTES_MAX = 64 * 1024
+SWITCH_INTERVAL_S = 0.001
+"""How long a thread that decodes a body may keep the event loop waiting for the interpreter."""
+UNREAD_PIECES_MAX = 2
+"""Pieces (of 64 KiB) of a body that wait to be read: what comes faster than the budget allows stays in the socket."""
 STARTUP_S = 600
 """Recovery of a long journal happens before the server accepts."""
 
@@ -50,6 +55,7 @@ def serve(config: ServerConfig) -> int:
     Gate(config)
     logs.configure(config.log_level)
     _raise_open_files_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = _hypercorn_settings(config)
     sockets = _bind(settings, config)
 
@@ -141,6 +147,7 @@ def _hypercorn_settings(config: ServerConfig) -> HypercornConfig:
     settings.graceful_timeout = GRACEFUL_S
     settings.startup_timeout = STARTUP_S
     settings.shutdown_timeout = config.shutdown_ms / 1000 + 5
+    settings.max_app_queue_size = UNREAD_PIECES_MAX
     settings.h11_max_incomplete_size = HEADERS_BYTES_MAX
     settings.include_server_header = False
     settings.errorlog = logging.getLogger("hypercorn")

@@ -153,3 +153,15 @@ async def test_a_server_without_keys_does_not_answer_other_machines(client):
     refused = await client.get(f"http://192.168.7.1{path}")
     assert refused.status_code == 401 and "api_keys_file" in refused.text
     assert (await client.get("http://192.168.7.1/api/v1/healthz")).status_code in (200, 503)
+
+
+@pytest.mark.parametrize("row", DECODED, ids=ids)
+async def test_json_nests_to_a_limit_everywhere(client, row):
+    """Also in what nobody reads: a parser, and whoever stores or shows it, would go down level by level."""
+    for depth in (64, 65, 978, 8_000):
+        nested = '{"a":' * (depth - 1) + "1" + "}" * (depth - 1)
+        body = f'{{"unknown":{nested},"user_metadata":{nested}}}'
+        answer = await client.request(row.method, url(row), content=body)
+        is_too_deep = "json_depth_max" in answer.json()["detail"] if answer.status_code >= 400 else False
+        assert is_too_deep == (depth > 64), answer.text
+        assert answer.status_code == 400 if is_too_deep else answer.status_code < 500

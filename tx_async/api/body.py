@@ -1,11 +1,13 @@
 """Request bodies: read with a limit, unpacked with a limit, decoded once.
 
-Large ones are unpacked and decoded in a thread, so that heartbeats and long polls do not wait for them.
+Large ones are unpacked and decoded in a thread, in their key's turn (`budget.py`), so that heartbeats and long polls do
+not wait for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,12 +16,14 @@ import msgspec
 import zstandard
 from starlette.requests import Request
 
-from tx_async.errors import BodyTooLarge, InvalidRequest
+from tx_async.api import measure
+from tx_async.api.budget import INLINE_BYTES_MAX, Hold
+from tx_async.errors import BodyTimeout, BodyTooLarge, InvalidRequest
 
 T = TypeVar("T")
 
-INLINE_BYTES_MAX = 64 * 1024
-"""Bodies and results up to this size are handled on the event loop: a thread would cost more than it saves."""
+JOIN_BYTES_MAX = 4 * 2**20
+"""Pieces of so much are joined on the event loop: a millisecond."""
 HEAD_BYTES = 4096
 """What is kept of a body over the limit: enough for the ids at the start of a protobuf."""
 DRAIN_FACTOR = 4
@@ -34,35 +38,40 @@ class OversizedBody(BodyTooLarge):
 
     def __init__(self, head: bytes, bytes_max: int):
         super().__init__(
-            f"The request body is larger than this server accepts ({bytes_max} bytes unpacked): send smaller pieces."
+            f"The request body is larger than this server accepts: {bytes_max} bytes, unpacked "
+            "(`request_body_bytes_max`, `tenant_bodies_bytes_max`). Send smaller pieces."
         )
         self.head = head
 
 
-async def read(request: Request, bytes_max: int) -> bytes:
-    """The whole body, unpacked. `OversizedBody` beyond `bytes_max`; `InvalidRequest` when its packing is broken."""
+async def read(request: Request, bytes_max: int, hold: Hold) -> bytes:
+    """The whole body, unpacked. `OversizedBody` beyond `bytes_max`, `BodyTooLarge` beyond what its key may have,
+    `BodyTimeout` when it does not go on; `InvalidRequest` when its packing is broken."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "zstd"):
         raise InvalidRequest(f"Content-Encoding {encoding!r} is not supported: send zstd, or none.")
+    bytes_max = min(bytes_max, hold.bodies.body_bytes_max)
     try:
-        body = await _receive(request, bytes_max)
+        body = await _receive(request, bytes_max, hold)
     except OversizedBody as error:
         head = _zstd_head(error.head) if encoding == "zstd" else error.head
         raise OversizedBody(head, bytes_max) from None
-    if encoding == "zstd":
-        return await compute(unpack_zstd, len(body), body, bytes_max)
-    return body
+    return await _unpack(body, bytes_max, hold) if encoding == "zstd" else body
 
 
-async def compute(function: Callable[..., T], num_bytes: int, *arguments: Any) -> T:
-    """Run a function whose cost grows with `num_bytes`, in a thread when that is much."""
-    if num_bytes <= INLINE_BYTES_MAX:
-        return function(*arguments)
-    return await anyio.to_thread.run_sync(function, *arguments)
+async def _unpack(packed: bytes, bytes_max: int, hold: Hold) -> bytes:
+    """What it unfolds to is asked for before it is there."""
+    size = announced_size(packed, bytes_max)
+    if size is None:
+        async with hold.bodies.decoding(hold.owner):
+            size = await anyio.to_thread.run_sync(count_zstd, packed, bytes_max)
+    await hold.take(size, unfolds=True)
+    return await hold.compute(unpack_zstd, size, packed, bytes_max)
 
 
-def decode_json(body: bytes, kind: type[T]) -> T:
-    """`InvalidRequest` says what is wrong and where."""
+def decode_json(body: bytes, kind: type[T], depth_max: int) -> T:
+    """`InvalidRequest` says what is wrong and where; `NestedTooDeep` comes before anything is decoded."""
+    measure.check_nesting(body, depth_max)
     try:
         return _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
@@ -72,31 +81,47 @@ def decode_json(body: bytes, kind: type[T]) -> T:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
 
 
-def unpack_zstd(data: bytes, bytes_max: int) -> bytes:
-    """One zstd frame, whether it announces its size or not."""
+def announced_size(data: bytes, bytes_max: int) -> int | None:
+    """Bytes that a zstd frame says it has; None when it does not say."""
     try:
-        announced = zstandard.get_frame_parameters(data).content_size
-        if announced not in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) and announced > bytes_max:
-            raise OversizedBody(_zstd_head(data), bytes_max)
-        return _unpack_stream(data, bytes_max)
+        size = zstandard.get_frame_parameters(data).content_size
     except zstandard.ZstdError as error:
         raise InvalidRequest(f"The request body is not valid zstd: {error}.") from None
+    if size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+        return None
+    if size > bytes_max:
+        raise OversizedBody(_zstd_head(data), bytes_max)
+    return size
 
 
-def _unpack_stream(data: bytes, bytes_max: int) -> bytes:
+def count_zstd(data: bytes, bytes_max: int) -> int:
+    """Bytes that a frame unfolds to, none of which are kept."""
+    return sum(map(len, _unfold(data, bytes_max)))
+
+
+def unpack_zstd(data: bytes, bytes_max: int) -> bytes:
+    """One zstd frame, whether it announces its size or not."""
+    return b"".join(_unfold(data, bytes_max))
+
+
+def _unfold(data: bytes, bytes_max: int) -> Iterator[bytes]:
     """A piece of input at a time: a few bytes can unfold to gigabytes, but one piece only to a bounded amount."""
     unpacker = zstandard.ZstdDecompressor().decompressobj()
-    pieces, size = [], 0
-    for start in range(0, len(data), PIECE_BYTES):
-        pieces.append(unpacker.decompress(data[start : start + PIECE_BYTES]))
-        size += len(pieces[-1])
-        if size > bytes_max:
-            raise OversizedBody(b"".join(pieces)[:HEAD_BYTES], bytes_max)
-        if unpacker.eof and (unpacker.unused_data or start + PIECE_BYTES < len(data)):
-            raise InvalidRequest("The request body has bytes after the end of its zstd frame.")
+    head, size = b"", 0
+    try:
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = unpacker.decompress(data[start : start + PIECE_BYTES])
+            head += piece[: HEAD_BYTES - len(head)]
+            size += len(piece)
+            if size > bytes_max:
+                raise OversizedBody(head, bytes_max)
+            yield piece
+            if unpacker.eof and (unpacker.unused_data or start + PIECE_BYTES < len(data)):
+                raise InvalidRequest("The request body has bytes after the end of its zstd frame.")
+    except zstandard.ZstdError as error:
+        raise InvalidRequest(f"The request body is not valid zstd: {error}.") from None
     if not unpacker.eof:
         raise InvalidRequest("The request body is a truncated zstd frame.")
-    return b"".join(pieces)
 
 
 def _zstd_head(data: bytes) -> bytes:
@@ -107,21 +132,55 @@ def _zstd_head(data: bytes) -> bytes:
         return b""
 
 
-async def _receive(request: Request, bytes_max: int) -> bytes:
+async def _receive(request: Request, bytes_max: int, hold: Hold) -> bytes:
+    """Bytes are asked for before they are read: all that the head announces, or piece by piece."""
+    announced = _content_length(request)
+    if announced <= bytes_max:
+        await hold.take(announced)
     head, pieces, size = b"", [], 0
-    async for piece in request.stream():
+    async for piece in _pieces(request, hold.bodies.timeout_s):
         size += len(piece)
         if len(head) < HEAD_BYTES:
             head += piece[: HEAD_BYTES - len(head)]
-        if size <= bytes_max:
+        if size <= bytes_max and announced <= bytes_max:
+            if size > hold.num_bytes:
+                await hold.take(max(len(piece), INLINE_BYTES_MAX))
             pieces.append(piece)
-        else:
+        elif pieces:
             pieces.clear()
+            hold.release()
         if size > DRAIN_FACTOR * bytes_max:
             break
-    if size > bytes_max:
+    if size > bytes_max or announced > bytes_max:
         raise OversizedBody(head, bytes_max)
-    return b"".join(pieces)
+    return await _join(pieces, size)
+
+
+def _content_length(request: Request) -> int:
+    text = request.headers.get("content-length", "0").strip()
+    return int(text) if len(text) < 16 and text.isdigit() else 0
+
+
+async def _pieces(request: Request, timeout_s: float) -> AsyncIterator[bytes]:
+    """Raises `BodyTimeout` when the next one does not come."""
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(timeout_s):
+                piece = await anext(stream, None)
+        except TimeoutError:
+            raise BodyTimeout() from None
+        if piece is None:
+            return
+        yield piece
+
+
+async def _join(pieces: list[bytes], size: int) -> bytes:
+    if len(pieces) == 1:
+        return pieces[0]
+    if size <= JOIN_BYTES_MAX:
+        return b"".join(pieces)
+    return await anyio.to_thread.run_sync(b"".join, pieces)
 
 
 @cache

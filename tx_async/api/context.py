@@ -8,6 +8,7 @@ from typing import Protocol
 
 from starlette.requests import Request
 
+from tx_async.api.budget import Bodies, Hold
 from tx_async.api.gate import Gate
 from tx_async.api.links import Links
 from tx_async.api.owner import Owners, key_of
@@ -48,6 +49,7 @@ class Api:
     """Takes the server's paths and addresses out of what tenants are told of a failure."""
     tokenizer_id: str
     """Folder or hub name that clients load the tokenizer from."""
+    bodies: Bodies
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Call:
     api: Api
     request: Request
     owner: str
-    body: bytes = b""
+    hold: Hold
+    """What its body takes of the budget."""
 
     @property
     def scheduler(self) -> SchedulerApi:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -21,6 +23,8 @@ from tx_async.errors import TxError
 
 CONTROL_BODY_BYTES_MAX = 2**20
 """Limit of the bodies that carry no data."""
+LEFTOVERS_S = 1.0
+"""How long a request that has been answered may take to send what is left of its body."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +78,33 @@ class Endpoint:
             logger.exception("%s %s failed", self.row.method, self.row.path)
             response = internal_error_response()
         await response(scope, receive, send)
+        await _read_to_the_end(request)
 
     async def _respond(self, request: Request) -> Response:
         owner = "" if self.row.public else self._authenticate(request)
-        call = Call(self._api, request, owner)
-        if self._decodes is None:
-            answer = await self.row.handler(call)
-        else:
-            content = await body.read(request, CONTROL_BODY_BYTES_MAX)
-            answer = await self.row.handler(call, body.decode_json(content, self._decodes))
+        async with self._api.bodies.hold(owner) as hold:
+            call = Call(self._api, request, owner, hold)
+            if self._decodes is None:
+                answer = await self.row.handler(call)
+            else:
+                content = await body.read(request, CONTROL_BODY_BYTES_MAX, hold)
+                decoded = body.decode_json(content, self._decodes, self._api.config.json_depth_max)
+                hold.release()  # what follows may be a long poll
+                answer = await self.row.handler(call, decoded)
         return answer if isinstance(answer, Response) else json_response(answer)
 
     def _authenticate(self, request: Request) -> str:
         return self._api.owners.authenticate(key_of(request.headers), reached_at(request.scope))
+
+
+async def _read_to_the_end(request: Request) -> None:
+    """Of a body that nobody wanted any more: the server's reader of the connection waits until what it has is taken."""
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LEFTOVERS_S):
+            while not request._stream_consumed:  # Starlette has no public name for it
+                message = await request.receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    break
 
 
 def _parameters(handler: Callable[..., Any]) -> list[str]:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tx_async.errors import Category, TxError
+from tx_async.errors import BodyTimeout, Category, TxError
 from tx_async.wire.tinker import ErrorBody
 
 RETRY_AFTER_S = 1
@@ -29,6 +29,8 @@ def json_response(value: object, status: int = 200, headers: dict[str, str] | No
 def error_response(error: TxError, redact: Callable[[str], str] = str) -> Response:
     """redact: takes out of a failure of the server what is not its tenants' business."""
     headers = {"retry-after": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
+    if isinstance(error, BodyTimeout):
+        headers = {"connection": "close"}
     message = error.message if error.category == "user" else redact(error.message)
     return _response(error.status, message, error.category, headers)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 from starlette.responses import Response
 
-from tx_async.api import body
 from tx_async.api.context import Call
 from tx_async.api.errors import json_response
 from tx_async.scheduler.interface import StillPending
@@ -29,7 +28,7 @@ async def retrieve_future(call: Call, request: tinker.RetrieveFutureRequest) -> 
             tinker.ResultMetadata(status="complete_metadata", response_payload_size=len(outcome.payload))
         )
     wants_protobuf = protobuf.CONTENT_TYPE in call.header("accept")
-    content = await body.compute(_encode, len(outcome.payload), outcome, wants_protobuf)
+    content = await call.hold.compute(_encode, len(outcome.payload), outcome, wants_protobuf)
     return Response(content, media_type=protobuf.CONTENT_TYPE if wants_protobuf else "application/json")
 
 

@@ -19,6 +19,7 @@ from tx_async.api import (
     training,
     weights,
 )
+from tx_async.api.budget import Bodies
 from tx_async.api.context import Api, CheckpointFiles
 from tx_async.api.endpoint import Endpoint, Row
 from tx_async.api.errors import http_exception_response
@@ -168,6 +169,7 @@ def create_routes(
             config.tokenizer, config.base_model, config.base_model_name, scheduler.base_model.path
         )
         or scheduler.base_model.name,
+        bodies=Bodies(config),
     )
     return [Route(row.path, Endpoint(row, api), methods=[row.method]) for row in ROUTES]
 

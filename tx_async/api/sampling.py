@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tx_async.api import body, training, validation
+from tx_async.api import body, measure, training, validation
 from tx_async.api.context import Call
-from tx_async.api.models import future
 from tx_async.api.ownership import owned
 from tx_async.errors import InvalidRequest, UnknownSampler
 from tx_async.wire import datums, operations, tinker
@@ -45,12 +44,12 @@ async def get_sampler(call: Call) -> tinker.SamplerResponse:
 
 async def asample(call: Call) -> tinker.UntypedAPIFuture:
     content = await training.read(call)
-    operation = await body.compute(_sample, len(content), call, content)
-    return future(await call.scheduler.submit(call.owner, operation))
+    return await training.submit_decoded(call, content, _sample)
 
 
 def _sample(call: Call, content: bytes) -> operations.Sample:
-    request = body.decode_json(content, tinker.SampleRequest)
+    measure.check_values(content, call.api.config.json_values_max)
+    request = body.decode_json(content, tinker.SampleRequest, call.api.config.json_depth_max)
     if request.sampling_session_id is None or request.seq_id is None:
         raise InvalidRequest("asample needs sampling_session_id and seq_id: create a sampling session first.")
     params = request.sampling_params

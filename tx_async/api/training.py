@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from tx_async.api import body, validation
+from tx_async.api import body, measure, validation
 from tx_async.api.context import Call
 from tx_async.api.models import future
 from tx_async.errors import InvalidRequest, UserError
@@ -20,6 +20,10 @@ from tx_async.wire import datums, operations, protobuf, tinker
 from tx_async.wire.worker import AdamParams
 
 Ids = TypeVar("Ids", bound=tinker.TrainingIds)
+
+LENIENT_BYTES_MAX = 4 * 2**20
+"""Bodies up to this size are read for their ids although they are not JSON."""
+_ids_decoder = msgspec.json.Decoder(tinker.TrainingIds)
 
 
 async def forward_backward(call: Call) -> tinker.UntypedAPIFuture:
@@ -32,7 +36,7 @@ async def forward_backward(call: Call) -> tinker.UntypedAPIFuture:
         if (ids := protobuf.peek_ids(error.head)) is None:
             raise
         return await _submit(call, _rejected(tinker.TrainingIds(*ids), "ForwardBackward", error))
-    return await _submit(call, await body.compute(_from_protobuf, len(content), call, content))
+    return await submit_decoded(call, content, _from_protobuf)
 
 
 async def forward(call: Call) -> tinker.UntypedAPIFuture:
@@ -54,17 +58,40 @@ async def submit(call: Call, kind: str, request_type: type[Ids], convert: Conver
 async def submit_body(
     call: Call, content: bytes, kind: str, request_type: type[Ids], convert: Convert[Ids]
 ) -> tinker.UntypedAPIFuture:
-    return await _submit(call, await body.compute(_decode, len(content), call, content, kind, request_type, convert))
+    return await submit_decoded(call, content, _decode, kind, request_type, convert)
+
+
+async def submit_decoded(
+    call: Call, content: bytes, decode: Callable[..., operations.Operation], *arguments: Any
+) -> tinker.UntypedAPIFuture:
+    """What grows with the body happens in one place: decoding it, and encoding it again for the journal."""
+    operation, encoded = await call.hold.compute(_prepare, len(content), decode, call, content, *arguments)
+    request = await call.scheduler.submit(call.owner, operation, encoded)
+    return future(request, None if isinstance(operation, operations.Sample) else operation.model_id)
+
+
+def _prepare(
+    decode: Callable[..., operations.Operation], *arguments: Any
+) -> tuple[operations.Operation, operations.Encoded]:
+    operation = decode(*arguments)
+    return operation, operations.Encoded.of(operation)
 
 
 async def read(call: Call) -> bytes:
-    return await body.read(call.request, call.api.config.request_body_bytes_max)
+    return await body.read(call.request, call.api.config.request_body_bytes_max, call.hold)
 
 
 def ids_of(content: bytes) -> tinker.TrainingIds | None:
-    """From a JSON body with whatever other fault: Python's parser also takes the NaN that JSON does not have."""
+    """From a JSON body with whatever other fault: Python's parser also takes the NaN that JSON does not have, but only
+    in a small one, because it makes an object of everything."""
     try:
-        return msgspec.convert(json.loads(content), tinker.TrainingIds)
+        return _ids_decoder.decode(content)
+    except msgspec.ValidationError:
+        return None
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return msgspec.convert(json.loads(content), tinker.TrainingIds) if len(content) <= LENIENT_BYTES_MAX else None
     except (ValueError, RecursionError):
         return None
 
@@ -76,8 +103,11 @@ async def _submit(call: Call, operation: operations.TrainingOperation) -> tinker
 def _decode(
     call: Call, content: bytes, kind: str, request_type: type[Ids], convert: Convert[Ids]
 ) -> operations.TrainingOperation:
+    measure.check_values(content, call.api.config.json_values_max)
     try:
-        return convert(call, body.decode_json(content, request_type))
+        return convert(call, body.decode_json(content, request_type, call.api.config.json_depth_max))
+    except measure.NestedTooDeep:
+        raise
     except InvalidRequest as error:
         if (ids := ids_of(content)) is None:
             raise
@@ -96,6 +126,12 @@ def _budget(call: Call) -> datums.DenseBudget:
 
 
 def _from_protobuf(call: Call, content: bytes) -> operations.TrainingOperation:
+    try:
+        measure.check_forward_backward(content, call.api.config.request_datums_max)
+    except InvalidRequest as error:
+        if (ids := protobuf.peek_ids(content[: body.HEAD_BYTES])) is None:
+            raise
+        return _rejected(tinker.TrainingIds(*ids), "ForwardBackward", error)
     message = protobuf.parse_forward_backward(content)
     try:
         operation = protobuf.to_forward_backward(message, _budget(call))

@@ -7,7 +7,7 @@ import hashlib
 import msgspec
 
 from tx_async import age
-from tx_async.api import body, training, validation
+from tx_async.api import body, measure, training, validation
 from tx_async.api.context import Call
 from tx_async.api.models import future
 from tx_async.api.ownership import owned, readable_checkpoint
@@ -31,9 +31,13 @@ async def save_weights_external(call: Call) -> tinker.UntypedAPIFuture:
 async def load_weights(call: Call) -> tinker.UntypedAPIFuture:
     """With (model_id, seq_id): into a live model. With (session_id, model_seq_id): into a new one."""
     content = await training.read(call)
+    measure.check_values(content, call.api.config.json_values_max)
+    measure.check_nesting(content, call.api.config.json_depth_max)
     if training.ids_of(content) is not None:
         return await training.submit_body(call, content, "LoadWeights", tinker.LoadStateRequest, _load_weights)
-    operation = _create_from_checkpoint(call, body.decode_json(content, tinker.LoadWeightsRequest))
+    operation = _create_from_checkpoint(
+        call, body.decode_json(content, tinker.LoadWeightsRequest, call.api.config.json_depth_max)
+    )
     return future(await call.scheduler.submit(call.owner, operation), operation.model_id)
 
 

@@ -13,7 +13,7 @@ from tx_async.journal.journal import Journal
 from tx_async.scheduler.core.facts import SubmissionRefused
 from tx_async.scheduler.performer import Performer
 from tx_async.scheduler.submissions import Submission, Submissions, key_of
-from tx_async.wire.operations import Operation
+from tx_async.wire.operations import Encoded, Operation
 from tx_async.wire.records import RequestRecord
 
 
@@ -26,10 +26,10 @@ class Acceptance:
         #: request_id -> its commit
         self._commits: dict[str, asyncio.Task[None]] = {}
 
-    async def submit(self, owner: str, operation: Operation) -> RequestRecord:
+    async def submit(self, owner: str, operation: Operation, encoded: Encoded | None = None) -> RequestRecord:
         """The request of this key: the first one's. Raises `Conflict`, `Overloaded`, `StorageError`."""
         try:
-            known = self.submissions.submit(owner, operation, self.clock.now())
+            known = self.submissions.submit(owner, operation, self.clock.now(), encoded)
             if not isinstance(known, Submission):
                 return known
             # A client that gives up must not take back what may be durable already.

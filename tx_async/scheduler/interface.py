@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from tx_async.wire.operations import Operation
+from tx_async.wire.operations import Encoded, Operation
 from tx_async.wire.records import (
     CheckpointRecord,
     ModelRecord,
@@ -95,7 +95,7 @@ class SchedulerApi(Protocol):
         """A number ≥ 1 that no other client of this sampling session has."""
         ...
 
-    async def submit(self, owner: str, operation: Operation) -> RequestRecord:
+    async def submit(self, owner: str, operation: Operation, encoded: Encoded | None = None) -> RequestRecord:
         """Accept an operation. The same key returns the first request; `Conflict` with another body. `Overloaded`:
         try later.
 

@@ -36,7 +36,7 @@ from tx_async.scheduler.statistics import SchedulerStatistics
 from tx_async.scheduler.submissions import Submissions, session_of
 from tx_async.scheduler.waiters import Waiters
 from tx_async.wire.facts import CommandEnded, WorkerFact
-from tx_async.wire.operations import Operation
+from tx_async.wire.operations import Encoded, Operation
 from tx_async.wire.records import (
     CheckpointRecord,
     ModelRecord,
@@ -221,12 +221,12 @@ class Scheduler:
 
     # ---- requests
 
-    async def submit(self, owner: str, operation: Operation) -> RequestRecord:
+    async def submit(self, owner: str, operation: Operation, encoded: Encoded | None = None) -> RequestRecord:
         if session := session_of(self.catalog, owner, operation):
             self._sessions.seen(session)
         if self._submissions.is_new(operation):
             self._refuse_when_stopping()
-        return await self._acceptance.submit(owner, operation)
+        return await self._acceptance.submit(owner, operation, encoded)
 
     async def retrieve(self, owner: str, request_id: str, timeout_s: float) -> ResultRecord | StillPending:
         request = self.catalog.requests.get(request_id)

@@ -15,10 +15,11 @@ from tx_async.scheduler.core.facts import RequestAccepted
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.training.lanes import FORWARD
-from tx_async.wire import ids, operations, results
+from tx_async.wire import ids, results
 from tx_async.wire.operations import (
     CreateModel,
     CreateModelFromCheckpoint,
+    Encoded,
     ForwardBackward,
     Operation,
     Sample,
@@ -68,14 +69,16 @@ class Submissions:
         key = key_of(operation)
         return key not in self._coming and self.catalog.find_request(*key) is None
 
-    def submit(self, owner: str, operation: Operation, now: float) -> RequestRecord | Submission:
+    def submit(
+        self, owner: str, operation: Operation, now: float, encoded: Encoded | None = None
+    ) -> RequestRecord | Submission:
         """The request that this key has already, or the submission that is on its way to become it.
 
         Raises `Conflict` for another body under the same key or a turn that has passed, `Overloaded`.
         """
         key = key_of(operation)
-        body = operations.encode(operation)
-        digest = operations.body_digest(body)
+        encoded = encoded or Encoded.of(operation)
+        body, digest = encoded.body, encoded.digest
         if known := self.catalog.find_request(*key):
             return same(known, digest)
         if coming := self._coming.get(key):

@@ -186,7 +186,9 @@ class FakeScheduler:
 
     # ---- requests
 
-    async def submit(self, owner: str, operation: Operation) -> RequestRecord:
+    async def submit(
+        self, owner: str, operation: Operation, encoded: operations.Encoded | None = None
+    ) -> RequestRecord:
         if self.missing:
             raise NotReady()
         if self.overloaded:

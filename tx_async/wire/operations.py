@@ -159,6 +159,18 @@ def encode(operation: Operation) -> bytes:
     return _encoder.encode(operation)
 
 
+class Encoded(Struct, frozen=True):
+    """What is stored of an operation, made where making it holds nobody up."""
+
+    body: bytes
+    digest: str
+
+    @classmethod
+    def of(cls, operation: Operation) -> Encoded:
+        body = encode(operation)
+        return cls(body, body_digest(body))
+
+
 def decode(body: bytes) -> Operation:
     return _decoder.decode(body)
 
