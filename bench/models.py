@@ -30,7 +30,6 @@ from jax import Array
 
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows
-from tx_async.layers.weights import Stack
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import from_config
 from tx_async.testing.models import QWEN3_TINY
@@ -123,7 +122,8 @@ def flops_of(model: Decoder, rows: int, length: int, rank: int) -> tuple[int, in
         if weight.group and weight.stack:
             base += int(np.prod(weight.shape))
             lora += weight.num_layers * rank * (weight.dims[0].size + weight.dims[1].size)
-    heads = model.attention.num_heads * model.attention.head_dim  # type: ignore[attr-defined]
+    mixer: Any = model.layers[0].mixer
+    heads = mixer.num_heads * mixer.head_dim
     pairs = rows * length * (length + 1) // 2 * model.num_layers * heads
     tokens = rows * length
     forward = tokens * 2 * (base + lora) + 4 * pairs
@@ -150,7 +150,7 @@ def compile_times(model: Decoder, options: argparse.Namespace) -> dict[str, floa
     jax.config.update("jax_enable_compilation_cache", False)
     found: dict[str, float] = {}
     for num_layers in options.layers:
-        deep = replace(model, num_layers=num_layers, segments=((Stack("layers", tuple(range(num_layers))),),))
+        deep = replace(model, layers=model.layers[:1] * num_layers)
         shapes = jax.eval_shape(lambda deep=deep: (random_params(deep), random_lora(deep, options.rank, options.rows)))
         tokens = jax.ShapeDtypeStruct((options.rows, options.length), jnp.int32)
         for name, index in (("forward", 0), ("forward_backward", 1)):

@@ -11,15 +11,34 @@ from tx_async.fingerprint import fingerprint
 from tx_async.models import tensor_files
 from tx_async.names import names_of
 from tx_async.scheduler.interface import BaseModelInfo
+from tx_async.text_config import text_config
 from tx_async.wire.worker import EngineConfig
 
 ARCHITECTURES = (
+    "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen3NextForCausalLM",
     "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MinistralForCausalLM",
+    "Ministral3ForCausalLM",
+    "Mistral3ForConditionalGeneration",
+    "SeedOssForCausalLM",
+    "Phi3ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "Olmo3ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
     "DeepseekV3ForCausalLM",
+    "Glm4MoeForCausalLM",
     "Glm4MoeLiteForCausalLM",
 )
+"""Classes of `models/families.py`, which this process cannot import: it knows no JAX."""
 
 
 def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
@@ -29,7 +48,7 @@ def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
         raise BaseModelError("No base model is configured: set TX_BASE_MODEL or --base-model to a folder or hub name.")
     folder = resolve(base_model)
     path = folder / model_folder.CONFIG
-    config = model_folder.read_config(folder)
+    config = text_config(model_folder.read_config(folder))
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in ARCHITECTURES:
         raise BaseModelError(

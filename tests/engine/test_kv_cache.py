@@ -1,5 +1,7 @@
 """Pages of every layer belong to whoever has their number; there are enough for one longest sequence."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +12,8 @@ LAYOUT = CacheLayout.plan(cache_tokens=1000, page_size=16, max_context_length=20
 
 class TwoLayers:
     cache_layers = 2
+    state_layers = 0
+    state_shapes: ClassVar[dict] = {}
 
     def __init__(self):
         self.cache_shapes = {"k": (2, 8), "v": (2, 8)}

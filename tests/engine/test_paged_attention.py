@@ -1,5 +1,7 @@
 """Attention over pages is attention; whose pages they are, and what lies beside them, cannot be seen."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,22 +16,26 @@ LAYER = jnp.int32(1)
 
 class Model:
     cache_layers = 2
+    state_layers = 0
+    state_shapes: ClassVar[dict] = {}
 
     def __init__(self, kv_heads=2, features=8, shared=False):
         self.cache_shapes = {"k": (kv_heads, features)} if shared else {n: (kv_heads, features) for n in "kv"}
 
 
-def dense(q, k, v, scale):
+def dense(q, k, v, scale, window=0, sinks=None):
     """q [L, H, D] at the last L positions of k, v [T, Hkv, D]: softmax attention in float64."""
     L, H, _ = q.shape
     T, groups = len(k), H // k.shape[1]
     out = np.zeros((L, H, v.shape[-1]))
     for i in range(L):
         for h in range(H):
-            seen = T - L + i + 1
-            scores = k[:seen, h // groups].astype(np.float64) @ q[i, h] * scale
+            stop = T - L + i + 1
+            seen = slice(max(0, stop - window) if window else 0, stop)
+            scores = k[seen, h // groups].astype(np.float64) @ q[i, h] * scale
             weights = np.exp(scores - scores.max())
-            out[i, h] = (weights / weights.sum()) @ v[:seen, h // groups]
+            total = weights.sum() + (0 if sinks is None else np.exp(float(sinks[h]) - scores.max()))
+            out[i, h] = (weights / total) @ v[seen, h // groups]
     return out
 
 
@@ -64,7 +70,23 @@ def test_decode_attends_to_all_that_came_before(kv_heads):
     assert all((new[name] == pools[name]).all() for name in pools)
 
 
-def test_prefill_in_tiles_attends_to_the_tiles_before_it():
+@pytest.mark.parametrize(("window", "has_sinks"), [(1, False), (20, True), (100, False), (0, True)])
+def test_decode_sees_a_window_and_sinks(window, has_sinks):
+    rng = np.random.default_rng(window)
+    lengths, sinks = [1, 16, 65, 190], rng.standard_normal(4) if has_sinks else None
+    contents = [rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in lengths]
+    pools, tables = filled_pools(Model(), contents)
+    q = rng.standard_normal((4, 1, 4, 8)).astype(np.float32)
+    attend = DecodeAttention(LAYOUT, tables, jnp.array(lengths)[:, None] - 1, jnp.ones(4, bool))
+    k, v = (jnp.asarray(np.stack([c[i, -1:] for c in contents])) for i in (0, 1))
+    given = None if sinks is None else jnp.asarray(sinks, jnp.float32)
+    out, _ = attend(pools, LAYER, jnp.asarray(q), k, v, 0.3, window=window, sinks=given)
+    for row, c in enumerate(contents):
+        assert np.allclose(out[row], dense(q[row], c[0], c[1], 0.3, window, sinks), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_prefill_in_tiles_attends_to_the_tiles_before_it(window):
     """Three rows are one prompt of 40 tokens behind a cached page; one is another's."""
     rng = np.random.default_rng(1)
     model = Model()
@@ -78,11 +100,11 @@ def test_prefill_in_tiles_attends_to_the_tiles_before_it():
         for target, source in ((k, sequence[0]), (v, sequence[1])):
             target[row, : len(source[first : first + 16])] = source[first : first + 16]
     attend = PagedAttention(LAYOUT, tables[rows], start[:, None] + jnp.arange(16), jnp.ones(4, bool))
-    out, _ = attend(pools, LAYER, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), 0.3)
+    out, _ = attend(pools, LAYER, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), 0.3, window=window)
     for row, stop in ((0, 32), (1, 48), (3, 16)):
         sequence = other if row == 3 else one
-        assert np.allclose(out[row], dense(q[row], sequence[0][:stop], sequence[1][:stop], 0.3), atol=1e-5)
-    assert np.allclose(out[2, :8], dense(q[2, :8], one[0], one[1], 0.3), atol=1e-5)
+        assert np.allclose(out[row], dense(q[row], sequence[0][:stop], sequence[1][:stop], 0.3, window), atol=1e-5)
+    assert np.allclose(out[2, :8], dense(q[2, :8], one[0], one[1], 0.3, window), atol=1e-5)
 
 
 def test_values_that_are_the_first_features_of_keys():

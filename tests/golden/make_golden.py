@@ -1,10 +1,12 @@
 """Store the reference logits of transformers for every case of `tests.support.parity`.
 
-    python tests/golden/make_golden.py
+    python tests/golden/make_golden.py [CASE ...]
 
-Needs torch. Weights and tokens come from seeds, so only logits are stored: the last positions of each sequence, fp32.
+Needs torch. Without names all are made anew, with names those alone, and the others stay.
+Weights and tokens come from seeds, so only logits are stored: the last positions of each sequence, fp32.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,8 +20,11 @@ GOLDEN = Path(__file__).with_name("logits.npz")
 
 
 def main() -> None:
-    golden = {}
+    wanted = sys.argv[1:]
+    golden = dict(np.load(GOLDEN)) if wanted else {}
     for case, seed in parity.cases_with_seeds():
+        if wanted and case.name not in wanted:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             make_model(folder, case.config, seed, tokenizer=False)
             logits = parity.reference_logits(Path(folder), parity.tokens_of(case, seed))

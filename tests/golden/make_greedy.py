@@ -1,10 +1,12 @@
 """Store what transformers' `generate` answers greedily, for `tests/engine/test_decode_architectures.py`.
 
-    python tests/golden/make_greedy.py
+    python tests/golden/make_greedy.py [CASE ...]
 
-Needs torch. Weights and prompts come from seeds, so only the answers are stored.
+Needs torch. Without names all are made anew, with names those alone, and the others stay.
+Weights and prompts come from seeds, so only the answers are stored.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,8 +20,11 @@ GOLDEN = Path(__file__).with_name("greedy.npz")
 
 
 def main() -> None:
-    golden = {}
+    wanted = sys.argv[1:]
+    golden = dict(np.load(GOLDEN)) if wanted else {}
     for case in parity.FAMILIES:
+        if wanted and case.name not in wanted:
+            continue
         for seed in parity.GREEDY_SEEDS:
             with tempfile.TemporaryDirectory() as folder:
                 make_model(folder, case.config, seed, tokenizer=False)

@@ -1,10 +1,12 @@
 """Store where ten AdamW steps in PEFT end, for `tests/models/test_training_parity.py`.
 
-    python tests/golden/make_training.py
+    python tests/golden/make_training.py [CASE ...]
 
-Needs torch and peft. Weights, adapters and batches come from seeds; of each trained matrix some values are stored.
+Needs torch and peft. Without names all are made anew, with names those alone, and the others stay.
+Weights, adapters and batches come from seeds; of each trained matrix some values are stored.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,8 +20,11 @@ GOLDEN = Path(__file__).with_name("training.npz")
 
 
 def main() -> None:
-    golden = {}
+    wanted = sys.argv[1:]
+    golden = dict(np.load(GOLDEN)) if wanted else {}
     for case in parity.FAMILIES:
+        if wanted and case.name not in wanted:
+            continue
         for name, adam in parity_training.ADAMS.items():
             with tempfile.TemporaryDirectory() as folder:
                 model = make_model(Path(folder) / "model", case.config, tokenizer=False)

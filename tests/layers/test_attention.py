@@ -1,5 +1,7 @@
 """Packed attention against plain softmax attention over the whole row."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +32,19 @@ def packed(lengths: list[int], rows: int = 2) -> tuple[np.ndarray, np.ndarray]:
     return positions, segments
 
 
-def plain(q, k, v, positions, segments, scale):
+def plain(q, k, v, positions, segments, scale, window=0, sinks=None):
     repeats = q.shape[2] // k.shape[2]
     k, v = (np.repeat(np.asarray(x, float), repeats, axis=2) for x in (k, v))
     scores = np.einsum("rlhd,rmhd->rhlm", np.asarray(q, float), k) * scale
     seen = (segments[:, :, None] == segments[:, None]) & (positions[:, :, None] >= positions[:, None])
-    weights = np.where(seen[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
-    return np.einsum("rhlm,rmhd->rlhd", weights / weights.sum(-1, keepdims=True), v)
+    if window:
+        seen &= positions[:, :, None] - positions[:, None] < window
+    top = scores.max(-1, keepdims=True)
+    weights = np.where(seen[:, None], np.exp(scores - top), 0)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(np.asarray(sinks, float)[:, None, None] - top)
+    return np.einsum("rhlm,rmhd->rlhd", weights / total, v)
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
@@ -50,17 +58,29 @@ def blocks(request, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_is_exact_and_so_is_its_gradient(layout, blocks):
-    positions, segments = packed(LAYOUTS[layout])
+    check_exact(LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(("window", "has_sinks"), [(1, False), (17, False), (40, True), (0, True)])
+def test_windows_and_sinks_are_exact_and_so_are_their_gradients(window, has_sinks, blocks):
+    """A window counts the token itself; a sink takes part in the softmax and has no value."""
+    check_exact(LAYOUTS["sequences that cross blocks"], window, random(4, seed=9) if has_sinks else None)
+
+
+def check_exact(lengths, window=0, sinks=None):
+    positions, segments = packed(lengths)
+    reference = partial(plain, positions=positions, segments=segments, scale=0.3, window=window, sinks=sinks)
     q, k, v = random(2, LENGTH, 4, 8), random(2, LENGTH, 2, 8, seed=1), random(2, LENGTH, 2, 6, seed=2)
     direction = random(2, LENGTH, 4, 6, seed=3) * (segments > 0)[..., None, None]
 
     def value(q, k, v):
-        out, _ = PackedAttention(jnp.asarray(positions), jnp.asarray(segments))((), jnp.int32(0), q, k, v, 0.3)
+        attend = PackedAttention(jnp.asarray(positions), jnp.asarray(segments))
+        out, _ = attend((), jnp.int32(0), q, k, v, 0.3, window=window, sinks=sinks)
         return (out * direction).sum(), out
 
     gradients, out = jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v)
     valid = segments > 0
-    np.testing.assert_allclose(out[valid], plain(q, k, v, positions, segments, 0.3)[valid], atol=1e-5)
+    np.testing.assert_allclose(out[valid], reference(q, k, v)[valid], atol=1e-5)
     rng, step = np.random.default_rng(4), 1e-5
     for index, gradient in enumerate(gradients):
         shift = rng.standard_normal(gradient.shape)
@@ -68,7 +88,7 @@ def test_it_is_exact_and_so_is_its_gradient(layout, blocks):
         totals = []
         for sign in (1, -1):
             arguments = [x + sign * step * shift if i == index else x for i, x in enumerate(moved)]
-            totals.append((plain(*arguments, positions, segments, 0.3) * np.asarray(direction)).sum())
+            totals.append((reference(*arguments) * np.asarray(direction)).sum())
         expected = (totals[0] - totals[1]) / (2 * step)
         np.testing.assert_allclose((np.asarray(gradient, float) * shift).sum(), expected, rtol=1e-3, atol=1e-3)
 

@@ -26,7 +26,7 @@ class CachedAttention:
 
     positions: jax.Array
 
-    def __call__(self, cache, layer, q, k, v, scale, v_features=0):
+    def __call__(self, cache, layer, q, k, v, scale, v_features=0, window=0, sinks=None):
         rows = jnp.arange(q.shape[0])[:, None]
         new = {"k": k} | ({} if v is None else {"v": v})
         cache = {name: cache[name].at[layer, rows, self.positions].set(x) for name, x in new.items()}

@@ -35,15 +35,23 @@ def equal(params, others) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"use_sliding_window": True}, "use_sliding_window True"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "lacks sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*sliding_attention"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
+        ({"layer_types": ["full_attention", "mamba"], "use_sliding_window": True}, "layer_types .*mamba"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope' in config.json lacks"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' in config.json lacks 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq'"),
-        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM"),
+        ({"architectures": ["LlamaForCausalLM"], "use_sliding_window": True}, "use_sliding_window True"),
+        ({"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"vision_config": {}}, "has a vision_config and no text_config"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "MambaForCausalLM is not supported; known: Qwen2",
+        ),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
     ],
 )
@@ -137,6 +145,35 @@ def test_tied_models_hold_the_embedding_once(tmp_path):
     equal(load_model(folder)[1], params)
 
 
+@pytest.mark.parametrize(
+    ("prefixes", "sees"),
+    [
+        (("model.language_model.", "lm_head."), ("model.visual.blocks.0.weight", "mtp.layers.0.weight")),
+        (("language_model.model.", "language_model.lm_head."), ("vision_tower.conv.weight", "multi_modal_projector.w")),
+    ],
+)
+def test_of_a_folder_that_sees_the_text_model_is_read(prefixes, sees, tmp_path):
+    text = QWEN3_TINY | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    folder = make_model(tmp_path, text, tokenizer=False)
+    _, params = load_model(folder)
+
+    def rename(tensors):
+        for name in list(tensors):
+            old, new = ("model.", prefixes[0]) if name.startswith("model.") else ("lm_head.", prefixes[1])
+            tensors[new + name.removeprefix(old)] = tensors.pop(name)
+        tensors.update({name: np.zeros(3, "f4") for name in sees})
+
+    rewrite(folder, rename)
+    config = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "tie_word_embeddings": False,
+        "text_config": {key: value for key, value in text.items() if key not in ("architectures", "sliding_window")},
+        "vision_config": {},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    equal(load_model(folder)[1], params)
+
+
 def test_layers_of_multi_token_prediction_are_passed_over(tmp_path):
     folder = make_deepseek_v3(tmp_path, tokenizer=False)
     _, params = load_model(folder)
@@ -162,6 +199,28 @@ def test_fp8_blocks_are_dequantised(tmp_path):
     save_file(quantized, folder / "model.safetensors", {"format": "pt"})
     reference = make_model(tmp_path / "plain", DEEPSEEK_V3_TINY, tokenizer=False)
     save_file(plain, reference / "model.safetensors", {"format": "pt"})
+    equal(load_model(folder)[1], load_model(reference)[1])
+
+
+def test_fp8_tensors_with_one_scale_each_are_dequantised(tmp_path, monkeypatch):
+    """`weight_block_size` null and scales without an axis, as Ministral 3 has them; read in several chunks."""
+    quantized, plain = {}, {}
+    for name, tensor in random_tensors(QWEN3_TINY).items():
+        quantized[name] = plain[name] = tensor
+        if name.endswith("_proj.weight"):
+            scale = np.float32(np.random.default_rng(len(name)).uniform(0.5, 2.0))
+            quantized[name] = (tensor / scale).astype(ml_dtypes.float8_e4m3fn)
+            quantized[f"{name}_scale_inv"], quantized[f"{name[:-7]}.activation_scale"] = (
+                np.array(scale),
+                np.array(scale),
+            )
+            plain[name] = quantized[name].astype(np.float32) * scale
+    method = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    folder = make_model(tmp_path / "fp8", QWEN3_TINY | {"quantization_config": method}, tokenizer=False)
+    save_file(quantized, folder / "model.safetensors", {"format": "pt"})
+    reference = make_model(tmp_path / "plain", QWEN3_TINY, tokenizer=False)
+    save_file(plain, reference / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(load, "CHUNK_BYTES", 3_000)
     equal(load_model(folder)[1], load_model(reference)[1])
 
 

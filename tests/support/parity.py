@@ -19,7 +19,14 @@ from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import Lora, LoraRows, layer_slice
 from tx_async.models.decoder import Decoder, Params, unembedding
 from tx_async.models.peft import AdapterWeights, adapter_shapes
-from tx_async.testing.models import DEEPSEEK_V3_TINY, LLAMA_TINY, QWEN3_MOE_TINY, QWEN3_TINY
+from tx_async.testing.models import (
+    DEEPSEEK_V3_TINY,
+    LLAMA_TINY,
+    QWEN3_5_MOE_TINY,
+    QWEN3_5_TINY,
+    QWEN3_MOE_TINY,
+    QWEN3_TINY,
+)
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 SEEDS = (0, 1)
@@ -49,6 +56,67 @@ _LLAMA3 = {
 _GLM = {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "n_group": 1, "topk_group": 1}
 
 
+_QWEN2 = QWEN3_TINY | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+_MISTRAL = QWEN3_TINY | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+_MINISTRAL3 = _MISTRAL | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "rope_theta": None}
+_LLAMA4_SCALING = _YARN | {"rope_theta": 1e6, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
+_SEED_OSS = QWEN3_TINY | {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_bias": True}
+_PHI3 = QWEN3_TINY | {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "sliding_window": 16,
+    "pad_token_id": 0,
+}
+_LONGROPE = {"type": "longrope", "short_factor": [1.0 + i / 10 for i in range(6)], "long_factor": [1.5, 2, 3, 4, 6, 8]}
+_PHI4 = _PHI3 | {"rope_scaling": _LONGROPE, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}
+_SMOLLM3 = QWEN3_TINY | {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "model_type": "smollm3",
+    "num_hidden_layers": 4,
+    "no_rope_layers": [1, 0, 1, 0],
+    "pad_token_id": 0,
+}
+_OLMO3 = QWEN3_TINY | {
+    "architectures": ["Olmo3ForCausalLM"],
+    "model_type": "olmo3",
+    "num_hidden_layers": 4,
+    "sliding_window": 16,
+    "pad_token_id": 0,
+    "rope_theta": 5e5,  # any other, and transformers forgets it in the layers with windows
+}
+_GEMMA3 = QWEN3_TINY | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10_000.0,
+    "tie_word_embeddings": True,
+}
+_GLM4_MOE = DEEPSEEK_V3_TINY | {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "n_group": 1,
+    "topk_group": 1,
+    "attention_bias": True,
+    "use_qk_norm": True,
+}
+_QWEN3_NEXT = QWEN3_5_MOE_TINY | {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+
+
 def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in keys}
 
@@ -64,6 +132,29 @@ CASES = (
     Case(
         "qwen3_rope_parameters", QWEN3_TINY | {"rope_theta": None, "rope_parameters": _YARN | {"rope_theta": 5e5}}, 100
     ),
+    Case("qwen3_window", QWEN3_TINY | _WINDOW, 100),
+    Case("qwen3_gelu", QWEN3_TINY | {"hidden_act": "gelu"}),
+    Case("qwen2", _QWEN2),
+    Case("qwen2_window", _without(_QWEN2, "head_dim") | _WINDOW, 100),
+    Case("mistral", _MISTRAL),
+    Case("mistral_window", _MISTRAL | {"sliding_window": 16}, 100),
+    Case("ministral3", _MINISTRAL3 | {"rope_parameters": _LLAMA4_SCALING}, 100),
+    Case("seed_oss", _SEED_OSS),
+    Case("seed_oss_biases", _SEED_OSS | {"attention_out_bias": True, "mlp_bias": True}),
+    Case("phi3", _PHI3),
+    Case("phi3_longrope", _PHI4, 100),
+    Case("phi3_short", _PHI4 | {"max_position_embeddings": 64}),
+    Case("smollm3", _SMOLLM3),
+    Case("smollm3_interval", _without(_SMOLLM3, "no_rope_layers") | {"tie_word_embeddings": True}),
+    Case("olmo3", _OLMO3, 100),
+    Case("olmo3_yarn", _OLMO3 | {"rope_scaling": _YARN}, 100),
+    Case("gemma3", _GEMMA3, 100),
+    Case("gemma3_linear", _GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_hidden_layers": 2}),
+    Case("qwen3_5", QWEN3_5_TINY, 150),
+    Case("qwen3_5_interval", _without(QWEN3_5_TINY, "layer_types") | {"tie_word_embeddings": True}),
+    Case("qwen3_5_moe", QWEN3_5_MOE_TINY),
+    Case("qwen3_next", _QWEN3_NEXT),
+    Case("qwen3_next_mlp_only", _QWEN3_NEXT | {"mlp_only_layers": [1], "norm_topk_prob": False}),
     Case("llama", LLAMA_TINY),
     Case("llama_llama3", LLAMA_TINY | {"rope_theta": 5e5, "rope_scaling": _LLAMA3}, 100),
     Case("llama_tied", LLAMA_TINY | {"tie_word_embeddings": True}),
@@ -80,9 +171,13 @@ CASES = (
     Case("deepseek_halves", DEEPSEEK_V3_TINY | {"rope_interleave": False, "attention_bias": True}),
     Case("deepseek_routing", DEEPSEEK_V3_TINY | {"n_shared_experts": 2, "norm_topk_prob": False, "topk_group": 3}),
     Case("deepseek_scaling", DEEPSEEK_V3_TINY | {"routed_scaling_factor": 1.0, "first_k_dense_replace": 2}),
+    Case("glm4_moe", _GLM4_MOE),
+    Case("glm4_moe_plain", _without(_GLM4_MOE, "use_qk_norm", "attention_bias", "partial_rotary_factor")),
     Case("glm4_moe_lite", DEEPSEEK_V3_TINY | _GLM),
 )
-FAMILIES = tuple(case for case in CASES if case.name in ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek"))
+_WHOLE = ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek", "phi3", "gemma3")
+FAMILIES = tuple(case for case in CASES if case.name in _WHOLE)
+"""One of each kind of layer, for what is tested of every kind: cache, gradients, adapters, greedy answers."""
 
 
 def tokens_of(case: Case, seed: int, rows: int = 1) -> np.ndarray:

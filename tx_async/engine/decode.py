@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,12 @@ from tx_async.engine.decode_batches import (
     score_batches,
 )
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX, Adapters, Decoded
-from tx_async.engine.kv_cache import CacheLayout, Pools, copy_pages, pool_shardings, token_bytes
+from tx_async.engine.kv_cache import CacheLayout, Pools, copy_pages, pool_shardings, state_bytes, token_bytes
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
 from tx_async.engine.sharding import is_one_cpu
+from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
 from tx_async.errors import Category, InvalidRequest
@@ -53,6 +54,8 @@ CACHE_PART = 4
 """The KV cache takes one part in so many of a device's memory."""
 CACHE_BYTES = 1 << 30
 """Size of the KV cache where the device does not say how much memory it has."""
+MIN_STATES = 4
+"""Sequences of a recurrent model that always may run at once."""
 COPY_BYTES_MAX = 4 << 30
 """Most weights that a CPU keeps a second time, laid out for decoding. Its programs hold every layer of such a model."""
 
@@ -94,6 +97,8 @@ class SamplingEngine:
         self.layout = CacheLayout.plan(
             _cache_tokens(model, dtype, config, context), config.kv_page_size, context, jax.default_backend()
         )
+        num_states, num_snapshots = _state_slots(model, dtype, config)
+        self.layout = replace(self.layout, num_slots=1 + num_states + num_snapshots if num_states else 0)
         mesh = model.mesh
         #: of results: every device has them whole; None without a mesh
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
@@ -103,8 +108,9 @@ class SamplingEngine:
         self._batch_sizes = batch_sizes(self.num_sequences_max, jax.default_backend())
         self.sequences = Sequences(
             PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache),
-            self.num_sequences_max,
+            num_states or self.num_sequences_max,
             self._batch_sizes[-1],
+            StateSlots(num_states, num_snapshots),
         )
         self._num_admitted = 0
         #: the newest quantum: all before it are settled
@@ -174,7 +180,8 @@ class SamplingEngine:
 
     def _dispatch(self, quantum: Quantum, steps: int, lora_weights: LoraWeights, lora_scale: Array) -> None:
         self._prefill(quantum, lora_weights, lora_scale)
-        self._copy_pages(quantum.schedule.copies)
+        self._copy("copy pages", quantum.schedule.copies)
+        self._copy("copy states", quantum.schedule.state_copies)
         self._decode(quantum, steps, lora_weights, lora_scale)
 
     def _prefill(self, quantum: Quantum, lora_weights: LoraWeights, lora_scale: Array) -> None:
@@ -187,12 +194,12 @@ class SamplingEngine:
                 adapters = Adapters.of(lora_weights, lora_scale, scores.adapter)
                 quantum.scored.append((pieces, self.programs[f"score {rows}"](self.params, adapters, hidden, scores)))
 
-    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+    def _copy(self, program: str, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:
             return
         pairs = np.zeros((2, self.num_sequences_max), np.int32)
         pairs[:, : len(copies)] = np.array(copies, np.int32).T
-        self.pools = self.programs["copy pages"](self.pools, pairs[0], pairs[1])
+        self.pools = self.programs[program](self.pools, pairs[0], pairs[1])
 
     def _decode(self, quantum: Quantum, steps: int, lora_weights: LoraWeights, lora_scale: Array) -> None:
         if not quantum.schedule.decoding:
@@ -291,9 +298,13 @@ class SamplingEngine:
             yield program(f"score {rows}", programs.score, arguments, out_shardings=self._replicated)
 
         pages = np.zeros(self.num_sequences_max, np.int32)
-        function = partial(copy_pages, num_pages=self.layout.num_pages)
-        arguments = (self.pools, pages, pages)
-        yield program("copy pages", function, arguments, donate=(0,), out_shardings=self._pool_shardings)
+        kinds = {"copy pages": (self.layout.num_pages, tuple(self.model.cache_shapes))}
+        if self.model.state_layers:
+            kinds["copy states"] = (self.layout.num_slots, tuple(self.model.state_shapes))
+        for name, (count, pools) in kinds.items():
+            function = partial(copy_pages, num_pages=count, names=pools)
+            arguments = (self.pools, pages, pages)
+            yield program(name, function, arguments, donate=(0,), out_shardings=self._pool_shardings)
 
 
 def _for_decoding(model: Any, params: Any) -> Any:
@@ -305,6 +316,16 @@ def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) ->
     if config.kv_cache_tokens:
         return config.kv_cache_tokens
     return min(config.sample_max_num_sequences * context, _cache_bytes() // token_bytes(model, dtype))
+
+
+def _state_slots(model: Any, dtype: Any, config: EngineConfig) -> tuple[int, int]:
+    """(of running sequences, of snapshots): as many as may run, and as many again, while each of the two takes no more
+    than a quarter of what the KV cache may take. A model without recurrent layers has none."""
+    if not model.state_layers:
+        return 0, 0
+    fit = max(MIN_STATES, _cache_bytes() // 4 // state_bytes(model, dtype))
+    count = min(config.sample_max_num_sequences, fit)
+    return count, count if config.prefix_cache else 0
 
 
 def _cache_bytes() -> int:

@@ -9,9 +9,11 @@ import numpy as np
 
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX, DecodeBatch, PrefillBatch, ScoreBatch, seed_words
 from tx_async.engine.kv_cache import CacheLayout
+from tx_async.engine.paged_attention import TileStates
 from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.sampler import TOPK_MAX
 from tx_async.engine.sequences import Sample, Segment
+from tx_async.engine.state_slots import NULL_SLOT
 from tx_async.wire.worker import BASE_SLOT
 
 SCORE_ROWS = 128
@@ -32,6 +34,10 @@ class Tile:
     sample: Sample
     start: int
     stop: int
+    load: int = NULL_SLOT
+    """Slot of the recurrent state before it, unless the row before it in the call is the same sequence's."""
+    save: int = NULL_SLOT
+    """Slot of a snapshot of the state after it."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,17 @@ def bucket(sizes: Sequence[int], count: int) -> int:
 
 def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[tuple[int, list[Tile]]]:
     """Tiles in order, with the rows of their call. A tile reads what those before it have written, in its call too."""
-    tiles = [
-        Tile(segment.sample, start, min(start + tile_tokens, segment.stop))
-        for segment in segments
-        for start in range(segment.start, segment.stop, tile_tokens)
-    ]
+    tiles = [tile for segment in segments for tile in _tiles(segment, tile_tokens)]
     for rows in prefill_rows(len(tiles)):
         yield rows, tiles[:rows]
         tiles = tiles[rows:]
+
+
+def _tiles(segment: Segment, tile_tokens: int) -> Iterator[Tile]:
+    for start in range(segment.start, segment.stop, tile_tokens):
+        stop = min(start + tile_tokens, segment.stop)
+        load = segment.load if start == segment.start else segment.sample.slot
+        yield Tile(segment.sample, start, stop, load, segment.saves.get(stop, NULL_SLOT))
 
 
 def prefill_rows(num_tiles: int) -> Iterator[int]:
@@ -86,12 +95,24 @@ def prefill_batch(tiles: Sequence[Tile], rows: int, tile_tokens: int, layout: Ca
     tokens = np.zeros((rows, tile_tokens), np.int32)
     start = np.zeros(rows, np.int32)
     adapter = np.full(rows, BASE_SLOT, np.int32)
+    states = _tile_states(tiles, rows)
     for row, tile in enumerate(tiles):
         tokens[row, : tile.stop - tile.start] = tile.sample.tokens[tile.start : tile.stop]
         start[row] = tile.start
         adapter[row] = tile.sample.spec.sampler_slot
     tables = page_tables([tile.sample for tile in tiles], rows, layout)
-    return PrefillBatch(tokens, start, np.arange(rows) < len(tiles), adapter, tables)
+    return PrefillBatch(tokens, start, np.arange(rows) < len(tiles), adapter, tables, states)
+
+
+def _tile_states(tiles: Sequence[Tile], rows: int) -> TileStates:
+    """A sequence's rows stand together and in order; the last one leaves its state in the sequence's slot."""
+    states = TileStates(*np.zeros((4, rows), np.int32), np.zeros(rows, bool))
+    for row, tile in enumerate(tiles):
+        states.count[row], states.load[row], states.save[row] = tile.stop - tile.start, tile.load, tile.save
+        states.continues[row] = row > 0 and tiles[row - 1].sample is tile.sample
+        is_last = row + 1 == len(tiles) or tiles[row + 1].sample is not tile.sample
+        states.store[row] = tile.sample.slot if is_last else NULL_SLOT
+    return states
 
 
 def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> DecodeBatch:
@@ -121,6 +142,7 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
         stop_tokens=stops,
         tables=page_tables(samples, rows, layout),
         any_topk=np.bool_(any(spec.topk_logprobs for spec in specs)),
+        slot=column([sample.slot for sample in samples], np.int32, NULL_SLOT),
     )
 
 

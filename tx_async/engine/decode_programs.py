@@ -15,7 +15,7 @@ from jax import Array
 
 from tx_async.engine.adapter_slots import lora_scale
 from tx_async.engine.kv_cache import CacheLayout, Pools
-from tx_async.engine.paged_attention import DecodeAttention, PagedAttention
+from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, TileStates
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
 from tx_async.layers.linear import OutFirst, product
 from tx_async.layers.lora import LOW_RANK, LoraActive, LoraWeights, layer_slice, tiles
@@ -66,6 +66,8 @@ class PrefillBatch(NamedTuple):
     """int32 [R]: sampler slot, -1 = none."""
     tables: Data
     """int32 [R, table_pages]"""
+    states: TileStates
+    """Where recurrent layers find and leave what they keep."""
 
 
 class ScoreBatch(NamedTuple):
@@ -105,6 +107,8 @@ class DecodeBatch(NamedTuple):
     """int32 [B, table_pages]"""
     any_topk: Data
     """bool: somebody wants the likeliest candidates of each step."""
+    slot: Data
+    """int32 [B]: of each sequence's recurrent state."""
 
 
 class Decoded(NamedTuple):
@@ -124,7 +128,7 @@ def prefill(
 ) -> tuple[Array, Pools]:
     """Write the rows' keys and values; -> (hidden [R * L, D], pools)."""
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
-    attend = PagedAttention(layout, batch.tables, positions, batch.alive)
+    attend = PagedAttention(layout, batch.tables, positions, batch.alive, batch.states)
     hidden, pools = model.forward(params, adapters.for_rows(batch.adapter), batch.tokens, positions, attend, pools)
     return hidden.reshape(-1, hidden.shape[-1]), pools
 
@@ -187,7 +191,7 @@ def decode(
     def step(state):
         i, token, alive, pools, out = state
         position = batch.position + out.count
-        attend = DecodeAttention(layout, batch.tables, position[:, None], alive)
+        attend = DecodeAttention(layout, batch.tables, position[:, None], alive, batch.slot)
         hidden, pools = model.forward(params, lora, token[:, None], position[:, None], attend, pools)
         logits = unembed(params, lora, hidden[:, 0])
         drawn, logprob, lse = sample(logits, choices, position + 1)

@@ -55,7 +55,7 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     devices = mesh.build(config, welcome.process_id, progress)
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     folder = fetch(welcome.base_model)
-    model, params = load_model(folder, dtype, progress, devices)
+    model, params = load_model(folder, dtype, progress, devices, config.max_context_length)
     store = Store(welcome.checkpoints_base, welcome.storage_id)
     engine = JaxEngine(model, params, config, folder, store, fingerprint(folder))
     if config.compilation_cache_dir and is_one_cpu(model.mesh):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -30,6 +31,12 @@ class CachedModel(Protocol):
     @property
     def cache_shapes(self) -> dict[str, tuple[int, int]]: ...
 
+    @property
+    def state_layers(self) -> int: ...
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]: ...
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -40,6 +47,8 @@ class CacheLayout:
     table_pages: int
     """Width of a page table: pages of the longest context, rounded up to whole chunks."""
     chunk_pages: int
+    num_slots: int = 0
+    """Of recurrent state, the null slot included."""
 
     @classmethod
     def plan(cls, cache_tokens: int, page_size: int, max_context_length: int, platform: str = "cpu") -> CacheLayout:
@@ -58,9 +67,12 @@ class CacheLayout:
 
     def new_pools(self, model: CachedModel, dtype: Any, shardings: dict[str, NamedSharding] | None = None) -> Pools:
         lead = (model.cache_layers * self.num_pages, self.page_size)
+        shapes = {name: ((*lead, *shape), dtype) for name, shape in model.cache_shapes.items()}
+        for name, (shape, wide) in model.state_shapes.items():
+            shapes[name] = ((model.state_layers * self.num_slots, *shape), jnp.float32 if wide else dtype)
         return {
-            name: jnp.zeros((*lead, *shape), dtype, device=shardings[name] if shardings else None)
-            for name, shape in model.cache_shapes.items()
+            name: jnp.zeros(shape, dtype, device=shardings[name] if shardings else None)
+            for name, (shape, dtype) in shapes.items()
         }
 
 
@@ -70,7 +82,13 @@ def pool_shardings(model: CachedModel, mesh: Mesh) -> dict[str, NamedSharding]:
     def of(heads: int) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(None, None, None if heads % mesh.shape["tensor"] else "tensor"))
 
-    return {name: of(heads) for name, (heads, _) in model.cache_shapes.items()}
+    def of_state(shape: tuple[int, ...], wide: bool) -> NamedSharding:
+        """The fp32 part is by heads; the convolution's is of all."""
+        axis = "tensor" if wide and shape[0] % mesh.shape["tensor"] == 0 else None
+        return NamedSharding(mesh, PartitionSpec(None, axis))
+
+    states = {name: of_state(*state) for name, state in model.state_shapes.items()}
+    return {name: of(heads) for name, (heads, _) in model.cache_shapes.items()} | states
 
 
 def token_bytes(model: CachedModel, dtype: Any) -> int:
@@ -79,11 +97,19 @@ def token_bytes(model: CachedModel, dtype: Any) -> int:
     return model.cache_layers * features * jnp.dtype(dtype).itemsize
 
 
-def copy_pages(pools: Pools, sources: Array, targets: Array, num_pages: int) -> Pools:
-    """Copy pages in every layer. sources, targets int32 [n]; unused entries are 0 -> 0."""
+def state_bytes(model: CachedModel, dtype: Any) -> int:
+    """Bytes that the recurrent state of one sequence occupies over all layers."""
+    return model.state_layers * sum(
+        int(np.prod(shape)) * (4 if wide else jnp.dtype(dtype).itemsize) for shape, wide in model.state_shapes.values()
+    )
+
+
+def copy_pages(pools: Pools, sources: Array, targets: Array, num_pages: int, names: tuple[str, ...] = ()) -> Pools:
+    """Copy pages (or slots) in every layer of the pools called `names`, of all without. sources, targets int32 [n];
+    unused entries are 0 -> 0."""
 
     def copy(pool: Array) -> Array:
         layers = jnp.arange(pool.shape[0] // num_pages)[:, None] * num_pages
         return pool.at[layers + targets].set(pool[layers + sources])
 
-    return {name: copy(pool) for name, pool in pools.items()}
+    return {name: copy(pool) if not names or name in names else pool for name, pool in pools.items()}

@@ -8,6 +8,7 @@ bits.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,33 @@ from jax import Array
 from tx_async.engine import page_products
 from tx_async.engine.kv_cache import NULL_PAGE, CacheLayout, Pools
 from tx_async.engine.page_products import Products
-from tx_async.layers.attention import MASKED
+from tx_async.engine.state_slots import NULL_SLOT
+from tx_async.layers.attention import MASKED, with_sink
+
+
+class TileStates(NamedTuple):
+    """What the rows of a prefill do to recurrent states; int32 [R]. Slot 0 is the null slot."""
+
+    count: Any
+    """Tokens of a row that are there."""
+    load: Any
+    """Slot of the state before a row's first token; at position 0 it is zeros."""
+    store: Any
+    """Slot that gets the state after its last token."""
+    save: Any
+    """A second one: a snapshot."""
+    continues: Any
+    """bool: the row before it ends where it begins."""
 
 
 class PagedAttention:
     """`Attend` of a prefill: each row has tokens from a page boundary on; several rows may belong to one sequence."""
 
-    def __init__(self, layout: CacheLayout, tables: Array, positions: Array, alive: Array):
-        """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write."""
+    def __init__(self, layout: CacheLayout, tables: Array, positions: Array, alive: Array, states: Any = None):
+        """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write. states: for
+        recurrent layers, `TileStates`; of a decode step the slot of each row."""
         self.layout = layout
+        self.states = states
         self.tables = tables
         self.positions = positions
         self.alive = alive
@@ -32,11 +51,45 @@ class PagedAttention:
         self.num_chunks = jnp.max(jnp.where(alive, positions[:, -1], 0)) // chunk_tokens + 1
 
     def __call__(
-        self, cache: Pools, layer: Array, q: Array, k: Array, v: Array | None, scale: float, v_features: int = 0
+        self,
+        cache: Pools,
+        layer: Array,
+        q: Array,
+        k: Array,
+        v: Array | None,
+        scale: float,
+        v_features: int = 0,
+        window: int = 0,
+        sinks: Array | None = None,
     ) -> tuple[Array, Pools]:
         new = {"k": k} if v is None else {"k": k, "v": v}
-        cache = {name: self.write(cache[name], layer, new[key]) for name, key in zip(cache, new, strict=True)}
-        return self.attend(list(cache.values()), layer, q, scale, v_features), cache
+        written = {name: self.write(cache[name], layer, x) for name, x in new.items()}
+        out = self.attend(list(written.values()), layer, q, scale, v_features, window, sinks)
+        return out, cache | written
+
+    def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
+        """Row after row: a state may come from the row before, and only one is held."""
+        states, first = self.states, layer * self.layout.num_slots
+        begins = self.positions[:, 0] == 0
+        loaded = jnp.where(begins[:, None, None], 0, cache["conv"][first + states.load])
+        width = loaded.shape[1]
+        before = jnp.roll(x.qkv[:, -width:], 1, axis=0)
+        before = jnp.where(states.continues[:, None, None], before, loaded)
+        after = rule.history(x, before, states.count)
+        conv = cache["conv"].at[first + states.store].set(after).at[first + states.save].set(after)
+
+        def one(carry: tuple[Array, Array], row: Any) -> tuple[tuple[Array, Array], Array]:
+            held, pool = carry
+            chunk, begins, states = row
+            loaded = jnp.where(begins, 0, pool[first + states.load])
+            held = jnp.where(states.continues, held, loaded)
+            (held,), (out,) = jax.tree.map(lambda y: y[None], chunk)(held[None])
+            pool = pool.at[first + states.store].set(held).at[first + states.save].set(held)
+            return (held, pool), out
+
+        rows = rule.chunk(x, before, states.count), begins, states
+        (_, state), out = jax.lax.scan(one, (jnp.zeros_like(cache["state"][0]), cache["state"]), rows)
+        return out, cache | {"conv": conv, "state": state}
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
         """Whole pages: what stands behind a row's last token is overwritten before anything unmasks it."""
@@ -48,25 +101,47 @@ class PagedAttention:
         pages = jnp.where(self.alive[:, None], pages, NULL_PAGE) + layer * self.layout.num_pages
         return pool.at[pages.reshape(-1)].set(_finite(new).reshape(-1, page_size, *new.shape[2:]))
 
-    def attend(self, pools: list[Array], layer: Array, q: Array, scale: float, v_features: int) -> Array:
+    def attend(
+        self,
+        pools: list[Array],
+        layer: Array,
+        q: Array,
+        scale: float,
+        v_features: int,
+        window: int = 0,
+        sinks: Array | None = None,
+    ) -> Array:
         R, L, H, D = q.shape
         kv_heads = pools[0].shape[2]
         q = q.reshape(R, L, kv_heads, H // kv_heads, D)
-        chunk = partial(self._chunk, pools, layer, q, scale)
+        chunk = partial(self._chunk, pools, layer, q, scale, window)
         features = v_features or pools[1].shape[3]
         shape = (R, kv_heads, L, H // kv_heads)
         start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, features)))
-        _, total, out = jax.lax.fori_loop(0, self.num_chunks, chunk, start)
+        top, total, out = jax.lax.fori_loop(self._first_chunk(window), self.num_chunks, chunk, start)
+        if sinks is not None:
+            top, total, out = with_sink(top, total, out, sinks.reshape(kv_heads, 1, -1))
         out = out / jnp.maximum(total, 1e-30)[..., None]
         return out.transpose(0, 2, 1, 3, 4).reshape(R, L, H, features).astype(q.dtype)
 
-    def _chunk(self, pools: list[Array], layer: Array, q: Array, scale: float, c: Array, carry):
+    def _first_chunk(self, window: int) -> Array | int:
+        """What lies before every row's window is not read."""
+        if not window:
+            return 0
+        oldest = jnp.where(self.alive, self.positions[:, 0], jnp.iinfo(jnp.int32).max)
+        chunk_tokens = self.layout.chunk_pages * self.layout.page_size
+        return jnp.minimum(jnp.maximum(jnp.min(oldest) - window + 1, 0) // chunk_tokens, self.num_chunks)
+
+    def _chunk(self, pools: list[Array], layer: Array, q: Array, scale: float, window: int, c: Array, carry):
         top, total, out = carry
         width, group = self.layout.chunk_pages, q.shape[3]
         pages = jax.lax.dynamic_slice_in_dim(self.tables, c * width, width, axis=1) + layer * self.layout.num_pages
         scores = self._products(pools[0], group).scores(q, pools[0], pages) * scale
         positions = c * scores.shape[-1] + jnp.arange(scores.shape[-1])
-        seen = (positions <= self.positions[..., None])[:, None, :, None]  # (R, 1, L, 1, C)
+        seen = positions <= self.positions[..., None]
+        if window:
+            seen &= positions > self.positions[..., None] - window
+        seen = seen[:, None, :, None]  # (R, 1, L, 1, C)
         scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -81,6 +156,14 @@ class PagedAttention:
 
 class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page."""
+
+    def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
+        slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)
+        begins = self.positions[:, :1] == 0  # a prompt of one token has no prefill
+        before = jnp.where(begins[..., None], 0, cache["conv"][slots])
+        state, out = rule.step(x, before, jnp.where(begins[..., None, None], 0, cache["state"][slots]))
+        after = rule.history(x, before, jnp.ones(len(slots), jnp.int32))
+        return out, cache | {"conv": cache["conv"].at[slots].set(after), "state": cache["state"].at[slots].set(state)}
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
         page_size = self.layout.page_size

@@ -16,6 +16,7 @@ import numpy as np
 
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring
+from tx_async.engine.state_slots import NULL_SLOT, StateSlots
 from tx_async.engine.stops import StopStrings
 from tx_async.wire.worker import SequenceSpec
 
@@ -38,6 +39,12 @@ class Sample:
     stops: StopStrings | None = None
     scoring: PromptScoring | None = None
     pages: list[int] = field(default_factory=list)
+    slot: int = NULL_SLOT
+    """Of its recurrent state while it runs."""
+    loads: int = NULL_SLOT
+    """Where its next tile finds the state before it: a snapshot, then its own slot."""
+    shared_tokens: int = 0
+    """Whole pages of its prompt that others had computed, and of whose end there was no snapshot: it is worth one."""
     num_computed: int = 0
     """Tokens whose keys and values are in `pages`; one fewer than all of them while it decodes."""
     last_turn: int = 0
@@ -70,6 +77,10 @@ class Segment:
     sample: Sample
     start: int
     stop: int
+    load: int = NULL_SLOT
+    """Slot of the recurrent state before it."""
+    saves: dict[int, int] = field(default_factory=dict)
+    """position -> slot of the snapshot of the state after that many tokens."""
 
 
 @dataclass
@@ -79,6 +90,8 @@ class Schedule:
     prefill: list[Segment] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source page, target page)"""
+    state_copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source slot, target slot)"""
     decoding: list[Sample] = field(default_factory=list)
     num_preempted: int = 0
 
@@ -86,9 +99,13 @@ class Schedule:
 class Sequences:
     """Owner of every sequence between admission and end, and of their pages."""
 
-    def __init__(self, cache: PrefixCache, num_running_max: int, num_decoding_max: int):
-        """num_decoding_max: sequences that one quantum decodes; more take turns."""
+    def __init__(
+        self, cache: PrefixCache, num_running_max: int, num_decoding_max: int, states: StateSlots | None = None
+    ):
+        """num_decoding_max: sequences that one quantum decodes; more take turns. states: of a model with recurrent
+        layers."""
         self.cache = cache
+        self.states = states or StateSlots()
         self.num_running_max = num_running_max
         self.num_decoding_max = num_decoding_max
         #: number of the newest quantum
@@ -122,7 +139,8 @@ class Sequences:
         """It leaves; what it computed stays findable in the prefix cache."""
         self._register(sample, min(sample.num_computed, len(sample.tokens)))
         self.cache.release(sample.pages)
-        sample.pages = []
+        self.states.release(sample.slot)
+        sample.pages, sample.slot = [], NULL_SLOT
         self.running.remove(sample)
         mates = self._by_prompt[sample.prompt_key]
         mates.remove(sample)
@@ -134,6 +152,7 @@ class Sequences:
     def schedule(self, decode_steps: int, prefill_tokens: int) -> Schedule:
         """Decide a quantum. Afterwards `num_computed` counts what its prefill will have computed."""
         schedule = Schedule()
+        self.states.begin()
         self._reserve(decode_steps, schedule)
         budget = self._continue_prefill(prefill_tokens, schedule)
         if not schedule.num_preempted:
@@ -222,6 +241,10 @@ class Sequences:
         pages = self.cache.match(sample.keys.upto(sample.tokens, self._cacheable(sample)))
         matched = len(pages) * self.cache.page_size
         source = self._tail_source(sample, matched)
+        state = NULL_SLOT
+        if self.states.enabled:
+            pages, source, state = self._with_state(sample, pages, source)
+            matched = len(pages) * self.cache.page_size
         remaining = 0 if source else end - matched
         # Everyone who runs may need a page soon: without that room the newcomer would only be preempted again.
         needed = self._missing(sample, decode_steps) - len(pages)
@@ -233,7 +256,28 @@ class Sequences:
             schedule.copies.append((source[0], fresh[0]))
             self._held += source
         self._run(sample, pages + fresh, end if source else matched)
+        sample.slot, sample.loads = self.states.take(), state
+        if not remaining and state:
+            schedule.state_copies.append((state, sample.slot))
         return True
+
+    def _with_state(self, sample: Sample, pages: list[int], source: list[int]) -> tuple[list[int], list[int], int]:
+        """What of a known prefix there is a state for: -> (its pages, its last page in part, the state's slot)."""
+        end, keys = len(sample.tokens) - 1, sample.keys.upto(sample.tokens, len(pages) * self.cache.page_size)
+        if source:
+            tail = sample.keys.tail(sample.tokens, end)
+            if tail and (state := self.states.find(tail, after_prefill=True)) is not None:
+                return pages, source, state
+            self.cache.release(source)
+        sample.shared_tokens = len(pages) * self.cache.page_size
+        for count in range(len(pages), 0, -1):
+            whole = count * self.cache.page_size == end  # nothing is left to prefill: the state is copied afterwards
+            state = self.states.find(keys[count - 1], after_prefill=whole)
+            if state is not None:
+                self.cache.release(pages[count:])
+                return pages[:count], [], state
+        self.cache.release(pages)
+        return [], [], NULL_SLOT
 
     def _run(self, sample: Sample, pages: list[int], num_computed: int) -> None:
         sample.pages, sample.num_computed, sample.last_turn = pages, num_computed, self._turn
@@ -262,10 +306,25 @@ class Sequences:
         stop = end if end - start <= share else start + share // self.cache.page_size * self.cache.page_size
         if stop <= start:
             return 0
-        schedule.prefill.append(Segment(sample, start, stop))
-        sample.num_computed = stop
+        schedule.prefill.append(Segment(sample, start, stop, sample.loads, self._snapshots(sample, start, stop)))
+        sample.num_computed, sample.loads = stop, sample.slot
         self._register(sample, stop)
         return -(-(stop - start) // self.cache.page_size) * self.cache.page_size
+
+    def _snapshots(self, sample: Sample, start: int, stop: int) -> dict[int, int]:
+        """Which states within [start, stop] are kept: of the prompt's end, of its last whole page, which a longer
+        prompt shares, and of what it was found to share with others."""
+        if not self.states.enabled or not self.cache.enabled:
+            return {}
+        end, size = sample.num_prompt - 1, self.cache.page_size
+        saves = {}
+        for position in sorted({end, end // size * size, sample.shared_tokens}):
+            if start < position <= stop and position <= end:
+                full = sample.keys.upto(sample.tokens, position)
+                key = full[-1] if position % size == 0 else sample.keys.tail(sample.tokens, position)
+                if key and (slot := self.states.snapshot(key)):
+                    saves[position] = slot
+        return saves
 
     def _register(self, sample: Sample, num_tokens: int) -> None:
         """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial one by its twins."""
@@ -283,6 +342,7 @@ class Sequences:
     def check(self) -> None:
         """Assert every invariant; tests call it after each change."""
         self.cache.check(sample.pages for sample in self.running)
+        self.states.check([sample.slot for sample in self.running])
         assert len(self.running) <= self.num_running_max
         orders = [sample.order for sample in self.running]
         assert orders == sorted(set(orders))

@@ -1,4 +1,5 @@
-"""Attention for packed rows: exact softmax attention, fp32 statistics, never across segments.
+"""Attention for packed rows: exact softmax attention, fp32 statistics, never across segments, with windows and sinks
+where a layer has them.
 
 Models call an `Attend`; they do not know whether keys come from the same row (training, `PackedAttention`) or from a
 paged cache (sampling, `engine/paged_attention.py`).
@@ -30,13 +31,27 @@ MASKED = -1e30
 
 class Attend(Protocol):
     def __call__(
-        self, cache: Cache, layer: Array, q: Array, k: Array, v: Array | None, scale: float, v_features: int = 0
+        self,
+        cache: Cache,
+        layer: Array,
+        q: Array,
+        k: Array,
+        v: Array | None,
+        scale: float,
+        v_features: int = 0,
+        window: int = 0,
+        sinks: Array | None = None,
     ) -> tuple[Array, Cache]:
         """q [R, L, H, Dk], k [R, L, Hkv, Dk], v [R, L, Hkv, Dv] -> ([R, L, H, Dv], cache).
 
         `layer` is the layer's index in the cache. With v None the values are the first `v_features` of each key (MLA's
-        latent cache with absorbed projections).
+        latent cache with absorbed projections). window: tokens that a token sees, itself included; 0 = all before it.
+        sinks: fp32 [H], a logit of each head that takes part in the softmax and has no value.
         """
+        ...
+
+    def recur(self, cache: Cache, layer: Array, rule: Any, x: Any) -> tuple[Array, Cache]:
+        """A recurrence instead of attention: rule is a `delta_net.Rule`, x what it takes of each token."""
         ...
 
 
@@ -48,10 +63,22 @@ class PackedAttention:
         self.positions, self.segment_ids = positions, segment_ids
 
     def __call__(
-        self, cache: Cache, layer: Array, q: Array, k: Array, v: Array | None, scale: float, v_features: int = 0
+        self,
+        cache: Cache,
+        layer: Array,
+        q: Array,
+        k: Array,
+        v: Array | None,
+        scale: float,
+        v_features: int = 0,
+        window: int = 0,
+        sinks: Array | None = None,
     ) -> tuple[Array, Cache]:
         v = k[..., :v_features] if v is None else v
-        return packed_attention(q, k, v, self.positions, self.segment_ids, scale), cache
+        return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window), cache
+
+    def recur(self, cache: Cache, layer: Array, rule: Any, x: Any) -> tuple[Array, Cache]:
+        return rule.packed(x, self.positions, self.segment_ids), cache
 
 
 class _Blocks(NamedTuple):
@@ -82,26 +109,51 @@ class _Saved(NamedTuple):
     """fp32 [n, R, Hkv, G * B]: log of the sum of the exponentiated scores."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def packed_attention(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float) -> Array:
-    """q [R, L, H, Dk], k [R, L, Hkv, Dk], v [R, L, Hkv, Dv] -> [R, L, H, Dv]"""
-    return _forward(q, k, v, positions, segment_ids, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def packed_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array | None,
+    positions: Array,
+    segment_ids: Array,
+    scale: float,
+    window: int = 0,
+) -> Array:
+    """q [R, L, H, Dk], k [R, L, Hkv, Dk], v [R, L, Hkv, Dv], sinks fp32 [H], frozen -> [R, L, H, Dv]"""
+    return _forward(q, k, v, sinks, positions, segment_ids, scale, window)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float) -> tuple[Array, _Saved]:
-    x = _blocks(q, k, v, positions, segment_ids)
-    _, (out, lse) = jax.lax.scan(lambda _, i: (None, _attend_from(x, i, scale)), None, jnp.arange(x.q.shape[0]))
+def _forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array | None,
+    positions: Array,
+    segment_ids: Array,
+    scale: float,
+    window: int,
+) -> tuple[Array, _Saved]:
+    x = _blocks(q, k, v, positions, segment_ids, window)
+    sink = None if sinks is None else _sink_of_queries(sinks, k.shape[2], x.k.shape[3])
+    body = partial(_attend_from, x, sink, scale, window)
+    _, (out, lse) = jax.lax.scan(lambda _, i: (None, body(i)), None, jnp.arange(x.q.shape[0]))
     out, lse = keep((out, lse))
     return _rows(out, q.shape[1], q.shape[2]), _Saved(x, out, lse)
 
 
-def _attend_from(x: _Blocks, i: Array, scale: float) -> tuple[Array, Array]:
+def _sink_of_queries(sinks: Array, num_kv_heads: int, size: int) -> Array:
+    """[H] -> [Hkv, G * B], as the queries of a block stand."""
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv_heads, -1), size, axis=1)
+
+
+def _attend_from(x: _Blocks, sink: Array | None, scale: float, window: int, i: Array) -> tuple[Array, Array]:
     """One block of queries over its keys, the diagonal block first: there every query meets at least itself."""
 
     def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = so_far
         j = i - step
-        scores = _scores(x, i, j, scale)
+        scores = _scores(x, i, j, scale, window)
         new_top = jnp.maximum(top, scores.max(-1))
         shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top[..., None])
         further = _dot("rhqk,rhkd->rhqd", weights.astype(x.v.dtype), x.v[j])
@@ -110,10 +162,19 @@ def _attend_from(x: _Blocks, i: Array, scale: float) -> tuple[Array, Array]:
     *lead, _ = x.q.shape[1:]
     nothing = (jnp.full(lead, MASKED), jnp.zeros(lead), jnp.zeros((*lead, x.v.shape[-1])))
     top, total, out = jax.lax.fori_loop(0, i - x.first[i] + 1, add, nothing)
+    if sink is not None:
+        top, total, out = with_sink(top, total, out, sink)
     return (out / total[..., None]).astype(x.v.dtype), top + jnp.log(total)
 
 
-def _backward(scale: float, saved: _Saved, dout: Array) -> tuple[Array | None, ...]:
+def with_sink(top: Array, total: Array, out: Array, sink: Array) -> tuple[Array, Array, Array]:
+    """One more logit in an online softmax [...], whose value is zero: `out` [..., D] only shrinks."""
+    new_top = jnp.maximum(top, sink)
+    shrink = jnp.exp(top - new_top)
+    return new_top, total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
+
+
+def _backward(scale: float, window: int, saved: _Saved, dout: Array) -> tuple[Array | None, ...]:
     x = saved.blocks
     length, num_heads = dout.shape[1:3]
     dout = _queries(dout, x.k.shape[2], x.k.shape[3])
@@ -122,7 +183,7 @@ def _backward(scale: float, saved: _Saved, dout: Array) -> tuple[Array | None, .
     def pair(i: Array, j: Array) -> tuple[Array, Array, Array]:
         # Keys before queries: so dk and dv, which sum over queries, are plain products, and only dq reads its first
         # factor turned round, which takes a CPU half as long again. Queries first, it would be dk and dv.
-        weights = jnp.exp(_scores_by_key(x, i, j, scale) - saved.lse[i][:, :, None])
+        weights = jnp.exp(_scores_by_key(x, i, j, scale, window) - saved.lse[i][:, :, None])
         dweights = _dot("rhkd,rhqd->rhkq", x.v[j], dout[i])
         dscores = (weights * (dweights - delta[i][:, :, None]) * scale).astype(x.k.dtype)
         dq = _dot("rhkq,rhkd->rhqd", dscores, x.k[j])
@@ -142,23 +203,27 @@ def _backward(scale: float, saved: _Saved, dout: Array) -> tuple[Array | None, .
     zeros = (jnp.zeros(x.k.shape, jnp.float32), jnp.zeros(x.v.shape, jnp.float32))
     (dk, dv), dq = jax.lax.scan(one_query_block, zeros, jnp.arange(x.q.shape[0]))
     dq, dk, dv = (_rows(d, length, h) for d, h in ((dq, num_heads), (dk, dk.shape[2]), (dv, dv.shape[2])))
-    return dq.astype(x.q.dtype), dk.astype(x.k.dtype), dv.astype(x.v.dtype), None, None
+    return dq.astype(x.q.dtype), dk.astype(x.k.dtype), dv.astype(x.v.dtype), None, None, None
 
 
 packed_attention.defvjp(_forward, _backward)
 
 
-def _scores(x: _Blocks, i: Array, j: Array, scale: float) -> Array:
+def _scores(x: _Blocks, i: Array, j: Array, scale: float, window: int) -> Array:
     """fp32 [R, Hkv, G * B, B]: queries of block i by keys of block j; what may not be seen is very low."""
     seen = x.q_segments[i][:, :, None] == x.segments[j][:, None, :]
     seen &= x.q_positions[i][:, :, None] >= x.positions[j][:, None, :]
+    if window:
+        seen &= x.q_positions[i][:, :, None] - x.positions[j][:, None, :] < window
     return jnp.where(seen[:, None], _dot("rhqd,rhkd->rhqk", x.q[i], x.k[j]) * scale, MASKED)
 
 
-def _scores_by_key(x: _Blocks, i: Array, j: Array, scale: float) -> Array:
+def _scores_by_key(x: _Blocks, i: Array, j: Array, scale: float, window: int) -> Array:
     """The same [R, Hkv, B, G * B]."""
     seen = x.segments[j][:, :, None] == x.q_segments[i][:, None, :]
     seen &= x.positions[j][:, :, None] <= x.q_positions[i][:, None, :]
+    if window:
+        seen &= x.q_positions[i][:, None, :] - x.positions[j][:, :, None] < window
     return jnp.where(seen[:, None], _dot("rhkd,rhqd->rhkq", x.k[j], x.q[i]) * scale, MASKED)
 
 
@@ -166,7 +231,7 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array) -> _Blocks:
+def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, window: int) -> _Blocks:
     """A last block that is not full is filled up with padding."""
     size = min(_block_size(q.shape[1]), q.shape[1])
     positions, segments = (_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids))
@@ -175,7 +240,8 @@ def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array) 
     # Padding sees only that of its own block, so its values do not depend on how many blocks other rows need.
     segments = jnp.where(segments > 0, segments, -1 - numbers)
     # Positions count from the start of their segment; min: all rows go through the same blocks.
-    first = jnp.min(numbers[..., 0] - -(-positions[:, :, 0] // size), axis=1)
+    reach = jnp.minimum(positions[:, :, 0], window - 1) if window else positions[:, :, 0]
+    first = jnp.min(numbers[..., 0] - -(-reach // size), axis=1)
     group = (1, 1, q.shape[2] // k.shape[2])
     return _Blocks(
         q=_queries(q, k.shape[2], size),

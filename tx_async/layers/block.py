@@ -1,9 +1,13 @@
-"""The two halves of a decoder layer, as protocols: frozen dataclasses of static numbers that declare their weights
-and run."""
+"""What a layer is, as data: a token mixer, an MLP, and where its norms stand.
+
+Mixers and MLPs are frozen dataclasses of static numbers that declare their weights and run. What a mixer keeps of a
+sequence between two calls it declares once (`Keeps`); cache, memory plan and sharding read it there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from jax import Array
@@ -11,7 +15,9 @@ from jax.sharding import Mesh
 
 from tx_async.layers.attention import Attend, Cache
 from tx_async.layers.lora import LayerLora, Lora
-from tx_async.layers.weights import Stack, Weight
+from tx_async.layers.norm import RmsNorm
+from tx_async.layers.rope import Rope
+from tx_async.layers.weights import Dim, Stack, Weight
 
 LayerWeights = dict[str, Any]
 
@@ -20,22 +26,43 @@ class Run(NamedTuple):
     """What all layers of one forward pass share."""
 
     lora: Lora
-    rotary: tuple[Array, Array]
-    """cos, sin fp32 [R, L, D/2]."""
+    positions: Array
+    """int32 [R, L]."""
+    rotary: dict[Rope, tuple[Array, Array]]
+    """cos, sin fp32 [R, L, D/2] of each rope that a layer of the model has."""
     attend: Attend
     mesh: Mesh | None
 
 
-class Attention(Protocol):
+class Keeps(NamedTuple):
+    """What one layer stores of a sequence."""
+
+    pages: dict[str, tuple[int, int]] = {}  # noqa: RUF012
+    """Of each token: name -> (heads, features)."""
+    state: dict[str, tuple[tuple[int, ...], bool]] = {}  # noqa: RUF012
+    """Of the whole sequence: name -> (shape, whether it is fp32 whatever the model's dtype)."""
+
     @property
-    def cache_shapes(self) -> dict[str, tuple[int, int]]: ...
+    def kind(self) -> str:
+        """Layers of one kind are numbered together: their places in the cache."""
+        return "pages" if self.pages else "state"
+
+
+class Mixer(Protocol):
+    """Mixes tokens: attention of some kind."""
+
+    @property
+    def keeps(self) -> Keeps: ...
+
+    @property
+    def rope(self) -> Rope | None: ...
 
     def weights(self, stack: Stack) -> Iterable[Weight]: ...
 
     def __call__(
         self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
     ) -> tuple[Array, Cache]:
-        """x [R, L, D] -> ([R, L, D], cache); `layer` is this layer's index in the cache."""
+        """x [R, L, D] -> ([R, L, D], cache); `layer` is this layer's place in the cache."""
         ...
 
 
@@ -45,3 +72,36 @@ class Mlp(Protocol):
     def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         """x [R, L, D] -> [R, L, D]."""
         ...
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Names in the files of a layer's norms; "" = the family has none there."""
+
+    norm: RmsNorm
+    before_mixer: str = "input_layernorm"
+    after_mixer: str = ""
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str = ""
+
+    def weights(self, stack: Stack, hidden_size: int) -> Iterator[Weight]:
+        for place in ("before_mixer", "after_mixer", "before_mlp", "after_mlp"):
+            if name := getattr(self, place):
+                yield stack.vector(place, f"{name}.weight", Dim(hidden_size))
+
+    def __call__(self, place: str, w: LayerWeights, x: Array) -> Array:
+        return self.norm(x, w[place]) if place in w else x
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    """Of its kind: layers that share it are equal, and are scanned together."""
+    mixer: Mixer
+    mlp: Mlp = field(repr=False)
+    norms: Norms = field(repr=False)
+
+    def weights(self, stack: Stack, hidden_size: int) -> Iterator[Weight]:
+        yield from self.norms.weights(stack, hidden_size)
+        yield from self.mixer.weights(stack)
+        yield from self.mlp.weights(stack)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from tx_async.layers.attention import Cache
-from tx_async.layers.block import LayerWeights, Run
+from tx_async.layers.block import Keeps, LayerWeights, Run
 from tx_async.layers.linear import project
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import rms_norm
-from tx_async.layers.rope import rotate, rotate_interleaved
+from tx_async.layers.rope import Rope, rotate, rotate_interleaved
 from tx_async.layers.weights import Dim, Stack, Weight
 
 LATENT_NORM_EPS = 1e-6  # transformers builds these norms with its default, whatever rms_norm_eps is
@@ -38,12 +38,13 @@ class LatentAttention:
     rope_dim: int
     v_dim: int
     scale: float
+    rope: Rope
     interleaved: bool
     bias: bool = False
 
     @property
-    def cache_shapes(self) -> dict[str, tuple[int, int]]:
-        return {"k": (1, self.kv_lora_rank + self.rope_dim)}
+    def keeps(self) -> Keeps:
+        return Keeps({"k": (1, self.kv_lora_rank + self.rope_dim)})
 
     def weights(self, stack: Stack) -> Iterator[Weight]:
         hidden, heads = Dim(self.hidden_size, "embed"), self.num_heads
@@ -69,10 +70,11 @@ class LatentAttention:
     ) -> tuple[Array, Cache]:
         turn = rotate_interleaved if self.interleaved else rotate
         nope, rope = jnp.split(self._queries(run, w, adapters, x), [self.nope_dim], axis=-1)
-        rope = turn(rope, *run.rotary)
+        rotary = run.rotary[self.rope]
+        rope = turn(rope, *rotary)
         (entry,) = project(run.lora, adapters, w, ("kv_a",), x)
         latent, shared = jnp.split(entry, [self.kv_lora_rank], axis=-1)
-        latent, shared = rms_norm(latent, w["kv_a_norm"], LATENT_NORM_EPS), turn(shared[:, :, None], *run.rotary)
+        latent, shared = rms_norm(latent, w["kv_a_norm"], LATENT_NORM_EPS), turn(shared[:, :, None], *rotary)
         attend = self._absorbed if jax.tree.leaves(cache) else self._expanded
         out, cache = attend(run, w, adapters, nope, rope, latent, shared, cache, layer)
         return project(run.lora, adapters, w, ("o",), out.reshape(*x.shape[:2], -1))[0], cache

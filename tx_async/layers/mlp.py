@@ -1,11 +1,13 @@
-"""Gated SiLU MLP: down(silu(gate x) · up x)."""
+"""Gated MLP: down(act(gate x) · up x), where act is SiLU in most families."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from tx_async.layers.block import LayerWeights, Run
@@ -22,15 +24,25 @@ class GatedMlp:
     prefix: str = ""
     """Of the parameters' names: "shared_" where a layer has experts too."""
     module: str = "mlp"
+    activation: str = "silu"
+    """Key of `ACTIVATIONS`."""
+    fused: bool = False
+    """Gate and up are one module, `gate_up_proj` (Phi)."""
 
     def weights(self, stack: Stack) -> Iterator[Weight]:
         hidden, inner = Dim(self.hidden_size, "embed"), Dim(self.intermediate_size, "mlp")
-        for name, dims in (("gate", (hidden, inner)), ("up", (hidden, inner)), ("down", (inner, hidden))):
+        shapes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+        if self.fused:
+            shapes = {"gate_up": (hidden, Dim(2 * self.intermediate_size)), "down": (inner, hidden)}
+        for name, dims in shapes.items():
             yield from stack.linear(f"{self.prefix}{name}", f"{self.module}.{name}_proj", dims, "mlp", self.bias)
 
     def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
-        gate, up = project(run.lora, adapters, w, (f"{self.prefix}gate", f"{self.prefix}up"), x)
-        return project(run.lora, adapters, w, (f"{self.prefix}down",), gated(gate, up))[0]
+        names = ("gate_up",) if self.fused else ("gate", "up")
+        made = project(run.lora, adapters, w, tuple(f"{self.prefix}{name}" for name in names), x)
+        gate, up = jnp.split(made[0], 2, axis=-1) if self.fused else made
+        inner = ACTIVATIONS[self.activation](gate, up)
+        return project(run.lora, adapters, w, (f"{self.prefix}down",), inner)[0]
 
 
 @jax.custom_vjp
@@ -51,3 +63,16 @@ def _backward(saved: tuple[Array, Array], dout: Array) -> tuple[Array, Array]:
 
 
 gated.defvjp(_forward, _backward)
+
+
+def _gelu_gated(approximate: bool, gate: Array, up: Array) -> Array:
+    return jax.nn.gelu(gate, approximate=approximate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "silu": gated,
+    "swish": gated,
+    "gelu": partial(_gelu_gated, False),
+    "gelu_pytorch_tanh": partial(_gelu_gated, True),
+}
+"""(gate, up) -> act(gate) · up, by the name in `config.json`."""

@@ -34,6 +34,8 @@ class MoeMlp:
     """Of one expert."""
     router: SoftmaxRouter | SigmoidRouter
     shared: GatedMlp | None = None
+    shared_gate: bool = False
+    """The shared expert's output is scaled by a sigmoid of the token (Qwen3-Next)."""
 
     def weights(self, stack: Stack) -> Iterator[Weight]:
         hidden, inner = Dim(self.hidden_size, "embed"), Dim(self.intermediate_size, "mlp")
@@ -42,6 +44,8 @@ class MoeMlp:
             yield stack.experts(name, f"mlp.experts.{{}}.{name}_proj", dims, self.router.num_experts)
         if self.shared:
             yield from self.shared.weights(stack)
+        if self.shared_gate:
+            yield stack.matrix("shared_share", "mlp.shared_expert_gate", (Dim(self.hidden_size), Dim(1)), None)
 
     def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         experts, weights = self.router(w, x)
@@ -51,7 +55,12 @@ class MoeMlp:
             out = routed(matrices, lora, x, experts, weights)
         else:
             out = self._on_mesh(run.mesh, matrices, lora, x, experts, weights)
-        return out + self.shared(run, w, adapters, x) if self.shared else out
+        if self.shared is None:
+            return out
+        shared = self.shared(run, w, adapters, x)
+        if self.shared_gate:
+            shared = shared * jax.nn.sigmoid(x @ w["shared_share"])
+        return out + shared
 
     def _on_mesh(
         self, mesh: Mesh, w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array

@@ -1,10 +1,25 @@
 """RMSNorm with fp32 statistics."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """How a family normalises; the weights themselves are parameters."""
+
+    eps: float
+    adds_one: bool = False
+    """The factor is 1 + w (Gemma, Qwen3-Next and later)."""
+
+    def __call__(self, x: Array, weight: Array) -> Array:
+        return rms_norm(x, 1 + weight.astype(jnp.float32) if self.adds_one else weight, self.eps)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

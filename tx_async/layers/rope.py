@@ -31,9 +31,12 @@ class Rope:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """x [R, L, H, D] with cos, sin [R, L, D/2] in fp32: pairs are (i, i + D/2) (Llama, Qwen)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return _turn(first, second, cos, sin).astype(x.dtype)
+    """x [R, L, H, D] with cos, sin [R, L, d/2] in fp32: pairs are (i, i + d/2) (Llama, Qwen). Of the features only the
+    first d turn, which are all of them in most families."""
+    turning, still = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+    turned = _turn(first, second, cos, sin).astype(x.dtype)
+    return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
 
 def rotate_interleaved(x: Array, cos: Array, sin: Array) -> Array:
@@ -52,26 +55,39 @@ def parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Rope parameters in the spelling of transformers 5, from either spelling of `config.json`."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
+    rope.setdefault("rope_theta", config.get("rope_theta") or config.get("default_rope_theta") or 10_000.0)
     original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     rope["original_max_position_embeddings"] = original or config["max_position_embeddings"]
-    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if factor not in (None, 1, 1.0):
+    return rope | {key: config.get(key) for key in ("max_position_embeddings", "served_context_length")}
+
+
+def of_kind(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """`config` with the rope parameters of one kind of layer, where `rope_parameters` has them by kind."""
+    found = config.get("rope_parameters") or {}
+    return config | {"rope_parameters": found[kind] or {}} if kind in found else config
+
+
+def partial_rotary_factor(config: dict[str, Any]) -> float:
+    """`rope_parameters` wins over the top level, as in transformers."""
+    found = parameters(config).get("partial_rotary_factor")
+    found = config.get("partial_rotary_factor") if found is None else found
+    return 1.0 if found is None else float(found)
+
+
+def from_hf(config: dict[str, Any], dim: int, partial: bool = False) -> Rope:
+    """dim: of a head. partial: the family knows `partial_rotary_factor`. Raises `BaseModelError` naming a rope type
+    that is not implemented."""
+    rope, factor = parameters(config), partial_rotary_factor(config)
+    if factor != 1.0 and not partial:
         raise BaseModelError(f"partial_rotary_factor {factor} in config.json is not supported; only 1.0 is.")
-    return rope
-
-
-def from_hf(config: dict[str, Any], dim: int) -> Rope:
-    """Raises `BaseModelError` naming a rope type that is not implemented."""
-    rope = parameters(config)
-    kinds = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+    kinds = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
     if rope["rope_type"] not in kinds:
         raise BaseModelError(f"rope_type {rope['rope_type']!r} is not supported; known: {', '.join(kinds)}.")
     try:
-        frequencies, factor = kinds[rope["rope_type"]](rope, dim)
+        frequencies, attention_factor = kinds[rope["rope_type"]](rope, int(dim * factor))
     except KeyError as error:
         raise BaseModelError(f"rope_type {rope['rope_type']!r} in config.json lacks {error}.") from error
-    return Rope(tuple(float(f) for f in frequencies), factor)
+    return Rope(tuple(float(f) for f in frequencies), attention_factor)
 
 
 def _default(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
@@ -111,6 +127,25 @@ def _yarn(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
     interpolate = np.clip(ramp, 0, 1)
     frequencies = 1 / _periods(rope, dim)
     return frequencies / factor * interpolate + frequencies * (1 - interpolate), _yarn_attention_factor(rope)
+
+
+def _longrope(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    """LongRoPE (arXiv 2402.13753). One set of factors for all calls: the long ones where the context that is served
+    exceeds the original one."""
+    original = rope["original_max_position_embeddings"]
+    context = rope["max_position_embeddings"]
+    served = min(rope.get("served_context_length") or context, context)
+    factors = np.array(rope["long_factor" if served > original else "short_factor"], np.float32)
+    if len(factors) != dim // 2:
+        raise BaseModelError(f"rope_type 'longrope' in config.json has {len(factors)} factors, not {dim // 2}.")
+    return 1 / (factors * _periods(rope, dim)), _longrope_attention_factor(rope, context / original)
+
+
+def _longrope_attention_factor(rope: dict[str, Any], stretch: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    stretch = rope.get("factor") or stretch
+    return math.sqrt(1 + math.log(stretch) / math.log(rope["original_max_position_embeddings"])) if stretch > 1 else 1.0
 
 
 def _yarn_attention_factor(rope: dict[str, Any]) -> float:

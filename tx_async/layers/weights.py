@@ -79,6 +79,9 @@ class Stack:
     def vector(self, name: str, tensor: str, dim: Dim, wide: bool = False) -> Weight:
         return Weight(self.name, name, (dim,), self._names(tensor), wide=wide)
 
+    def tensor(self, name: str, tensor: str, dims: tuple[Dim, ...]) -> Weight:
+        return Weight(self.name, name, dims, self._names(tensor))
+
     def matrix(
         self,
         name: str,

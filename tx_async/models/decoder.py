@@ -1,11 +1,11 @@
-"""What every decoder shares: embedding, scanned stacks of pre-norm layers, final norm, and the table of its
-parameters."""
+"""A decoder is a list of layers: embedding, the layers, scanned where neighbours are of one kind, final norm, and the
+table of its parameters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.layers.attention import Attend, Cache
-from tx_async.layers.block import Attention, Mlp, Run
+from tx_async.layers.block import Layer, Mlp, Run
 from tx_async.layers.linear import OutFirst
 from tx_async.layers.lora import Lora, LoraTarget
-from tx_async.layers.norm import rms_norm
+from tx_async.layers.norm import RmsNorm
 from tx_async.layers.residuals import KEPT_ONLY
-from tx_async.layers.rope import Rope
 from tx_async.layers.sharding import gathered_spec_of
-from tx_async.layers.weights import Dim, Stack, Weight
+from tx_async.layers.weights import Dim, Stack, Weight, stacks_of
 
 Params = dict[str, Any]
 Segments = tuple[tuple[Stack, ...], ...]
@@ -34,39 +33,66 @@ class Decoder:
     Frozen and hashable: a model is the static part of a program, `params` are its arrays.
     """
 
-    has_extra_layers: ClassVar[bool] = False
-    """Files of this family hold layers past `num_layers` (multi-token prediction) that nothing here uses."""
-
     vocab_size: int
     hidden_size: int
-    num_layers: int
     max_position_embeddings: int
-    rms_norm_eps: float
+    norm: RmsNorm
+    """The final one."""
     tied: bool
-    rope: Rope
-    attention: Attention
-    mlps: tuple[tuple[str, Mlp], ...]
-    """(kind of layer, its MLP)."""
-    segments: Segments
-    """Each segment is one scan; most models have a single one of a single stack."""
+    layers: tuple[Layer, ...]
+    """What each layer is, in order."""
+    embed_scale: float = 1.0
+    """Embeddings are multiplied by it (Gemma)."""
+    skipped: tuple[str, ...] = ()
+    """Beginnings of the names of tensors in the files that the family has and nothing here uses (multi-token
+    prediction, a vision tower)."""
     mesh: Mesh | None = None
     """Where it is sharded; set by `load_model`."""
 
     @property
-    def cache_shapes(self) -> dict[str, tuple[int, int]]:
-        """What one token of one layer stores: name -> (heads, features)."""
-        return self.attention.cache_shapes
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Each segment is one scan; most models have a single one of a single stack."""
+        return stacks_of(tuple(layer.name for layer in self.layers))
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
         return tuple(stack for segment in self.segments for stack in segment)
 
+    def layer_of(self, stack: Stack) -> Layer:
+        return self.layers[stack.layers[0]]
+
     def mlp_of(self, stack: Stack) -> Mlp:
-        return dict(self.mlps)[stack.kind]
+        return self.layer_of(stack).mlp
+
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, int]]:
+        """What one token of one layer with pages stores: name -> (heads, features)."""
+        return next((layer.mixer.keeps.pages for layer in self.layers if layer.mixer.keeps.pages), {})
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """What one recurrent layer stores of a sequence: name -> (shape, whether it is fp32 in any case)."""
+        return next((layer.mixer.keeps.state for layer in self.layers if layer.mixer.keeps.state), {})
+
+    @property
+    def state_layers(self) -> int:
+        """Recurrent ones."""
+        return sum(bool(layer.mixer.keeps.state) for layer in self.layers)
 
     @property
     def cache_layers(self) -> int:
-        return self.num_layers
+        """Layers with pages."""
+        return sum(bool(layer.mixer.keeps.pages) for layer in self.layers)
+
+    def places(self, stack: Stack) -> tuple[int, ...]:
+        """Where in the cache each layer of a stack has what it keeps: layers that keep the same kind of thing are
+        numbered in order."""
+        kinds = [layer.mixer.keeps.kind for layer in self.layers]
+        return tuple(kinds[:i].count(kinds[i]) for i in stack.layers)
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
@@ -79,10 +105,7 @@ class Decoder:
         if not self.tied:
             weights.append(Weight("", "head", (vocab, hidden), ("lm_head.weight",)))
         for stack in self.stacks:
-            weights.append(stack.vector("input_norm", "input_layernorm.weight", Dim(self.hidden_size)))
-            weights.append(stack.vector("post_norm", "post_attention_layernorm.weight", Dim(self.hidden_size)))
-            weights.extend(self.attention.weights(stack))
-            weights.extend(self.mlp_of(stack).weights(stack))
+            weights.extend(self.layer_of(stack).weights(stack, self.hidden_size))
         return tuple(weights)
 
     def lora_targets(self) -> dict[str, dict[str, LoraTarget]]:
@@ -125,27 +148,36 @@ class Decoder:
 
         remat: a layer keeps only its input for the backward pass.
         """
-        x, run = self._by_rows(params["embed"][tokens]), Run(lora, self.rope(positions), attend, self.mesh)
+        x = self._by_rows(params["embed"][tokens])
+        if self.embed_scale != 1.0:
+            x = x * jnp.asarray(self.embed_scale, x.dtype)
+        run = Run(lora, positions, self._rotary(positions), attend, self.mesh)
         for segment in self.segments:
             body = partial(self._run_layers, segment, run)
-            layers = tuple((jnp.array(s.layers), params[s.name], lora.weights.get(s.name, {})) for s in segment)
+            layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
             if isinstance(params[segment[0].name], list):
                 x, cache = _one_by_one(body, (x, cache), layers)
                 continue
             # Inside of a scan the compiler cannot merge the repeated work with the first, so nothing need stop it.
             body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else KEPT_ONLY)
             (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
-        return rms_norm(x, params["norm"], self.rms_norm_eps), cache
+        return self.norm(x, params["norm"]), cache
+
+    def _rotary(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
+        ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers if layer.mixer.rope)
+        return {rope: rope(positions) for rope in ropes}
 
     def _run_layers(
         self, segment: tuple[Stack, ...], run: Run, carry: tuple[Array, Cache], layers: tuple[Any, ...]
     ) -> tuple[tuple[Array, Cache], None]:
         x, cache = carry
         for stack, (index, w, adapters) in zip(segment, layers, strict=True):
-            w = self._gathered(stack, w)
-            out, cache = self.attention(run, w, adapters, self._norm(x, w["input_norm"]), cache, index)
-            x = self._by_rows(x + out)
-            x = x + self.mlp_of(stack)(run, w, adapters, self._norm(x, w["post_norm"]))
+            w, layer = self._gathered(stack, w), self.layer_of(stack)
+            norms = layer.norms
+            out, cache = layer.mixer(run, w, adapters, norms("before_mixer", w, x), cache, index)
+            x = self._by_rows(x + norms("after_mixer", w, out))
+            out = layer.mlp(run, w, adapters, norms("before_mlp", w, x))
+            x = x + norms("after_mlp", w, out)
         return (self._by_rows(x), cache), None
 
     def _gathered(self, stack: Stack, w: Params) -> Params:
@@ -161,9 +193,6 @@ class Decoder:
         if self.mesh is None or x.shape[0] % self.mesh.shape["fsdp"]:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("fsdp")))
-
-    def _norm(self, x: Array, weight: Array) -> Array:
-        return rms_norm(x, weight, self.rms_norm_eps)
 
 
 def unembedding(params: Params) -> Any:

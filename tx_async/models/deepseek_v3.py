@@ -3,41 +3,47 @@ then sigmoid-routed experts chosen from the best groups, beside shared experts."
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from tx_async.errors import BaseModelError
 from tx_async.layers import rope
+from tx_async.layers.block import Layer
 from tx_async.layers.mla import LatentAttention
 from tx_async.layers.mlp import GatedMlp
 from tx_async.layers.moe import MoeMlp
 from tx_async.layers.router import SigmoidRouter
-from tx_async.layers.weights import stacks_of
 from tx_async.models import hf_config
 from tx_async.models.decoder import Decoder
 
 
-@dataclass(frozen=True)
-class DeepseekV3(Decoder):
-    has_extra_layers: ClassVar[bool] = True
+def from_hf(config: dict[str, Any]) -> Decoder:
+    hf_config.only(config, "scoring_func", "sigmoid")
+    hf_config.only(config, "topk_method", "noaux_tc")
+    hf_config.only(config, "moe_layer_freq", 1)
+    hf_config.only(config, "hidden_act", "silu", "swish")
+    hf_config.no_windows(config)
+    hidden, count, norms = (
+        hf_config.need(config, "hidden_size"),
+        hf_config.num_layers(config),
+        hf_config.pre_norm(config),
+    )
+    attention = _attention(config, hidden, hf_config.need(config, "qk_rope_head_dim"))
+    dense = GatedMlp(hidden, hf_config.need(config, "intermediate_size"))
+    layers = {
+        "dense": Layer("dense", attention, dense, norms),
+        "moe": Layer("moe", attention, sigmoid_routed(config, hidden), norms),
+    }
+    return Decoder(
+        **hf_config.common(config),
+        layers=tuple(layers[kind] for kind in _kinds(config, count)),
+        skipped=extra_layers(config, count),
+    )
 
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> DeepseekV3:
-        hf_config.only(config, "scoring_func", "sigmoid")
-        hf_config.only(config, "topk_method", "noaux_tc")
-        hf_config.only(config, "moe_layer_freq", 1)
-        rope_dim = hf_config.need(config, "qk_rope_head_dim")
-        common = hf_config.common(config, rope_dim)
-        hidden = common["hidden_size"]
-        return cls(
-            **common,
-            attention=_attention(config, hidden, rope_dim),
-            mlps=(
-                ("dense", GatedMlp(hidden, hf_config.need(config, "intermediate_size"))),
-                ("moe", _moe(config, hidden)),
-            ),
-            segments=stacks_of(_kinds(config, common["num_layers"])),
-        )
+
+def extra_layers(config: dict[str, Any], num_layers: int) -> tuple[str, ...]:
+    """Layers past the last one do multi-token prediction."""
+    extra = max(config.get("num_nextn_predict_layers") or 0, 1)
+    return tuple(f"model.layers.{num_layers + i}." for i in range(extra))
 
 
 def _attention(config: dict[str, Any], hidden: int, rope_dim: int) -> LatentAttention:
@@ -50,6 +56,7 @@ def _attention(config: dict[str, Any], hidden: int, rope_dim: int) -> LatentAtte
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         v_dim=hf_config.need(config, "v_head_dim"),
+        rope=rope.from_hf(config, rope_dim),
         scale=(nope_dim + rope_dim) ** -0.5 * _mscale(rope.parameters(config)) ** 2,
         interleaved=bool(config.get("rope_interleave", True)),
         bias=bool(config.get("attention_bias")),
@@ -63,7 +70,7 @@ def _mscale(parameters: dict[str, Any]) -> float:
     return rope.yarn_mscale(parameters["factor"], parameters["mscale_all_dim"])
 
 
-def _moe(config: dict[str, Any], hidden: int) -> MoeMlp:
+def sigmoid_routed(config: dict[str, Any], hidden: int) -> MoeMlp:
     inner, num_shared = hf_config.need(config, "moe_intermediate_size"), hf_config.need(config, "n_shared_experts")
     router = SigmoidRouter(
         hidden_size=hidden,

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tx_async.errors import BaseModelError
-from tx_async.layers import rope
+from tx_async.layers.block import Layer, Norms
+from tx_async.layers.gqa import GroupedQueryAttention
+from tx_async.layers.mlp import ACTIVATIONS, GatedMlp
+from tx_async.layers.norm import RmsNorm
 from tx_async.model_folder import context_length
+from tx_async.models.quantization import check_quantization
 
 Config = dict[str, Any]
 
@@ -25,24 +29,46 @@ def need(config: Config, key: str) -> Any:
     return config[key]
 
 
-def common(config: Config, rope_dim: int) -> dict[str, Any]:
-    """Fields of `Decoder` that all families spell alike, after the checks that all share."""
-    only(config, "hidden_act", "silu", "swish")
-    only(config, "use_sliding_window", False, None)
+def common(config: Config, norm: RmsNorm | None = None, tied: bool = False) -> dict[str, Any]:
+    """Fields of `Decoder` that all families spell alike, after the checks that all share. tied: of an absent key."""
     only(config, "is_decoder", True, None, False)
-    layer_types = set(config.get("layer_types") or ())
-    if layer_types - {"full_attention"}:
-        raise BaseModelError(f"layer_types {sorted(layer_types)} in config.json: only full_attention is supported.")
     check_quantization(config)
     return {
         "vocab_size": need(config, "vocab_size"),
         "hidden_size": need(config, "hidden_size"),
-        "num_layers": need(config, "num_hidden_layers"),
         "max_position_embeddings": need(config, "max_position_embeddings") and context_length(config),
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "rope": rope.from_hf(config, rope_dim),
+        "norm": norm or rms_norm(config),
+        "tied": bool(config.get("tie_word_embeddings", tied)),
     }
+
+
+def rms_norm(config: Config, adds_one: bool = False) -> RmsNorm:
+    return RmsNorm(config.get("rms_norm_eps", 1e-6), adds_one)
+
+
+def num_layers(config: Config) -> int:
+    return need(config, "num_hidden_layers")
+
+
+def heads(config: Config, head_dim: int) -> dict[str, Any]:
+    """Fields of `GroupedQueryAttention` that all families spell alike."""
+    return {
+        "hidden_size": need(config, "hidden_size"),
+        "num_heads": need(config, "num_attention_heads"),
+        "num_kv_heads": num_kv_heads(config),
+        "head_dim": head_dim,
+    }
+
+
+def gated_mlp(config: Config, key: str = "hidden_act", bias: bool = False, fused: bool = False) -> GatedMlp:
+    only(config, key, *ACTIVATIONS)
+    hidden, inner = need(config, "hidden_size"), need(config, "intermediate_size")
+    return GatedMlp(hidden, inner, bias, activation=config.get(key, "silu"), fused=fused)
+
+
+def pre_norm(config: Config) -> Norms:
+    """A norm before the mixer and one before the MLP, as most families have them."""
+    return Norms(rms_norm(config))
 
 
 def head_dim(config: Config, default: int | None = None) -> int:
@@ -56,15 +82,51 @@ def num_kv_heads(config: Config) -> int:
     return config.get("num_key_value_heads") or need(config, "num_attention_heads")
 
 
-def check_quantization(config: Config) -> None:
-    """fp8 in blocks (DeepSeek) is dequantised while loading; every other quantisation is refused."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return
-    method, blocks = quantization.get("quant_method"), quantization.get("weight_block_size") or ()
-    known = method == "fp8" and quantization.get("fmt", "e4m3") == "e4m3"
-    if not known or len(blocks) != 2 or any(size & (size - 1) for size in blocks):
+# ---- kinds of layers
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_types(
+    config: Config, default: list[str] | None = None, known: tuple[str, ...] = (FULL, SLIDING)
+) -> list[str]:
+    """One per layer; `default` where the file lists none."""
+    count = num_layers(config)
+    types = config.get("layer_types") or default or [FULL] * count
+    unknown = sorted(set(types) - set(known))
+    if unknown or len(types) < count:
         raise BaseModelError(
-            f"quantization_config {method!r} in config.json is not supported; only fp8 (e4m3) with a weight_block_size "
-            "of powers of two is."
+            f"layer_types {unknown or types} in config.json: only {' and '.join(known)} are supported, one per layer."
         )
+    return types[:count]
+
+
+def window(config: Config, kind: str) -> int:
+    """Tokens that a layer of this kind sees; 0 = all."""
+    return need(config, "sliding_window") if kind == SLIDING else 0
+
+
+def no_windows(config: Config) -> None:
+    """For families that know none."""
+    only(config, "use_sliding_window", False, None)
+    layer_types(config, known=(FULL,))
+
+
+def switched_layer_types(config: Config) -> list[str]:
+    """Qwen: `use_sliding_window` puts windows into the layers from `max_window_layers` on, or where `layer_types`
+    says."""
+    if not config.get("use_sliding_window"):
+        return layer_types(config, known=(FULL,))
+    count, first = num_layers(config), config.get("max_window_layers", 28)
+    return layer_types(config, [SLIDING if i >= first else FULL for i in range(count)])
+
+
+def name_of(kind: str, types: list[str]) -> str:
+    """Of a layer's stack: the same for all where all are equal."""
+    return "layers" if len(set(types)) == 1 else kind.removesuffix("_attention")
+
+
+def dense_layers(types: list[str], attention: dict[str, GroupedQueryAttention], mlp: GatedMlp, norms: Norms) -> tuple:
+    """Layers that differ in their attention alone."""
+    made = {kind: Layer(name_of(kind, types), mixer, mlp, norms) for kind, mixer in attention.items()}
+    return tuple(made[kind] for kind in types)

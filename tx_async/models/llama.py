@@ -3,32 +3,21 @@ ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from tx_async.layers import rope
+from tx_async.layers.block import Layer
 from tx_async.layers.gqa import GroupedQueryAttention
-from tx_async.layers.mlp import GatedMlp
-from tx_async.layers.weights import Stack
 from tx_async.models import hf_config
 from tx_async.models.decoder import Decoder
 
 
-@dataclass(frozen=True)
-class Llama(Decoder):
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Llama:
-        head_dim = hf_config.head_dim(config)
-        common = hf_config.common(config, head_dim)
-        hidden, inner = common["hidden_size"], hf_config.need(config, "intermediate_size")
-        return cls(
-            **common,
-            attention=GroupedQueryAttention(
-                hidden_size=hidden,
-                num_heads=hf_config.need(config, "num_attention_heads"),
-                num_kv_heads=hf_config.num_kv_heads(config),
-                head_dim=head_dim,
-                bias=bool(config.get("attention_bias")),
-            ),
-            mlps=(("dense", GatedMlp(hidden, inner, bias=bool(config.get("mlp_bias")))),),
-            segments=((Stack("layers", tuple(range(common["num_layers"]))),),),
-        )
+def from_hf(config: dict[str, Any]) -> Decoder:
+    hf_config.no_windows(config)
+    head_dim, bias = hf_config.head_dim(config), bool(config.get("attention_bias"))
+    attention = GroupedQueryAttention(
+        **hf_config.heads(config, head_dim), rope=rope.from_hf(config, head_dim), bias=bias, out_bias=bias
+    )
+    mlp = hf_config.gated_mlp(config, bias=bool(config.get("mlp_bias")))
+    layer = Layer("layers", attention, mlp, hf_config.pre_norm(config))
+    return Decoder(**hf_config.common(config), layers=(layer,) * hf_config.num_layers(config))

@@ -23,22 +23,29 @@ from jax.sharding import Mesh, Sharding
 from tx_async import hub, model_folder
 from tx_async.errors import BaseModelError
 from tx_async.layers.weights import Weight
-from tx_async.models import tensor_files
+from tx_async.models import fused_experts, tensor_files
 from tx_async.models.decoder import Decoder, Params
-from tx_async.models.deepseek_v3 import DeepseekV3
-from tx_async.models.llama import Llama
+from tx_async.models.families import FAMILIES
 from tx_async.models.loading_bar import LoadingBar
-from tx_async.models.qwen3 import Qwen3
-from tx_async.models.qwen3_moe import Qwen3Moe
 from tx_async.models.tensor_files import StoredTensor
+from tx_async.text_config import text_config
 
-MODELS: dict[str, Callable[[dict[str, Any]], Decoder]] = {
-    "Qwen3ForCausalLM": Qwen3.from_hf,
-    "Qwen3MoeForCausalLM": Qwen3Moe.from_hf,
-    "LlamaForCausalLM": Llama.from_hf,
-    "DeepseekV3ForCausalLM": DeepseekV3.from_hf,
-    "Glm4MoeLiteForCausalLM": DeepseekV3.from_hf,
-}
+NOT_TEXT = (
+    "visual.",
+    "model.visual.",
+    "vision_tower.",
+    "model.vision_tower.",
+    "multi_modal_projector.",
+    "model.multi_modal_projector.",
+    "mtp.",
+    "model.mtp.",
+)
+PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""(what a folder that sees puts before the names of its text model, what stands there in a text model's folder)."""
 CHUNK_BYTES = 32 * 2**20
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
 
@@ -47,11 +54,15 @@ Report = Callable[[str, float, float], None]
 
 
 def load_model(
-    base_model: str | Path, dtype: str = "float32", progress: Report | None = None, mesh: Mesh | None = None
+    base_model: str | Path,
+    dtype: str = "float32",
+    progress: Report | None = None,
+    mesh: Mesh | None = None,
+    served_context_length: int = 0,
 ) -> tuple[Decoder, Params]:
     """-> (model, params). `base_model` is a folder or a hub name; raises `BaseModelError` that says what is wrong."""
     folder = fetch(base_model)
-    model = replace(from_config(read_config(folder)), mesh=mesh)
+    model = replace(from_config(read_config(folder), served_context_length), mesh=mesh)
     return model, load_params(model, folder, dtype, progress)
 
 
@@ -67,13 +78,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return model_folder.read_config(folder)
 
 
-def from_config(config: dict[str, Any]) -> Decoder:
-    """The model that `config.json` describes. Raises `BaseModelError` naming whatever is not implemented."""
+def from_config(config: dict[str, Any], served_context_length: int = 0) -> Decoder:
+    """The (text) model that `config.json` describes. served_context_length: of this server, 0 = the model's own.
+    Raises `BaseModelError` naming whatever is not implemented."""
     architecture = (config.get("architectures") or ["(none)"])[0]
-    if architecture not in MODELS:
-        raise BaseModelError(f"architecture {architecture} is not supported; known: {', '.join(MODELS)}.")
+    if architecture not in FAMILIES:
+        raise BaseModelError(f"architecture {architecture} is not supported; known: {', '.join(FAMILIES)}.")
     try:
-        return MODELS[architecture](config)
+        return FAMILIES[architecture](text_config(config) | {"served_context_length": served_context_length})
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise BaseModelError(f"config.json does not describe a {architecture}: {error!r}") from error
 
@@ -81,7 +93,7 @@ def from_config(config: dict[str, Any]) -> Decoder:
 def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | None = None) -> Params:
     from tx_async.engine.sharding import tree_of, weight_sharding
 
-    tensors = tensor_files.open_folder(folder)
+    tensors = text_tensors(tensor_files.open_folder(folder))
     check(model, tensors)
     leaves = _empty_leaves(model.weights, [weight_sharding(weight, model.mesh) for weight in model.weights], dtype)
     places: dict[str, list[tuple[_Leaf, int]]] = {}
@@ -107,6 +119,23 @@ def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | Non
     return tree_of(model, {weight: leaf.assemble() for weight, leaf in leaves.items()})
 
 
+def text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Those of the text model by its own names: vision towers and multi-token prediction are passed over, and what
+    folders that see put before the names is taken away."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(NOT_TEXT):
+            canonical = next((new + name.removeprefix(old) for old, new in PREFIXES if name.startswith(old)), name)
+            tensor = replace(tensor, name=canonical, shape=_shape(canonical, tensor.shape))
+            found |= {part.name: part for part in fused_experts.one_by_one(tensor)}
+    return found
+
+
+def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One scale of a whole fp8 tensor is one block."""
+    return (1, 1) if name.endswith("_scale_inv") and len(shape) < 2 else shape
+
+
 def check(model: Decoder, tensors: dict[str, StoredTensor]) -> None:
     """Missing, mis-shaped and unknown tensors are refused by name before anything is read."""
     expected = {name: weight.hf_shape for weight in model.weights for name in weight.hf_names}
@@ -127,12 +156,11 @@ def check(model: Decoder, tensors: dict[str, StoredTensor]) -> None:
 
 def _harmless(model: Decoder, name: str, expected: dict[str, Any]) -> bool:
     """Tensors that transformers ignores too."""
-    if name.endswith("rotary_emb.inv_freq") or (model.tied and name == "lm_head.weight"):
+    if name.endswith(("rotary_emb.inv_freq", ".activation_scale")) or (model.tied and name == "lm_head.weight"):
         return True
     if name.endswith("_scale_inv"):
         return name.removesuffix("_scale_inv") in expected
-    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-    return model.has_extra_layers and layer.isdigit() and int(layer) >= model.num_layers
+    return name.startswith(model.skipped)
 
 
 def _some(names: list[str]) -> str:
@@ -169,9 +197,9 @@ def _read_ahead(
 
 
 def _ranges(tensor: StoredTensor, tensors: dict[str, StoredTensor]) -> Iterator[tuple[int, int]]:
-    """Rows of about CHUNK_BYTES; whole blocks of a quantised tensor."""
+    """Rows of about CHUNK_BYTES; whole blocks of a quantised tensor, unless it is one block."""
     scale = tensors.get(f"{tensor.name}_scale_inv")
-    unit = _block_size(tensor, scale)[0] if scale else 1
+    unit = _block_size(tensor, scale)[0] if scale and scale.shape[0] > 1 else 1
     step = max(1, CHUNK_BYTES // max(1, tensor.row_bytes) // unit) * unit
     for start in range(0, tensor.shape[0], step):
         yield start, min(start + step, tensor.shape[0])

@@ -31,6 +31,7 @@ DTYPES: dict[str, Any] = {
 class StoredTensor:
     path: Path
     name: str
+    """As messages say it; the file is read by offset alone."""
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int

@@ -84,6 +84,31 @@ DEEPSEEK_V3_TINY: dict[str, Any] = {
 }
 
 
+QWEN3_5_TINY: dict[str, Any] = QWEN3_TINY | {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,
+    "rms_norm_eps": 1e-4,  # where the rule's output is near 0, its norm amplifies rounding
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_theta": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+
+QWEN3_5_MOE_TINY: dict[str, Any] = QWEN3_5_TINY | {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+
+
 def make_qwen3(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
     """Write a random Qwen3 (QWEN3_TINY with `overrides`) and a tokenizer into `folder`."""
     return make_model(folder, QWEN3_TINY | overrides, seed, tokenizer)
@@ -126,8 +151,10 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
 
 def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
-    if len(shape) == 2:
-        return values * np.float32(shape[1] ** -0.5)
+    if len(shape) >= 2:
+        return values * np.float32(shape[-1] ** -0.5)
+    if name.endswith("dt_bias"):  # slow decay
+        return values * np.float32(0.1) - np.float32(4)
     return values * np.float32(0.1) + np.float32(1 if name.endswith(("norm.weight", "layernorm.weight")) else 0)
 
 

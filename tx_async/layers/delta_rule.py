@@ -1,0 +1,120 @@
+"""The gated delta rule (arXiv 2412.06464): a linear recurrence whose state is a matrix per head.
+
+    S_t = exp(g_t) S_{t-1} + k_t u_tᵀ    u_t = β_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)    o_t = S_tᵀ q_t
+
+`step` is that, for one token. In chunks of C tokens the u of a chunk solve one triangular system (`Chunk.of`), and only
+the state goes from chunk to chunk. A segment that begins inside of a chunk sees nothing from before it: its terms with
+what came earlier are exact zeros. Everything is fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+CHUNK = 64
+
+
+class Inputs(NamedTuple):
+    """Of R rows and L tokens; q and k are normalised, q is scaled."""
+
+    q: Array
+    """[R, L, H, dk]"""
+    k: Array
+    v: Array
+    """[R, L, H, dv]"""
+    g: Array
+    """[R, L, H]: log of the decay, ≤ 0."""
+    beta: Array
+    """[R, L, H]"""
+
+
+class Chunk(NamedTuple):
+    """What the C tokens of a chunk do to any state that comes in: [R, H, C, ·]."""
+
+    u: Array
+    """[R, H, C, dv]: of a state of zeros."""
+    of_state: Array
+    """[R, H, C, dk]: u falls by of_state S."""
+    q: Array
+    """[R, H, C, dk]: reads the state that came in."""
+    scores: Array
+    """[R, H, C, C]: reads the u of the chunk."""
+    k: Array
+    """[R, H, C, dk]: writes the u into the state that goes out."""
+    decay: Array
+    """[R, H, 1, 1]: of the state that came in."""
+
+    @classmethod
+    def of(cls, x: Inputs, segments: Array, carried: Array) -> Chunk:
+        """segments int32 [R, C]; carried int32 [R]: the segment that the state coming in belongs to."""
+        q, k, v, g, beta = (jnp.moveaxis(y.astype(jnp.float32), 2, 1) for y in x)
+        order = jnp.arange(g.shape[-1])
+        seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order)  # (R, C, C)
+        decays = jnp.where(seen[:, None], g[:, :, None, :], 0.0).sum(-1)  # since the segment began, in the chunk
+        pairs = _exp_where(seen[:, None], decays[..., None] - decays[:, :, None])
+        into = _exp_where((segments == carried[:, None])[:, None], decays)
+        last = _exp_where(seen[:, -1:], decays[..., -1:] - decays)
+        system = _dot("rhid,rhjd->rhij", k * beta[..., None], k) * pairs
+        both = jnp.concatenate([v * beta[..., None], k * (beta * into)[..., None]], axis=-1)
+        solved = jax.lax.linalg.triangular_solve(system, both, left_side=True, lower=True, unit_diagonal=True)
+        return cls(
+            u=solved[..., : v.shape[-1]],
+            of_state=solved[..., v.shape[-1] :],
+            q=q * into[..., None],
+            scores=_dot("rhid,rhjd->rhij", q, k) * pairs,
+            k=k * last[..., None],
+            decay=into[..., -1:, None],
+        )
+
+    def __call__(self, state: Array) -> tuple[Array, Array]:
+        """state [R, H, dk, dv] -> (the next state, o [R, C, H, dv])."""
+        u = self.u - _dot("rhck,rhkv->rhcv", self.of_state, state)
+        out = _dot("rhck,rhkv->rhcv", self.q, state) + _dot("rhij,rhjv->rhiv", self.scores, u)
+        return state * self.decay + _dot("rhck,rhcv->rhkv", self.k, u), jnp.moveaxis(out, 1, 2)
+
+
+def packed(x: Inputs, segments: Array) -> Array:
+    """Rows of several segments, each from a state of zeros -> o [R, L, H, dv]. Memory and time grow with L."""
+    length, size = x.g.shape[1], min(CHUNK, x.g.shape[1])
+    chunks = jax.tree.map(lambda y: _chunked(y, size), (x, segments))
+
+    # A chunk's terms are made again in the backward pass: what is kept is the state before each.
+    @jax.checkpoint
+    def one(carry: tuple[Array, Array], chunk: tuple[Inputs, Array]) -> tuple[tuple[Array, Array], Array]:
+        state, segment = carry
+        inputs, segments = chunk
+        state, out = Chunk.of(inputs, segments, segment)(state)
+        return (state, segments[:, -1]), out
+
+    rows, _, heads, features = x.k.shape
+    start = jnp.zeros((rows, heads, features, x.v.shape[-1])), jnp.full(rows, -1, segments.dtype)
+    _, out = jax.lax.scan(one, start, chunks)
+    return jnp.moveaxis(out, 0, 1).reshape(rows, -1, *out.shape[3:])[:, :length]
+
+
+def _chunked(x: Array, size: int) -> Array:
+    """[R, L, ...] -> [n, R, C, ...], zeros at the end: no decay, and nothing written."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def step(x: Inputs, state: Array) -> tuple[Array, Array]:
+    """One token a row: L = 1, state [R, H, dk, dv] -> (the next state, o [R, 1, H, dv])."""
+    q, k, v, g, beta = (y[:, 0].astype(jnp.float32) for y in x)
+    state = state * jnp.exp(g)[..., None, None]
+    u = (v - (state * k[..., None]).sum(-2)) * beta[..., None]
+    state = state + k[..., None] * u[:, :, None]
+    return state, (state * q[..., None]).sum(-2)[:, None]
+
+
+def _exp_where(there: Array, x: Array) -> Array:
+    """exp(x) where x ≤ 0 is there, exact zeros elsewhere, also in its gradient."""
+    return jnp.where(there, jnp.exp(jnp.where(there, x, 0.0)), 0.0)
+
+
+def _dot(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=jnp.float32)
