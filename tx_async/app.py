@@ -25,9 +25,11 @@ from starlette.routing import Route
 
 from tx_async import base_model as base_models
 from tx_async import config as configuration
+from tx_async.api.audit import follow_keys
 from tx_async.api.errors import error_response
 from tx_async.api.gate import Gate, GateMiddleware
-from tx_async.api.owner import Owners, key_of, open_owners, reached_at
+from tx_async.api.key_file import KeyFile
+from tx_async.api.owner import Owners, key_of, reached_at
 from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
 from tx_async.dispatch.router import Router
@@ -170,11 +172,14 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     config = app.state.config or configuration.load()
     server = Server(config, app.state.engine)
     app.state.gate = Gate(config)
-    owners = open_owners(config)
+    key_file = KeyFile(config.api_keys_file) if config.api_keys_file else None
+    owners = Owners(key_file.current if key_file else None)
     started = False
     try:
         async with server.running() as scheduler:
             assert server.identity is not None
+            if key_file:
+                follow_keys(key_file, scheduler)
             app.router.routes.extend(create_routes(scheduler, config, server.identity.store, owners=owners))
             app.router.routes.append(_metrics_route(server, app.state.gate, owners))
             started = True

@@ -129,6 +129,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Newest results kept in memory; older ones are read from the journal."""
     session_retention_s: int = 30 * 24 * 3600
     """Sessions that have ended, with their training runs (not their checkpoints), since their last use."""
+    audit_events_max: int = 10_000
+    """Events that the audit log keeps; beyond that the oldest go."""
     retention_interval_s: int = 60
     """Between two looks for what these limits let go."""
     snapshot_every_steps: int = 16

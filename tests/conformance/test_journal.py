@@ -14,6 +14,7 @@ from tx_async.journal.sqlite import SqliteDriver
 from tx_async.journal.transaction import RESULT_INLINE_BYTES_MAX, payload_key
 from tx_async.testing.memory_journal import MemoryDisk, MemoryJournal
 from tx_async.wire.records import (
+    AuditRecord,
     CheckpointRecord,
     Delete,
     DropBody,
@@ -99,6 +100,7 @@ def one_of_each() -> list[Record]:
             created_at=4.0,
             size_bytes=2**40,
         ),
+        AuditRecord(event_id="000000000007", at=2.5, event="run.created", subject="m", owner="o", details={"rank": 8}),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Keys, bills and audits: what a self-hosted server can say of them without inventing anything."""
+"""Keys and bills: what a self-hosted server can say of them without inventing anything."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ async def describe_api_key(call: Call) -> tinker.ApiKeyResponse:
             org_details=tinker.ApiKeyOrganisation(name="tx_async"), user_details=tinker.ApiKeyUser(email="")
         ),
     )
-
-
-async def audit_log(call: Call) -> tinker.AuditLogResponse:
-    return tinker.AuditLogResponse(entries=[])
 
 
 async def billing_usage(call: Call) -> tinker.BillingUsageResponse:

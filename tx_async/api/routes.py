@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from tx_async.api import (
     account,
+    audit,
     downloads,
     futures,
     models,
@@ -135,7 +136,7 @@ ROUTES = (
     Row("GET", "/api/v1/sessions/{session_id}/trace_export", sessions.export_session_trace, "Export a session's trace"),
     # account
     Row("GET", "/api/v1/auth/apikey/me", account.describe_api_key, "Describe the API key"),
-    Row("GET", "/api/v1/audit", account.audit_log, "The audit log (empty here)"),
+    Row("GET", "/api/v1/audit", audit.audit_log, "Who did what to which run, checkpoint or key"),
     Row("GET", "/api/v1/billing/usage/events", account.billing_usage, "Billed usage (none here)"),
     Row(
         "GET",

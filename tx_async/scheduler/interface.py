@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
 from tx_async.wire.operations import Encoded, Operation
 from tx_async.wire.records import (
+    AuditRecord,
     CheckpointRecord,
     ModelRecord,
     RequestRecord,
@@ -68,6 +69,15 @@ class SchedulerApi(Protocol):
     @property
     def checkpoints(self) -> Mapping[str, CheckpointRecord]:
         """By tinker:// path; expired ones are gone."""
+        ...
+
+    @property
+    def audits(self) -> Mapping[str, AuditRecord]:
+        """Every tenant's and the operator's events, oldest first."""
+        ...
+
+    def note(self, event: str, subject: str, **details: Any) -> None:
+        """An event of the operator's, for the audit log; it becomes durable soon."""
         ...
 
     def waiting_for(self) -> list[str]:

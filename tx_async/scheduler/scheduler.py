@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 import anyio
 
@@ -23,7 +24,7 @@ from tx_async.journal.journal import Journal
 from tx_async.scheduler.acceptance import Acceptance
 from tx_async.scheduler.assets import Assets
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.facts import RequestCancelled, Tick
+from tx_async.scheduler.core.facts import EventNoted, RequestCancelled, Tick
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
@@ -38,6 +39,7 @@ from tx_async.scheduler.waiters import Waiters
 from tx_async.wire.facts import CommandEnded, WorkerFact
 from tx_async.wire.operations import Encoded, Operation
 from tx_async.wire.records import (
+    AuditRecord,
     CheckpointRecord,
     ModelRecord,
     Record,
@@ -157,6 +159,13 @@ class Scheduler:
     def checkpoints(self) -> dict[str, CheckpointRecord]:
         return self.catalog.checkpoints
 
+    @property
+    def audits(self) -> dict[str, AuditRecord]:
+        return self.catalog.audits
+
+    def note(self, event: str, subject: str, **details: Any) -> None:
+        self.performer.handle(EventNoted(event, subject, details))
+
     def waiting_for(self) -> list[str]:
         capabilities = {c for worker in self.state.workers.values() for c in worker.capabilities}
         waiting = self._storage_status()
@@ -275,4 +284,5 @@ def policy_of(config: ServerConfig) -> Policy:
         results_kept_max=config.results_kept_max,
         session_retention_s=config.session_retention_s,
         retention_interval_s=config.retention_interval_s,
+        audit_events_max=config.audit_events_max,
     )

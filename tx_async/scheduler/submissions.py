@@ -50,7 +50,7 @@ class Submission(Struct, frozen=True):
         fact = self.accepted
         records = [Put(record) for record in (fact.model, fact.result) if record is not None]
         has_ended = fact.result is not None
-        return (*records, Put(fact.request, None if has_ended else self.body))
+        return (*records, Put(fact.request, None if has_ended else self.body), *fact.events)
 
 
 class Submissions:
@@ -86,7 +86,7 @@ class Submissions:
             return coming
         request = self._new_request(owner, operation, digest, len(body), now)
         self.quota.check(request)
-        submission = Submission(self._accepted(request, operation, now), body)
+        submission = Submission(self._audited(self._accepted(request, operation, now), now), body)
         self.quota.take(request)
         self._coming[key] = submission
         return submission
@@ -127,6 +127,13 @@ class Submissions:
             case CreateModelFromCheckpoint():
                 return self._create_model_from_checkpoint(request, operation, now)
         return RequestAccepted(request, operation)
+
+    def _audited(self, fact: RequestAccepted, now: float) -> RequestAccepted:
+        if fact.model is None:
+            return fact
+        run = Put(fact.model)
+        _, *events = self.state.decisions.audit.audited([run], now)
+        return replace(fact, events=tuple(events))
 
     def _create_model(self, request: RequestRecord, operation: CreateModel, now: float) -> RequestAccepted:
         """Needs no device: the adapter is made from its seed when it is first used."""

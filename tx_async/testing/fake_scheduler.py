@@ -37,6 +37,7 @@ from tx_async.storage.checkpoint_files import Manifest, encode_manifest, file_in
 from tx_async.wire import ids, operations, results
 from tx_async.wire.operations import Operation
 from tx_async.wire.records import (
+    AuditRecord,
     CheckpointRecord,
     ModelRecord,
     RequestRecord,
@@ -117,6 +118,7 @@ class FakeScheduler:
         """Run nothing: every future stays pending until `release`."""
         self._clock = clock or SystemClock()
         self._waiters = Waiters()
+        self.audits: dict[str, AuditRecord] = {}
         self._requests: dict[str, RequestRecord] = {}
         self._by_key: dict[tuple[str, int], RequestRecord] = {}
         self._results: dict[str, ResultRecord] = {}
@@ -125,6 +127,12 @@ class FakeScheduler:
 
     def __repr__(self) -> str:
         return f"<FakeScheduler {len(self._requests)} requests, {len(self._results)} results>"
+
+    def note(self, event: str, subject: str, **details: Any) -> None:
+        event_id = f"{len(self.audits):012d}"
+        self.audits[event_id] = AuditRecord(
+            event_id=event_id, at=self._clock.now(), event=event, subject=subject, details=details
+        )
 
     def waiting_for(self) -> list[str]:
         return self.missing

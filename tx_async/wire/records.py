@@ -183,7 +183,35 @@ class IdentityRecord(Struct, tag="identity", frozen=True, kw_only=True):
         return "identity"
 
 
-Record = SessionRecord | ModelRecord | SamplerRecord | RequestRecord | ResultRecord | CheckpointRecord | IdentityRecord
+class AuditRecord(Struct, tag="audit", frozen=True, kw_only=True):
+    """Who did what: never changed, forgotten when there are too many."""
+
+    event_id: str
+    """Counts up, and names the event."""
+    at: float
+    event: str
+    """`run.created`, `checkpoint.saved`, `key.added` …"""
+    subject: str
+    """What it is about: a run's id, a checkpoint's tinker:// path, a key's name."""
+    owner: str = ""
+    """Who did it, and whose it is; "" = the server's operator."""
+    details: dict = {}
+
+    @property
+    def key(self) -> str:
+        return self.event_id
+
+
+Record = (
+    SessionRecord
+    | ModelRecord
+    | SamplerRecord
+    | RequestRecord
+    | ResultRecord
+    | CheckpointRecord
+    | IdentityRecord
+    | AuditRecord
+)
 
 
 class Put(Struct, tag=True, frozen=True):
@@ -196,7 +224,7 @@ class Put(Struct, tag=True, frozen=True):
 class Delete(Struct, tag=True, frozen=True):
     """Remove a record (and its body) if it is there."""
 
-    table: Literal["session", "model", "sampler", "request", "result", "checkpoint"]
+    table: Literal["session", "model", "sampler", "request", "result", "checkpoint", "audit"]
     key: str
 
 
@@ -210,7 +238,7 @@ Change = Put | Delete | DropBody
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
-RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint", "identity")
+RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint", "identity", "audit")
 
 
 def encode_record(record: Record) -> bytes:

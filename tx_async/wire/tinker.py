@@ -558,8 +558,16 @@ class SessionSearchResponse(Response):
     next_cursor: SessionSearchCursor | None = None
 
 
+class AuditLogEntry(Response):
+    timestamp: datetime
+    event: str
+    event_details: dict[str, Any]
+    model_id: str | None = None
+    tinker_path: str | None = None
+
+
 class AuditLogResponse(Response):
-    entries: list[dict[str, Any]]
+    entries: list[AuditLogEntry]
 
 
 class BillingUsageResponse(Response):

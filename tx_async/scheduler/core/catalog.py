@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, OtherBase, UnknownCheckpoint
 from tx_async.wire.records import (
+    AuditRecord,
     Change,
     CheckpointRecord,
     Delete,
@@ -48,6 +49,8 @@ class Catalog:
         self.request_ids: dict[tuple[str, int], str] = {}
         #: storage key -> how many records need its files
         self.references: Counter[str] = Counter()
+        #: by number, oldest first
+        self.audits: dict[str, AuditRecord] = {}
         #: whose data these are; None where nobody has said so
         self.identity: IdentityRecord | None = None
         for record in records:

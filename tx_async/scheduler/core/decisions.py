@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tx_async.errors import TxError
+from tx_async.scheduler.core.audit import AuditLog
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.instructions import Append, DeleteFiles, FetchBody, Finish, Instruction, ListFiles, Publish
 from tx_async.scheduler.core.worker_state import WorkerState
@@ -32,6 +33,7 @@ class Decisions:
         self._instructions: list[Instruction] = []
         #: whether an adapter version is needed by an open sample
         self.is_sampled: Callable[[str], bool] = lambda _version: False
+        self.audit = AuditLog(catalog)
 
     def begin(self, cause: str, now: float) -> None:
         """A fact is to be handled."""
@@ -48,6 +50,7 @@ class Decisions:
 
     def append(self, *changes: Change) -> None:
         if changes:
+            changes = self.audit.audited(changes, self.now)
             self.catalog.apply(changes)
             self._instructions.append(Append(changes, self.cause))
 
@@ -75,6 +78,7 @@ class Decisions:
         payload: bytes,
         *changes: Change,
     ) -> None:
+        changes = self.audit.audited(changes, self.now)
         self.catalog.apply(changes)
         result = ResultRecord(request_id=request.request_id, finished_at=self.now, content=content, payload=payload)
         self._instructions.append(Finish(result, changes, self.cause))

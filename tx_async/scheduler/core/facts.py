@@ -6,11 +6,14 @@ its cause, so a log line about any of them says why it happened.
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct
 
 from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.wire.operations import Operation
 from tx_async.wire.records import (
+    Change,
     CheckpointRecord,
     ModelRecord,
     RequestRecord,
@@ -30,6 +33,8 @@ class RequestAccepted(Struct, frozen=True):
     operation: Operation
     model: ModelRecord | None = None
     result: ResultRecord | None = None
+    events: tuple[Change, ...] = ()
+    """Changes of the audit log."""
 
     @property
     def cause(self) -> str:
@@ -160,6 +165,18 @@ class CheckpointCopied(Struct, frozen=True):
         return self.checkpoint.path
 
 
+class EventNoted(Struct, frozen=True):
+    """The operator did something that is no change of a record: the audit log is to know."""
+
+    event: str
+    subject: str
+    details: dict[str, Any]
+
+    @property
+    def cause(self) -> str:
+        return f"{self.event} {self.subject}"
+
+
 # ---- storage and time
 
 
@@ -192,6 +209,7 @@ RecordFact = (
     | CheckpointChanged
     | CheckpointDeleted
     | CheckpointCopied
+    | EventNoted
 )
 """Facts that only change what is known: nothing can run because of them that could not run before."""
 

@@ -29,3 +29,4 @@ class Policy(Struct, frozen=True, kw_only=True):
     """Finished requests that are remembered; beyond that the oldest go before their time."""
     session_retention_s: float = 30 * 24 * 3600
     retention_interval_s: float = 60.0
+    audit_events_max: int = 10_000

@@ -9,6 +9,7 @@ from tx_async.scheduler.core.facts import (
     CheckpointChanged,
     CheckpointCopied,
     CheckpointDeleted,
+    EventNoted,
     SamplerCreated,
     SamplerJoined,
     SessionChanged,
@@ -25,6 +26,7 @@ RegistryFact = (
     | CheckpointChanged
     | CheckpointDeleted
     | CheckpointCopied
+    | EventNoted
 )
 
 
@@ -50,6 +52,10 @@ class Registry:
                 self._delete_checkpoint(path)
             case CheckpointCopied(model=model, checkpoint=checkpoint):
                 self.decisions.append(Put(model), Put(checkpoint))
+            case EventNoted():
+                self.decisions.append(
+                    *self.decisions.audit.noted(fact.event, fact.subject, fact.details, self.decisions.now)
+                )
 
     def _delete_checkpoint(self, path: str) -> None:
         """Its files go when nothing names them any more."""

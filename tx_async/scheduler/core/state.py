@@ -51,6 +51,7 @@ class SchedulerState:
         self.base_model = base_model
         self.policy = policy
         self.decisions = Decisions(catalog, now)
+        self.decisions.audit.events_max = policy.audit_events_max
         #: attached and ready workers, in order of attachment
         self.workers: dict[str, WorkerState] = {}
         self.training = Training(self.decisions, policy, self.workers)
@@ -146,7 +147,7 @@ class SchedulerState:
 
     def _accepted(self, fact: RequestAccepted) -> None:
         models: tuple[Change, ...] = (Put(fact.model),) if fact.model else ()
-        self.decisions.know(*models, Put(fact.request))
+        self.decisions.know(*models, Put(fact.request), *fact.events)
         if fact.model:
             self.training.runs.create(fact.model)
         if fact.result:
