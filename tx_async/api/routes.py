@@ -11,6 +11,7 @@ from tx_async.api import (
     audit,
     downloads,
     futures,
+    imports,
     models,
     rest,
     sampling,
@@ -100,6 +101,13 @@ ROUTES = (
     ),
     Row("POST", "/api/v1/weights_info", weights.weights_info, "Describe a checkpoint's adapter"),
     Row("POST", "/api/v1/copy_weights", weights.copy_weights, "Copy a checkpoint into a new run"),
+    Row(
+        "POST",
+        "/api/v1/import_adapter",
+        imports.import_adapter,
+        "Make a checkpoint of a PEFT adapter (`tx-async import`)",
+        request="A tar of adapter_config.json and adapter_model.safetensors; the query's `name` names the checkpoint",
+    ),
     # sampling
     Row("POST", "/api/v1/create_sampling_session", sampling.create_sampling_session, "Begin to sample some weights"),
     Row("POST", "/api/v1/join_sampling_session", sampling.join_sampling_session, "A number for one more client"),

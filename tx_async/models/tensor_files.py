@@ -66,10 +66,11 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise BaseModelError(f"{folder} lacks {', '.join(missing)}.")
-    return {tensor.name: tensor for name in files for tensor in _open_file(folder / name)}
+    return {tensor.name: tensor for name in files for tensor in open_file(folder / name)}
 
 
-def _open_file(path: Path) -> Iterator[StoredTensor]:
+def open_file(path: Path) -> Iterator[StoredTensor]:
+    """Every tensor of one file. Raises `BaseModelError` where it is not whole."""
     header, start = _read_header(path)
     end = start
     for name, entry in header.items():

@@ -99,8 +99,11 @@ class Assets:
         copied = replace(
             source, path=copied_path, model_id=model_id, owner=owner, created_at=now, public=False, expires_at=None
         )
-        await self.performer.handle_durably(CheckpointCopied(model, copied))
+        await self.add_checkpoint(model, copied)
         return copied
+
+    async def add_checkpoint(self, model: ModelRecord, checkpoint: CheckpointRecord) -> None:
+        await self.performer.handle_durably(CheckpointCopied(model, checkpoint))
 
 
 def new_sampler(

@@ -132,6 +132,10 @@ class SchedulerApi(Protocol):
         """Copy into a new, untrainable run."""
         ...
 
+    async def add_checkpoint(self, model: ModelRecord, checkpoint: CheckpointRecord) -> None:
+        """A checkpoint whose files are durable, in a new, untrainable run of an existing session."""
+        ...
+
     async def update_session(self, owner: str, session: SessionRecord) -> None:
         """Replace the mutable fields (project_id) of a session."""
         ...

@@ -228,6 +228,9 @@ class Scheduler:
     async def copy_checkpoint(self, owner: str, path: str, session_id: str, model_seq_id: int) -> CheckpointRecord:
         return await self._assets.copy_checkpoint(owner, path, session_id, model_seq_id)
 
+    async def add_checkpoint(self, model: ModelRecord, checkpoint: CheckpointRecord) -> None:
+        await self._assets.add_checkpoint(model, checkpoint)
+
     # ---- requests
 
     async def submit(self, owner: str, operation: Operation, encoded: Encoded | None = None) -> RequestRecord:

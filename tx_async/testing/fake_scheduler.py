@@ -277,6 +277,9 @@ class FakeScheduler:
         _owned(self.checkpoints, path, owner, UnknownCheckpoint)
         del self.checkpoints[path]
 
+    async def add_checkpoint(self, model: ModelRecord, checkpoint: CheckpointRecord) -> None:
+        self.models[model.model_id], self.checkpoints[checkpoint.path] = model, checkpoint
+
     async def copy_checkpoint(self, owner: str, path: str, session_id: str, model_seq_id: int) -> CheckpointRecord:
         source = self._readable(owner, path)
         model_id = ids.model_id(session_id, model_seq_id)

@@ -283,6 +283,12 @@ class SaveWeightsExternalRequest(TrainingIds):
     """Not of the SDK: leaves lm_head's adapter out, for tools that merge into a model with tied embeddings."""
 
 
+class ImportAdapterResponse(Response):
+    """Not of the SDK: where `tx-async import` put an adapter."""
+
+    path: str
+
+
 class LoadStateRequest(TrainingIds):
     """load_weights into a live model."""
 

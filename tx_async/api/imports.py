@@ -1,0 +1,58 @@
+"""Adapters made elsewhere, uploaded by `tx-async import`."""
+
+from __future__ import annotations
+
+import asyncio
+import tarfile
+import tempfile
+from pathlib import Path
+
+from tx_async import adapter_import
+from tx_async.api import validation
+from tx_async.api.context import Call
+from tx_async.errors import BodyTooLarge, InvalidRequest
+from tx_async.storage.store import Store
+from tx_async.wire import tinker
+
+UPLOAD_BYTES_MAX = 16 * 2**30
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+async def import_adapter(call: Call) -> tinker.ImportAdapterResponse:
+    """The body is a tar of a PEFT adapter's two files; it goes to disk as it comes."""
+    name = validation.checkpoint_name(call.request.query_params.get("name", ""))
+    store = Store(call.api.config.resolved_checkpoints_base)
+    with tempfile.TemporaryDirectory(prefix="tx-upload-") as scratch:
+        folder = Path(scratch)
+        await _receive(call, folder / "upload.tar")
+        await asyncio.to_thread(_unpack, folder / "upload.tar", folder)
+        async with adapter_import.converted(folder, call.scheduler.base_model) as adapter:
+            now = call.api.clock.now()
+            imported = await adapter_import.store(adapter, store, call.scheduler.base_model, call.owner, name, now)
+    await call.scheduler.create_session(imported.session)
+    await call.scheduler.add_checkpoint(imported.model, imported.checkpoint)
+    return tinker.ImportAdapterResponse(path=imported.checkpoint.path)
+
+
+async def _receive(call: Call, path: Path) -> None:
+    size = 0
+    with path.open("wb") as file:
+        async for piece in call.request.stream():
+            size += len(piece)
+            if size > UPLOAD_BYTES_MAX:
+                raise BodyTooLarge(f"The adapter is larger than {UPLOAD_BYTES_MAX} bytes.")
+            await asyncio.to_thread(file.write, piece)
+
+
+def _unpack(upload: Path, folder: Path) -> None:
+    try:
+        with tarfile.open(upload) as tar:
+            for name in FILES:
+                if (member := tar.extractfile(name)) is None:
+                    raise InvalidRequest(f"{name} in the uploaded tar is no file.")
+                with (folder / name).open("wb") as out:
+                    while piece := member.read(1 << 20):
+                        out.write(piece)
+    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+        raise InvalidRequest(f"The upload must be a tar of {' and '.join(FILES)}: {error}.") from error
+    upload.unlink()

@@ -1,0 +1,82 @@
+"""The commands about checkpoints: `tx-async import` and `tx-async checkpoints`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tx_async.config import ServerConfig
+
+
+def add_import(
+    commands: Any,
+    add_settings: Callable[[argparse.ArgumentParser], None],
+    load_config: Callable[[argparse.Namespace], ServerConfig],
+) -> None:
+    command = commands.add_parser(
+        "import",
+        help="make a checkpoint of a PEFT adapter made elsewhere, and print its tinker:// path",
+        description="Into a running server (--base-url), or into the data of one that stands still (--data-dir and "
+        "--base-model). The adapter is checked: base, modules, rank, alpha, dtype.",
+    )
+    command.add_argument("adapter", metavar="PEFT_DIR", type=Path, help="folder with adapter_config.json")
+    command.add_argument("--as", dest="name", metavar="NAME", required=True, help="name of the checkpoint")
+    _add_server(command)
+    add_settings(command)
+    command.set_defaults(run=lambda args: _import(args, load_config))
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base-url", default="", metavar="URL", help="of a running server")
+    command.add_argument("--api-key", default="", metavar="KEY", help="whose they are [of those who send no key]")
+
+
+def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace], ServerConfig]) -> int:
+    import asyncio
+
+    from tx_async import import_command
+
+    if args.base_url:
+        path = import_command.over_http(args.adapter, args.name, args.base_url, args.api_key)
+    else:
+        path = asyncio.run(import_command.into_data(args.adapter, args.name, load_config(args), args.api_key))
+    print(path)
+    return 0
+
+
+def add_checkpoints(commands: Any) -> None:
+    command = commands.add_parser(
+        "checkpoints", help="checkpoints of a running server: list, delete", description="Those of one API key."
+    )
+    actions = command.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="path, bytes and time of every checkpoint, newest first")
+    delete = actions.add_parser("delete", help="delete checkpoints by path, or all but the newest of each run")
+    delete.add_argument("paths", nargs="*", metavar="PATH", help="tinker://… paths; * stands for anything")
+    delete.add_argument("--keep-last", type=int, metavar="K", help="keep the newest K of each run and kind")
+    delete.add_argument("--run", dest="of_run", default="", metavar="RUN_ID", help="only those of this training run")
+    delete.add_argument("--dry-run", action="store_true", help="print what would go, and delete nothing")
+    for action, run in ((listing, _list), (delete, _delete)):
+        _add_server(action)
+        action.set_defaults(run=run)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from tx_async import checkpoints_command
+
+    for checkpoint in checkpoints_command.everything(args.base_url, args.api_key):
+        print(f"{checkpoint.tinker_path}\t{checkpoint.size_bytes}\t{checkpoint.time:%Y-%m-%d %H:%M:%S}")
+    return 0
+
+
+def _delete(args: argparse.Namespace) -> int:
+    """Prints the paths that are gone, one a line."""
+    from tx_async import checkpoints_command
+
+    found = checkpoints_command.everything(args.base_url, args.api_key)
+    for checkpoint in checkpoints_command.doomed(found, args.paths, args.of_run, args.keep_last):
+        if not args.dry_run:
+            checkpoints_command.delete(args.base_url, args.api_key, checkpoint)
+        print(checkpoint.tinker_path)
+    return 0

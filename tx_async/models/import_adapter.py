@@ -1,0 +1,105 @@
+"""A PEFT adapter made elsewhere as the files of a checkpoint here: `python -m tx_async.models.import_adapter`.
+
+In a process of its own, because it needs the base model's shapes and so JAX, which the server never imports. It reads
+no weight of the base model. What it prints is the adapter's `AdapterConfig` as JSON, or why the adapter is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from safetensors.numpy import save
+
+from tx_async import model_folder
+from tx_async.errors import BaseModelError, InvalidRequest, TxError
+from tx_async.models import tensor_files
+from tx_async.models.decoder import Decoder
+from tx_async.models.load import from_config, read_config
+from tx_async.models.peft import from_peft, to_peft
+from tx_async.names import is_hub_name
+from tx_async.wire.worker import AdapterConfig
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def convert(
+    model: Decoder, folder: Path, base_names: Sequence[str], max_rank: int
+) -> tuple[dict[str, bytes], AdapterConfig]:
+    """-> (files, the adapter's shape): fp32, one rank, alpha as every adapter of this server has it.
+
+    base_names: of the model served, the first for PEFT to load it by. Raises `InvalidRequest` naming what does not fit.
+    """
+    settings = _settings(folder, base_names)
+    weights, config = from_peft(model, _tensors(folder / ADAPTER), settings)
+    if config.rank > max_rank:
+        raise InvalidRequest(
+            f"The adapter has rank {config.rank}; this server allows 1 to {max_rank} (its setting max_lora_rank in "
+            "backend_config)."
+        )
+    if not all(np.isfinite(half).all() for stack in weights.values() for pair in stack.values() for half in pair):
+        raise InvalidRequest("The adapter holds weights that are NaN or infinite.")
+    tensors, ours = to_peft(model, weights, config)
+    ours["base_model_name_or_path"] = base_names[0] if base_names else None
+    return {ADAPTER: save(tensors, {"format": "pt"}), ADAPTER_CONFIG: json.dumps(ours).encode()}, config
+
+
+def _settings(folder: Path, base_names: Sequence[str]) -> dict[str, Any]:
+    path = folder / ADAPTER_CONFIG
+    settings = model_folder.read_json(path)
+    if settings is None:
+        raise InvalidRequest(f"{folder} has no {ADAPTER_CONFIG}: it is not the folder of a PEFT adapter.")
+    if settings.get("peft_type") == "LORA":
+        for field in ("r", "lora_alpha"):
+            if not isinstance(settings.get(field), int | float) or settings[field] <= 0:
+                raise InvalidRequest(f"{ADAPTER_CONFIG}: {field} is {settings.get(field)!r}; not a number above 0.")
+    base = settings.get("base_model_name_or_path")
+    if isinstance(base, str) and _is_another(base, base_names):
+        raise InvalidRequest(f"{ADAPTER_CONFIG}: the adapter was made for {base}; this server has {base_names[0]}.")
+    return settings
+
+
+def _is_another(base: str, names: Sequence[str]) -> bool:
+    """Two hub names whose last parts differ. Folders are called what their owner likes: there the shapes must tell."""
+    hub_names = [name for name in names if is_hub_name(name)]
+    last = {name.rpartition("/")[2].lower() for name in names}
+    return is_hub_name(base) and bool(hub_names) and base.rpartition("/")[2].lower() not in last
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        raise InvalidRequest(f"{path.parent} has no {ADAPTER}; adapters in other formats are not read.")
+    return {tensor.name: tensor.rows(0, tensor.shape[0]) for tensor in tensor_files.open_file(path) if tensor.shape}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--max-rank", type=int, required=True)
+    parser.add_argument("--name", action="append", default=[])
+    args = parser.parse_args(arguments)
+    try:
+        files, config = convert(from_config(read_config(args.base)), args.adapter, args.name, args.max_rank)
+    except (InvalidRequest, BaseModelError) as error:
+        print(_one_line(error))
+        return 1
+    for name, content in files.items():
+        (args.out / name).write_bytes(content)
+    print(msgspec.json.encode(config).decode())
+    return 0
+
+
+def _one_line(error: TxError) -> str:
+    return " ".join(error.message.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
