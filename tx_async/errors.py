@@ -187,6 +187,11 @@ class LeaseHeld(ConfigError):
     """Another server uses this journal. Stop it first, or point this one to another database."""
 
 
+class JournalReplaced(LeaseHeld):
+    """The journal under this server is not the one that it wrote: it was deleted, replaced or set back. What the server
+    has in memory is out of date, so it stops."""
+
+
 class WorkerRefused(ConfigError):
     """The server refused this worker."""
 

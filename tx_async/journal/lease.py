@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from tx_async.errors import LeaseHeld
+from tx_async.errors import JournalReplaced, LeaseHeld
 from tx_async.private import FILE_MODE
 
 
@@ -66,6 +66,63 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+class Files:
+    """Whether a database's file, and its log, are still those that were opened. A file that was deleted or replaced
+    goes on taking writes, for nobody."""
+
+    def __init__(self, path: Path):
+        self._paths = (path, path.with_name(path.name + "-wal"))
+        #: path -> (device, inode)
+        self._known: dict[Path, tuple[int, int]] = {}
+
+    def opened(self) -> None:
+        """They are there now."""
+        for path in self._paths:
+            if (found := _identity(path)) is not None:
+                self._known[path] = found
+
+    def check(self) -> None:
+        """Raises `JournalReplaced`."""
+        for path, known in self._known.items():
+            found = _identity(path)
+            if found != known:
+                what = "deleted" if found is None else "replaced"
+                raise JournalReplaced(
+                    f"{path} was {what} under this server. The server stops, because what it writes there is lost; put "
+                    "the file back, or restore a backup, and start again."
+                )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class Fence(Struct):
+    """What every commit proves in its own transaction: that nobody has served the journal since this server opened it
+    (`epoch`), and that the journal has all that this server has committed (`commits`)."""
+
+    epoch: int = 0
+    commits: int = 0
+    """Transactions of this epoch that are durable."""
+
+    def check(self, place: object, found: tuple[int, int] | None, holder: Holder | None) -> None:
+        """found: (epoch, commits) in the journal; one more is our own transaction whose answer was lost. Raises
+        `LeaseHeld`, `JournalReplaced`."""
+        if found is not None and found[0] > self.epoch:
+            raise held(place, holder)
+        if found is None or found[0] < self.epoch or found[1] not in (self.commits, self.commits + 1):
+            there = f"{found[1]} of epoch {found[0]}" if found else "none"
+            raise JournalReplaced(
+                f"The journal {place} was replaced or set back under this server, which has made {self.commits} "
+                f"commits of epoch {self.epoch}; there are {there}. The server stops; the next start takes up what is "
+                "there."
+            )
 
 
 def held(where: object, holder: Holder | None) -> LeaseHeld:

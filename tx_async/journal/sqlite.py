@@ -1,5 +1,7 @@
 """The SQLite driver: one connection on one thread, write-ahead log, every commit synced.
 
+Every transaction passes a fence: the epoch of the server that makes it, and how many it has made (`lease.py`).
+
 Beside `tx.db` lie `tx.db-wal` (SQLite's log), `tx.db.lock` (the lease) and `tx.db.payloads/` (large bodies).
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -18,7 +21,7 @@ import aiosqlite
 
 from tx_async.errors import ContentLost, StorageError
 from tx_async.journal import migrate
-from tx_async.journal.lease import FileLock, Holder
+from tx_async.journal.lease import Fence, FileLock, Files, Holder
 from tx_async.journal.payloads import BODY_INLINE_BYTES_MAX, Payloads, sync_folder
 from tx_async.journal.transaction import TableChanges, Transaction, checksum, read_result, verify
 from tx_async.private import make_folder, opener
@@ -31,6 +34,8 @@ WAL_BYTES_MAX = 64 * 2**20
 FREE_PAGES_MAX = 4_096
 """More free pages than this are given back to the file system, `FREE_PAGES_MAX` at a time."""
 VACUUM_EVERY_COMMITS = 64
+LOOK_S = 1.0
+"""Between two looks whether the file under an idle server is still the one that it opened."""
 
 _PRAGMAS = (
     "PRAGMA auto_vacuum = INCREMENTAL",  # has an effect on a new database only, and only before the log exists
@@ -39,6 +44,9 @@ _PRAGMAS = (
     f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}",
     "PRAGMA temp_store = MEMORY",
 )
+
+
+_log = logging.getLogger(__name__)
 
 
 class _Connection(aiosqlite.Connection):
@@ -54,13 +62,19 @@ class _Connection(aiosqlite.Connection):
 class SqliteDriver:
     """`Driver` on a file."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, look_s: float = LOOK_S):
+        """look_s: between two looks whether the file is still ours."""
         #: absolute, so that the lease, the log and the payloads are found whatever the working directory
         self.path = Path(path).absolute()
         self._lock = FileLock(self.path.with_name(self.path.name + ".lock"))
         self._payloads = Payloads(self.path.with_name(self.path.name + ".payloads"))
         self._connection: _Connection | None = None
         self._commits_until_vacuum = VACUUM_EVERY_COMMITS
+        self._look_s = look_s
+        #: changed on the connection's thread only
+        self._fence = Fence()
+        #: the database's file and its log as they were opened
+        self._files = Files(self.path)
 
     def __repr__(self) -> str:
         return f"<SqliteDriver {self.path}>"
@@ -72,7 +86,8 @@ class SqliteDriver:
             self._lock.acquire(holder)
             self._connection = connection = _Connection(partial(_connect, self.path), 64)
             await connection
-            live_files = await connection.run(partial(_prepare, holder))
+            live_files = await connection.run(partial(_prepare, holder, self._fence))
+            self._files.opened()
             await self._payloads.open(live_files)
             sync_folder(self.path.parent)
         except (sqlite3.Error, OSError) as error:
@@ -89,7 +104,7 @@ class SqliteDriver:
         transaction = Transaction(changes)
         files = await self._payloads.write(_large(transaction.bodies))
         try:
-            forgotten = await self._connected.run(partial(_write, transaction, files))
+            forgotten = await self._connected.run(partial(self._write_fenced, transaction, files))
         except Exception as error:
             if _certainly_undone(error):
                 self._payloads.discard(name for name, _ in files.values())
@@ -110,8 +125,16 @@ class SqliteDriver:
         return await read_result(request_id, row, self.read_body)
 
     async def lost(self) -> None:
-        """The kernel keeps the lock as long as this process lives: it is never lost."""
-        await asyncio.Event().wait()
+        """The kernel keeps the lock as long as this process lives; but the file may be taken away under it, or the
+        lock's own file, and with that the next server out of our sight."""
+        while True:
+            await asyncio.sleep(self._look_s)
+            if self._connection is None:
+                continue
+            try:
+                await self._connection.run(self._look)
+            except sqlite3.Error as error:  # a disk that fails is told by whoever writes
+                _log.debug("The journal %s was not looked at: %s", self.path, error)
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -119,6 +142,22 @@ class SqliteDriver:
             await connection.close()
         await self._payloads.close()
         self._lock.release()
+
+    # ---- on the connection's thread
+
+    def _write_fenced(
+        self, transaction: Transaction, files: dict[str, tuple[str, bytes]], connection: sqlite3.Connection
+    ) -> list[str]:
+        self._files.check()
+        forgotten = _write(transaction, files, partial(_pass_fence, self.path, self._fence), connection)
+        self._fence.commits += 1
+        return forgotten
+
+    def _look(self, connection: sqlite3.Connection) -> None:
+        self._files.check()
+        self._fence.check(self.path, *_read_fence(connection))
+
+    # ---- on the event loop
 
     @property
     def _connected(self) -> _Connection:
@@ -156,19 +195,21 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None, timeout=5.0)
 
 
-def _prepare(holder: Holder, connection: sqlite3.Connection) -> list[str]:
-    """Settings, migrations, the lease's row. Returns the payload files that rows name."""
+def _prepare(holder: Holder, fence: Fence, connection: sqlite3.Connection) -> list[str]:
+    """Settings, migrations, the lease's row, which begins a new epoch. Returns the payload files that rows name."""
     for pragma in _PRAGMAS:
         connection.execute(pragma)
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal":
         raise StorageError(f"SQLite cannot use its write-ahead log here (journal_mode is {mode}): use a local disk.")
     _migrate(connection)
-    connection.execute(
-        "INSERT INTO lease (id, instance, host, pid, since) VALUES (1, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE "
-        "SET instance = excluded.instance, host = excluded.host, pid = excluded.pid, since = excluded.since",
+    rows = connection.execute(
+        "INSERT INTO lease (id, instance, host, pid, since, epoch, commits) VALUES (1, ?, ?, ?, ?, 1, 0) "
+        "ON CONFLICT (id) DO UPDATE SET instance = excluded.instance, host = excluded.host, pid = excluded.pid, "
+        "since = excluded.since, epoch = epoch + 1, commits = 0 RETURNING epoch",
         (holder.instance, holder.host, holder.pid, holder.since),
-    )
+    ).fetchall()
+    fence.epoch, fence.commits = rows[0][0], 0
     return [name for (name,) in connection.execute("SELECT file FROM request_body WHERE file IS NOT NULL")]
 
 
@@ -192,10 +233,16 @@ def _load(connection: sqlite3.Connection) -> list[Record]:
     ]
 
 
-def _write(transaction: Transaction, files: dict[str, tuple[str, bytes]], connection: sqlite3.Connection) -> list[str]:
+def _write(
+    transaction: Transaction,
+    files: dict[str, tuple[str, bytes]],
+    pass_fence: Callable[[sqlite3.Connection], None],
+    connection: sqlite3.Connection,
+) -> list[str]:
     """One transaction, durable when this returns. Returns the payload files that no row names any more."""
     connection.execute("BEGIN IMMEDIATE")
     try:
+        pass_fence(connection)
         for table, changes in transaction.tables.items():
             _write_records(connection, table, changes)
         forgotten = _write_bodies(connection, transaction.bodies, files)
@@ -204,6 +251,21 @@ def _write(transaction: Transaction, files: dict[str, tuple[str, bytes]], connec
         _roll_back(connection)
         raise
     return forgotten
+
+
+def _pass_fence(path: Path, fence: Fence, connection: sqlite3.Connection) -> None:
+    """Raises `LeaseHeld`, `JournalReplaced`: then nothing of the transaction counts."""
+    statement = "UPDATE lease SET commits = ? WHERE id = 1 AND epoch = ? AND commits IN (?, ?)"
+    passed = connection.execute(statement, (fence.commits + 1, fence.epoch, fence.commits, fence.commits + 1))
+    if passed.rowcount != 1:
+        fence.check(path, *_read_fence(connection))
+
+
+def _read_fence(connection: sqlite3.Connection) -> tuple[tuple[int, int] | None, Holder | None]:
+    row = connection.execute("SELECT epoch, commits, instance, host, pid, since FROM lease WHERE id = 1").fetchone()
+    if row is None:
+        return None, None
+    return row[:2], Holder(instance=row[2], host=row[3], pid=row[4], since=row[5])
 
 
 def _write_records(connection: sqlite3.Connection, table: str, changes: TableChanges[bytes]) -> None:
