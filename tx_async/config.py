@@ -36,6 +36,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     backend_config: EngineConfig = EngineConfig()
     database_url: str = ""
     """`sqlite:///absolute/path.db` or `postgresql://…`; empty = `tx_async.db` in `data_dir`."""
+    database_prepared_statements: bool = True
+    """`false` for a PostgreSQL pooler that loses prepared statements (pgbouncer before 1.21, RDS Proxy); they are off
+    by themselves where it gives sessions to transactions."""
     data_dir: str = ""
     """Home of everything durable that has no place of its own; empty = `~/.local/share/tx_async`."""
     checkpoints_base: str = ""

@@ -40,6 +40,19 @@ class PostgresServer:
         yield f"{self._server.get_uri('postgres')}&search_path={name}"
         self.psql(f"DROP SCHEMA {name} CASCADE;")
 
+    @property
+    def folder(self) -> Path:
+        """Where its socket lies, too."""
+        return Path(self._server.pgdata)
+
+    @contextlib.contextmanager
+    def new_database(self) -> Iterator[str]:
+        """The name of an empty database, for those who cannot choose a schema."""
+        name = f"pooled_{next(_numbers)}"
+        self.psql(f"CREATE DATABASE {name};")
+        yield name
+        self.psql(f"DROP DATABASE {name} WITH (FORCE);")
+
     def crash(self) -> None:
         """PostgreSQL's immediate shutdown: nothing is finished, and the next start recovers from the log."""
         process = psutil.Process(self._server.get_pid())

@@ -10,6 +10,7 @@ import pytest
 from tx_async.errors import ConfigError
 from tx_async.journal import migrate, sqlite
 from tx_async.journal.sqlite import SqliteDriver
+from tx_async.wire.records import IdentityRecord, Put, SessionRecord, encode_record
 
 
 def test_databases_have_the_same_migrations():
@@ -69,4 +70,23 @@ async def test_failing_migration_leaves_the_schema_before_it(tmp_path: Path, mon
     connection.close()
     driver = SqliteDriver(path)
     await driver.open()
+    await driver.close()
+
+
+async def test_a_journal_of_the_previous_schema_is_brought_up_to_date(tmp_path: Path):
+    """As a server of the release before left it: records stay, the identity's table and the fence are there."""
+    path = tmp_path / "tx.db"
+    first = migrate.read_migrations("sqlite")[0]
+    session = SessionRecord(session_id="s", owner="alice", created_at=1.0)
+    connection = sqlite3.connect(path)
+    connection.executescript(f"{migrate.CREATE_SCHEMA_VERSION}; {first.sql}")
+    connection.execute("INSERT INTO schema_version VALUES (1, 'initial')")
+    connection.execute("INSERT INTO session (key, record) VALUES ('s', ?)", (encode_record(session),))
+    connection.execute("INSERT INTO lease VALUES (1, 'aa', 'host', 1, 1.0)")
+    connection.commit()
+    connection.close()
+    driver = SqliteDriver(path)
+    await driver.open()
+    await driver.apply([Put(IdentityRecord(journal_id="j"))])
+    assert await driver.load() == [session, IdentityRecord(journal_id="j")]
     await driver.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tx_async.config import ServerConfig
-from tx_async.errors import ConfigError, LeaseHeld, StorageError
+from tx_async.errors import ConfigError, JournalReplaced, LeaseHeld, StorageError
 from tx_async.journal.factory import driver_for, open_journal
 from tx_async.journal.journal import Journal
 from tx_async.journal.sqlite import FREE_PAGES_MAX, VACUUM_EVERY_COMMITS, SqliteDriver
@@ -353,3 +353,66 @@ async def test_factory_follows_the_configuration(tmp_path: Path):
 def test_unusable_url_is_refused(url: str):
     with pytest.raises(ConfigError, match="database_url"):
         driver_for(url)
+
+
+# ---- the fence
+
+
+def change(path: Path, statement: str) -> None:
+    with sqlite3.connect(path, timeout=10) as connection:
+        connection.execute(statement)
+    connection.close()
+
+
+async def test_server_whose_epoch_has_passed_writes_nothing(driver: SqliteDriver, path: Path):
+    """The lock's file was deleted, so a second server could lock another one of its name."""
+    await driver.apply([Put(session("before"))])
+    path.with_name(path.name + ".lock").unlink()
+    second = SqliteDriver(path)
+    await second.open()
+    with pytest.raises(LeaseHeld, match=f"in use by process {os.getpid()}"):
+        await driver.apply([Put(session("too late"))])
+    await second.apply([Put(session("after"))])
+    assert [record.key for record in await second.load()] == ["before", "after"]
+    await second.close()
+
+
+async def test_journal_that_was_set_back_stops_the_server(driver: SqliteDriver, path: Path):
+    for name in ("a", "b", "c"):
+        await driver.apply([Put(session(name))])
+    change(path, "UPDATE lease SET commits = 1")
+    with pytest.raises(JournalReplaced, match="has made 3 commits"):
+        await driver.apply([Put(session("d"))])
+
+
+@pytest.mark.parametrize("what", ["deleted", "replaced", "log deleted"])
+async def test_file_that_is_taken_away_is_noticed_within_seconds(path: Path, what: str):
+    """Nobody writes, and still the server stops; a commit at once does not go into a file that nobody will find."""
+    driver = SqliteDriver(path, look_s=0.05)
+    journal = Journal(driver)
+    await journal.open()
+    await journal.commit([Put(session("a"))])
+    stopped = asyncio.create_task(journal.supervise())
+    taken = path.with_name(path.name + "-wal") if what == "log deleted" else path
+    if what == "replaced":
+        shutil.copy(path, path.with_name("copy"))
+        path.with_name("copy").replace(path)
+    else:
+        taken.unlink()
+    with pytest.raises(JournalReplaced, match=f"{taken.name} was (deleted|replaced)"):
+        await journal.commit([Put(session("b"))])
+    with pytest.raises(JournalReplaced):
+        await asyncio.wait_for(stopped, 10)
+    await journal.close()
+
+
+async def test_looks_at_a_busy_journal_raise_no_alarm(path: Path):
+    driver = SqliteDriver(path, look_s=0.001)
+    journal = Journal(driver)
+    await journal.open()
+    supervised = asyncio.create_task(journal.supervise())
+    for i in range(100):
+        await journal.commit([Put(session(f"s{i}"))])
+    assert not supervised.done()
+    await journal.close()
+    await supervised

@@ -13,10 +13,10 @@ def open_journal(config: ServerConfig) -> Journal:
     """
     if not config.database_url:
         return Journal(_sqlite(str((config.data_path / "tx_async.db").absolute())))
-    return Journal(driver_for(config.database_url))
+    return Journal(driver_for(config.database_url, prepared_statements=config.database_prepared_statements))
 
 
-def driver_for(url: str) -> Driver:
+def driver_for(url: str, *, prepared_statements: bool = True) -> Driver:
     """`sqlite:///absolute/path.db` (four slashes mean the same) or `postgresql://…`."""
     scheme, separator, rest = url.partition("://")
     if separator and scheme == "sqlite":
@@ -26,7 +26,7 @@ def driver_for(url: str) -> Driver:
     if separator and scheme in ("postgresql", "postgres"):
         from tx_async.journal.postgres import PostgresDriver
 
-        return PostgresDriver(url)
+        return PostgresDriver(url, prepared_statements=prepared_statements)
     raise ConfigError("database_url must begin with sqlite:/// or postgresql://.")
 
 

@@ -3,23 +3,41 @@
 The lease is a session advisory lock of the writing connection itself, so no write can outlive it: a server that was cut
 off cannot commit on a session that is gone. After a lost connection (the database restarted, a network cut) the driver
 connects again, takes the lock again, and sees in the row `lease` whether another server has written meanwhile; if so it
-is out.
+is out. Behind a pooler that gives a session to each transaction no such lock holds: there the row is the lease, renewed
+every `RENEW_S`, and `open` says so. Whatever the lock says, every transaction passes the fence (`lease.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import asyncpg
 
 from tx_async.errors import ContentLost, LeaseHeld, StorageError
 from tx_async.journal import migrate
-from tx_async.journal.lease import Holder, held
-from tx_async.journal.transaction import Transaction, checksum, read_result, verify
+from tx_async.journal.lease import Fence, Holder, held
+from tx_async.journal.postgres_statements import (
+    BROKEN_SESSION,
+    IS_LOCKED,
+    LOCK_CLASS,
+    LOST,
+    NOW,
+    SETTINGS,
+    close_connection,
+    holder_of,
+    name_of,
+    read_holder,
+    read_lease,
+    shares_sessions,
+    without_password,
+    write_transaction,
+)
+from tx_async.journal.transaction import Transaction, read_result, verify
 from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, decode_record
 
 T = TypeVar("T")
@@ -35,33 +53,12 @@ LEASE_WAIT_S = 2.0
 CONNECT_TIMEOUT_S = 5
 COMMAND_TIMEOUT_S = 60
 READERS_MAX = 4
-LOCK_CLASS = 0x74785F61
-"""First half of the advisory lock's key ("tx_a"); the second is a hash of the schema's name."""
+RENEW_S = 2.0
+"""Between two looks at the row `lease`, and behind a pooler between two renewals."""
+LEASE_ROW_S = 10.0
+"""A lease that only the row holds is free when it was not renewed for so long."""
 
-_SETTINGS = {
-    "application_name": "tx_async",
-    "synchronous_commit": "on",
-    # A host that vanished without a word loses its session, and so the lease, after about 25 seconds.
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
-}
-_LOST = (
-    OSError,
-    TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,  # asyncpg's own: the connection is closed
-    asyncpg.InternalClientError,  # asyncpg's own: the server ended the session between two queries
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.SerializationError,
-)
-"""The database or the way to it is gone for a while: connecting again may help."""
-_BROKEN_SESSION = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""Nobody knows what state the session is in: it is ended, and with it whatever it was about to do."""
+
 _UNSTORABLE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError, TypeError)
 """The rows themselves cannot be stored (a NUL in a key). asyncpg's client-side DataError is an InterfaceError, too."""
 
@@ -71,8 +68,24 @@ _log = logging.getLogger(__name__)
 class PostgresDriver:
     """`Driver` on a database."""
 
-    def __init__(self, url: str, *, reconnect_s_max: float = RECONNECT_S_MAX, lease_wait_s: float = LEASE_WAIT_S):
+    def __init__(
+        self,
+        url: str,
+        *,
+        prepared_statements: bool = True,
+        reconnect_s_max: float = RECONNECT_S_MAX,
+        lease_wait_s: float = LEASE_WAIT_S,
+        renew_s: float = RENEW_S,
+    ):
+        """prepared_statements: False for a pooler that loses them; where sessions do not hold they are off anyway."""
         self._url = url
+        self._prepared_statements = prepared_statements
+        self._renew_s = renew_s
+        #: True behind a pooler: nothing of a session outlasts its transaction
+        self._is_pooled = False
+        #: False when a pooler refuses them: then they are said in every transaction
+        self._takes_settings = True
+        self._fence = Fence()
         self._lease_wait_s = lease_wait_s
         self._reconnect_s_max = reconnect_s_max
         self._holder = Holder.this_process()
@@ -88,16 +101,18 @@ class PostgresDriver:
         self._lease_lost: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<PostgresDriver {_without_password(self._url)}, {'connected' if self._writer else 'not connected'}>"
+        return f"<PostgresDriver {without_password(self._url)}, {'connected' if self._writer else 'not connected'}>"
 
     async def open(self) -> None:
         self._lease_lost = asyncio.get_running_loop().create_future()
         try:
+            await self._look_for_a_pooler()
             self._writer = await self._connect()
             await self._take_lease(self._writer)
             await self._migrate(self._writer)
-            await self._write_lease(self._writer)
-            await _warn_if_not_durable(self._writer)
+            async with self._writer.transaction():
+                await self._write_lease(self._writer)
+            await self._warn_if_not_durable(self._writer)
             self._watch(self._writer)
             self._readers = await asyncpg.create_pool(
                 self._url,
@@ -105,10 +120,13 @@ class PostgresDriver:
                 max_size=READERS_MAX,
                 timeout=CONNECT_TIMEOUT_S,
                 command_timeout=COMMAND_TIMEOUT_S,
+                **self._statement_cache(),
             )
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError) as error:
+        except (asyncpg.PostgresError, *LOST, ValueError) as error:
             await self.close()
-            raise StorageError(f"The journal {_without_password(self._url)} cannot be opened: {error}") from error
+            raise StorageError(
+                f"The journal {without_password(self._url)} cannot be opened: {name_of(error)}"
+            ) from error
         except BaseException:
             await self.close()
             raise
@@ -116,8 +134,9 @@ class PostgresDriver:
     async def load(self) -> list[Record]:
         async def load() -> list[Record]:
             rows = []
-            for table in RECORD_TYPES:
-                rows += await self._pool.fetch(f"SELECT record FROM {table} ORDER BY position")
+            async with self._reader() as reader:
+                for table in RECORD_TYPES:
+                    rows += await reader.fetch(f"SELECT record FROM {table} ORDER BY position")
             return [decode_record(row["record"]) for row in rows]
 
         return await self._persist(load, "read")
@@ -130,28 +149,37 @@ class PostgresDriver:
                 writer = await self._connected()
                 try:
                     async with writer.transaction():
-                        await _write(writer, transaction)
-                except _BROKEN_SESSION:
-                    writer.terminate()
+                        await self._pass_fence(writer)
+                        await write_transaction(writer, transaction)
+                except (*BROKEN_SESSION, asyncpg.ReadOnlySQLTransactionError):
+                    writer.terminate()  # the latter: it has become a standby
                     raise
+                except LeaseHeld as error:
+                    self._lose_lease(error)
+                    raise
+                self._fence.commits += 1
 
         # A commit whose answer was lost is written again: upserts and deletions by key end in the same state.
         await self._persist(write, "written")
 
     async def read_body(self, request_id: str) -> bytes:
         query = "SELECT num_bytes, checksum, body FROM request_body WHERE key = $1"
-        row = await self._persist(lambda: self._pool.fetchrow(query, request_id), "read")
+        row = await self._persist(lambda: self._fetchrow(query, request_id), "read")
         if row is None:
             raise ContentLost(f"The journal has no body of request {request_id} (any more).")
         return verify(request_id, row["body"], row["num_bytes"], row["checksum"])
 
     async def read_result(self, request_id: str) -> ResultRecord:
         query = "SELECT record FROM result WHERE key = $1"
-        row = await self._persist(lambda: self._pool.fetchval(query, request_id), "read")
-        return await read_result(request_id, row, self.read_body)
+        row = await self._persist(lambda: self._fetchrow(query, request_id), "read")
+        return await read_result(request_id, row["record"] if row else None, self.read_body)
 
     async def lost(self) -> None:
         assert self._lease_lost is not None, "open the driver first"
+        while not self._lease_lost.done():
+            await asyncio.wait([self._lease_lost], timeout=self._renew_s)
+            if not self._lease_lost.done():
+                await self._renew()
         await asyncio.shield(self._lease_lost)
 
     async def close(self) -> None:
@@ -159,9 +187,11 @@ class PostgresDriver:
         if self._reconnecting is not None:
             self._reconnecting.cancel()
             await asyncio.gather(self._reconnecting, return_exceptions=True)
+        if self._is_pooled and self._writer is not None and not self._writer.is_closed():
+            await self._give_back_lease(self._writer)
         for connection in (self._readers, self._writer):
             if connection is not None:
-                await _close(connection)
+                await close_connection(connection)
         self._readers = self._writer = None
         if self._lease_lost is not None:
             self._lease_lost.cancel()
@@ -169,10 +199,40 @@ class PostgresDriver:
     @property
     def _pool(self) -> asyncpg.Pool:
         if self._readers is None or self._closed:
-            raise StorageError(f"The journal {_without_password(self._url)} is closed.")
+            raise StorageError(f"The journal {without_password(self._url)} is closed.")
         return self._readers
 
+    @contextlib.asynccontextmanager
+    async def _reader(self) -> AsyncIterator[Any]:
+        """A reading connection; in one transaction where a statement could else meet two sessions."""
+        async with self._pool.acquire() as reader:
+            if self._prepared_statements:
+                yield reader
+            else:
+                async with reader.transaction(readonly=True):
+                    yield reader
+
+    async def _fetchrow(self, query: str, *arguments: object) -> Any:
+        async with self._reader() as reader:
+            return await reader.fetchrow(query, *arguments)
+
     # ---- connecting
+
+    async def _look_for_a_pooler(self) -> None:
+        """Find out whether a connection keeps its session; say so where it does not."""
+        first, second = await self._connect(prepared=False), await self._connect(prepared=False)
+        try:
+            self._is_pooled = await shares_sessions(first, second)
+        finally:
+            await close_connection(first)
+            await close_connection(second)
+        if self._is_pooled:
+            self._prepared_statements = False
+            _log.warning(
+                "A pooler stands between this server and PostgreSQL, so no lock of a session holds: the lease is a row "
+                "that is renewed every %g s, every commit checks it, and prepared statements are off.",
+                self._renew_s,
+            )
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]], verb: str) -> T:
         """Try until it succeeds, fails for a reason that trying again does not change, or `reconnect_s_max` has
@@ -185,10 +245,10 @@ class PostgresDriver:
                 return await attempt()
             except _UNSTORABLE:
                 raise
-            except _LOST as error:
+            except LOST as error:
                 if self._closed or time.monotonic() + pause_s > give_up_at:
                     raise self._storage_error(verb, error) from error
-                _log.warning("PostgreSQL is out of reach (%s); trying again in %.2f s", _name(error), pause_s)
+                _log.warning("PostgreSQL is out of reach (%s); trying again in %.2f s", name_of(error), pause_s)
             except asyncpg.PostgresError as error:
                 raise self._storage_error(verb, error) from error
             await asyncio.sleep(pause_s)
@@ -200,31 +260,44 @@ class PostgresDriver:
         if self._lease_lost.done() and not self._lease_lost.cancelled():
             raise self._lease_lost.exception() or AssertionError("only an exception ends the lease")
         if self._closed:
-            raise StorageError(f"The journal {_without_password(self._url)} is closed.")
+            raise StorageError(f"The journal {without_password(self._url)} is closed.")
         if self._writer is None or self._writer.is_closed():
             self._writer = None
             self._writer = await self._connect_again()
             _log.warning("Connected to PostgreSQL again: %r", self)
         return self._writer
 
-    async def _connect(self) -> asyncpg.Connection:
-        return await asyncpg.connect(
-            self._url, timeout=CONNECT_TIMEOUT_S, command_timeout=COMMAND_TIMEOUT_S, server_settings=_SETTINGS
-        )
+    async def _connect(self, prepared: bool | None = None) -> asyncpg.Connection:
+        settings = SETTINGS if self._takes_settings else {}
+        try:
+            return await asyncpg.connect(
+                self._url,
+                timeout=CONNECT_TIMEOUT_S,
+                command_timeout=COMMAND_TIMEOUT_S,
+                server_settings=settings,
+                **self._statement_cache(prepared),
+            )
+        except asyncpg.ProtocolViolationError as error:
+            if not self._takes_settings or "startup parameter" not in str(error):
+                raise
+        self._takes_settings = False
+        return await self._connect(prepared)
+
+    def _statement_cache(self, prepared: bool | None = None) -> dict[str, Any]:
+        keeps = self._prepared_statements if prepared is None else prepared
+        return {} if keeps else {"statement_cache_size": 0}
 
     async def _connect_again(self) -> asyncpg.Connection:
         writer = await self._connect()
         try:
             await self._take_lease(writer)
-            await self._check_instance(writer)
+            await self._check_fence(writer)
         except LeaseHeld as error:
-            await _close(writer)
-            assert self._lease_lost is not None
-            self._lease_lost.set_exception(error)
-            self._lease_lost.exception()  # whoever waits in `lost` gets it; if nobody does, that is no leak to warn of
+            await close_connection(writer)
+            self._lose_lease(error)
             raise
         except BaseException:
-            await _close(writer)
+            await close_connection(writer)
             raise
         self._watch(writer)
         return writer
@@ -250,12 +323,39 @@ class PostgresDriver:
 
     # ---- the lease
 
+    def _lose_lease(self, error: LeaseHeld) -> None:
+        assert self._lease_lost is not None
+        if not self._lease_lost.done():
+            self._lease_lost.set_exception(error)
+            self._lease_lost.exception()  # whoever waits in `lost` gets it; if nobody does, that is no leak to warn of
+
     async def _take_lease(self, writer: asyncpg.Connection) -> None:
-        """Raises `LeaseHeld` when another session keeps the lock for `lease_wait_s`."""
+        """Raises `LeaseHeld` when another session keeps the lock for `lease_wait_s`, or another server renews the
+        row."""
+        if not self._is_pooled:
+            await self._take_lock(writer)
+        await self._wait_for_row(writer)
+
+    async def _wait_for_row(self, writer: asyncpg.Connection) -> None:
+        """Until a lease that only the row holds was not renewed for `LEASE_ROW_S`."""
+        first: float | None = None
+        while True:
+            async with writer.transaction():
+                row = await read_lease(writer)
+                if row is None or row["instance"] == self._holder.instance:
+                    return
+                is_locked = self._is_pooled and await writer.fetchval(IS_LOCKED, LOCK_CLASS)
+            if row["age"] > LEASE_ROW_S and not is_locked:
+                return
+            if is_locked or row["renewed_at"] != (first := row["renewed_at"] if first is None else first):
+                raise held(without_password(self._url), holder_of(row))
+            await asyncio.sleep(self._renew_s / 4)
+
+    async def _take_lock(self, writer: asyncpg.Connection) -> None:
         give_up_at = time.monotonic() + self._lease_wait_s
         while not await writer.fetchval("SELECT pg_try_advisory_lock($1, hashtext(current_schema()))", LOCK_CLASS):
             if time.monotonic() > give_up_at:
-                raise held(_without_password(self._url), await _read_holder(writer))
+                raise held(without_password(self._url), await read_holder(writer))
             await self._end_own_old_session(writer)
             await asyncio.sleep(RECONNECT_PAUSE_S_MIN)
 
@@ -265,7 +365,7 @@ class PostgresDriver:
         """
         if self._writer_pid == 0:
             return
-        holder = await _read_holder(writer)
+        holder = await read_holder(writer)
         if holder is not None and holder.instance == self._holder.instance:
             query = (
                 "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = $1 "
@@ -276,92 +376,78 @@ class PostgresDriver:
 
     async def _write_lease(self, writer: asyncpg.Connection) -> None:
         await writer.execute(
-            "INSERT INTO lease (id, instance, host, pid, since) VALUES (1, $1, $2, $3, $4) ON CONFLICT (id) DO UPDATE "
-            "SET instance = excluded.instance, host = excluded.host, pid = excluded.pid, since = excluded.since",
+            "INSERT INTO lease (id, instance, host, pid, since, epoch, commits, renewed_at) "
+            f"VALUES (1, $1, $2, $3, $4, 1, 0, {NOW} * $5::int) ON CONFLICT (id) DO UPDATE "
+            "SET instance = excluded.instance, host = excluded.host, pid = excluded.pid, since = excluded.since, "
+            "epoch = lease.epoch + 1, commits = 0, renewed_at = excluded.renewed_at",
             self._holder.instance,
             self._holder.host,
             self._holder.pid,
             self._holder.since,
+            int(self._is_pooled),
         )
+        row = await read_lease(writer)
+        self._fence.epoch, self._fence.commits = row["epoch"], 0
 
-    async def _check_instance(self, writer: asyncpg.Connection) -> None:
-        """Raises `LeaseHeld` when another server has served this journal since: our state in memory is out of date."""
-        holder = await _read_holder(writer)
-        if holder is None or holder.instance != self._holder.instance:
-            raise held(_without_password(self._url), holder)
+    async def _pass_fence(self, writer: asyncpg.Connection) -> None:
+        """The first statement of every transaction. Raises `LeaseHeld`, `JournalReplaced`: then nothing of it
+        counts."""
+        if not self._takes_settings:
+            await writer.execute("SET LOCAL synchronous_commit = on")
+        done = await writer.execute(
+            f"UPDATE lease SET commits = $2::bigint + 1, renewed_at = {NOW} * $3::int "
+            "WHERE id = 1 AND epoch = $1 AND commits IN ($2::bigint, $2::bigint + 1)",
+            self._fence.epoch,
+            self._fence.commits,
+            int(self._is_pooled),
+        )
+        if done != "UPDATE 1":
+            await self._check_fence(writer)
+
+    async def _check_fence(self, writer: asyncpg.Connection) -> None:
+        """Raises `LeaseHeld` when another server has served this journal since, `JournalReplaced` when this is an older
+        state of it, as on a standby that was behind: what we have in memory is out of date."""
+        async with writer.transaction():
+            row = await read_lease(writer)
+        found, holder = ((row["epoch"], row["commits"]), holder_of(row)) if row else (None, None)
+        self._fence.check(without_password(self._url), found, holder)
+
+    async def _renew(self) -> None:
+        """Look whether the lease is still ours; behind a pooler that also keeps it. A database that does not answer is
+        told by whoever writes."""
+        try:
+            async with self._writing:
+                writer = await self._connected()
+                if self._is_pooled:
+                    async with writer.transaction():
+                        await writer.execute(
+                            f"UPDATE lease SET renewed_at = {NOW} WHERE id = 1 AND epoch = $1", self._fence.epoch
+                        )
+                await self._check_fence(writer)
+        except LeaseHeld as error:
+            self._lose_lease(error)
+        except (asyncpg.PostgresError, *LOST, StorageError) as error:
+            _log.debug("The lease was not looked at: %s", name_of(error))
+
+    async def _give_back_lease(self, writer: asyncpg.Connection) -> None:
+        with contextlib.suppress(asyncpg.PostgresError, *LOST):
+            async with writer.transaction():
+                await writer.execute("UPDATE lease SET renewed_at = 0 WHERE id = 1 AND epoch = $1", self._fence.epoch)
+
+    async def _warn_if_not_durable(self, writer: asyncpg.Connection) -> None:
+        async with writer.transaction():
+            fsync = await writer.fetchval("SHOW fsync")
+        if fsync != "on":
+            _log.warning("PostgreSQL runs with fsync = off: accepted requests can be lost when its host crashes.")
 
     async def _migrate(self, writer: asyncpg.Connection) -> None:
-        await writer.execute(migrate.CREATE_SCHEMA_VERSION)
-        current = await writer.fetchval(migrate.READ_SCHEMA_VERSION)
+        async with writer.transaction():
+            await writer.execute(migrate.CREATE_SCHEMA_VERSION)
+            current = await writer.fetchval(migrate.READ_SCHEMA_VERSION)
         for migration in migrate.pending("postgres", current or 0):
             async with writer.transaction():
                 await writer.execute(migration.sql)
                 await writer.execute("INSERT INTO schema_version VALUES ($1, $2)", migration.number, migration.name)
 
     def _storage_error(self, verb: str, error: Exception) -> StorageError:
-        return StorageError(f"The journal {_without_password(self._url)} could not be {verb}: {_name(error)}")
-
-
-async def _write(writer: asyncpg.Connection, transaction: Transaction) -> None:
-    for table, changes in transaction.tables.items():
-        if changes.deletes:
-            await writer.execute(f"DELETE FROM {table} WHERE key = ANY($1::text[])", list(changes.deletes))
-        if changes.puts:
-            await writer.execute(
-                f"INSERT INTO {table} (key, record) "
-                "SELECT key, record FROM unnest($1::text[], $2::bytea[]) WITH ORDINALITY AS row (key, record, number) "
-                "ORDER BY number ON CONFLICT (key) DO UPDATE SET record = excluded.record",
-                list(changes.puts),
-                list(changes.puts.values()),
-            )
-    if transaction.bodies.deletes:
-        await writer.execute("DELETE FROM request_body WHERE key = ANY($1::text[])", list(transaction.bodies.deletes))
-    if transaction.bodies.puts:
-        await _write_bodies(writer, transaction.bodies.puts)
-
-
-async def _write_bodies(writer: asyncpg.Connection, bodies: dict[str, bytes]) -> None:
-    checksums = await asyncio.to_thread(lambda: [checksum(body) for body in bodies.values()])
-    # One by one: the event loop gets a turn after each body, which `executemany` would copy into one message.
-    for (key, body), digest in zip(bodies.items(), checksums, strict=True):
-        await writer.execute(
-            "INSERT INTO request_body (key, num_bytes, checksum, body) VALUES ($1, $2, $3, $4) "
-            "ON CONFLICT (key) DO UPDATE "
-            "SET num_bytes = excluded.num_bytes, checksum = excluded.checksum, body = excluded.body",
-            key,
-            len(body),
-            digest,
-            body,
-        )
-
-
-async def _read_holder(connection: asyncpg.Connection) -> Holder | None:
-    try:
-        row = await connection.fetchrow("SELECT instance, host, pid, since FROM lease")
-    except asyncpg.UndefinedTableError:
-        return None
-    return Holder(**row) if row is not None else None
-
-
-async def _warn_if_not_durable(writer: asyncpg.Connection) -> None:
-    if await writer.fetchval("SHOW fsync") != "on":
-        _log.warning("PostgreSQL runs with fsync = off: accepted requests can be lost when its host crashes.")
-
-
-async def _close(connection: asyncpg.Connection | asyncpg.Pool) -> None:
-    """Politely for a moment, then not: the other side may be gone."""
-    try:
-        await asyncio.wait_for(connection.close(), 1.0)
-    except (asyncpg.PostgresError, *_LOST):
-        connection.terminate()
-
-
-def _name(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _without_password(url: str) -> str:
-    """For messages. The query goes, too: it may hold a password as well."""
-    scheme, _, rest = url.partition("?")[0].partition("://")
-    credentials, at, place = rest.rpartition("@")
-    return f"{scheme}://{credentials.partition(':')[0]}{at}{place}"
+        return StorageError(f"The journal {without_password(self._url)} could not be {verb}: {name_of(error)}")
