@@ -34,6 +34,7 @@ from tx_async.journal.postgres_statements import (
     read_holder,
     read_lease,
     shares_sessions,
+    warn_if_not_durable,
     without_password,
     write_transaction,
 )
@@ -112,7 +113,7 @@ class PostgresDriver:
             await self._migrate(self._writer)
             async with self._writer.transaction():
                 await self._write_lease(self._writer)
-            await self._warn_if_not_durable(self._writer)
+            await warn_if_not_durable(self._writer)
             self._watch(self._writer)
             self._readers = await asyncpg.create_pool(
                 self._url,
@@ -433,12 +434,6 @@ class PostgresDriver:
         with contextlib.suppress(asyncpg.PostgresError, *LOST):
             async with writer.transaction():
                 await writer.execute("UPDATE lease SET renewed_at = 0 WHERE id = 1 AND epoch = $1", self._fence.epoch)
-
-    async def _warn_if_not_durable(self, writer: asyncpg.Connection) -> None:
-        async with writer.transaction():
-            fsync = await writer.fetchval("SHOW fsync")
-        if fsync != "on":
-            _log.warning("PostgreSQL runs with fsync = off: accepted requests can be lost when its host crashes.")
 
     async def _migrate(self, writer: asyncpg.Connection) -> None:
         async with writer.transaction():

@@ -5,6 +5,7 @@ between.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import asyncpg
@@ -41,6 +42,9 @@ LOST = (
 """The database or the way to it is gone for a while: connecting again may help."""
 BROKEN_SESSION = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """Nobody knows what state the session is in: it is ended, and with it whatever it was about to do."""
+
+
+_log = logging.getLogger(__name__)
 
 
 async def write_transaction(writer: asyncpg.Connection, transaction: Transaction) -> None:
@@ -127,6 +131,13 @@ async def shares_sessions(first: asyncpg.Connection, second: asyncpg.Connection)
 async def _backend_pid(connection: asyncpg.Connection) -> int:
     async with connection.transaction():
         return int(await connection.fetchval("SELECT pg_backend_pid()") or 0)
+
+
+async def warn_if_not_durable(writer: asyncpg.Connection) -> None:
+    async with writer.transaction():
+        fsync = await writer.fetchval("SHOW fsync")
+    if fsync != "on":
+        _log.warning("PostgreSQL runs with fsync = off: accepted requests can be lost when its host crashes.")
 
 
 async def close_connection(connection: asyncpg.Connection | asyncpg.Pool) -> None:
