@@ -215,7 +215,8 @@ class Router:
         group = self._groups.get(worker_id)
         member = group.members.get(process_id) if group else None
         if group and member and member.hello.pid == pid:
-            self._lose(group, f"process {process_id} {reason}")
+            level = logging.INFO if reason == "exited with code 0" else logging.WARNING
+            self._lose(group, f"process {process_id} {reason}", level)
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
         """What workers that have begun to attach still lack, one line a process; empty when all of them are ready.
@@ -532,7 +533,7 @@ class Router:
         """The group's processes share one mesh, so they fail as one: every other process is told to start again."""
         if self._groups.get(group.name) is not group:
             return
-        logger.log(level, "worker %s is lost: %s", group.name, reason)
+        logger.log(level, "worker %s %s: %s", group.name, "is lost" if level > logging.INFO else "has ended", reason)
         for member in group.members.values():
             self._doors.post(member.peer, Refused(f"worker {group.name} starts again: {reason}"))
         self._forget(group)

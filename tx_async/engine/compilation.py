@@ -8,6 +8,7 @@ whoever asked for it.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -112,8 +113,9 @@ class Program:
 
     def compile(self) -> None:
         if self._compiled is None:
-            kept = self.executables
+            kept, began = self.executables, time.monotonic()
             self._compiled = kept.get(self._bound, self._decides, self._make) if kept else self._make()
+            log.info("The program %s is there after %.1f s", self.name, time.monotonic() - began)
 
     def _make(self) -> Compiled:
         compiled = self._function.lower(*self._shapes).compile(self._options)

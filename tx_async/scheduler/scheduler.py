@@ -21,6 +21,7 @@ from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.errors import NotFound, NotReady, ResultGone
 from tx_async.journal.journal import Journal
+from tx_async.scheduler import newsreel
 from tx_async.scheduler.acceptance import Acceptance
 from tx_async.scheduler.assets import Assets
 from tx_async.scheduler.core.catalog import Catalog
@@ -129,11 +130,13 @@ class Scheduler:
                 await anyio.sleep(DRAIN_INTERVAL_S)
 
     async def _tick_for_ever(self) -> None:
+        load = newsreel.LoadReport(self.clock.monotonic(), self.statistics())
         while True:
             await anyio.sleep(TICK_S)
             self.performer.handle(Tick())
             self._sessions.expire()
             self._recovery.report(self.state.training.runs.num_replays, self.clock.monotonic())
+            load.report(self.clock.monotonic(), self.statistics())
 
     def tell(self, fact: WorkerFact) -> None:
         """What the router says."""
@@ -257,6 +260,8 @@ class Scheduler:
         self.quota.give_back(result.request_id)
         self.payloads.put(result)
         self.waiters.wake(result.request_id)
+        request = self.catalog.requests.get(result.request_id)
+        newsreel.result_known(request, self.catalog.models.get(request.subject) if request else None, result)
 
     def _still_pending(self) -> StillPending:
         waiting = self.waiting_for()

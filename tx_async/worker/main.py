@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
         level=options.log_level.upper(),
         format=f"%(asctime)s %(levelname)s {options.name}.{options.process_id} %(name)s: %(message)s",
     )
+    # What libraries miss and nobody here needs: a TPU's driver, PyTorch.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
     code = run(
         options.connect,

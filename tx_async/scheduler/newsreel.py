@@ -1,0 +1,52 @@
+"""What an operator waits for, as lines of the log: runs created, requests that failed, once a minute the load."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from tx_async.errors import Cancelled
+from tx_async.scheduler.statistics import SchedulerStatistics
+from tx_async.wire.records import ModelRecord, RequestRecord, ResultRecord
+from tx_async.wire.results import Failure
+
+LOAD_S = 60.0
+CREATIONS = ("CreateModel", "CreateModelFromCheckpoint")
+
+_log = logging.getLogger(__name__)
+
+
+def result_known(request: RequestRecord | None, model: ModelRecord | None, result: ResultRecord) -> None:
+    """A request has ended, and that is durable."""
+    if request is None:
+        return
+    if result.content == "error":
+        failure = msgspec.json.decode(result.payload, type=Failure)
+        level = logging.DEBUG if failure.error == Cancelled.default_message() else logging.INFO
+        _log.log(level, "%s of %s (seq_id %d) failed: %s", request.kind, request.subject, request.seq_id, failure.error)
+    elif request.kind in CREATIONS and model is not None:
+        source = f" from {model.created_from_path}" if model.created_from_path else ""
+        _log.info("Run %s was created%s: rank %d", model.model_id, source, model.lora.rank)
+
+
+class LoadReport:
+    """One line a minute while there is anything to say."""
+
+    def __init__(self, now: float, statistics: SchedulerStatistics):
+        self._before = (now, statistics)
+
+    def report(self, now: float, statistics: SchedulerStatistics) -> None:
+        """now: monotonic seconds. Called often."""
+        then, before = self._before
+        if now - then < LOAD_S:
+            return
+        self._before = (now, statistics)
+        trained = (statistics.train_tokens - before.train_tokens) / (now - then)
+        sampled = (statistics.sample_tokens - before.sample_tokens) / (now - then)
+        if not (trained or sampled or statistics.requests_unfinished):
+            return
+        _log.info(
+            "Load: %d requests open, %d samples open, %.0f tokens/s trained, %.0f tokens/s sampled, %d workers ready",
+            statistics.requests_unfinished, statistics.samples_open, trained, sampled, statistics.workers_ready,
+        )  # fmt: skip
