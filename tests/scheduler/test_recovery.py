@@ -269,4 +269,4 @@ def test_lane_says_where_it_is(stage: Stage):
     model = stage.model()
     stage.train(model, 1)
     stage.run()
-    assert repr(stage.lane(model)) == f"<Lane {model} [cursor 3 | 0 waiting | resident]>"
+    assert repr(stage.lane(model)) == f"<Lane {model} [cursor 3 | 0 waiting]>" and stage.is_resident(model)

@@ -308,7 +308,7 @@ def test_a_base_that_a_dead_worker_never_answered_holds_no_later_save():
     stage.settle()
     worker = stage.worker
     assert worker and [type(sent.command) for sent in worker.inbox][:2] == [LoadAdapter, CreateAdapter]
-    assert "exists already" in stage.error(refused) and not stage.lane(model).resident
+    assert "exists already" in stage.error(refused) and not stage.is_resident(model)
     stage.crash_worker()
     stage.start_worker()
     save = stage.save(model, 15, "b")

@@ -20,7 +20,7 @@ def test_200_models_on_8_slots_all_train_correctly():
             stage.optim_step(model, 2 * round_ + 2)
         stage.run()
     assert all(stage.lane(model).cursor == 7 for model in models)
-    assert sum(stage.lane(model).resident for model in models) == 8
+    assert sum(stage.is_resident(model) for model in models) == 8
     Reference(stage).check()
 
 

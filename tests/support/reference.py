@@ -182,9 +182,7 @@ class Reference:
         if world.state.training.runs.littered or world.listings:
             return
         known = {
-            snapshot.key
-            for lane in world.state.training.runs.lanes.values()
-            for snapshot in (*lane.model.snapshots, *lane.durable_snapshots, *lane.pending_snapshots)
+            snapshot.key for lane in world.state.training.runs.lanes.values() for snapshot in lane.known_snapshots()
         }
         there = {key for key in world.storage.files if "/snapshots/" in key}
         assert there <= known, f"orphans {there - known}"

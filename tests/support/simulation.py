@@ -690,11 +690,9 @@ class World:
             assert len(worker.sequences) <= self.info.num_sequences_max
             slots = worker.training_slots.slots()
             assert len(set(slots.values())) == len(slots) <= self.info.num_training_slots
-            resident = {name for name, lane in self.state.training.runs.lanes.items() if lane.resident}
-            assert resident == set(slots), f"resident {resident}, slots {slots}"
-        for lane in self.state.training.runs.lanes.values():
-            assert not (lane.resident and not self.state.workers)
-            assert self.catalog.models[lane.model_id] == lane.model or lane.model.last_request_at
+            assert set(slots) <= set(self.state.training.runs.lanes), f"{slots}: a run that has ended keeps a slot"
+            running = [sample.job.request.request_id for sample in worker.sequences.values()]
+            assert set(running) <= set(self.state.sampling.jobs), f"{running}: a request that has ended still runs"
 
 
 def finished(sent: Sent, result: Result, tensors: Sequence[np.ndarray] = (), elapsed_ms: float = 0.0) -> CommandEnded:

@@ -210,6 +210,10 @@ class Stage(World):
     def lane(self, model: str) -> Lane:
         return self.state.training.runs.lanes[model]
 
+    def is_resident(self, model: str) -> bool:
+        """Whether the device holds the run's state."""
+        return any(worker.has_run(model) for worker in self.state.workers.values())
+
     def result(self, request_id: str) -> ResultRecord | None:
         row = self.disk.tables["result"].get(request_id)
         if row is None:

@@ -7,8 +7,9 @@ which it was decided, so a crash forgets the newest decisions and never one in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from tx_async.wire.records import Change, Put, RequestRecord, ResultRecord
 from tx_async.wire.results import Failure
 from tx_async.wire.worker import Command
 
+if TYPE_CHECKING:
+    from tx_async.scheduler.core.worker_state import Answer
+
 
 class Decisions:
     def __init__(self, catalog: Catalog, now: float = 0.0):
@@ -31,8 +35,8 @@ class Decisions:
         #: that fact's cause, which every instruction that follows from it carries
         self.cause = ""
         self._instructions: list[Instruction] = []
-        #: whether an adapter version is needed by an open sample
-        self.is_sampled: Callable[[str], bool] = lambda _version: False
+        #: storage key -> how many open samples are drawn, or to be drawn, from its files
+        self._drawn_from: Counter[str] = Counter()
         self.audit = AuditLog(catalog)
 
     def begin(self, cause: str, now: float) -> None:
@@ -54,8 +58,15 @@ class Decisions:
             self.catalog.apply(changes)
             self._instructions.append(Append(changes, self.cause))
 
-    def send(self, worker: WorkerState, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = ()) -> None:
-        self._instructions.append(worker.send(command, on_answer, tensors, self.cause))
+    def send(
+        self,
+        worker: WorkerState,
+        command: Command,
+        answer: Answer,
+        tensors: Sequence[np.ndarray] = (),
+    ) -> None:
+        """`answer` says what is done when the command has ended."""
+        self._instructions.append(worker.send(command, answer, tensors, self.cause))
 
     def fetch_body(self, request_id: str) -> None:
         self._instructions.append(FetchBody(request_id, self.cause))
@@ -66,8 +77,19 @@ class Decisions:
     def delete_files(self, storage_key: str) -> None:
         """Unless a record, or a sample that is being drawn, still needs them. Decided before it happens: the deletion
         waits until everything decided before it is durable, so no record on disk ever names files that are gone."""
-        if storage_key and not self.catalog.references[storage_key] and not self.is_sampled(storage_key):
+        if storage_key and not self.catalog.references[storage_key] and storage_key not in self._drawn_from:
             self._instructions.append(DeleteFiles(storage_key, self.cause))
+
+    def hold_files(self, storage_key: str) -> None:
+        """A sample is to be drawn from them, whoever forgets them meanwhile."""
+        self._drawn_from[storage_key] += 1
+
+    def let_go_of_files(self, storage_key: str) -> None:
+        """The sample has ended: the last one deletes what no record names any more."""
+        self._drawn_from[storage_key] -= 1
+        if not self._drawn_from[storage_key]:
+            del self._drawn_from[storage_key]
+            self.delete_files(storage_key)
 
     # ---- results: `changes` become durable with them
 

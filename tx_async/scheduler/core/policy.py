@@ -2,6 +2,9 @@
 
 from msgspec import Struct
 
+ALONE_FROM_FAILURES = 2
+"""What was running so often when a worker died runs without company: the next death tells who it was."""
+
 
 class Policy(Struct, frozen=True, kw_only=True):
     quanta_in_flight_max: int = 2

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 
 from tx_async.errors import Conflict
-from tx_async.scheduler.training.lanes import FORWARD, REPLAYED_KINDS, Lane, Step
+from tx_async.scheduler.training.lanes import FORWARD, REPLAYED_KINDS, Lane
 from tx_async.scheduler.training.training import Training
 from tx_async.wire.operations import CreateModel, Sample, UnloadModel
 from tx_async.wire.records import Delete, RequestRecord
@@ -64,7 +64,7 @@ def _restore_operation(training: Training, request: RequestRecord, is_finished: 
         if not is_finished:
             training.end_without_lane(request)
     elif not is_finished or request.seq_id > lane.model.dropped_seq_id:
-        lane.add(Step(request, None, finished=is_finished))
+        lane.add(training.runs.step(request, finished=is_finished))
 
 
 def _refuse_latecomers(training: Training, lane: Lane) -> None:
@@ -74,8 +74,7 @@ def _refuse_latecomers(training: Training, lane: Lane) -> None:
     ran = [
         step.seq_id
         for step in lane.steps.values()
-        if step.finished
-        and (step.needs_replay or (step.kind == FORWARD and not results[step.request.request_id].failed))
+        if step.finished and (step.needs_replay or (step.kind == FORWARD and not results[step.request_id].failed))
     ]
     passed = max(ran, default=lane.base_seq_id)
     for step in lane.steps.values():

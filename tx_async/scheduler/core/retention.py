@@ -7,18 +7,17 @@ import msgspec
 from tx_async.errors import Cancelled
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.policy import Policy
-from tx_async.scheduler.sampling.rollouts import Rollouts
-from tx_async.scheduler.training.lanes import Lane
+from tx_async.scheduler.sampling.sampling import Sampling
 from tx_async.scheduler.training.runs import Runs, snapshots_of
 from tx_async.wire.records import Change, Delete, ModelRecord, Put, RequestRecord, SessionRecord
 
 
 class Retention:
-    def __init__(self, decisions: Decisions, runs: Runs, rollouts: Rollouts, policy: Policy):
+    def __init__(self, decisions: Decisions, runs: Runs, sampling: Sampling, policy: Policy):
         self.decisions = decisions
         self.catalog = decisions.catalog
         self.runs = runs
-        self.rollouts = rollouts
+        self.sampling = sampling
         self.policy = policy
         self._last_sweep = decisions.now
 
@@ -36,7 +35,7 @@ class Retention:
     def _forget_results(self) -> None:
         """Those that are too old, and the oldest of those that are too many; but nothing that a replay may need."""
         needed = {
-            step.request.request_id
+            step.request_id
             for lane in self.runs.lanes.values()
             for step in lane.steps.values()
             if not step.finished or step.needs_replay
@@ -56,12 +55,12 @@ class Retention:
 
     def _forget_steps(self, requests: list[RequestRecord]) -> list[Change]:
         """Runs forget them, too: what only evaluates takes no snapshot that would cover its operations."""
-        lanes: dict[str, Lane] = {}
+        newest: dict[str, int] = {}
         for request in requests:
             if lane := self.runs.lanes.get(request.subject):
                 lane.forget(request.seq_id)
-                lanes[request.subject] = lane
-        return [Put(lane.model) for lane in lanes.values()]
+                newest[request.subject] = max(request.seq_id, newest.get(request.subject, lane.model.newest_seq_id))
+        return [self.runs.changed(self.runs.lanes[name], newest_seq_id=number) for name, number in newest.items()]
 
     def _expire_checkpoints(self) -> None:
         now = self.decisions.now
@@ -83,7 +82,7 @@ class Retention:
 
     def _forget_session(self, session: SessionRecord) -> None:
         """With its runs and sampling sessions. Checkpoints have names of their own and stay."""
-        self.rollouts.cancel_flow(session.session_id)
+        self.sampling.cancel_flow(session.session_id)
         for model in [m for m in self.catalog.models.values() if m.session_id == session.session_id]:
             self._forget_model(model)
         samplers = [s for s in self.catalog.samplers.values() if s.session_id == session.session_id]

@@ -34,8 +34,8 @@ from tx_async.scheduler.core.registry import Registry
 from tx_async.scheduler.core.retention import Retention
 from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.scheduler.sampling.rollouts import Rollouts, SamplingAnswer
-from tx_async.scheduler.sampling.sampling import BASE_NAMESPACE, SampleJob
+from tx_async.scheduler.sampling.jobs import BASE_NAMESPACE, SampleJob
+from tx_async.scheduler.sampling.sampling import Sampling, SamplingAnswer
 from tx_async.scheduler.training.lanes import Step
 from tx_async.scheduler.training.orphans import Orphans
 from tx_async.scheduler.training.training import Training, TrainingAnswer
@@ -55,9 +55,9 @@ class SchedulerState:
         #: attached and ready workers, in order of attachment
         self.workers: dict[str, WorkerState] = {}
         self.training = Training(self.decisions, policy, self.workers)
-        self.rollouts = Rollouts(self.decisions, policy, self.workers)
+        self.sampling = Sampling(self.decisions, policy, self.workers)
         self.registry = Registry(self.decisions)
-        self.retention = Retention(self.decisions, self.training.runs, self.rollouts, policy)
+        self.retention = Retention(self.decisions, self.training.runs, self.sampling, policy)
         self.orphans = Orphans(self.training.runs, self.decisions)
         #: what workers have spent on each kind of quantum, for an operator
         self.busy_ms: dict[Kind, float] = {"train": 0.0, "sample": 0.0}
@@ -69,7 +69,7 @@ class SchedulerState:
         resident = sum(len(worker.training_slots) for worker in self.workers.values())
         runs = self.training.runs
         return (
-            f"<Scheduler [Requests: {len(runs.ready)} runs ready, {len(self.rollouts.jobs)} samples open | "
+            f"<Scheduler [Requests: {len(runs.ready)} runs ready, {len(self.sampling.jobs)} samples open | "
             f"Commands: {running} running | Adapters: {resident} resident of {len(runs.lanes)} | "
             f"Workers: {len(self.workers)} ready]>"
         )
@@ -118,7 +118,7 @@ class SchedulerState:
                 self._cancel(fact.request_id)
             case SessionEnded():
                 self.registry.end_session(fact)
-                self.rollouts.cancel_flow(fact.session_id)
+                self.sampling.cancel_flow(fact.session_id)
             case WorkerReady():
                 self._worker_lost(fact.worker_id)  # a new life under an old name
                 self.workers[fact.worker_id] = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
@@ -139,7 +139,7 @@ class SchedulerState:
         """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag: something is still on
         its way."""
         self.decisions.begin("shutdown", now)
-        self.training.is_draining = self.rollouts.is_draining = True
+        self.training.is_draining = self.sampling.is_draining = True
         if trainer := self._trainer():
             self.training.snapshots.take_all(trainer)
         busy = any(worker.in_flight for worker in self.workers.values()) or self.training.snapshots.are_pending
@@ -192,23 +192,23 @@ class SchedulerState:
             stop_token_ids=tuple(dict.fromkeys((*operation.stop_token_ids, *eos))),
             pending=list(range(operation.num_samples))[::-1],
         )
-        self.rollouts.accept(job)
+        self.sampling.accept(job)
 
     def _cancel(self, request_id: str) -> None:
         if request_id in self.restoring:
             self.restoring.discard(request_id)
             self.decisions.fail(self.catalog.requests[request_id], Cancelled(), DropBody(request_id))
         else:
-            self.rollouts.cancel(request_id)
+            self.sampling.cancel(request_id)
 
     def _worker_lost(self, worker_id: str) -> None:
         was_trainer = (trainer := self._trainer()) is not None and trainer.worker_id == worker_id
         worker = self.workers.pop(worker_id, None)
         if worker is None:
             return
-        self.rollouts.worker_lost(worker)
+        self.sampling.worker_lost(worker)
         if was_trainer:
-            self.training.runs.worker_lost()
+            self.training.runs.worker_lost(worker)
 
     def _answered(self, fact: CommandEnded) -> None:
         worker, outcome = self.workers.get(fact.worker_id), fact.outcome
@@ -217,11 +217,12 @@ class SchedulerState:
         if not isinstance(outcome, CommandFinished):
             self._failed(worker, outcome)
             return
-        answer, kind = worker.answered(fact.number)
+        awaited = worker.answered(fact.number)
+        answer, kind = awaited.answer, awaited.kind
         if isinstance(answer, TrainingAnswer):
             self.training.finished(answer, outcome, fact.tensors)
         elif isinstance(answer, SamplingAnswer):
-            self.rollouts.finished(worker, answer, outcome, fact.tensors)
+            self.sampling.finished(worker, answer, outcome, fact.tensors)
         if kind:
             worker.shares.measured(kind, outcome.elapsed_ms)
             self.busy_ms[kind] += outcome.elapsed_ms
@@ -229,11 +230,11 @@ class SchedulerState:
     def _failed(self, worker: WorkerState, failure: CommandFailed) -> None:
         if failure.fatal:
             return  # `WorkerLost` follows, and what the worker had runs again
-        answer, _ = worker.answered(failure.number)
+        answer = worker.answered(failure.number).answer
         if isinstance(answer, TrainingAnswer):
             self.training.failed(answer, failure)
         elif isinstance(answer, SamplingAnswer):
-            self.rollouts.failed(worker, answer, failure)
+            self.sampling.failed(worker, answer, failure)
 
     def _body_loaded(self, fact: BodyLoaded) -> None:
         request = self.catalog.requests.get(fact.request_id)
@@ -270,7 +271,7 @@ class SchedulerState:
                 return True
             if kind == "train":
                 return trains and self.training.has_work
-            return samples and self.rollouts.has_work(worker)
+            return samples and self.sampling.has_work(worker)
 
         self._end_reservation(worker)
         while any(self._issue(worker, kind) for kind in worker.shares.order(is_busy)):
@@ -280,20 +281,24 @@ class SchedulerState:
         """Send one quantum of this kind. False when there was none, or when it is not its turn."""
         if worker.is_full(kind) or worker.had_its_share(kind):
             return False
-        return self.training.issue(worker) if kind == "train" else self.rollouts.issue(worker)
+        return self.training.issue(worker) if kind == "train" else self.sampling.issue(worker)
 
     def _end_reservation(self, worker: WorkerState) -> None:
         """A suspect has had its turn alone, or will not have it."""
         match worker.reserved_for:
-            case Step() as step:
-                lane = self.training.runs.lanes.get(step.request.subject)
-                is_here = lane is not None and lane.resident and lane.steps.get(step.seq_id) is step
-                if not is_here or (step.num_outstanding == 0 and lane.cursor != step.seq_id):  # type: ignore[union-attr]
-                    worker.reserved_for = None
+            case Step() as step if not self._is_due_on(worker, step):
+                worker.reserved_for = None
             case SampleJob() as job:
-                is_open = job.request.request_id in self.rollouts.jobs
-                if not is_open or not (job.pending or job.is_on(worker.worker_id)):
+                is_open = job.request.request_id in self.sampling.jobs
+                if not is_open or not (job.pending or worker.sequences_of(job)):
                     worker.reserved_for = None
+
+    def _is_due_on(self, worker: WorkerState, step: Step) -> bool:
+        """Whether some of it is on the worker, or comes next."""
+        lane = self.training.runs.lanes.get(step.model_id)
+        if lane is None or lane.steps.get(step.seq_id) is not step or not worker.has_run(lane.model_id):
+            return False
+        return step.num_outstanding > 0 or lane.cursor == step.seq_id
 
 
 def seed_of(request: RequestRecord) -> int:

@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from msgspec import Struct
 
+from tx_async.errors import ServerError, TxError, UserError
 from tx_async.scheduler.core.adapters import SlotCache
 from tx_async.scheduler.core.fairness import Shares
 from tx_async.scheduler.core.instructions import Send
 from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import Policy
-from tx_async.wire.worker import Command, EngineInfo, SampleQuantum, TrainMicroBatch
+from tx_async.wire.worker import Capability, Command, CommandFailed, EngineInfo, SampleQuantum, TrainMicroBatch
+
+if TYPE_CHECKING:
+    from tx_async.scheduler.sampling.jobs import SampleJob
+    from tx_async.scheduler.sampling.sampling import SamplingAnswer
+    from tx_async.scheduler.training.lanes import Step
+    from tx_async.scheduler.training.training import TrainingAnswer
 
 Kind = Literal["train", "sample"]
 
 
+class Ignored(Struct, frozen=True):
+    """Nothing is done about the answer of a command."""
+
+
+if TYPE_CHECKING:
+    Answer = TrainingAnswer | SamplingAnswer | Ignored
+    """What a command was sent for, so that its answer finds who knows what to do with it."""
+
+
+class Awaited(Struct, frozen=True):
+    """What is to be done with the answer of a command."""
+
+    answer: Answer
+    kind: Kind | None
+    """Of the quantum that the command is, if it is one."""
+
+
+class RunningSample(Struct, frozen=True):
+    """One sample of a request, admitted to a worker as a sequence."""
+
+    job: SampleJob
+    index: int
+
+
 class WorkerState:
-    def __init__(self, worker_id: str, info: EngineInfo, capabilities: frozenset[str], policy: Policy):
+    def __init__(self, worker_id: str, info: EngineInfo, capabilities: frozenset[Capability], policy: Policy):
         self.worker_id = worker_id
         self.info = info
         self.capabilities = capabilities
@@ -32,14 +64,14 @@ class WorkerState:
         self.loading_samplers: set[str] = set()
         #: versions that storage does not deliver; disjoint from `sampler_slots` except while they are tried again
         self.sampler_outages: dict[str, Outage] = {}
-        #: command number -> (what to do with the answer, the kind of quantum that the command was)
-        self.in_flight: dict[int, tuple[Any, Kind | None]] = {}
+        #: command number -> what its answer is awaited for
+        self.in_flight: dict[int, Awaited] = {}
         #: train micro-batches and sample quanta among them: what `quanta_in_flight_max` bounds
         self.quanta: dict[Kind, int] = {"train": 0, "sample": 0}
-        #: sequence_id -> job, admitted and not ended
-        self.sequences: dict[int, Any] = {}
+        #: sequence_id -> sample, admitted and not ended
+        self.sequences: dict[int, RunningSample] = {}
         #: the training step or sample job that has the device for itself, or waits until it is empty
-        self.reserved_for: Any = None
+        self.reserved_for: Step | SampleJob | None = None
         self._last_number = 0
 
     def __repr__(self) -> str:
@@ -52,6 +84,17 @@ class WorkerState:
     @property
     def num_quanta(self) -> int:
         return sum(self.quanta.values())
+
+    def has_run(self, model_id: str) -> bool:
+        """Whether a training slot holds this run's base and its operations up to the lane's cursor."""
+        return model_id in self.training_slots
+
+    def jobs(self) -> list[SampleJob]:
+        """Sample requests of which something runs here."""
+        return list(dict.fromkeys(running.job for running in self.sequences.values()))
+
+    def sequences_of(self, job: SampleJob) -> list[int]:
+        return [sequence_id for sequence_id, running in self.sequences.items() if running.job is job]
 
     def is_full(self, kind: Kind) -> bool:
         """It has enough of this kind ahead: what is issued later can still take turns."""
@@ -69,21 +112,31 @@ class WorkerState:
         is_alone = self.num_quanta == self.quanta[kind]
         return self.info.overlaps and not is_alone and self.shares.is_ahead(kind, self.policy.quanta_in_flight_max)
 
-    def send(self, command: Command, on_answer: Any, tensors: Sequence[np.ndarray] = (), cause: str = "") -> Send:
+    def send(
+        self,
+        command: Command,
+        answer: Answer,
+        tensors: Sequence[np.ndarray] = (),
+        cause: str = "",
+    ) -> Send:
         self._last_number += 1
         kind = _kind_of(command)
-        self.in_flight[self._last_number] = (on_answer, kind)
+        self.in_flight[self._last_number] = Awaited(answer, kind)
         if kind:
             self.quanta[kind] += 1
             self.shares.charge(kind)
         return Send(self.worker_id, self._last_number, command, tensors, cause)
 
-    def answered(self, number: int) -> tuple[Any, Kind | None]:
+    def answered(self, number: int) -> Awaited:
         """What was noted for a command, which is no longer in flight."""
-        on_answer, kind = self.in_flight.pop(number)
-        if kind:
-            self.quanta[kind] -= 1
-        return on_answer, kind
+        awaited = self.in_flight.pop(number)
+        if awaited.kind:
+            self.quanta[awaited.kind] -= 1
+        return awaited
+
+
+def error_of(failure: CommandFailed) -> TxError:
+    return {"user": UserError, "server": ServerError}.get(failure.category, TxError)(failure.message)
 
 
 def _kind_of(command: Command) -> Kind | None:

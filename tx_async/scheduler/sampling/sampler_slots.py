@@ -35,7 +35,7 @@ class SamplerSlots:
             return True
         slot = slots.take(version)
         if slot is None:
-            in_use = {job.version for job in worker.sequences.values()} | worker.loading_samplers
+            in_use = {sample.job.version for sample in worker.sequences.values()} | worker.loading_samplers
             victim = slots.victim(lambda other: other not in in_use)
             if victim is None:
                 return False

@@ -1,147 +1,276 @@
-"""Sample requests: cut into sequences, admitted a few at a time, put together again when all have ended."""
+"""Sample requests of all sessions: who is admitted next, which adapter versions are on the device, what has ended."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
-from tx_async.scheduler.training.lanes import ALONE_FROM_ATTEMPT
+from tx_async.errors import Cancelled, ServerError, TxError
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.fairness import FairQueue
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.worker_state import Ignored, RunningSample, WorkerState, error_of
+from tx_async.scheduler.sampling.jobs import SampleJob, renumber
+from tx_async.scheduler.sampling.sampler_slots import SamplerSent, SamplerSlots
 from tx_async.wire import results
-from tx_async.wire.operations import Sample
-from tx_async.wire.records import RequestRecord
-from tx_async.wire.results import PromptAltTokens, SampledSequence, SampleResult, TopkLogprobs
-from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import FinishedSequence, PromptScores, SequenceSpec
+from tx_async.wire.records import DropBody
+from tx_async.wire.results import Failure
+from tx_async.wire.worker import (
+    AdmitSequences,
+    CancelSequences,
+    CommandFailed,
+    CommandFinished,
+    Sampled,
+    SampleQuantum,
+    SequenceSpec,
+)
 
-INT32_MAX = 2**31 - 1
-"""What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
-BASE_NAMESPACE = "base"
-"""Prefix-cache namespace of the base model without an adapter."""
+NEWCOMERS_SHARE = 8
+"""One in so many places on the device stays free for sessions that have nothing running yet."""
 
 
-class SampleJob(Struct, eq=False):
-    """One accepted sample request."""
+class QuantumSent(Struct, frozen=True):
+    sequence_ids: tuple[int, ...]
+    """What was admitted by then."""
 
-    request: RequestRecord
-    operation: Sample
-    flow: str
-    """The client session, which shares the device fairly with others."""
-    version: str | None
-    """Storage key of the adapter; None samples the base model."""
-    namespace: str
-    """Prefix-cache namespace: equal namespaces have equal weights."""
-    seed: int
-    max_tokens: int
-    stop_token_ids: tuple[int, ...]
-    pending: list[int]
-    """Sample indices that wait for admission, next one last."""
-    running: dict[int, tuple[str, int]] = {}
-    """sequence_id -> (worker_id, sample index)."""
-    done: dict[int, SampledSequence] = {}
-    prompt: dict[str, object] = {}
-    """Fields of the result that concern the prompt; sample 0 brings them."""
-    attempts: int = 0
-    """Times that a worker died, or the engine failed, while it ran some of it."""
 
-    @property
-    def is_finished(self) -> bool:
-        return len(self.done) == self.operation.num_samples
+class AdmissionSent(Struct, frozen=True):
+    sequence_ids: tuple[int, ...]
 
-    @property
-    def runs_alone(self) -> bool:
-        """Like a training operation that was there each time: the next death tells who it was."""
-        return self.attempts >= ALONE_FROM_ATTEMPT
 
-    def is_on(self, worker_id: str) -> bool:
-        return any(running_on == worker_id for running_on, _ in self.running.values())
+SamplingAnswer = QuantumSent | SamplerSent | AdmissionSent
 
-    def spec(self, sequence_id: int, index: int, slot: int) -> SequenceSpec:
-        """The sequence of one sample; its tensors are `self.tensors(index)`."""
-        op = self.operation
-        scores = None
-        if index == 0 and (
-            op.prompt_logprobs or op.topk_prompt_logprobs or op.prompt_alt_tokens_k or op.target_prompt_logprobs
-        ):
-            scores = PromptScores(
-                logprobs=op.prompt_logprobs,
-                topk=op.topk_prompt_logprobs,
-                last_n=op.prompt_logprobs_last_n,
-                targets=1 if op.target_prompt_logprobs else -1,
-                alt_tokens_k=op.prompt_alt_tokens_k,
+
+class Sampling:
+    def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
+        self.decisions = decisions
+        self.policy = policy
+        #: all that are attached; their sequences are added and removed here
+        self.workers = workers
+        #: request_id -> accepted, unfinished job
+        self.jobs: dict[str, SampleJob] = {}
+        #: flow -> request_ids of jobs with samples that wait for admission, oldest first
+        self.waiting: dict[str, dict[str, None]] = {}
+        self.fair: FairQueue[str] = FairQueue()
+        self.slots = SamplerSlots(decisions, policy)
+        #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
+        self.is_draining = False
+        #: computed and sampled, for an operator
+        self.num_tokens = 0
+        self._last_sequence_id = 0
+
+    def accept(self, job: SampleJob) -> None:
+        self.jobs[job.request.request_id] = job
+        if job.version is not None:
+            self.decisions.hold_files(job.version)
+        self._wait(job)
+
+    def _wait(self, job: SampleJob) -> None:
+        if job.pending:
+            self.waiting.setdefault(job.flow, {})[job.request.request_id] = None
+
+    def _stop_waiting(self, job: SampleJob) -> None:
+        requests = self.waiting.get(job.flow, {})
+        requests.pop(job.request.request_id, None)
+        if not requests:
+            self.waiting.pop(job.flow, None)
+
+    # ---- issuing
+
+    def has_work(self, worker: WorkerState) -> bool:
+        return bool(worker.sequences or self.waiting) and not self.is_draining
+
+    def issue(self, worker: WorkerState) -> bool:
+        """Admit what there is room for, then one quantum. False when there is nothing to decode."""
+        if isinstance(worker.reserved_for, SampleJob):
+            self._admit_alone(worker, worker.reserved_for)
+        elif worker.reserved_for is None:
+            self._admit(worker)
+        else:
+            return False
+        if not worker.sequences:
+            return False
+        info = worker.info
+        command = SampleQuantum(decode_steps=info.decode_steps, prefill_tokens=info.prefill_tokens)
+        self.decisions.send(worker, command, QuantumSent(tuple(worker.sequences)))
+        return True
+
+    def _admit(self, worker: WorkerState) -> None:
+        """Flows take turns, the one with the fewest running sequences first; the last places stay free for
+        newcomers."""
+        room = worker.info.num_sequences_max
+        reserve = room // NEWCOMERS_SHARE
+        running = Counter(sample.job.flow for sample in worker.sequences.values())
+        flows = self.fair.order(self.waiting)
+        admission = Admission(worker, self.slots)
+        while flows and len(worker.sequences) < room:
+            flow = min(flows, key=running.__getitem__)
+            job = self._next_job(admission, flow) if running[flow] < max(1, room - reserve) else None
+            if job is None or worker.reserved_for is not None:
+                flows.remove(flow)
+                continue
+            self._admit_sample(admission, job)
+            running[flow] += 1
+            if flow not in self.waiting:
+                flows.remove(flow)
+        self._send_admission(admission)
+
+    def _next_job(self, admission: Admission, flow: str) -> SampleJob | None:
+        """The flow's oldest job whose adapter is, or can be brought, on the device."""
+        for request_id in self.waiting[flow]:
+            job = self.jobs[request_id]
+            if job.runs_alone:
+                if admission.worker.reserved_for is None:
+                    admission.worker.reserved_for = job
+                return None
+            if admission.has_slot(job):
+                return job
+        return None
+
+    def _admit_alone(self, worker: WorkerState, job: SampleJob) -> None:
+        """A suspect: it may have brought down workers. It gets the device when everything else is off it."""
+        for other in worker.jobs():
+            if other is not job:
+                self._withdraw(worker, other)
+        admission = Admission(worker, self.slots)
+        while job.pending and len(worker.sequences) < worker.info.num_sequences_max and admission.has_slot(job):
+            self._admit_sample(admission, job)
+        self._send_admission(admission)
+
+    def _admit_sample(self, admission: Admission, job: SampleJob) -> None:
+        self._last_sequence_id += 1
+        admission.add(job, self._last_sequence_id)
+        if not job.pending:
+            self._stop_waiting(job)
+
+    def _send_admission(self, admission: Admission) -> None:
+        if admission.specs:
+            ids = tuple(spec.sequence_id for spec in admission.specs)
+            command = AdmitSequences(sequences=tuple(admission.specs))
+            self.decisions.send(admission.worker, command, AdmissionSent(ids), admission.tensors)
+
+    # ---- answers
+
+    def finished(
+        self, worker: WorkerState, answer: SamplingAnswer, outcome: CommandFinished, tensors: Sequence[np.ndarray]
+    ) -> None:
+        if isinstance(answer, SamplerSent):
+            self.slots.finished(worker, answer.version)
+        if not isinstance(answer, QuantumSent):
+            return
+        assert isinstance(outcome.result, Sampled)
+        for sequence_id, num_tokens in outcome.result.progress:
+            self.num_tokens += num_tokens
+            if sample := worker.sequences.get(sequence_id):
+                self.fair.charge(sample.job.flow, num_tokens)
+        for finished in outcome.result.finished:
+            sample = worker.sequences.pop(finished.sequence_id, None)
+            if sample is not None:
+                sample.job.collect(sample.index, finished, tensors)
+                if sample.job.is_finished:
+                    self._finish(sample.job, "sample", sample.job.result())
+
+    def failed(self, worker: WorkerState, answer: SamplingAnswer, failure: CommandFailed) -> None:
+        error = error_of(failure)
+        match answer:
+            case SamplerSent(version=version):
+                if self.slots.failed(worker, version, error):
+                    self._end_all((job for job in self.jobs.values() if job.version == version), error)
+            case AdmissionSent(sequence_ids=ids) if error.category == "user" and len(self._jobs_of(worker, ids)) == 1:
+                self._end_all(self._jobs_of(worker, ids), error)
+            case AdmissionSent(sequence_ids=ids) | QuantumSent(sequence_ids=ids):
+                for job in self._jobs_of(worker, ids):
+                    self._withdraw(worker, job)
+                    self._try_again(job, error)
+
+    def _jobs_of(self, worker: WorkerState, sequence_ids: Iterable[int]) -> list[SampleJob]:
+        return list(dict.fromkeys(worker.sequences[s].job for s in sequence_ids if s in worker.sequences))
+
+    # ---- how jobs end, or run again
+
+    def worker_lost(self, worker: WorkerState) -> None:
+        """Sampling changes no weights: the samples that were running run again from their seeds."""
+        for job in worker.jobs():
+            self._requeue(worker, job)
+            self._try_again(
+                job, ServerError(f"The worker died {job.num_failures + 1} times while it ran this request.")
             )
-        return SequenceSpec(
-            sequence_id=sequence_id,
-            sampler_slot=slot,
-            adapter_version=self.namespace,
-            prompt=0,
-            max_tokens=self.max_tokens,
-            temperature=op.temperature,
-            top_k=min(op.top_k, INT32_MAX),
-            top_p=op.top_p,
-            seed=self.seed,
-            sample_index=index,
-            stop_token_ids=self.stop_token_ids,
-            stop_strings=op.stop_strings,
-            topk_logprobs=op.topk_sample_logprobs,
-            prompt_scores=scores,
-        )
 
-    def tensors(self, index: int) -> list[np.ndarray]:
-        arrays = [np.frombuffer(self.operation.prompt, np.int32)]
-        if index == 0 and self.operation.target_prompt_logprobs:
-            arrays.append(self.operation.target_prompt_logprobs.numpy().astype(np.int32))
-        return arrays
+    def _requeue(self, worker: WorkerState, job: SampleJob) -> tuple[int, ...]:
+        """What ran of a job on this worker waits for its next turn. Its sequences there."""
+        ids = tuple(worker.sequences_of(job))
+        job.requeue([worker.sequences.pop(sequence_id).index for sequence_id in ids])
+        self._wait(job)
+        return ids
 
-    def collect(self, finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> None:
-        _, index = self.running.pop(finished.sequence_id)
-        topk = None
-        if finished.topk_token_ids >= 0:
-            topk = TopkLogprobs.of(tensors[finished.topk_token_ids], tensors[finished.topk_logprobs])
-        self.done[index] = SampledSequence(
-            tokens=tensors[finished.tokens].astype(np.int32).tobytes(),
-            logprobs=tensors[finished.logprobs].astype(np.float32).tobytes(),
-            stop_reason=finished.stop_reason,
-            topk=topk,
-        )
-        if index == 0:
-            self.prompt = _prompt_fields(finished, tensors)
+    def _try_again(self, job: SampleJob, error: TxError) -> None:
+        job.num_failures += 1
+        if job.num_failures >= self.policy.attempts_max and job.request.request_id in self.jobs:
+            self.end(job, error)
 
-    def result(self) -> bytes:
-        sequences = tuple(self.done[i] for i in range(self.operation.num_samples))
-        layout = self.operation.target_layout if "target_prompt_logprobs" in self.prompt else None
-        return results.encode(SampleResult(sequences=sequences, target_layout=layout, **self.prompt))  # type: ignore[arg-type]
+    def _withdraw(self, worker: WorkerState, job: SampleJob) -> None:
+        """Take a job off a worker."""
+        if ids := self._requeue(worker, job):
+            self.decisions.send(worker, CancelSequences(sequence_ids=ids), Ignored())
 
-    def requeue(self, worker_id: str) -> None:
-        """A worker is lost: its samples run again from their seeds. Sampling changes no weights, so nobody notices."""
-        lost = {s: index for s, (worker, index) in self.running.items() if worker == worker_id}
-        self.pending = sorted([*self.pending, *lost.values()], reverse=True)
-        self.running = {s: entry for s, entry in self.running.items() if s not in lost}
+    def end(self, job: SampleJob, error: TxError) -> None:
+        """The job ends without a result: whatever of it runs is forgotten."""
+        for worker in self.workers.values():
+            self._withdraw(worker, job)
+        self._finish(job, "error", results.encode_json(Failure.of(error)))
+
+    def _end_all(self, jobs: Iterable[SampleJob], error: TxError) -> None:
+        for job in list(jobs):
+            self.end(job, error)
+
+    def cancel(self, request_id: str) -> None:
+        if job := self.jobs.get(request_id):
+            self.end(job, Cancelled())
+
+    def cancel_flow(self, flow: str) -> None:
+        """The session has ended: nobody will fetch what its samples would give."""
+        self._end_all((job for job in self.jobs.values() if job.flow == flow), Cancelled())
+
+    def _finish(self, job: SampleJob, content, payload: bytes) -> None:
+        self._stop_waiting(job)
+        del self.jobs[job.request.request_id]
+        self.decisions.finish(job.request, content, payload, DropBody(job.request.request_id))
+        if job.version is not None:
+            self.decisions.let_go_of_files(job.version)
 
 
-def _prompt_fields(finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> dict[str, object]:
-    fields: dict[str, object] = {"prompt_cache_hit_tokens": finished.num_cached_tokens}
-    if finished.prompt_logprobs >= 0:
-        fields["prompt_logprobs"] = tensors[finished.prompt_logprobs].astype(np.float32).tobytes()
-    if finished.prompt_topk_token_ids >= 0:
-        fields["topk_prompt_logprobs"] = TopkLogprobs.of(
-            tensors[finished.prompt_topk_token_ids], tensors[finished.prompt_topk_logprobs]
-        )
-    if finished.target_logprobs >= 0:
-        fields["target_prompt_logprobs"] = Tensor.of(tensors[finished.target_logprobs].astype(np.float32))
-    if finished.alt_token_ids >= 0:
-        fields["prompt_alt_tokens"] = PromptAltTokens(
-            Tensor.of(tensors[finished.alt_token_ids].astype(np.int32)),
-            Tensor.of(tensors[finished.alt_logprobs].astype(np.float32)),
-        )
-    return fields
+class Admission:
+    """One `AdmitSequences` in the making."""
 
+    def __init__(self, worker: WorkerState, slots: SamplerSlots):
+        self.worker = worker
+        self.slots = slots
+        self.specs: list[SequenceSpec] = []
+        self.tensors: list[np.ndarray] = []
+        #: versions for which no slot could be had
+        self._without_slot: set[str] = set()
+        #: the version that makes room for them: nothing more of it is admitted
+        self._leaving: str | None = None
 
-def renumber(spec: SequenceSpec, first_tensor: int) -> SequenceSpec:
-    """The spec with its tensor indices shifted to where its tensors stand in a command with several sequences."""
-    scores = spec.prompt_scores
-    if scores and scores.targets >= 0:
-        scores = msgspec.structs.replace(scores, targets=scores.targets + first_tensor)
-    return msgspec.structs.replace(spec, prompt=first_tensor, prompt_scores=scores)
+    def has_slot(self, job: SampleJob) -> bool:
+        """The job's adapter version is on the device; if not, it is asked for."""
+        version = job.version
+        if version is None:
+            return True
+        if version in self._without_slot or version == self._leaving:
+            return False
+        if self.slots.bring(self.worker, version):
+            return self.slots.is_loaded(self.worker, version)
+        self._without_slot.add(version)
+        self._leaving = self._leaving or self.slots.least_recent(self.worker)
+        return False
+
+    def add(self, job: SampleJob, sequence_id: int) -> None:
+        index = job.pending.pop()
+        slot = self.slots.slot_of(self.worker, job.version)
+        self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
+        self.tensors.extend(job.tensors(index))
+        self.worker.sequences[sequence_id] = RunningSample(job, index)

@@ -8,18 +8,18 @@ finished by then run again for their effect and their results are not reported t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
-import msgspec
 from msgspec import Struct
 
 from tx_async.errors import Conflict, InvalidRequest
 from tx_async.scheduler.core.outages import Outage
-from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.policy import ALONE_FROM_FAILURES, Policy
 from tx_async.scheduler.training.packing import PackedRequest
 from tx_async.scheduler.training.ranges import Ranges
 from tx_async.wire.operations import ForwardBackward, LoadWeights, Operation, OptimStep, Rejected
 from tx_async.wire.records import ModelRecord, RequestRecord, Snapshot
+from tx_async.wire.tensors import Tensor
 
 FORWARD = "Forward"
 """Kind of a forward_backward that leaves no gradients."""
@@ -27,49 +27,96 @@ REPLAYED_KINDS = (ForwardBackward.__name__, OptimStep.__name__, LoadWeights.__na
 """What a run's state depends on; saves, forward passes and refusals leave it as it is."""
 CHUNK_KINDS = (ForwardBackward.__name__, FORWARD, Rejected.__name__)
 """What a piece of a batch may be."""
-ALONE_FROM_ATTEMPT = 2
-"""An operation that was running when a worker died so often runs without company: the next death tells who it was."""
 
 
 class Step(Struct, eq=False):
     """One operation of a lane, from its acceptance until a snapshot covers it."""
 
-    request: RequestRecord
-    operation: Operation | None
+    request_id: str
+    model_id: str
+    seq_id: int
+    kind: str
+    """Name of the operation; "Forward" for a forward_backward that leaves no gradients."""
+    requests: Mapping[str, RequestRecord]
+    """The catalog's: what changes of a request's record changes there."""
+    operation: Operation | None = None
     """None when only the journal has the body."""
     finished: bool = False
     """Its result was reported."""
     fetching: bool = False
-    attempts: int = 0
+    num_failures: int = 0
     """Times in a row that it was running when a worker died or the engine failed."""
     failed_in_company: bool = False
     """A micro-batch that it shared with others failed: it runs alone, so that only the culprit fails."""
     outage: Outage | None = None
     """Storage does not deliver what it is to load."""
 
-    # ---- of the current run; cleared by `restart`
-    run: int = 0
-    """Counts runs: answers to commands of an earlier run are ignored."""
+    # ---- of the current attempt; cleared by `restart`
+    attempt: int = 0
+    """Counts how often it was begun: answers to commands of an earlier attempt are ignored."""
     packed: PackedRequest | None = None
     num_rows_sent: int = 0
     is_sent: bool = False
     """All of its commands are in the device's stream."""
     num_outstanding: int = 0
     """Rows or commands whose answer is awaited."""
-    parts: dict[int, Any] = {}
-    """What has come back so far: datum index -> (logprobs, loss terms)."""
+    parts: dict[int, tuple[Tensor, float]] = {}
+    """What has come back so far: datum index -> (log-probabilities, its sum of loss terms)."""
+
+    @classmethod
+    def of(
+        cls,
+        requests: Mapping[str, RequestRecord],
+        request: RequestRecord,
+        operation: Operation | None = None,
+        finished: bool = False,
+    ) -> Step:
+        return cls(
+            request.request_id, request.subject, request.seq_id, request.kind, requests, operation, finished=finished
+        )
 
     @property
-    def seq_id(self) -> int:
-        return self.request.seq_id
+    def request(self) -> RequestRecord:
+        return self.requests[self.request_id]
+
+    def row_sent(self) -> None:
+        self.num_rows_sent += 1
+        self.num_outstanding += 1
+
+    def row_answered(self) -> None:
+        self.num_outstanding -= 1
 
     @property
-    def kind(self) -> str:
-        """Name of the operation; "Forward" for a forward_backward that leaves no gradients."""
-        return self.request.kind
+    def all_rows_sent(self) -> bool:
+        return self.packed is not None and self.num_rows_sent == len(self.packed.rows)
+
+    @property
+    def is_answered(self) -> bool:
+        return self.is_sent and self.num_outstanding == 0
+
+    def settle(self) -> None:
+        """Everything of the operation was answered: it is not under suspicion, and its body is in the journal only."""
+        self.num_outstanding = 0
+        self.num_failures = 0
+        self.outage = None
+        self.operation = None
+        self.packed = None
+        self.parts = {}
+
+    def body_asked(self) -> None:
+        self.fetching = True
+
+    def body_loaded(self, operation: Operation | None) -> None:
+        self.fetching = False
+        self.operation = operation
+
+    def out_of_reach(self) -> Outage:
+        """Storage does not deliver what the step is to load."""
+        self.outage = self.outage or Outage()
+        return self.outage
 
     def restart(self) -> None:
-        self.run += 1
+        self.attempt += 1
         self.packed = None
         self.num_rows_sent = 0
         self.is_sent = False
@@ -83,12 +130,18 @@ class Step(Struct, eq=False):
 
     @property
     def runs_alone(self) -> bool:
-        return self.failed_in_company or self.attempts >= ALONE_FROM_ATTEMPT
+        return self.failed_in_company or self.num_failures >= ALONE_FROM_FAILURES
 
 
 class Lane:
-    def __init__(self, model: ModelRecord):
-        self.model = model
+    """Others look at its fields, and change them through its verbs only."""
+
+    def __init__(self, model: ModelRecord, models: Mapping[str, ModelRecord], now: float = 0.0):
+        """models: the catalog's, which owns the record."""
+        self.model_id = model.model_id
+        #: what shares the device fairly: one client session
+        self.flow = model.session_id
+        self._models = models
         #: seq_id -> accepted operations that no snapshot covers beyond doubt
         self.steps: dict[int, Step] = {}
         #: seq_id of the next operation to give to the device; everything before it is part of the device state
@@ -98,9 +151,7 @@ class Lane:
         #: largest seq_id that was accepted
         self.newest_seq_id = max(self.base_seq_id, model.newest_seq_id)
         #: when the newest submission of the run arrived, accepted or refused for the moment: its client is there
-        self.heard_at = 0.0
-        #: True while the device holds base + operations up to the cursor
-        self.resident = False
+        self.heard_at = now
         #: bases on their way to a slot: until the answer it is not known whether the slot holds what it should
         self.num_bases_awaited = 0
         #: how often the device state was lost: answers that belong to an earlier one are ignored
@@ -114,7 +165,8 @@ class Lane:
         self.snapshot_due = False
         #: storage refuses them: none is taken meanwhile, and the slot is not left if that needed one
         self.snapshot_outage = Outage()
-        self.last_active = 0.0
+        #: when it was last used
+        self.last_active = now
         #: turn of the trainer since which the lane waits to be served
         self.waiting_since_turn = 0
         #: it cannot go on before this time
@@ -124,17 +176,36 @@ class Lane:
 
     def __repr__(self) -> str:
         waiting = sum(seq_id >= self.cursor for seq_id in self.steps)
-        where = "resident" if self.resident else "away"
-        return f"<Lane {self.model.model_id} [cursor {self.cursor} | {waiting} waiting | {where}]>"
+        return f"<Lane {self.model_id} [cursor {self.cursor} | {waiting} waiting]>"
 
     @property
-    def model_id(self) -> str:
-        return self.model.model_id
+    def model(self) -> ModelRecord:
+        """Until the run is forgotten."""
+        return self._models[self.model_id]
 
-    @property
-    def flow(self) -> str:
-        """What shares the device fairly: one client session."""
-        return self.model.session_id
+    # ---- its client
+
+    def add(self, step: Step) -> None:
+        """An operation was accepted, now or in an earlier life of the server."""
+        self.steps[step.seq_id] = step
+        self.newest_seq_id = max(self.newest_seq_id, step.seq_id)
+        if step.seq_id == 0:
+            self.cursor = 0
+
+    def heard(self, now: float) -> None:
+        """Its client is there."""
+        self.heard_at = max(self.heard_at, now)
+
+    def used(self, now: float) -> None:
+        self.last_active = now
+
+    # ---- its turn
+
+    def waits_from(self, turn: int) -> None:
+        self.waiting_since_turn = turn
+
+    def block_until(self, time: float) -> None:
+        self.blocked_until = time
 
     @property
     def base_seq_id(self) -> int:
@@ -182,22 +253,69 @@ class Lane:
                 return step
             self.cursor += 1
 
-    def add(self, step: Step) -> None:
-        """It was accepted, now or in an earlier life of the server."""
-        self.steps[step.seq_id] = step
-        self.newest_seq_id = max(self.newest_seq_id, step.seq_id)
-
     def forget(self, seq_id: int) -> None:
         """An operation without effect on the run's state, whose result nobody can ask for any more."""
         if self.steps.pop(seq_id, None) is not None:
             self.burned.add(seq_id, seq_id + 1)
-        newest = max(self.model.newest_seq_id, seq_id)
-        self.model = msgspec.structs.replace(self.model, newest_seq_id=newest)
 
     def advance(self) -> None:
         """The operation at the cursor is wholly in the device's stream."""
-        self.steps[self.cursor].is_sent = True
+        step = self.steps[self.cursor]
+        step.is_sent = True
         self.cursor += 1
+        self.num_bytes_since_snapshot += step.request.body_bytes
+        self.num_steps_since_snapshot += step.kind == OptimStep.__name__
+
+    # ---- its base and its snapshots
+
+    def base_sent(self) -> None:
+        self.num_bases_awaited += 1
+
+    def base_arrived(self) -> None:
+        self.num_bases_awaited -= 1
+        self.base_outage.over()
+
+    def want_snapshot(self) -> None:
+        self.snapshot_due = True
+
+    def snapshot_sent(self, snapshot: Snapshot) -> None:
+        self.pending_snapshots.append(snapshot)
+        self.snapshot_due = False
+        self.num_steps_since_snapshot = 0
+        self.num_bytes_since_snapshot = 0
+
+    def snapshot_written(self, snapshot: Snapshot) -> None:
+        """Its files are durable."""
+        self.pending_snapshots.remove(snapshot)
+        self.durable_snapshots.append(snapshot)
+        self.durable_snapshots.sort(key=lambda durable: durable.seq_id)
+
+    def snapshot_failed(self, snapshot: Snapshot, now: float) -> None:
+        self.pending_snapshots.remove(snapshot)
+        self.snapshot_outage.failed(now)
+        self.snapshot_due = True
+
+    def take_settled_snapshot(self) -> Snapshot | None:
+        """The oldest durable snapshot, when everything that it contains was answered and reported: its files may be
+        there before those answers, and the answers may be bad."""
+        oldest = self.durable_snapshots[0]
+        if any(not step.finished or step.num_outstanding for step in self.covered(oldest.seq_id)):
+            return None
+        return self.durable_snapshots.pop(0)
+
+    def known_snapshots(self) -> list[Snapshot]:
+        return [*self.model.snapshots, *self.durable_snapshots, *self.pending_snapshots]
+
+    def covered(self, seq_id: int) -> list[Step]:
+        return [step for step in self.steps.values() if step.seq_id <= seq_id]
+
+    def cover(self, seq_id: int) -> list[Step]:
+        """Nothing up to this operation will ever run again. The steps that were covered."""
+        covered = self.covered(seq_id)
+        for step in covered:
+            del self.steps[step.seq_id]
+        self.burned.drop_below(seq_id + 1)
+        return covered
 
     @property
     def has_gap(self) -> bool:
@@ -229,7 +347,6 @@ class Lane:
 
     def lose_device_state(self) -> None:
         """The slot's content is gone or not to be trusted: everything after the base runs again."""
-        self.resident = False
         self.num_bases_awaited = 0
         self.num_losses += 1
         self.pending_snapshots.clear()
@@ -272,6 +389,3 @@ class Lane:
             step.seq_id < seq_id and step.needs_replay and (not step.finished or step.num_outstanding)
             for step in self.steps.values()
         )
-
-    def covered(self, seq_id: int) -> list[Step]:
-        return [step for step in self.steps.values() if step.seq_id <= seq_id]

@@ -11,10 +11,10 @@ from msgspec import Struct
 from tx_async.errors import InvalidRequest, NonFiniteLoss
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue
-from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.packing import Row, fill, fits, pack
-from tx_async.scheduler.training.runs import Runs, error_of
+from tx_async.scheduler.training.runs import Runs
 from tx_async.wire import results
 from tx_async.wire.operations import ForwardBackward
 from tx_async.wire.results import ForwardBackwardResult
@@ -25,12 +25,12 @@ from tx_async.wire.worker import CommandFailed, EngineInfo, TrainMicroBatch
 class RowSent(Struct, frozen=True):
     lane: Lane
     step: Step
-    run: int
+    attempt: int
     row: Row
 
     @property
     def is_current(self) -> bool:
-        return self.run == self.step.run
+        return self.attempt == self.step.attempt
 
 
 class RowsSent(Struct, frozen=True):
@@ -89,13 +89,11 @@ class MicroBatches:
             row = step.packed.rows[step.num_rows_sent]
             if row.length != length:
                 break
-            rows.append(RowSent(lane, step, step.run, row))
-            step.num_rows_sent += 1
-            step.num_outstanding += 1
+            rows.append(RowSent(lane, step, step.attempt, row))
+            step.row_sent()
             self.fair.charge(lane.flow, row.length)
-        if step.num_rows_sent == len(step.packed.rows):
+        if step.all_rows_sent:
             lane.advance()
-            lane.num_bytes_since_snapshot += step.request.body_bytes
         return rows
 
     def _take_neighbours(self, worker: WorkerState, lane: Lane, step: Step, length: int, room: int) -> list[RowSent]:
@@ -105,7 +103,7 @@ class MicroBatches:
             if len(rows) == room:
                 break
             other = self.runs.lanes[model_id]
-            candidate = other.next_step() if other is not lane and other.resident else None
+            candidate = other.next_step() if other is not lane and worker.has_run(model_id) else None
             if candidate is not None and self._joins(candidate, step, length, worker.info):
                 rows += self._take_rows(other, candidate, length, room - len(rows))
                 self.runs.refresh(other)
@@ -137,7 +135,7 @@ class MicroBatches:
         step = sent.step
         operation = step.operation
         assert isinstance(operation, ForwardBackward)
-        step.num_outstanding -= 1
+        step.row_answered()
         if not step.finished:
             for segment in sent.row.segments:
                 place = slice(segment.offset, segment.offset + segment.length)
@@ -145,7 +143,7 @@ class MicroBatches:
                 k = shape[1] if len(shape) == 2 else 1
                 values = np.ascontiguousarray(logprobs[place, :k], np.float32).reshape(shape or (segment.length,))
                 step.parts[segment.datum] = (Tensor.of(values), float(losses[place].sum(dtype=np.float64)))
-        if step.num_outstanding == 0 and step.is_sent:
+        if step.is_answered:
             self._end(sent.lane, step, operation)
 
     def _end(self, lane: Lane, step: Step, operation: ForwardBackward) -> None:
@@ -162,11 +160,11 @@ class MicroBatches:
     def failed(self, answer: RowsSent, failure: CommandFailed) -> None:
         """The rows may have left gradients behind, so every run among them starts again from its base; but only a
         request that fails alone is to blame."""
-        error = error_of(failure.category, failure.message)
+        error = error_of(failure)
         current = {id(sent.step): sent.step for sent in answer.rows if sent.is_current}
         in_company = len({id(sent.step) for sent in answer.rows}) > 1
         for step in current.values():
-            lane = self.runs.lanes.get(step.request.subject)
+            lane = self.runs.lanes.get(step.model_id)
             if lane is None or lane.steps.get(step.seq_id) is not step:
                 continue
             if in_company:

@@ -51,5 +51,4 @@ def _folders(keys: Collection[str]) -> set[str]:
 
 
 def _known(lane: Lane) -> set[str]:
-    snapshots = (*lane.model.snapshots, *lane.durable_snapshots, *lane.pending_snapshots)
-    return {snapshot.key for snapshot in snapshots}
+    return {snapshot.key for snapshot in lane.known_snapshots()}

@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 import msgspec
 
-from tx_async.errors import CorruptedModel, ServerError, TxError, UserError
+from tx_async.errors import CorruptedModel, ServerError, TxError
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import Policy
-from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.core.worker_state import Ignored, WorkerState
 from tx_async.scheduler.training.lanes import REPLAYED_KINDS, Lane, Step
 from tx_async.wire import results
-from tx_async.wire.records import Change, DropBody, ModelRecord, Put
+from tx_async.wire.operations import Operation
+from tx_async.wire.records import Change, DropBody, ModelRecord, Put, RequestRecord
 from tx_async.wire.results import Failure
 from tx_async.wire.worker import ReleaseAdapter
 
@@ -21,15 +22,11 @@ REFUSED_S = 10.0
 """How long a run that cannot go on here is left alone before its new operations are refused, too."""
 
 
-class Ignored(msgspec.Struct, frozen=True):
-    """Nothing is done about the answer of a command."""
-
-
 class Runs:
     def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
         self.decisions = decisions
         self.policy = policy
-        #: the scheduler's; only looked at
+        #: all that are attached; a run that loses its state, or ends, leaves their slots
         self.workers = workers
         self.lanes: dict[str, Lane] = {}
         #: model_ids whose next operation is there; a superset is harmless, a missing one would stall
@@ -42,30 +39,36 @@ class Runs:
         self.turn = 0
 
     def create(self, model: ModelRecord) -> Lane:
-        self.lanes[model.model_id] = lane = Lane(model)
-        lane.last_active = lane.heard_at = self.decisions.now
+        self.lanes[model.model_id] = lane = Lane(model, self.decisions.catalog.models, self.decisions.now)
         return lane
 
-    def update(self, lane: Lane, **fields: Any) -> Put:
-        """Change a run's record. The caller makes the returned change durable, with whatever belongs to it."""
-        lane.model = msgspec.structs.replace(lane.model, **fields)
-        return Put(lane.model)
+    def step(self, request: RequestRecord, operation: Operation | None = None, finished: bool = False) -> Step:
+        return Step.of(self.decisions.catalog.requests, request, operation, finished)
+
+    def is_resident(self, lane: Lane) -> bool:
+        return any(worker.has_run(lane.model_id) for worker in self.workers.values())
+
+    def changed(self, lane: Lane, **fields: Any) -> Put:
+        """A run's record with other contents, for the caller to append with whatever belongs to it."""
+        return Put(msgspec.structs.replace(lane.model, **fields))
 
     def touch(self, lane: Lane) -> None:
         """The run was used: in memory at once, on disk with the record's next version."""
-        lane.last_active = lane.heard_at = self.decisions.now
-        self.decisions.know(self.update(lane, last_request_at=self.decisions.now))
+        now = self.decisions.now
+        lane.used(now)
+        lane.heard(now)
+        self.decisions.know(self.changed(lane, last_request_at=now))
 
     def heard_of(self, model_id: str) -> None:
         """A submission arrived that was not accepted, for now: its client will try again."""
         if lane := self.lanes.get(model_id):
-            lane.heard_at = max(lane.heard_at, self.decisions.now)
+            lane.heard(self.decisions.now)
 
     def refresh(self, lane: Lane) -> None:
         """Look again whether the lane can go on."""
         if lane.next_step() is not None:
             if lane.model_id not in self.ready:
-                lane.waiting_since_turn = self.turn
+                lane.waits_from(self.turn)
             self.ready[lane.model_id] = None
             self.gaps.discard(lane.model_id)
             return
@@ -103,8 +106,8 @@ class Runs:
         """`had_effect`: the run's state is another than before, so a replay must include this operation."""
         changes: tuple[Change, ...] = ()
         if step.kind in REPLAYED_KINDS and not step.finished and not had_effect:
-            step.request = msgspec.structs.replace(step.request, skipped=True)
-            changes = (Put(step.request),)
+            skipped = msgspec.structs.replace(step.request, skipped=True)
+            changes = (Put(skipped), DropBody(step.request_id))
         self.finish(step, "error", results.encode_json(Failure.of(error)), *changes)
 
     def finish(
@@ -114,31 +117,22 @@ class Runs:
         if not step.finished:
             step.finished = True
             if not step.needs_replay:
-                changes = (*changes, DropBody(step.request.request_id))
+                changes = (*changes, DropBody(step.request_id))
             self.decisions.finish(step.request, content, payload, *changes)
-        self.settle(step)
-        if lane := self.lanes.get(step.request.subject):
-            lane.last_active = self.decisions.now
-
-    def settle(self, step: Step) -> None:
-        """Everything of the operation was answered: it is not under suspicion, and its body is in the journal only."""
-        step.num_outstanding = 0
-        step.attempts = 0
-        step.outage = None
-        step.operation = None
-        step.packed = None
-        step.parts = {}
+        step.settle()
+        if lane := self.lanes.get(step.model_id):
+            lane.used(self.decisions.now)
 
     def try_again(self, step: Step, error: TxError) -> None:
         """It failed by no fault of its own, as far as one can tell: once more from the base, until `attempts_max`."""
-        lane = self.lanes.get(step.request.subject)
+        lane = self.lanes.get(step.model_id)
         if lane is None:
             return
-        step.attempts += 1
-        if step.attempts >= self.policy.attempts_max:
+        step.num_failures += 1
+        if step.num_failures >= self.policy.attempts_max:
             if not step.finished:
                 self.fail(step, error)
-            elif step.attempts >= 3 * self.policy.attempts_max:
+            elif step.num_failures >= 3 * self.policy.attempts_max:
                 self.corrupt(lane, error)
                 return
         self.lose_state(lane)
@@ -146,7 +140,7 @@ class Runs:
     def wait_for_storage(self, lane: Lane, outage: Outage) -> None:
         """It may only be out of reach for a while: that damages nothing."""
         outage.failed(self.decisions.now)
-        lane.blocked_until = outage.until
+        lane.block_until(outage.until)
         self.lose_state(lane)
 
     def refuse(self, lane: Lane, error: TxError) -> None:
@@ -154,7 +148,7 @@ class Runs:
         for step in sorted(lane.steps.values(), key=lambda step: step.seq_id):
             if not step.finished:
                 self.fail(step, error)
-        lane.blocked_until = self.decisions.now + REFUSED_S
+        lane.block_until(self.decisions.now + REFUSED_S)
 
     # ---- how runs lose their place, and end
 
@@ -170,19 +164,21 @@ class Runs:
                 worker.training_slots.release(lane.model_id)
         self.refresh(lane)
 
-    def worker_lost(self) -> None:
-        """The trainer is gone, and every lane's device state with it."""
+    def worker_lost(self, trainer: WorkerState) -> None:
+        """It is gone, and every lane's device state with it."""
         for lane in list(self.lanes.values()):
             suspects = [step for step in lane.steps.values() if step.num_outstanding]
-            if lane.resident or lane.num_bases_awaited or lane.pending_snapshots or suspects:
+            if trainer.has_run(lane.model_id) or lane.num_bases_awaited or lane.pending_snapshots or suspects:
                 for step in suspects:
-                    self.try_again(step, ServerError(f"The worker died {step.attempts + 1} times while it ran this."))
+                    self.try_again(
+                        step, ServerError(f"The worker died {step.num_failures + 1} times while it ran this.")
+                    )
                 if lane.model_id in self.lanes:
                     self.lose_state(lane)
 
     def corrupt(self, lane: Lane, error: TxError) -> None:
         """Nothing good is left to start from."""
-        change = self.update(lane, status="corrupted")
+        change = self.changed(lane, status="corrupted")
         self.abandon(lane, CorruptedModel(f"{CorruptedModel.default_message()} ({error.message})"), change)
 
     def abandon(self, lane: Lane, error: TxError, *changes: Change) -> None:
@@ -191,13 +187,14 @@ class Runs:
         del self.lanes[lane.model_id]
         self.ready.pop(lane.model_id, None)
         self.gaps.discard(lane.model_id)
-        drops = tuple(DropBody(step.request.request_id) for step in lane.steps.values())
+        drops = tuple(DropBody(step.request_id) for step in lane.steps.values())
+        files = {step.request.storage_key for step in lane.steps.values()} | {lane.model.created_from}
         self.decisions.append(*changes, *drops)
         for step in sorted(lane.steps.values(), key=lambda step: step.seq_id):
             step.restart()
             self.fail(step, error)
         self.decisions.delete_files(snapshots_of(lane.model_id))
-        for key in {step.request.storage_key for step in lane.steps.values()} | {lane.model.created_from}:
+        for key in files:
             if key:
                 self.decisions.delete_files(key)
 
@@ -207,13 +204,8 @@ class Runs:
             if slot is not None:
                 self.decisions.send(worker, ReleaseAdapter(slot=slot), Ignored())
                 worker.training_slots.release(lane.model_id)
-        lane.resident = False
 
 
 def snapshots_of(model_id: str) -> str:
     """Storage prefix of all snapshots of a run."""
     return f"{model_id}/snapshots"
-
-
-def error_of(category: str, message: str) -> TxError:
-    return {"user": UserError, "server": ServerError}.get(category, TxError)(message)

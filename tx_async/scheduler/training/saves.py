@@ -141,8 +141,7 @@ class Saves:
             catalog = self.decisions.catalog
             checkpoint = catalog.find_checkpoint(step.request.owner, operation.path, operation.optimizer)
             _check_same_shape(lane, checkpoint)
-            step.request = msgspec.structs.replace(step.request, storage_key=checkpoint.storage_key)
-            self.decisions.append(Put(step.request))
+            self.decisions.append(Put(msgspec.structs.replace(step.request, storage_key=checkpoint.storage_key)))
         key = step.request.storage_key
         return LoadAdapter(slot=slot, config=lane.model.lora, key=key, optimizer=operation.optimizer)
 

@@ -39,10 +39,9 @@ class Snapshots:
 
     def take_if_due(self, worker: WorkerState, lane: Lane) -> None:
         policy = self.runs.policy
-        if lane.num_steps_since_snapshot >= policy.snapshot_every_steps:
-            lane.snapshot_due = True
-        if lane.num_bytes_since_snapshot >= policy.snapshot_every_bytes:
-            lane.snapshot_due = True
+        many_steps = lane.num_steps_since_snapshot >= policy.snapshot_every_steps
+        if many_steps or lane.num_bytes_since_snapshot >= policy.snapshot_every_bytes:
+            lane.want_snapshot()
         may_take = len(lane.pending_snapshots) < PENDING_MAX and lane.snapshot_outage.until <= self.decisions.now
         if lane.snapshot_due and may_take and lane.is_dirty:
             self.take(worker, lane)
@@ -50,21 +49,19 @@ class Snapshots:
     def take(self, worker: WorkerState, lane: Lane) -> None:
         """Save the state after everything sent so far."""
         slot = worker.training_slots.slot_of(lane.model_id)
-        assert slot is not None and lane.resident and lane.is_between_operations
+        assert slot is not None and lane.is_between_operations
         seq_id = lane.cursor - 1
         # A name is used once: a write that was given up, or whose server died, may still be going on.
         snapshot = Snapshot(f"{snapshots_of(lane.model_id)}/{seq_id}~{self._life}-{lane.num_losses}", seq_id)
         command = SaveAdapter(slot=slot, config=lane.model.lora, key=snapshot.key, kind="snapshot")
         self.decisions.send(worker, command, SnapshotSent(lane, snapshot))
-        lane.pending_snapshots.append(snapshot)
-        lane.snapshot_due = False
-        lane.num_steps_since_snapshot = 0
-        lane.num_bytes_since_snapshot = 0
+        lane.snapshot_sent(snapshot)
 
     def take_all(self, worker: WorkerState, idle_since: float = math.inf) -> None:
         """Snapshot every dirty resident run that has been idle since then."""
         for lane in self.runs.lanes.values():
-            is_idle = lane.resident and lane.last_active <= idle_since and lane.is_between_operations
+            is_resident = worker.has_run(lane.model_id)
+            is_idle = is_resident and lane.last_active <= idle_since and lane.is_between_operations
             may_take = not lane.pending_snapshots and lane.snapshot_outage.until <= self.decisions.now
             if is_idle and may_take and lane.is_dirty:
                 self.take(worker, lane)
@@ -82,19 +79,15 @@ class Snapshots:
         if answer.snapshot not in lane.pending_snapshots or lane.model_id not in self.runs.lanes:
             self.decisions.delete_files(answer.snapshot.key)  # nobody waits for it any more
         else:
-            lane.pending_snapshots.remove(answer.snapshot)
-            lane.durable_snapshots.append(answer.snapshot)
-            lane.durable_snapshots.sort(key=lambda snapshot: snapshot.seq_id)
+            lane.snapshot_written(answer.snapshot)
             self._unsettled[lane.model_id] = None
 
     def failed(self, answer: SnapshotSent) -> None:
         lane = answer.lane
         if answer.snapshot not in lane.pending_snapshots:
             return
-        lane.pending_snapshots.remove(answer.snapshot)
-        lane.snapshot_outage.failed(self.decisions.now)
-        lane.snapshot_due = True
-        if not lane.resident and lane.model_id in self.runs.lanes:
+        lane.snapshot_failed(answer.snapshot, self.decisions.now)
+        if lane.model_id in self.runs.lanes and not self.runs.is_resident(lane):
             self.runs.lose_state(lane)
 
     def settle(self) -> None:
@@ -107,10 +100,9 @@ class Snapshots:
     def _settle(self, lane: Lane) -> bool:
         """True when nothing is left to wait for."""
         while lane.durable_snapshots:
-            snapshot = lane.durable_snapshots[0]
-            if any(not step.finished or step.num_outstanding for step in lane.covered(snapshot.seq_id)):
-                return False  # its files may be there before the answers of what it contains, and those may be bad
-            lane.durable_snapshots.pop(0)
+            snapshot = lane.take_settled_snapshot()
+            if snapshot is None:
+                return False
             if snapshot.seq_id > lane.base_seq_id:
                 self._commit(lane, snapshot)
             else:
@@ -118,22 +110,20 @@ class Snapshots:
         return True
 
     def _commit(self, lane: Lane, snapshot: Snapshot) -> None:
-        kept = (snapshot, *lane.model.snapshots[:1])
-        superseded = lane.model.snapshots[1:]
-        first_drop = lane.model.dropped_seq_id == 0
-        changes: list[Change] = [self.runs.update(lane, snapshots=kept)]
-        files = [old.key for old in superseded]
+        model = lane.model
+        kept = (snapshot, *model.snapshots[:1])
+        files = [old.key for old in model.snapshots[1:]]
+        changes: list[Change] = [self.runs.changed(lane, snapshots=kept)]
         if len(kept) > 1:
-            changes = [self.runs.update(lane, dropped_seq_id=kept[-1].seq_id)]
-            for step in lane.covered(kept[-1].seq_id):
-                changes.append(DropBody(step.request.request_id))
+            dropped = kept[-1].seq_id
+            changes = [self.runs.changed(lane, snapshots=kept, dropped_seq_id=dropped)]
+            for step in lane.cover(dropped):
+                changes.append(DropBody(step.request_id))
                 if step.request.storage_key:
                     files.append(step.request.storage_key)
                     changes.append(Put(msgspec.structs.replace(step.request, storage_key="")))
-                del lane.steps[step.seq_id]
-            lane.burned.drop_below(kept[-1].seq_id + 1)
-            if first_drop and lane.model.created_from:
-                files.append(lane.model.created_from)
+            if model.dropped_seq_id == 0 and model.created_from:
+                files.append(model.created_from)
         self.decisions.append(*changes)
         for key in files:
             self.decisions.delete_files(key)

@@ -15,12 +15,11 @@ from msgspec import Struct
 from tx_async.errors import Conflict, InvalidRequest, TxError, UserError
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue
-from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import Policy
-from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.micro_batches import MicroBatches, RowsSent
-from tx_async.scheduler.training.runs import Runs, error_of
+from tx_async.scheduler.training.runs import Runs
 from tx_async.scheduler.training.saves import Saves
 from tx_async.scheduler.training.snapshots import Snapshots, SnapshotSent
 from tx_async.scheduler.training.training_slots import BaseSent, TrainingSlots
@@ -47,11 +46,11 @@ class StepSent(Struct, frozen=True):
 
     lane: Lane
     step: Step
-    run: int
+    attempt: int
 
     @property
     def is_current(self) -> bool:
-        return self.run == self.step.run
+        return self.attempt == self.step.attempt
 
 
 TrainingAnswer = RowsSent | StepSent | BaseSent | SnapshotSent
@@ -81,17 +80,15 @@ class Training:
         elif lane.is_used_up(request.seq_id):
             self._refuse(request, Conflict(f"seq_id {request.seq_id} came too late: later operations went ahead."))
         else:
-            step = Step(request, operation)
+            step = self.runs.step(request, operation)
             lane.add(step)
-            if request.seq_id == 0:
-                lane.cursor = 0
             if isinstance(operation, Rejected):  # whatever comes before it, its answer is known
                 self.runs.fail(step, UserError(operation.message))
             self.runs.touch(lane)
             self.runs.refresh(lane)
 
     def _refuse(self, request: RequestRecord, error: TxError) -> None:
-        self.runs.fail(Step(request, None), error)
+        self.runs.fail(self.runs.step(request), error)
 
     def end_without_lane(self, request: RequestRecord) -> None:
         """What needs no place in the order of operations: unload_model, whatever comes after it, and whatever is asked
@@ -111,9 +108,9 @@ class Training:
 
     def _unload(self, request: RequestRecord) -> None:
         if lane := self.runs.lanes.get(request.subject):
-            change = self.runs.update(lane, status="unloaded")
+            change = self.runs.changed(lane, status="unloaded")
             self.runs.abandon(lane, UserError("This model was unloaded before the request could run."), change)
-        self.runs.succeed(Step(request, None), {"type": "unload_model", "model_id": request.subject})
+        self.runs.succeed(self.runs.step(request), {"type": "unload_model", "model_id": request.subject})
 
     # ---- issuing
 
@@ -127,7 +124,7 @@ class Training:
     def issue(self, worker: WorkerState) -> bool:
         """Send the commands up to and including the next micro-batch. False when there was none to send."""
         if isinstance(worker.reserved_for, Step):
-            lane = self.runs.lanes.get(worker.reserved_for.request.subject)
+            lane = self.runs.lanes.get(worker.reserved_for.model_id)
             return lane is not None and self._issue_lane(worker, lane)
         if worker.reserved_for is not None:
             return False
@@ -137,18 +134,18 @@ class Training:
             if self._may_run(lane):
                 flows.setdefault(lane.flow, []).append(lane)
         for flow in self.fair.order(flows):
-            for lane in sorted(flows[flow], key=self._rank):
+            for lane in sorted(flows[flow], key=lambda lane: self._rank(worker, lane)):
                 if self._issue_lane(worker, lane):
                     return True
                 if worker.reserved_for is not None or worker.is_full("train"):
                     return False
         return False
 
-    def _rank(self, lane: Lane) -> tuple[bool, bool, int]:
+    def _rank(self, worker: WorkerState, lane: Lane) -> tuple[bool, bool, int]:
         """Within a session, runs on the device go first, because moving adapters costs more than taking turns; but not
         for ever."""
         is_patient = self.runs.turn - lane.waiting_since_turn < self.policy.patience_turns
-        return is_patient, not lane.resident, lane.waiting_since_turn
+        return is_patient, not worker.has_run(lane.model_id), lane.waiting_since_turn
 
     def _issue_lane(self, worker: WorkerState, lane: Lane) -> bool:
         """Everything that the lane has ready, up to its next micro-batch. True when that was sent."""
@@ -175,8 +172,8 @@ class Training:
         for seq_id in range(lane.cursor, lane.cursor + BODIES_AHEAD):
             step = lane.steps.get(seq_id)
             if step and step.operation is None and not step.fetching and (step.needs_replay or not step.finished):
-                step.fetching = True
-                self.decisions.fetch_body(step.request.request_id)
+                step.body_asked()
+                self.decisions.fetch_body(step.request_id)
 
     def _is_admitted(self, worker: WorkerState, lane: Lane, step: Step) -> bool:
         """The lane is, or was just brought, on the device; and a suspect has the device for itself."""
@@ -184,7 +181,7 @@ class Training:
             return True
         if isinstance(step.operation, LoadWeights) and self.saves.must_wait(step, step.operation):
             return False
-        if not lane.resident and not self.slots.bring(worker, lane):
+        if not worker.has_run(lane.model_id) and not self.slots.bring(worker, lane):
             return False
         worker.training_slots.touch(lane.model_id)
         if worker.reserved_for not in (None, step):
@@ -199,21 +196,19 @@ class Training:
         if isinstance(operation, ForwardBackward):
             self.micro_batches.prepare(step, worker.info)
             self.runs.turn += 1
-            lane.waiting_since_turn = self.runs.turn
+            lane.waits_from(self.runs.turn)
             self.micro_batches.send(worker, lane, step)
         else:
             self._send_command(worker, lane, step)
-        if step.is_sent and lane.resident:
+        if step.is_sent and worker.has_run(lane.model_id):
             self.snapshots.take_if_due(worker, lane)
         return isinstance(operation, ForwardBackward)
 
     def _send_command(self, worker: WorkerState, lane: Lane, step: Step) -> None:
-        lane.num_bytes_since_snapshot += step.request.body_bytes
         slot = worker.training_slots.slot_of(lane.model_id)
         match step.operation:
             case OptimStep(adam_params=adam):
                 assert slot is not None
-                lane.num_steps_since_snapshot += 1
                 command = OptimStepCommand(slot=slot, adam=adam)
             case SaveWeights() as operation:
                 assert slot is not None
@@ -221,7 +216,7 @@ class Training:
             case LoadWeights() as operation:
                 assert slot is not None
                 command = self.saves.load_command(lane, step, operation, slot)
-                lane.snapshot_due = True  # what came before does not matter any more
+                lane.want_snapshot()  # what came before does not matter any more
             case CreateModelFromCheckpoint():
                 lane.advance()  # the base is all there is to it: see `TrainingSlots.finished`
                 return
@@ -232,7 +227,7 @@ class Training:
                 raise AssertionError(f"{type(step.operation).__name__} is no training operation")
         lane.advance()
         step.num_outstanding = 1
-        self.decisions.send(worker, command, StepSent(lane, step, step.run))
+        self.decisions.send(worker, command, StepSent(lane, step, step.attempt))
 
     # ---- answers
 
@@ -252,7 +247,7 @@ class Training:
             case RowsSent():
                 self.micro_batches.failed(answer, failure)
             case StepSent() if answer.is_current:
-                self._step_failed(answer, error_of(failure.category, failure.message))
+                self._step_failed(answer, error_of(failure))
             case BaseSent():
                 self.slots.failed(answer, failure)
             case SnapshotSent():
@@ -304,8 +299,7 @@ class Training:
                 self.runs.fail(step, error)
                 self.runs.lose_state(lane)
             case LoadWeights() if error.category == "server":
-                step.outage = step.outage or Outage()
-                self.runs.wait_for_storage(lane, step.outage)
+                self.runs.wait_for_storage(lane, step.out_of_reach())
             case _:
                 self.runs.try_again(step, error)
 
@@ -317,11 +311,10 @@ class Training:
     def body_loaded(self, request: RequestRecord, operation: Operation | None, error: TxError) -> None:
         lane = self.runs.lanes.get(request.subject)
         step = lane.steps.get(request.seq_id) if lane else None
-        if lane is None or step is None or step.request.request_id != request.request_id:
+        if lane is None or step is None or step.request_id != request.request_id:
             return
-        step.fetching = False
+        step.body_loaded(operation)
         if operation is not None:
-            step.operation = operation
             self.runs.refresh(lane)
         elif step.finished:
             self.runs.corrupt(lane, error)

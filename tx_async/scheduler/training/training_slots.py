@@ -6,9 +6,9 @@ from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, TxError
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane
-from tx_async.scheduler.training.runs import Runs, error_of
+from tx_async.scheduler.training.runs import Runs
 from tx_async.scheduler.training.snapshots import Snapshots
 from tx_async.wire.records import Delete
 from tx_async.wire.worker import CommandFailed, CreateAdapter, LoadAdapter
@@ -48,8 +48,7 @@ class TrainingSlots:
         else:
             command = LoadAdapter(slot=slot, config=lane.model.lora, key=key, optimizer=optimizer)
         self.decisions.send(worker, command, BaseSent(lane, key, lane.num_losses))
-        lane.resident = True
-        lane.num_bases_awaited += 1
+        lane.base_sent()
         return True
 
     def _take_slot(self, worker: WorkerState, lane: Lane) -> int | None:
@@ -73,7 +72,6 @@ class TrainingSlots:
         if lane.is_dirty:
             self.snapshots.take(worker, lane)
         worker.training_slots.release(lane.model_id)
-        lane.resident = False
 
     # ---- answers
 
@@ -81,8 +79,7 @@ class TrainingSlots:
         lane = answer.lane
         if not answer.is_current:
             return
-        lane.num_bases_awaited -= 1
-        lane.base_outage.over()
+        lane.base_arrived()
         first = lane.steps.get(0)
         if first is not None and not first.finished:
             path, model_id = lane.model.created_from_path, lane.model_id
@@ -92,7 +89,7 @@ class TrainingSlots:
         lane = answer.lane
         if not answer.is_current or lane.model_id not in self.runs.lanes:
             return
-        error = error_of(failure.category, failure.message)
+        error = error_of(failure)
         first = lane.steps.get(0)
         is_creation = first is not None and not first.finished
         waited = lane.base_outage.has_lasted(self.decisions.now)
@@ -117,6 +114,6 @@ class TrainingSlots:
         if not older and lane.model.dropped_seq_id > 0:
             self.runs.corrupt(lane, error)
             return
-        self.decisions.append(self.runs.update(lane, snapshots=older))
+        self.decisions.append(self.runs.changed(lane, snapshots=older))
         self.decisions.delete_files(key)
         self.runs.lose_state(lane)

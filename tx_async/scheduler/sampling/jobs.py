@@ -1,0 +1,140 @@
+"""A sample request while it is open: cut into sequences, admitted a few at a time, put together when all have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from tx_async.scheduler.core.policy import ALONE_FROM_FAILURES
+from tx_async.wire import results
+from tx_async.wire.operations import Sample
+from tx_async.wire.records import RequestRecord
+from tx_async.wire.results import PromptAltTokens, SampledSequence, SampleResult, TopkLogprobs
+from tx_async.wire.tensors import Tensor
+from tx_async.wire.worker import FinishedSequence, PromptScores, SequenceSpec
+
+INT32_MAX = 2**31 - 1
+"""What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
+BASE_NAMESPACE = "base"
+"""Prefix-cache namespace of the base model without an adapter."""
+
+
+class SampleJob(Struct, eq=False):
+    """One accepted sample request."""
+
+    request: RequestRecord
+    operation: Sample
+    flow: str
+    """The client session, which shares the device fairly with others."""
+    version: str | None
+    """Storage key of the adapter; None samples the base model."""
+    namespace: str
+    """Prefix-cache namespace: equal namespaces have equal weights."""
+    seed: int
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    pending: list[int]
+    """Sample indices that wait for admission, next one last."""
+    done: dict[int, SampledSequence] = {}
+    prompt: dict[str, object] = {}
+    """Fields of the result that concern the prompt; sample 0 brings them."""
+    num_failures: int = 0
+    """Times that a worker died, or the engine failed, while it ran some of it."""
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.done) == self.operation.num_samples
+
+    @property
+    def runs_alone(self) -> bool:
+        """Like a training operation that was there each time: the next death tells who it was."""
+        return self.num_failures >= ALONE_FROM_FAILURES
+
+    def spec(self, sequence_id: int, index: int, slot: int) -> SequenceSpec:
+        """The sequence of one sample; its tensors are `self.tensors(index)`."""
+        op = self.operation
+        scores = None
+        if index == 0 and (
+            op.prompt_logprobs or op.topk_prompt_logprobs or op.prompt_alt_tokens_k or op.target_prompt_logprobs
+        ):
+            scores = PromptScores(
+                logprobs=op.prompt_logprobs,
+                topk=op.topk_prompt_logprobs,
+                last_n=op.prompt_logprobs_last_n,
+                targets=1 if op.target_prompt_logprobs else -1,
+                alt_tokens_k=op.prompt_alt_tokens_k,
+            )
+        return SequenceSpec(
+            sequence_id=sequence_id,
+            sampler_slot=slot,
+            adapter_version=self.namespace,
+            prompt=0,
+            max_tokens=self.max_tokens,
+            temperature=op.temperature,
+            top_k=min(op.top_k, INT32_MAX),
+            top_p=op.top_p,
+            seed=self.seed,
+            sample_index=index,
+            stop_token_ids=self.stop_token_ids,
+            stop_strings=op.stop_strings,
+            topk_logprobs=op.topk_sample_logprobs,
+            prompt_scores=scores,
+        )
+
+    def tensors(self, index: int) -> list[np.ndarray]:
+        arrays = [np.frombuffer(self.operation.prompt, np.int32)]
+        if index == 0 and self.operation.target_prompt_logprobs:
+            arrays.append(self.operation.target_prompt_logprobs.numpy().astype(np.int32))
+        return arrays
+
+    def collect(self, index: int, finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> None:
+        """One of its samples has ended."""
+        topk = None
+        if finished.topk_token_ids >= 0:
+            topk = TopkLogprobs.of(tensors[finished.topk_token_ids], tensors[finished.topk_logprobs])
+        self.done[index] = SampledSequence(
+            tokens=tensors[finished.tokens].astype(np.int32).tobytes(),
+            logprobs=tensors[finished.logprobs].astype(np.float32).tobytes(),
+            stop_reason=finished.stop_reason,
+            topk=topk,
+        )
+        if index == 0:
+            self.prompt = _prompt_fields(finished, tensors)
+
+    def result(self) -> bytes:
+        sequences = tuple(self.done[i] for i in range(self.operation.num_samples))
+        layout = self.operation.target_layout if "target_prompt_logprobs" in self.prompt else None
+        return results.encode(SampleResult(sequences=sequences, target_layout=layout, **self.prompt))  # type: ignore[arg-type]
+
+    def requeue(self, lost: Iterable[int]) -> None:
+        """These samples run again from their seeds. Sampling changes no weights, so nobody notices."""
+        self.pending = sorted([*self.pending, *lost], reverse=True)
+
+
+def _prompt_fields(finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> dict[str, object]:
+    fields: dict[str, object] = {"prompt_cache_hit_tokens": finished.num_cached_tokens}
+    if finished.prompt_logprobs >= 0:
+        fields["prompt_logprobs"] = tensors[finished.prompt_logprobs].astype(np.float32).tobytes()
+    if finished.prompt_topk_token_ids >= 0:
+        fields["topk_prompt_logprobs"] = TopkLogprobs.of(
+            tensors[finished.prompt_topk_token_ids], tensors[finished.prompt_topk_logprobs]
+        )
+    if finished.target_logprobs >= 0:
+        fields["target_prompt_logprobs"] = Tensor.of(tensors[finished.target_logprobs].astype(np.float32))
+    if finished.alt_token_ids >= 0:
+        fields["prompt_alt_tokens"] = PromptAltTokens(
+            Tensor.of(tensors[finished.alt_token_ids].astype(np.int32)),
+            Tensor.of(tensors[finished.alt_logprobs].astype(np.float32)),
+        )
+    return fields
+
+
+def renumber(spec: SequenceSpec, first_tensor: int) -> SequenceSpec:
+    """The spec with its tensor indices shifted to where its tensors stand in a command with several sequences."""
+    scores = spec.prompt_scores
+    if scores and scores.targets >= 0:
+        scores = msgspec.structs.replace(scores, targets=scores.targets + first_tensor)
+    return msgspec.structs.replace(spec, prompt=first_tensor, prompt_scores=scores)
