@@ -134,6 +134,12 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Sessions that have ended, with their training runs (not their checkpoints), since their last use."""
     audit_events_max: int = 10_000
     """Events that the audit log keeps; beyond that the oldest go."""
+    stability_head_tokens: int = 64
+    """Tokens that are recorded with each sampled one where a client asks for it (`record_stability_info`), 1 to 128."""
+    stability_retention_s: int = 24 * 3600
+    """Recorded sequences, since they were last sampled or trained on."""
+    stability_bytes_max: int = 4 * 2**30
+    """Recorded sequences of one API key; beyond that the longest unused go first."""
     retention_interval_s: int = 60
     """Between two looks for what these limits let go."""
     snapshot_every_steps: int = 16

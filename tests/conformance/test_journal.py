@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tx_async.errors import LeaseHeld, NotFound, StorageError
 from tx_async.journal.journal import Driver, Journal
 from tx_async.journal.sqlite import SqliteDriver
-from tx_async.journal.transaction import RESULT_INLINE_BYTES_MAX, payload_key
+from tx_async.journal.transaction import RESULT_INLINE_BYTES_MAX, payload_key, recording_key
 from tx_async.testing.memory_journal import MemoryDisk, MemoryJournal
 from tx_async.wire.records import (
     AuditRecord,
@@ -21,6 +22,7 @@ from tx_async.wire.records import (
     ModelRecord,
     Put,
     Record,
+    RecordedSequence,
     RequestRecord,
     ResultRecord,
     SamplerRecord,
@@ -101,6 +103,7 @@ def one_of_each() -> list[Record]:
             size_bytes=2**40,
         ),
         AuditRecord(event_id="000000000007", at=2.5, event="run.created", subject="m", owner="o", details={"rank": 8}),
+        RecordedSequence(sequence_id="s:1:0", session_id="s", owner="alice", base_model="b", num_bytes=9, used_at=5.0),
     ]
 
 
@@ -206,6 +209,20 @@ async def test_deleting_a_request_deletes_its_body(driver: Driver, num_bytes: in
     assert await driver.load() == []
     with pytest.raises(StorageError, match="no body of request r"):
         await driver.read_body("r")
+
+
+@pytest.mark.parametrize("num_bytes", [3, LARGE])
+async def test_a_recorded_sequence_keeps_its_body_until_it_is_deleted(driver: Driver, num_bytes: int):
+    record = RecordedSequence(
+        sequence_id="s:1:0", session_id="s", owner="o", base_model="b", num_bytes=num_bytes, used_at=1.0
+    )
+    body = bytes(num_bytes)
+    await driver.apply([Put(record, body)])
+    await driver.apply([Put(msgspec.structs.replace(record, used_at=2.0))])
+    assert await driver.read_body(recording_key("s:1:0")) == body
+    await driver.apply([Delete("recording", "s:1:0")])
+    with pytest.raises(StorageError, match="no body"):
+        await driver.read_body(recording_key("s:1:0"))
 
 
 async def test_body_of_an_unknown_request_is_an_error(driver: Driver):

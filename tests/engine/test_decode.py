@@ -352,6 +352,34 @@ def test_samples_follow_the_exact_distribution(bench, fields):
     assert chi_squared(counts, exact) < 4.5
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_whole"),
+    [
+        ({}, 0),
+        ({"temperature": 0.6}, 0),
+        ({"top_k": 6}, 1),
+        ({"top_k": 30, "top_p": 0.9}, 2),
+        ({"temperature": 0.0}, 1),
+    ],
+    ids=str,
+)
+def test_a_recorded_head_is_what_was_drawn_from(bench, fields, is_whole):
+    """Beside a neighbour that records nothing, over two quanta."""
+    prompt, fields = prompts(1)[0], {"temperature": 1.0} | fields
+    recorded = bench.admit(prompt, max_tokens=6, seed=4, sampler_slot=1, head_tokens=8, **fields)
+    bench.admit(prompt, max_tokens=6, seed=5)
+    bench.finish(4)
+    outcome = bench.outcomes[recorded]
+    expected = bench.logprobs([*prompt, *outcome.tokens[:-1]], 1)[len(prompt) - 1 :]
+    assert outcome.head_token_ids.shape == outcome.head_probabilities.shape == (6, 8)
+    assert (outcome.head_is_whole == is_whole).all()
+    for logprobs, ids, probabilities in zip(expected, outcome.head_token_ids, outcome.head_probabilities, strict=True):
+        greedy = np.where(np.arange(320) == logprobs.argmax(), 1.0, 0.0)
+        exact = exact_distribution(logprobs, **fields) if fields["temperature"] else greedy
+        assert (ids == np.argsort(-logprobs, kind="stable")[:8]).all()
+        np.testing.assert_allclose(probabilities, exact[ids], atol=1e-5)
+
+
 def exact_distribution(logprobs, temperature, top_k=-1, top_p=1.0):
     p = np.exp(logprobs.astype(np.float64) / temperature)
     order = np.argsort(-p, kind="stable")

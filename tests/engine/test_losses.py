@@ -18,6 +18,12 @@ def reference(name: str, lp: np.ndarray, x: dict[str, np.ndarray], frozen_lp: np
     q, advantages, low, high = (x[n] for n in ("logprobs", "advantages", "clip_low_threshold", "clip_high_threshold"))
     if name == "cross_entropy":
         return -(x["weights"] * lp).sum(-1)
+    if name == "stable_reinforce":
+        positions = np.ndindex(lp.shape[:-1])
+        terms = [
+            stable_reinforce(lp[at], frozen_lp[at], x["weights"][at], advantages[at], x["beta"][at]) for at in positions
+        ]
+        return np.reshape(terms, lp.shape[:-1])
     lp, frozen_lp = lp[..., 0], frozen_lp[..., 0]
     ratio = np.exp(lp - q)
     match name:
@@ -31,6 +37,24 @@ def reference(name: str, lp: np.ndarray, x: dict[str, np.ndarray], frozen_lp: np
             return -(lp * advantages - 0.5 * x["beta"] * (lp - q) ** 2)
     ratio = sequence_ratio(frozen_lp, x) * np.exp(lp - frozen_lp)
     return -np.minimum(ratio * advantages, np.clip(ratio, low, high) * advantages)
+
+
+def stable_reinforce(lp, frozen_lp, weights, advantage, kl_coeff) -> float:
+    """arXiv:2609.20807, top-k estimator, one position. lp, frozen_lp, weights [K]: the sampled token, then the head."""
+    head = [i for i in range(1, len(lp)) if weights[i] > 0]
+    if len(lp) == 1:
+        return -advantage * lp[0]
+    is_whole = weights[0] > 0 and len(head) > 0
+    support, frozen_support = (np.log(np.exp(v[head]).sum()) if is_whole else 0.0 for v in (lp, frozen_lp))
+    q, log_p, frozen_log_p = weights[head], lp[head] - support, frozen_lp[head] - frozen_support
+    tail = 0.0 if is_whole else max(1 - q.sum(), 0.0)
+
+    def rho(log_p):
+        return tail / max(1 - np.exp(log_p).sum(), 1e-6)
+
+    centred = lp[0] - support - ((q - rho(frozen_log_p) * np.exp(frozen_log_p)) * log_p).sum()
+    divergence = (q * (np.log(q) - log_p)).sum() + (tail * np.log(rho(log_p)) if tail > 0 else 0.0)
+    return -advantage * centred + kl_coeff * divergence
 
 
 def sequence_ratio(lp: np.ndarray, x: dict[str, np.ndarray]) -> np.ndarray:

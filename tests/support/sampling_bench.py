@@ -45,6 +45,11 @@ class Outcome:
         self.tokens: np.ndarray = tensors[finished.tokens]
         self.logprobs: np.ndarray = tensors[finished.logprobs]
         self.topk_token_ids, self.topk_logprobs = array(finished.topk_token_ids), array(finished.topk_logprobs)
+        self.head_token_ids, self.head_probabilities = (
+            array(finished.head_token_ids),
+            array(finished.head_probabilities),
+        )
+        self.head_is_whole = array(finished.head_is_whole)
         self.prompt_logprobs = array(finished.prompt_logprobs)
         self.prompt_topk_token_ids = array(finished.prompt_topk_token_ids)
         self.prompt_topk_logprobs = array(finished.prompt_topk_logprobs)

@@ -77,6 +77,7 @@ def _sample(call: Call, content: bytes) -> operations.Sample:
         target_prompt_logprobs=targets,
         target_layout=layout,
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+        record_stability_info=request.record_stability_info or False,
     )
     return validation.sample(operation, call.scheduler.base_model, call.api.config.sample_num_samples_max)
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from tx_async.errors import InvalidRequest
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.wire.operations import Datum, ForwardBackward, Sample
+from tx_async.wire.operations import HEAD_TOKENS_MAX, Datum, ForwardBackward, Provenance, ProvenanceSpan, Sample
 from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import AdamParams, AdapterConfig
 
@@ -23,6 +23,7 @@ TTL_SECONDS_MIN = 3600
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 METADATA_BYTES_MAX = 64 * 1024
 STOPS_MAX = 256
+SPAN_MAX = 2**31 - 1
 STOP_STRING_CHARACTERS_MAX = 1024
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ LOSSES: dict[str, LossSpec] = {
     "gspo": LossSpec(
         _POLICY, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, _CLIPS | {"sequence_ratio_mask"}
     ),
+    "stable_reinforce": LossSpec({"advantages": None}, {"kl_coeff": 0.0}, frozenset({"logprobs"})),
 }
 
 
@@ -133,7 +135,42 @@ def _datum(datum: Datum, loss_fn: str, loss: LossSpec, model: BaseModelInfo) -> 
             inputs[name] = _float_input(name, given[name], targets.shape)
         elif name in loss.inputs:
             inputs[name] = Tensor.of(np.full(targets.shape, loss.inputs[name], np.float32))
-    return Datum(datum.tokens, inputs)
+    _check_provenance(datum, inputs, loss_fn)
+    return Datum(datum.tokens, inputs, datum.provenance)
+
+
+def _check_provenance(datum: Datum, inputs: Mapping[str, Tensor], loss_fn: str) -> None:
+    """Of every loss; whether the sequences exist and say the same is for live state to tell."""
+    if datum.provenance is None:
+        if loss_fn == "stable_reinforce":
+            raise InvalidRequest(
+                "stable_reinforce needs provenance spans: make the datum with Datum.with_provenance, from sequences "
+                "that were sampled with record_stability_info."
+            )
+        return
+    _check_tiling(datum.provenance.model_input, "model_input_spans", datum.num_tokens)
+    _check_tiling(datum.provenance.loss_fn_inputs, "loss_fn_input_spans", inputs["target_tokens"].shape[0])
+    if loss_fn == "stable_reinforce":
+        _check_advantages(inputs["advantages"].numpy(), datum.provenance)
+
+
+def _check_tiling(spans: Sequence[ProvenanceSpan], name: str, num_positions: int) -> None:
+    for i, span in enumerate(spans):
+        if not span.sequence_id or not 0 <= span.offset <= SPAN_MAX or not 0 <= span.length <= SPAN_MAX:
+            raise InvalidRequest(f"{name}[{i}] must name a sequence and have an offset and a length of at least 0.")
+    if (total := sum(span.length for span in spans)) != num_positions:
+        raise InvalidRequest(f"{name} cover {total} positions of {num_positions}: together they must cover each once.")
+
+
+def _check_advantages(advantages: np.ndarray, provenance: Provenance) -> None:
+    position = 0
+    for i, span in enumerate(provenance.loss_fn_inputs):
+        if not span.is_sampled and np.any(advantages[position : position + span.length]):
+            raise InvalidRequest(
+                f"advantages are not 0 within loss_fn_input_spans[{i}], whose tokens are of a prompt: "
+                "stable_reinforce trains sampled tokens only."
+            )
+        position += span.length
 
 
 def _check_targets(targets: Tensor, num_tokens: int, loss_fn: str, model: BaseModelInfo) -> None:
@@ -296,6 +333,11 @@ def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int) -> Sam
     _check_stops(operation, model)
     for field in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         _check_range(field, getattr(operation, field), 0, min(model.target_tokens_k_max, model.vocab_size))
+    if operation.record_stability_info and HEAD_TOKENS_MAX < operation.top_k < model.vocab_size:
+        raise InvalidRequest(
+            f"top_k is {operation.top_k}; with record_stability_info at most {HEAD_TOKENS_MAX} tokens are recorded: "
+            "use a smaller top_k, or -1 for no limit."
+        )
     if operation.prompt_logprobs_last_n:
         if not operation.prompt_logprobs:
             raise InvalidRequest("prompt_logprobs_last_n needs prompt_logprobs.")

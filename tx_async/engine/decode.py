@@ -268,6 +268,8 @@ class SamplingEngine:
             sample.topk.append(
                 (np.array(out.topk_token_ids[:count, row, :k]), np.array(out.topk_logprobs[:count, row, :k]))
             )
+        if k := sample.spec.head_tokens:
+            sample.heads.append(_head(out, slice(0, count), row, k))
         progress[sample.spec.sequence_id] = progress.get(sample.spec.sequence_id, 0) + count
         return reason
 
@@ -352,9 +354,21 @@ def _prefill_progress(schedule: Schedule) -> dict[int, int]:
 def _fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
     """On the host; the candidates only if somebody wants them."""
     tokens, logprobs, count = (np.asarray(array) for array in (decoded.tokens, decoded.logprobs, decoded.count))
-    if any(sample.spec.topk_logprobs for sample in samples):
-        return Decoded(tokens, logprobs, np.asarray(decoded.topk_token_ids), np.asarray(decoded.topk_logprobs), count)
-    return Decoded(tokens, logprobs, decoded.topk_token_ids, decoded.topk_logprobs, count)
+    decoded = decoded._replace(tokens=tokens, logprobs=logprobs, count=count)
+    wanted: list[str] = []
+    if any(sample.spec.topk_logprobs or sample.spec.head_tokens for sample in samples):
+        wanted += ["topk_token_ids", "topk_logprobs"]
+    if any(sample.spec.head_tokens for sample in samples):
+        wanted += ["head_probabilities", "head_is_whole"]
+    return decoded._replace(**{name: np.asarray(getattr(decoded, name)) for name in wanted})
+
+
+def _head(out: Decoded, steps: slice, row: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k likeliest of what was drawn from in these steps. Copies: `out` goes."""
+    probabilities = np.array(out.head_probabilities[steps, row, :k])
+    is_whole = np.array(out.head_is_whole[steps, row])
+    others = (out.head_probabilities[steps, row, k:] > 0).any(-1)
+    return np.array(out.topk_token_ids[steps, row, :k]), probabilities, np.where((is_whole == 1) & others, 2, is_whole)
 
 
 def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:
@@ -388,6 +402,10 @@ def _finished(sample: Sample, reason: Any, tensors: list[np.ndarray]) -> Finishe
     if sample.spec.topk_logprobs:
         fields["topk_token_ids"] = add(np.concatenate([ids for ids, _ in sample.topk]))
         fields["topk_logprobs"] = add(np.concatenate([logprobs for _, logprobs in sample.topk]))
+    if sample.heads:
+        ids, probabilities, is_whole = (np.concatenate(parts) for parts in zip(*sample.heads, strict=True))
+        fields["head_token_ids"], fields["head_probabilities"] = add(ids), add(probabilities)
+        fields["head_is_whole"] = add(is_whole.astype(np.int32))
     if sample.scoring:
         fields |= {name: add(array) for name, array in sample.scoring.results().items()}
     return FinishedSequence(

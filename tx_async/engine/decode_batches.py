@@ -141,8 +141,9 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
         sample_index=column([spec.sample_index for spec in specs], np.int32),
         stop_tokens=stops,
         tables=page_tables(samples, rows, layout),
-        any_topk=np.bool_(any(spec.topk_logprobs for spec in specs)),
+        any_topk=np.bool_(any(spec.topk_logprobs or spec.head_tokens for spec in specs)),
         slot=column([sample.slot for sample in samples], np.int32, NULL_SLOT),
+        any_head=np.bool_(any(spec.head_tokens for spec in specs)),
     )
 
 

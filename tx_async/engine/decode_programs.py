@@ -16,7 +16,7 @@ from jax import Array
 from tx_async.engine.adapter_slots import lora_scale
 from tx_async.engine.kv_cache import CacheLayout, Pools
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, TileStates
-from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, logsumexp, sample, stream_key
+from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logsumexp, sample, stream_key
 from tx_async.layers.linear import OutFirst, product
 from tx_async.layers.lora import LOW_RANK, LoraActive, LoraWeights, layer_slice, tiles
 from tx_async.models.decoder import unembedding
@@ -109,6 +109,8 @@ class DecodeBatch(NamedTuple):
     """bool: somebody wants the likeliest candidates of each step."""
     slot: Data
     """int32 [B]: of each sequence's recurrent state."""
+    any_head: Data
+    """bool: somebody wants what they were drawn with."""
 
 
 class Decoded(NamedTuple):
@@ -121,6 +123,10 @@ class Decoded(NamedTuple):
     topk_logprobs: Data
     count: Data
     """int32 [B]: tokens sampled."""
+    head_probabilities: Data
+    """fp32 [steps, B, topk]: of the candidates, as they were drawn from."""
+    head_is_whole: Data
+    """uint8 [steps, B]: see `sampler.head_of`."""
 
 
 def prefill(
@@ -186,6 +192,8 @@ def decode(
         topk_token_ids=jnp.zeros((max_steps, rows, topk), jnp.int32),
         topk_logprobs=jnp.zeros((max_steps, rows, topk)),
         count=jnp.zeros(rows, jnp.int32),
+        head_probabilities=jnp.zeros((max_steps, rows, topk)),
+        head_is_whole=jnp.zeros((max_steps, rows), jnp.uint8),
     )
 
     def step(state):
@@ -196,6 +204,7 @@ def decode(
         logits = unembed(params, lora, hidden[:, 0])
         drawn, logprob, lse = sample(logits, choices, position + 1)
         topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
+        head, is_whole = _head(logits, topk_ids, choices, batch.any_head)
         token = jnp.where(alive, drawn, token)
         out = Decoded(
             tokens=out.tokens.at[i].set(token),
@@ -203,6 +212,8 @@ def decode(
             topk_token_ids=out.topk_token_ids.at[i].set(topk_ids),
             topk_logprobs=out.topk_logprobs.at[i].set(topk_logprobs),
             count=out.count + alive,
+            head_probabilities=out.head_probabilities.at[i].set(head),
+            head_is_whole=out.head_is_whole.at[i].set(is_whole),
         )
         stopped = jnp.any(token[:, None] == batch.stop_tokens, axis=1)
         return i + 1, token, alive & ~stopped & (out.count < batch.remaining), pools, out
@@ -221,6 +232,11 @@ def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
     logits = product(hidden, head if isinstance(head, OutFirst) else head.T, jnp.float32)
     (delta,) = lora.deltas(layer_slice(lora.weights["head"]), ("head",), hidden[:, None].astype(jnp.float32))
     return logits + delta[:, 0]
+
+
+def _head(logits: Array, candidates: Array, choices: Choices, wanted: Array) -> tuple[Array, Array]:
+    nothing = (jnp.zeros(candidates.shape), jnp.zeros(candidates.shape[0], jnp.uint8))
+    return jax.lax.cond(wanted, lambda: head_of(logits, candidates, choices), lambda: nothing)
 
 
 def _topk(logits: Array, lse: Array, wanted: Array) -> tuple[Array, Array]:

@@ -15,7 +15,9 @@ from jax import Array
 
 from tx_async.wire.worker import LOSS_FNS
 
-CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO = range(len(LOSS_FNS))
+CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO, STABLE_REINFORCE = range(len(LOSS_FNS))
+TAIL_MIN = 1e-6
+"""Least probability that the policy is taken to leave outside of a sampler's head."""
 
 
 class LossInputs(NamedTuple):
@@ -82,6 +84,48 @@ def gspo(lp: Array, x: LossInputs) -> Terms:
     return _clipped_surrogate(x.log_sequence_ratio, x)
 
 
+def stable_reinforce(lp: Array, x: LossInputs) -> Terms:
+    """REINFORCE with score centering, the top-k estimator of arXiv:2609.20807: -A (lp_a - C) + kl_coeff KL.
+
+    lp [..., K]: of the sampled token a, then of the sampler's head H, its likeliest tokens, whose probabilities q are
+    `weights[..., 1:]` (0: no token). With p = exp(lp):
+
+        rho = (1 - sum_H q) / max(1 - sum_H p, 1e-6)        what the head leaves out, as if p's tail had q's shape
+        C   = sum_H sg(q - rho p) lp                        the score's mean under q, which sampling from p would make 0
+        KL  = sum_H q (log q - lp) + (1 - sum_H q) log rho
+
+    Where `weights[..., 0]` is set, top-k or top-p left nothing but H to draw: p is normalised over H, and there is no
+    tail. -> (term [...], its derivative by lp [..., K]).
+    """
+    if lp.shape[-1] == 1:  # nobody's head: every advantage is 0
+        return _weighted(-x.advantages, lp[..., 0]), -x.advantages[..., None]
+    listed = x.weights[..., 1:] > 0
+    q = jnp.where(listed, x.weights[..., 1:], 0.0)
+    is_whole = (x.weights[..., :1] > 0) & jnp.any(listed, -1, keepdims=True)
+    heads = jnp.where(listed, lp[..., 1:], 0.0)
+    log_support = jax.nn.logsumexp(jnp.where(is_whole & listed, heads, -jnp.inf), axis=-1, keepdims=True)
+    log_support = jnp.where(is_whole, log_support, 0.0)
+    log_p = heads - log_support
+    p = jnp.where(listed, jnp.exp(log_p), 0.0)
+    missing = 1.0 - q.sum(-1, keepdims=True)
+    tail = jnp.where(is_whole, 0.0, jnp.maximum(missing, 0.0))
+    left = 1.0 - p.sum(-1, keepdims=True)
+    rho = tail / jnp.maximum(left, TAIL_MIN)
+
+    advantages, kl_coeff = x.advantages[..., None], x.beta[..., None]
+    centering = q - rho * p
+    score = lp[..., :1] - log_support - jnp.sum(centering * log_p, -1, keepdims=True)
+    divergence = jnp.sum(jax.scipy.special.xlogy(q, jnp.where(listed, q, 1.0)) - q * log_p, -1, keepdims=True)
+    divergence += jax.scipy.special.xlogy(tail, jnp.where(tail > 0, rho, 1.0))
+    terms = _weighted(-advantages, score) + _weighted(kl_coeff, divergence)
+
+    # Where p is normalised over the head, every lp of the head moves `log_support`, too.
+    of_centering = centering + jnp.where(is_whole, missing * p, 0.0)
+    of_tail = jnp.where(is_whole, (1.0 - missing) * p, jnp.where(left > TAIL_MIN, rho * p, 0.0))
+    of_head = advantages * of_centering + kl_coeff * (of_tail - q)
+    return terms[..., 0], jnp.concatenate([-advantages, of_head], -1)
+
+
 def _clipped_surrogate(log_ratio: Array, x: LossInputs) -> Terms:
     ratio = _ratio(log_ratio, x.advantages)
     plain = ratio * x.advantages
@@ -91,7 +135,8 @@ def _clipped_surrogate(log_ratio: Array, x: LossInputs) -> Terms:
 
 
 def loss_terms(lp: Array, x: LossInputs) -> Terms:
-    """lp [..., K] -> (term [...] of each position, its derivative by lp [..., K]). Losses of RL read target 0 only."""
+    """lp [..., K] -> (term [...] of each position, its derivative by lp [..., K]). RL losses read target 0 alone, and
+    stable_reinforce all of them."""
     first = lp[..., 0]
     terms = jnp.sum(_weighted(-x.weights, lp), axis=-1)
     slopes = -x.weights
@@ -106,6 +151,10 @@ def loss_terms(lp: Array, x: LossInputs) -> Terms:
         mine = x.loss_fn == loss
         terms = jnp.where(mine, term, terms)
         slopes = jnp.where(mine[..., None], _first_of(slope, lp.shape[-1]), slopes)
+    term, slope = stable_reinforce(lp, x)
+    mine = x.loss_fn == STABLE_REINFORCE
+    terms = jnp.where(mine, term, terms)
+    slopes = jnp.where(mine[..., None], slope, slopes)
     return jnp.where(x.valid, terms, 0.0), jnp.where(x.valid[..., None], slopes, 0.0)
 
 

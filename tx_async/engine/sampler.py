@@ -71,6 +71,27 @@ def sample(logits: Array, choices: Choices, position: Array) -> tuple[Array, Arr
     return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - lse, lse
 
 
+def head_of(logits: Array, candidates: Array, choices: Choices) -> tuple[Array, Array]:
+    """The distribution that `sample` draws from, of a few tokens.
+
+    logits fp32 [B, V], candidates int32 [B, K] -> (their probabilities fp32 [B, K], uint8 [B]: 0 where the whole
+    vocabulary can be drawn, 1 where only candidates can, 2 where a limit leaves others, too).
+    """
+    z = _lanes(logits)
+    top = z.max((1, 2))
+    greedy = choices.temperature < GREEDY_BELOW
+    weights = _weights(z, top, jnp.maximum(choices.temperature, GREEDY_BELOW))
+    weights = jnp.where(_kept(weights, _limit(weights, choices)), weights, 0.0)
+    first = _first_index(z == top[:, None, None])
+    mine = jnp.take_along_axis(weights.reshape(weights.shape[0], -1), candidates, axis=1) / _total(weights)[:, None]
+    mine = jnp.where(greedy[:, None], candidates == first[:, None], mine)
+    num_kept = jnp.where(greedy, 1, (weights > 0).sum(1).sum(1))
+    vocab = logits.shape[1]
+    is_limited = greedy | ((choices.top_k >= 1) & (choices.top_k < vocab)) | (choices.top_p < 1.0)
+    is_whole = num_kept == (mine > 0).sum(1)
+    return mine, jnp.where(is_limited, jnp.where(is_whole, 1, 2), 0).astype(jnp.uint8)
+
+
 def logsumexp(logits: Array) -> Array:
     """[B, V] -> [B], summed in the order of `sample`."""
     z = _lanes(logits)

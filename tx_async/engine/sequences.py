@@ -54,6 +54,8 @@ class Sample:
     was_admitted: bool = False
     logprobs: list[float] = field(default_factory=list)
     topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    heads: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    """(token ids, probabilities, whether they are all) of the recorded draws, a piece for each quantum."""
 
     @property
     def num_to_prefill(self) -> int:

@@ -55,7 +55,7 @@ def main(steps: int = 12) -> None:
     trainer = service.create_lora_training_client(base_model=base_model(service), rank=16).result()
     tokenizer = trainer.get_tokenizer()
     for step in range(steps):
-        sampler = trainer.save_weights_and_get_sampling_client()
+        sampler = trainer.save_weights_and_get_sampling_client().result()
         groups = [group(sampler, tokenizer, prompt) for prompt in PROMPTS]
         data = [datum for data, _ in groups for datum in data]
         rewards = [reward for _, rewards in groups for reward in rewards]

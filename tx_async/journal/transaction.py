@@ -66,16 +66,27 @@ class Transaction:
                     record = msgspec.structs.replace(record, payload=b"")
                 self.tables[table].put(record.key, encode_record(record))
                 if body is not None:
-                    assert table == "request", f"a {table} has no body"
-                    self.bodies.put(record.key, body)
+                    self.bodies.put(body_key(table, record.key), body)
             case Delete(table=table, key=key):
                 self.tables[table].delete(key)
                 if table == "request":
                     self.bodies.delete(key)
                 elif table == "result":
                     self.bodies.delete(payload_key(key))
+                elif table == "recording":
+                    self.bodies.delete(recording_key(key))
             case DropBody(request_id=request_id):
                 self.bodies.delete(request_id)
+
+
+def body_key(table: str, key: str) -> str:
+    """Key of a record's body among the bodies."""
+    assert table in ("request", "recording"), f"a {table} has no body"
+    return key if table == "request" else recording_key(key)
+
+
+def recording_key(sequence_id: str) -> str:
+    return f"recording/{sequence_id}"
 
 
 def payload_key(request_id: str) -> str:

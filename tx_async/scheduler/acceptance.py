@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 
 from tx_async.clock import Clock
-from tx_async.errors import Overloaded, StorageError
+from tx_async.errors import ContentLost, InvalidRequest, Overloaded, StorageError
 from tx_async.journal.journal import Journal
-from tx_async.scheduler.core.facts import SubmissionRefused
+from tx_async.journal.transaction import recording_key
+from tx_async.scheduler.core.facts import RecordingsUsed, SubmissionRefused
 from tx_async.scheduler.performer import Performer
+from tx_async.scheduler.sampling import recordings
 from tx_async.scheduler.submissions import Submission, Submissions, key_of
-from tx_async.wire.operations import Encoded, Operation
+from tx_async.wire.operations import Encoded, ForwardBackward, Operation
 from tx_async.wire.records import RequestRecord
 
 
@@ -47,8 +49,37 @@ class Acceptance:
 
     async def _commit(self, submission: Submission) -> None:
         try:
+            if recordings.are_needed(submission.accepted.operation):
+                submission = await self._with_heads(submission)
             await self.journal.commit(submission.changes)
         except BaseException:
             self.submissions.failed(submission)
             raise
         self.performer.handle(self.submissions.durable(submission))
+
+    # ---- stable_reinforce
+
+    async def _with_heads(self, submission: Submission) -> Submission:
+        """What the sampler knew of the batch's tokens becomes part of it: a replay needs no recording any more. What
+        cannot be found is the batch's own failure, which takes its place in the order. Raises `StorageError`."""
+        operation = submission.accepted.operation
+        assert isinstance(operation, ForwardBackward)
+        try:
+            needed = self.submissions.recordings_of(operation)
+            found = {sequence_id: await self._recording(sequence_id) for sequence_id in needed}
+            complete = await asyncio.to_thread(_complete, submission, operation, found)
+        except InvalidRequest as error:
+            return submission.rejected(error.message)
+        self.performer.handle(RecordingsUsed(tuple(needed)))
+        return complete
+
+    async def _recording(self, sequence_id: str) -> recordings.Recording:
+        try:
+            return recordings.decode(await self.journal.read_body(recording_key(sequence_id)))
+        except ContentLost as error:
+            raise InvalidRequest(f"The record of the sequence {sequence_id} is lost: {error}") from error
+
+
+def _complete(submission: Submission, operation: ForwardBackward, found: dict[str, recordings.Recording]) -> Submission:
+    """Megabytes: on a thread."""
+    return submission.with_operation(recordings.with_heads(operation, found))

@@ -14,6 +14,7 @@ from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.facts import RequestAccepted
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.quota import Quota
+from tx_async.scheduler.sampling.recordings import needed
 from tx_async.scheduler.training.lanes import FORWARD
 from tx_async.wire import ids, results
 from tx_async.wire.operations import (
@@ -22,8 +23,10 @@ from tx_async.wire.operations import (
     Encoded,
     ForwardBackward,
     Operation,
+    Rejected,
     Sample,
     UnloadModel,
+    encode,
 )
 from tx_async.wire.records import Change, ModelRecord, Put, RequestRecord, ResultRecord, SessionRecord
 from tx_async.wire.results import Failure
@@ -51,6 +54,18 @@ class Submission(Struct, frozen=True):
         records = [Put(record) for record in (fact.model, fact.result) if record is not None]
         has_ended = fact.result is not None
         return (*records, Put(fact.request, None if has_ended else self.body), *fact.events)
+
+    def with_operation(self, operation: Operation) -> Submission:
+        """The same request, whose operation was completed. Its digest stays that of what its client sent."""
+        body = encode(operation)
+        request = replace(self.request, kind=kind_of(operation), body_bytes=len(body))
+        return replace(self, accepted=replace(self.accepted, request=request, operation=operation), body=body)
+
+    def rejected(self, message: str) -> Submission:
+        request = self.request
+        return self.with_operation(
+            Rejected(model_id=request.subject, seq_id=request.seq_id, kind=request.kind, message=message)
+        )
 
 
 class Submissions:
@@ -100,6 +115,11 @@ class Submissions:
         """Its commit has failed: nothing happened, and its key is free again."""
         del self._coming[submission.request.subject, submission.request.seq_id]
         self.quota.give_back(submission.request.request_id)
+
+    def recordings_of(self, operation: ForwardBackward) -> list[str]:
+        """The recorded sequences that a batch names. Raises `InvalidRequest` for one that its run cannot train on."""
+        model = self.catalog.models.get(operation.model_id)
+        return list(needed(operation, model, self.catalog.recordings.get)) if model else []
 
     def _new_request(self, owner: str, operation: Operation, digest: str, num_bytes: int, now: float) -> RequestRecord:
         """Raises `Conflict`, `InvalidRequest`: see `SchedulerState.check_turn`."""

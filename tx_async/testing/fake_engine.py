@@ -418,6 +418,10 @@ class FakeEngine:
         if spec.topk_logprobs:
             ids, values = self._topk(w, before, spec.topk_logprobs)
             indices |= {"topk_token_ids": add(ids), "topk_logprobs": add(values)}
+        if spec.head_tokens:
+            ids, values = self._topk(w, before, spec.head_tokens)
+            indices |= {"head_token_ids": add(ids), "head_probabilities": add(np.exp(values))}
+            indices["head_is_whole"] = add(np.zeros(len(ids), np.int32))
         if spec.prompt_scores:
             scores = self._score_prompt(spec.prompt_scores, w, sequence.prompt, sequence.targets)
             indices |= {name: add(array) for name, array in scores.items()}

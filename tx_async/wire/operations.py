@@ -15,12 +15,52 @@ from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import AdamParams, AdapterConfig
 
 
+class ProvenanceSpan(Struct, frozen=True, array_like=True):
+    """A run of positions whose tokens are `[offset, offset + length)` of a sampled sequence, or of its prompt."""
+
+    is_sampled: bool
+    """False: of the prompt."""
+    sequence_id: str
+    offset: int
+    length: int
+
+
+class Provenance(Struct, frozen=True, array_like=True):
+    """Where a datum's tokens come from; each list tiles its field."""
+
+    model_input: tuple[ProvenanceSpan, ...]
+    loss_fn_inputs: tuple[ProvenanceSpan, ...]
+    """Tiles `target_tokens`."""
+
+
+HEAD_TOKENS_MAX = 127
+"""Of one draw. With the sampled token they are the 128 targets that a position can have in training."""
+
+
+class SamplerHeads(Struct, frozen=True, array_like=True):
+    """What the sampler knew when it drew the tokens of S positions of a datum: its K likeliest tokens, with their
+    probabilities as it drew from them (temperature, top-k and top-p applied)."""
+
+    positions: bytes
+    """int32 [S]"""
+    token_ids: bytes
+    """int32 [S, K]"""
+    probabilities: bytes
+    """float32 [S, K]; 0 in unused cells."""
+    is_whole: bytes
+    """uint8 [S]: 1 where top-k or top-p had left no other tokens to draw."""
+    k: int
+
+
 class Datum(Struct, frozen=True, array_like=True):
     """One training sequence. `tokens` is int32 little-endian; loss inputs are dense ([T] or [T, K], float32 or
     int64)."""
 
     tokens: bytes
     loss_fn_inputs: dict[str, Tensor]
+    provenance: Provenance | None = None
+    heads: SamplerHeads | None = None
+    """For stable_reinforce: looked up when the request is accepted, so that a replay needs nothing else."""
 
     @property
     def num_tokens(self) -> int:
@@ -124,6 +164,8 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     target_layout: tuple[bytes, bytes] | None = None
     """(crow_indices, col_indices) of a CSR request, int64: the answer repeats them."""
     prompt_alt_tokens_k: int = 0
+    record_stability_info: bool = False
+    """Keep for each sampled token what stable_reinforce needs of it."""
 
     @property
     def scores_prompt(self) -> bool:

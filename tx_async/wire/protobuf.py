@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from tx_async.errors import InvalidRequest
 from tx_async.wire.datums import DenseBudget, dense, densify, from_bytes
-from tx_async.wire.operations import Datum, ForwardBackward
+from tx_async.wire.operations import Datum, ForwardBackward, Provenance, ProvenanceSpan
 from tx_async.wire.results import ForwardBackwardResult, SampleResult, TopkLogprobs
 from tx_async.wire.tensors import Tensor
 
@@ -107,9 +107,30 @@ def _datum(datum: Any, where: str, budget: DenseBudget) -> Datum:
     try:
         tokens = b"".join(_text_chunks(datum.model_input))
         inputs = {name: _tensor(tensor, name, budget) for name, tensor in datum.loss_fn_inputs.items()}
+        provenance = _provenance(datum)
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}: {error.message}") from None
-    return Datum(tokens, inputs)
+    return Datum(tokens, inputs, provenance)
+
+
+def _provenance(datum: Any) -> Provenance | None:
+    if not datum.model_input_spans and not datum.loss_fn_input_spans:
+        return None
+    return Provenance(
+        _spans(datum.model_input_spans, "model_input_spans"), _spans(datum.loss_fn_input_spans, "loss_fn_input_spans")
+    )
+
+
+def _spans(spans: Any, name: str) -> tuple[ProvenanceSpan, ...]:
+    return tuple(_span(span, f"{name}[{i}]") for i, span in enumerate(spans))
+
+
+def _span(message: Any, where: str) -> ProvenanceSpan:
+    kind = message.WhichOneof("span")
+    if kind is None:
+        raise InvalidRequest(f"{where} says neither prompt_tokens nor sampled_tokens.")
+    span = getattr(message, kind)
+    return ProvenanceSpan(kind == "sampled_tokens", span.sequence_id, span.offset, span.length)
 
 
 def _text_chunks(chunks: Any) -> Iterator[bytes]:

@@ -202,6 +202,21 @@ class AuditRecord(Struct, tag="audit", frozen=True, kw_only=True):
         return self.event_id
 
 
+class RecordedSequence(Struct, tag="recording", frozen=True, kw_only=True):
+    """A sampled sequence that its session may train on with stable_reinforce; its body has the tokens and heads."""
+
+    sequence_id: str
+    session_id: str
+    owner: str
+    base_model: str
+    num_bytes: int
+    used_at: float
+
+    @property
+    def key(self) -> str:
+        return self.sequence_id
+
+
 Record = (
     SessionRecord
     | ModelRecord
@@ -211,11 +226,13 @@ Record = (
     | CheckpointRecord
     | IdentityRecord
     | AuditRecord
+    | RecordedSequence
 )
 
 
 class Put(Struct, tag=True, frozen=True):
-    """Insert or replace a record; `body` only with a `RequestRecord`."""
+    """Insert or replace a record; `body` only with a `RequestRecord` or a `RecordedSequence`, which keeps its own
+    without one."""
 
     record: Record
     body: bytes | None = None
@@ -224,7 +241,7 @@ class Put(Struct, tag=True, frozen=True):
 class Delete(Struct, tag=True, frozen=True):
     """Remove a record (and its body) if it is there."""
 
-    table: Literal["session", "model", "sampler", "request", "result", "checkpoint", "audit"]
+    table: Literal["session", "model", "sampler", "request", "result", "checkpoint", "audit", "recording"]
     key: str
 
 
@@ -238,7 +255,7 @@ Change = Put | Delete | DropBody
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
-RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint", "identity", "audit")
+RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint", "identity", "audit", "recording")
 
 
 def encode_record(record: Record) -> bytes:

@@ -348,6 +348,7 @@ class SampleRequest(Request):
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens_k: Int64 = 0
     prompt_logprobs_last_n: Int64 | None = None
+    record_stability_info: bool | None = None
 
 
 class CreateSamplingSessionRequest(Request):

@@ -275,6 +275,10 @@ class TrainMicroBatch(Struct, tag=True, frozen=True, kw_only=True):
     (`TRAIN_TENSORS`): tokens, positions, segment_ids (0 = padding; 1, 2, … per row), loss_fn (index in `LOSS_FNS`) as
     int32 [R, L]; target_tokens int32 [R, L, K]; weights float32 [R, L, K]; logprobs, advantages, clip_low_threshold,
     clip_high_threshold, sequence_ratio_mask, beta as float32 [R, L].
+
+    stable_reinforce puts the sampled token into target 0 and the sampler's likeliest tokens into the others; their
+    weights are the sampler's probabilities (0: an unused cell), weight 0 says whether they are all that it could draw,
+    and beta is `kl_coeff`.
     """
 
     slots: tuple[int, ...]
@@ -298,7 +302,7 @@ TRAIN_TENSORS = (
     "sequence_ratio_mask",
     "beta",
 )
-LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
+LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
 
 
 class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
@@ -369,6 +373,8 @@ class SequenceSpec(Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     topk_logprobs: int = 0
+    head_tokens: int = 0
+    """Record with each draw this many of the likeliest tokens, and the probabilities that it drew from."""
     prompt_scores: PromptScores | None = None
 
 
@@ -453,6 +459,12 @@ class FinishedSequence(Struct, frozen=True, kw_only=True):
     topk_token_ids: int = -1
     topk_logprobs: int = -1
     """Index: int32 / float32 [T, topk]."""
+    head_token_ids: int = -1
+    head_probabilities: int = -1
+    """Index: int32 / float32 [T, head_tokens]: likeliest first, after temperature, top-k and top-p."""
+    head_is_whole: int = -1
+    """Index: int32 [T]: 1 where nothing else could be drawn, because top-k, top-p or a temperature of 0 says so; 2
+    where they left more than the head holds."""
     prompt_logprobs: int = -1
     """Index: float32 [P], NaN at position 0 and where nothing was scored."""
     prompt_topk_token_ids: int = -1

@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, OtherBase, UnknownCheckpoint
+from tx_async.scheduler.core.recorded import RecordedSequences
 from tx_async.wire.records import (
     AuditRecord,
     Change,
@@ -21,6 +22,7 @@ from tx_async.wire.records import (
     ModelRecord,
     Put,
     Record,
+    RecordedSequence,
     RequestRecord,
     ResultRecord,
     SamplerRecord,
@@ -43,6 +45,7 @@ class Catalog:
         self.samplers: dict[str, SamplerRecord] = {}
         #: by tinker:// path
         self.checkpoints: dict[str, CheckpointRecord] = {}
+        self.recordings = RecordedSequences()
         self.requests: dict[str, RequestRecord] = {}
         self.results: dict[str, ResultEntry] = {}
         #: (model_id or sampling_session_id, seq_id) -> request_id: what makes a submission a retry
@@ -55,6 +58,7 @@ class Catalog:
         self.identity: IdentityRecord | None = None
         for record in records:
             self._put(record)
+        self.recordings.sort()
 
     def __repr__(self) -> str:
         unfinished = len(self.requests) - len(self.results)
@@ -77,6 +81,9 @@ class Catalog:
         if isinstance(record, IdentityRecord):
             self.identity = record
             return
+        if isinstance(record, RecordedSequence):
+            self.recordings.put(record)
+            return
         table = self._table_of(type_of(record))
         self._release(table.get(record.key))
         table[record.key] = record
@@ -87,6 +94,9 @@ class Catalog:
     def _delete(self, change: Delete) -> None:
         if change.table == "result":
             self.results.pop(change.key, None)
+            return
+        if change.table == "recording":
+            self.recordings.pop(change.key)
             return
         record = self._table_of(change.table).pop(change.key, None)
         self._release(record)

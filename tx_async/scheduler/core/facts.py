@@ -118,6 +118,16 @@ class SessionEnded(Struct, frozen=True):
         return self.session_id
 
 
+class RecordingsUsed(Struct, frozen=True):
+    """An accepted batch trains on recorded sequences: they are kept for another while."""
+
+    sequence_ids: tuple[str, ...]
+
+    @property
+    def cause(self) -> str:
+        return f"{len(self.sequence_ids)} recorded sequences are used"
+
+
 class SamplerCreated(Struct, frozen=True):
     sampler: SamplerRecord
 
@@ -210,6 +220,7 @@ RecordFact = (
     | CheckpointDeleted
     | CheckpointCopied
     | EventNoted
+    | RecordingsUsed
 )
 """Facts that only change what is known: nothing can run because of them that could not run before."""
 

@@ -30,6 +30,10 @@ class Policy(Struct, frozen=True, kw_only=True):
     result_retention_s: float = 24 * 3600
     results_kept_max: int = 100_000
     """Finished requests that are remembered; beyond that the oldest go before their time."""
+    stability_head_tokens: int = 64
+    stability_retention_s: float = 24 * 3600
+    stability_bytes_max: int = 4 * 2**30
+    """Of one tenant."""
     session_retention_s: float = 30 * 24 * 3600
     retention_interval_s: float = 60.0
     audit_events_max: int = 10_000

@@ -10,6 +10,7 @@ from tx_async.scheduler.core.facts import (
     CheckpointCopied,
     CheckpointDeleted,
     EventNoted,
+    RecordingsUsed,
     SamplerCreated,
     SamplerJoined,
     SessionChanged,
@@ -27,6 +28,7 @@ RegistryFact = (
     | CheckpointDeleted
     | CheckpointCopied
     | EventNoted
+    | RecordingsUsed
 )
 
 
@@ -50,6 +52,9 @@ class Registry:
                 self.decisions.append(Put(checkpoint))
             case CheckpointDeleted(path=path):
                 self._delete_checkpoint(path)
+            case RecordingsUsed(sequence_ids=ids):
+                used = filter(None, map(self.catalog.recordings.get, ids))
+                self.decisions.append(*(Put(msgspec.structs.replace(r, used_at=self.decisions.now)) for r in used))
             case CheckpointCopied(model=model, checkpoint=checkpoint):
                 self.decisions.append(Put(model), Put(checkpoint))
             case EventNoted():

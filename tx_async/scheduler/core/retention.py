@@ -29,6 +29,7 @@ class Retention:
     def sweep(self) -> None:
         self._forget_results()
         self._expire_checkpoints()
+        self._forget_recordings()
         for session in self._old_sessions():
             self._forget_session(session)
 
@@ -61,6 +62,10 @@ class Retention:
                 lane.forget(request.seq_id)
                 newest[request.subject] = max(request.seq_id, newest.get(request.subject, lane.model.newest_seq_id))
         return [self.runs.changed(self.runs.lanes[name], newest_seq_id=number) for name, number in newest.items()]
+
+    def _forget_recordings(self) -> None:
+        old = self.catalog.recordings.unused_since(self.decisions.now - self.policy.stability_retention_s)
+        self.decisions.append(*(Delete("recording", record.key) for record in old))
 
     def _expire_checkpoints(self) -> None:
         now = self.decisions.now

@@ -35,6 +35,7 @@ from tx_async.scheduler.core.retention import Retention
 from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.scheduler.sampling.jobs import BASE_NAMESPACE, SampleJob
+from tx_async.scheduler.sampling.recordings import head_tokens
 from tx_async.scheduler.sampling.sampling import Sampling, SamplingAnswer
 from tx_async.scheduler.training.lanes import Step
 from tx_async.scheduler.training.orphans import Orphans
@@ -191,6 +192,7 @@ class SchedulerState:
             max_tokens=min(operation.max_tokens or room, room),  # 0: a full context, whose prompt is scored
             stop_token_ids=tuple(dict.fromkeys((*operation.stop_token_ids, *eos))),
             pending=list(range(operation.num_samples))[::-1],
+            head_tokens=head_tokens(operation, self.policy),
         )
         self.sampling.accept(job)
 

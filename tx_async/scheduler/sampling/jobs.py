@@ -9,6 +9,7 @@ import numpy as np
 from msgspec import Struct
 
 from tx_async.scheduler.core.policy import ALONE_FROM_FAILURES
+from tx_async.scheduler.sampling.recordings import Recording, encode
 from tx_async.wire import results
 from tx_async.wire.operations import Sample
 from tx_async.wire.records import RequestRecord
@@ -39,6 +40,10 @@ class SampleJob(Struct, eq=False):
     pending: list[int]
     """Sample indices that wait for admission, next one last."""
     done: dict[int, SampledSequence] = {}
+    head_tokens: int = 0
+    """Of each draw, to be recorded for stable_reinforce; 0 records nothing."""
+    recordings: dict[int, bytes] = {}
+    """Sample index -> the body of its `RecordedSequence`."""
     prompt: dict[str, object] = {}
     """Fields of the result that concern the prompt; sample 0 brings them."""
     num_failures: int = 0
@@ -81,6 +86,7 @@ class SampleJob(Struct, eq=False):
             stop_token_ids=self.stop_token_ids,
             stop_strings=op.stop_strings,
             topk_logprobs=op.topk_sample_logprobs,
+            head_tokens=self.head_tokens,
             prompt_scores=scores,
         )
 
@@ -103,6 +109,8 @@ class SampleJob(Struct, eq=False):
         )
         if index == 0:
             self.prompt = _prompt_fields(finished, tensors)
+        if finished.head_token_ids >= 0:
+            self.recordings[index] = encode(Recording.of(self.operation.prompt, finished, tensors))
 
     def result(self) -> bytes:
         sequences = tuple(self.done[i] for i in range(self.operation.num_samples))

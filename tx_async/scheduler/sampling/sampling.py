@@ -14,6 +14,7 @@ from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import Ignored, RunningSample, WorkerState, error_of
 from tx_async.scheduler.sampling.jobs import SampleJob, renumber
+from tx_async.scheduler.sampling.recorder import Recorder
 from tx_async.scheduler.sampling.sampler_slots import SamplerSent, SamplerSlots
 from tx_async.wire import results
 from tx_async.wire.records import DropBody
@@ -56,6 +57,7 @@ class Sampling:
         self.waiting: dict[str, dict[str, None]] = {}
         self.fair: FairQueue[str] = FairQueue()
         self.slots = SamplerSlots(decisions, policy)
+        self.recorder = Recorder(decisions, policy)
         #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
         self.is_draining = False
         #: computed and sampled, for an operator
@@ -237,7 +239,10 @@ class Sampling:
     def _finish(self, job: SampleJob, content, payload: bytes) -> None:
         self._stop_waiting(job)
         del self.jobs[job.request.request_id]
-        self.decisions.finish(job.request, content, payload, DropBody(job.request.request_id))
+        recorded = self.recorder.recorded(job)
+        self.decisions.finish(job.request, content, payload, DropBody(job.request.request_id), *recorded)
+        if recorded:
+            self.recorder.make_room(job.request.owner)
         if job.version is not None:
             self.decisions.let_go_of_files(job.version)
 

@@ -14,6 +14,7 @@ from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.packing import Row, fill, fits, pack
+from tx_async.scheduler.training.rollout_gap import rollout_gap
 from tx_async.scheduler.training.runs import Runs
 from tx_async.wire import results
 from tx_async.wire.operations import ForwardBackward
@@ -181,5 +182,6 @@ def _result_of(step: Step, operation: ForwardBackward) -> bytes:
     parts = [step.parts[i] for i in range(len(operation.data))]
     losses = [loss for _, loss in parts]
     total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
-    result = ForwardBackwardResult(logprobs=tuple(tensor for tensor, _ in parts), metrics={"loss:sum": total})
-    return results.encode(result)
+    logprobs = tuple(tensor for tensor, _ in parts)
+    metrics = {"loss:sum": total} | rollout_gap(operation, [tensor.numpy() for tensor in logprobs])
+    return results.encode(ForwardBackwardResult(logprobs=logprobs, metrics=metrics))

@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import Struct
 
 from tx_async.scheduler.training.placement import Placement, round_up
-from tx_async.wire.operations import Datum, ForwardBackward
+from tx_async.wire.operations import Datum, ForwardBackward, SamplerHeads
 from tx_async.wire.worker import LOSS_FNS, EngineInfo
 
 DEFAULT_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
@@ -45,7 +45,7 @@ def pack(operation: ForwardBackward, info: EngineInfo) -> PackedRequest:
     is_row_alone = all(num_rows == 1 for num_rows, _ in info.row_shapes)
     contents = placement.of_own_micro_batches() if is_row_alone else placement.of_shared_micro_batches()
     rows = tuple(_row(content, sizes, placement.length_of(content)) for content in contents)
-    widest = max(_targets(datum).shape[1] for datum in operation.data)
+    widest = max(map(_width, operation.data))
     return PackedRequest(rows, round_up(widest, info.target_tokens_k))
 
 
@@ -57,7 +57,7 @@ def _row(content: Sequence[int], sizes: Sequence[int], length: int) -> Row:
 def fits(operation: ForwardBackward, info: EngineInfo) -> bool:
     """Whether the engine has a row for every sequence, and room for its targets."""
     longest = max(datum.num_tokens for datum in operation.data)
-    widest = max(_targets(datum).shape[1] for datum in operation.data)
+    widest = max(map(_width, operation.data))
     return longest <= info.row_shapes[-1][1] and widest <= info.target_tokens_k[-1]
 
 
@@ -98,17 +98,34 @@ def _fill_segment(at: dict[str, np.ndarray], operation: ForwardBackward, datum: 
     # Without weights, cross_entropy counts each position once; the other losses do not read them.
     weights = inputs["weights"].numpy().reshape(targets.shape) if "weights" in inputs else np.float32(1)
     at["weights"][:, : targets.shape[1]] = weights
+    if datum.heads:
+        _fill_heads(at, datum.heads)
     low, high = DEFAULT_THRESHOLDS.get(operation.loss_fn, (0.0, 0.0))
     defaults = {
         "clip_low_threshold": config.get("clip_low_threshold", low),
         "clip_high_threshold": config.get("clip_high_threshold", high),
         "sequence_ratio_mask": 1.0,
-        "beta": config.get("beta", 0.0),
+        "beta": config.get("beta", config.get("kl_coeff", 0.0)),
         "logprobs": 0.0,
         "advantages": 0.0,
     }
     for name, default in defaults.items():
         at[name][:] = inputs[name].numpy() if name in inputs else default
+
+
+def _fill_heads(at: dict[str, np.ndarray], heads: SamplerHeads) -> None:
+    """Behind the sampled token: the sampler's head, and its probabilities as weights. See `TrainMicroBatch`."""
+    positions = np.frombuffer(heads.positions, np.int32)
+    columns = slice(1, 1 + heads.k)
+    at["weights"][:] = 0
+    at["target_tokens"][positions, columns] = np.frombuffer(heads.token_ids, np.int32).reshape(-1, heads.k)
+    at["weights"][positions, columns] = np.frombuffer(heads.probabilities, np.float32).reshape(-1, heads.k)
+    at["weights"][positions, 0] = np.frombuffer(heads.is_whole, np.uint8)
+
+
+def _width(datum: Datum) -> int:
+    """Targets of each position."""
+    return 1 + datum.heads.k if datum.heads else _targets(datum).shape[1]
 
 
 def _targets(datum: Datum) -> np.ndarray:

@@ -1,0 +1,208 @@
+"""What stable_reinforce needs of sampled sequences: recorded as they are drawn, looked up when they are trained on.
+
+A recording belongs to the session that sampled it. What a datum needs of it is copied into the accepted operation, so
+that a recording may expire, or make room for newer ones, and a replay of the run is still exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeGuard
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from tx_async.errors import InvalidRequest
+from tx_async.scheduler.core.policy import Policy
+from tx_async.wire.operations import (
+    HEAD_TOKENS_MAX,
+    Datum,
+    ForwardBackward,
+    Operation,
+    ProvenanceSpan,
+    Sample,
+    SamplerHeads,
+)
+from tx_async.wire.records import ModelRecord, RecordedSequence
+from tx_async.wire.worker import FinishedSequence
+
+STABLE_REINFORCE = "stable_reinforce"
+ALL, WHOLE, CUT = range(3)
+"""`FinishedSequence.head_is_whole`: everything can be drawn; only the head; more than the head, but not all."""
+
+
+def head_tokens(operation: Sample, policy: Policy) -> int:
+    """How many of the likeliest tokens are recorded with each draw: all that top_k leaves, where that is so few."""
+    if not operation.record_stability_info:
+        return 0
+    return min(max(policy.stability_head_tokens, operation.top_k), HEAD_TOKENS_MAX)
+
+
+class Recording(Struct, frozen=True, array_like=True):
+    """The body of a `RecordedSequence`. All little-endian; T sampled tokens, a head of k."""
+
+    prompt: bytes
+    """int32 [P]"""
+    tokens: bytes
+    """int32 [T]"""
+    head_token_ids: bytes
+    """int32 [T, k]"""
+    head_probabilities: bytes
+    """float32 [T, k]"""
+    head_is_whole: bytes
+    """uint8 [T]"""
+    k: int
+
+    @classmethod
+    def of(cls, prompt: bytes, finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> Recording:
+        ids, probabilities = tensors[finished.head_token_ids], tensors[finished.head_probabilities]
+        return cls(
+            prompt,
+            tensors[finished.tokens].astype("<i4").tobytes(),
+            ids.astype("<i4").tobytes(),
+            probabilities.astype("<f4").tobytes(),
+            tensors[finished.head_is_whole].astype(np.uint8).tobytes(),
+            ids.shape[1],
+        )
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Recording)
+
+
+def encode(recording: Recording) -> bytes:
+    return _encoder.encode(recording)
+
+
+def decode(body: bytes) -> Recording:
+    return _decoder.decode(body)
+
+
+# ---- looking up
+
+
+def are_needed(operation: Operation) -> TypeGuard[ForwardBackward]:
+    return isinstance(operation, ForwardBackward) and operation.loss_fn == STABLE_REINFORCE
+
+
+def spans_of(datum: Datum) -> Iterable[tuple[str, ProvenanceSpan]]:
+    """Every span with the name that an error gives it."""
+    if datum.provenance:
+        for name in ("model_input", "loss_fn_inputs"):
+            field = name.removesuffix("s") + "_spans"
+            yield from ((f"{field}[{i}]", span) for i, span in enumerate(getattr(datum.provenance, name)))
+
+
+def needed(
+    operation: ForwardBackward, model: ModelRecord, find: Callable[[str], RecordedSequence | None]
+) -> dict[str, RecordedSequence]:
+    """The recordings that the operation's spans name; `find` looks up a sequence_id. Raises `InvalidRequest` for one
+    that is not there for this run, naming the datum and the span."""
+    found: dict[str, RecordedSequence] = {}
+    for i, datum in enumerate(operation.data):
+        for where, span in spans_of(datum):
+            if span.sequence_id not in found:
+                record = find(span.sequence_id)
+                if problem := _problem(record, model):
+                    raise InvalidRequest(f"data[{i}]: {where}: the sequence {span.sequence_id[:200]!r} {problem}")
+                assert record is not None
+                found[span.sequence_id] = record
+    return found
+
+
+def _problem(record: RecordedSequence | None, model: ModelRecord) -> str:
+    if record is None or record.owner != model.owner:
+        return (
+            "is not recorded here: it was sampled without record_stability_info, its record has expired "
+            "(`stability_retention_s`), or newer ones needed its room (`stability_bytes_max`)."
+        )
+    if record.session_id != model.session_id:
+        return "was sampled in another session: stable_reinforce trains what its own session has sampled."
+    if record.base_model != model.base_model:
+        return f"was sampled from {record.base_model}, and this run trains {model.base_model}."
+    return ""
+
+
+def with_heads(operation: ForwardBackward, recordings: Mapping[str, Recording]) -> ForwardBackward:
+    """The operation with the recorded heads of its sampled positions. Raises `InvalidRequest` where the recorded tokens
+    are not the datum's, naming the datum and the span."""
+    data = []
+    for i, datum in enumerate(operation.data):
+        try:
+            data.append(_with_heads(datum, recordings))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"data[{i}]: {error.message}") from None
+    return msgspec.structs.replace(operation, data=tuple(data))
+
+
+def _with_heads(datum: Datum, recordings: Mapping[str, Recording]) -> Datum:
+    provenance = datum.provenance
+    assert provenance is not None
+    targets = datum.loss_fn_inputs["target_tokens"].numpy()
+    _check(np.frombuffer(datum.tokens, "<i4"), provenance.model_input, "model_input_spans", recordings)
+    _check(targets, provenance.loss_fn_inputs, "loss_fn_input_spans", recordings)
+    pieces, position = [], 0
+    for i, span in enumerate(provenance.loss_fn_inputs):
+        if span.is_sampled and span.length:
+            pieces.append(_piece(recordings[span.sequence_id], span, position, f"loss_fn_input_spans[{i}]"))
+        position += span.length
+    return msgspec.structs.replace(datum, heads=_joined(pieces) if pieces else None)
+
+
+def _check(tokens: np.ndarray, spans: Sequence[ProvenanceSpan], name: str, recordings: Mapping[str, Recording]) -> None:
+    """The field's tokens are those of its spans."""
+    position = 0
+    for i, span in enumerate(spans):
+        recording = recordings[span.sequence_id]
+        recorded = np.frombuffer(recording.tokens if span.is_sampled else recording.prompt, "<i4")
+        mine = tokens[position : position + span.length]
+        theirs = recorded[span.offset : span.offset + span.length]
+        if not np.array_equal(mine, theirs):
+            kind = "sampled" if span.is_sampled else "prompt"
+            raise InvalidRequest(
+                f"{name}[{i}]: the datum's tokens are not the {kind} tokens {span.offset} to "
+                f"{span.offset + span.length} of {span.sequence_id}."
+            )
+        position += span.length
+
+
+class _Piece(Struct, frozen=True):
+    """The heads of one span."""
+
+    positions: np.ndarray
+    token_ids: np.ndarray
+    probabilities: np.ndarray
+    is_whole: np.ndarray
+
+
+def _piece(recording: Recording, span: ProvenanceSpan, position: int, where: str) -> _Piece:
+    rows = slice(span.offset, span.offset + span.length)
+    is_whole = np.frombuffer(recording.head_is_whole, np.uint8)[rows]
+    if (is_whole == CUT).any():
+        raise InvalidRequest(
+            f"{where}: top_k or top_p left more than {recording.k} tokens to draw, and only so many were recorded. "
+            "Sample without them, or with smaller ones."
+        )
+    return _Piece(
+        np.arange(position, position + span.length, dtype=np.int32),
+        np.frombuffer(recording.head_token_ids, "<i4").reshape(-1, recording.k)[rows],
+        np.frombuffer(recording.head_probabilities, "<f4").reshape(-1, recording.k)[rows],
+        is_whole,
+    )
+
+
+def _joined(pieces: Sequence[_Piece]) -> SamplerHeads:
+    """Heads of several sequences; the shorter ones get unused cells."""
+    k = max(piece.token_ids.shape[1] for piece in pieces)
+
+    def wide(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, [(0, 0), (0, k - array.shape[1])])
+
+    return SamplerHeads(
+        positions=b"".join(piece.positions.tobytes() for piece in pieces),
+        token_ids=b"".join(wide(piece.token_ids).tobytes() for piece in pieces),
+        probabilities=b"".join(wide(piece.probabilities).tobytes() for piece in pieces),
+        is_whole=b"".join(piece.is_whole.tobytes() for piece in pieces),
+        k=k,
+    )
