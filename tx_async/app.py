@@ -112,6 +112,7 @@ class Server:
                 send=router.send,
                 delete_files=store.delete_prefix,
                 list_files=store.list_keys,
+                dismiss=router.dismiss,
                 worker_status=supervisor.waiting_for,
                 storage_status=identity.waiting_for,
             )

@@ -22,6 +22,7 @@ from tx_async.journal.journal import Journal
 from tx_async.scheduler.core.facts import BodyLoaded, Fact, FilesListed, ResultDurable
 from tx_async.scheduler.core.instructions import (
     DeleteFiles,
+    Dismiss,
     FetchBody,
     Finish,
     Instruction,
@@ -43,6 +44,8 @@ _log = logging.getLogger(__name__)
 
 SendCommand = Callable[[str, Command, Sequence[np.ndarray]], int]
 """Worker, command, tensors -> the command's number. Raises `NotReady` when the worker is gone."""
+DismissWorker = Callable[[str, str], None]
+"""Worker, reason."""
 DeleteBelow = Callable[[str], Awaitable[Any]]
 ListBelow = Callable[[str], Awaitable[Sequence[str]]]
 
@@ -60,6 +63,7 @@ class Performer:
         send: SendCommand,
         delete_files: DeleteBelow,
         list_files: ListBelow,
+        dismiss: DismissWorker = lambda worker_id, reason: None,
     ):
         """`publish` is called with each result when it is durable."""
         self.state = state
@@ -70,6 +74,7 @@ class Performer:
         self._send = send
         self._delete_files = delete_files
         self._list_files = list_files
+        self._dismiss = dismiss
         #: facts that arrived while one was being handled
         self._facts: deque[Fact] = deque()
         self._is_handling = False
@@ -124,6 +129,8 @@ class Performer:
                     self._perform_send(instruction)
                 case Publish(result=result):
                     self.publish(result)
+                case Dismiss():
+                    self._dismiss(instruction.worker_id, instruction.reason)
                 case FetchBody():
                     self.spawn(self._fetch_body(instruction))
                 case ListFiles():

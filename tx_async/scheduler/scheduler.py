@@ -31,7 +31,7 @@ from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.interface import BaseModelInfo, StillPending
 from tx_async.scheduler.payload_cache import PayloadCache
-from tx_async.scheduler.performer import DeleteBelow, ListBelow, Performer, SendCommand
+from tx_async.scheduler.performer import DeleteBelow, DismissWorker, ListBelow, Performer, SendCommand
 from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.sessions import Sessions
 from tx_async.scheduler.statistics import SchedulerStatistics
@@ -69,6 +69,7 @@ class Scheduler:
         send: SendCommand,
         delete_files: DeleteBelow,
         list_files: ListBelow,
+        dismiss: DismissWorker = lambda worker_id, reason: None,
         worker_status: Callable[[], list[str]],
         storage_status: Callable[[], list[str]] = list,
         clock: Clock | None = None,
@@ -92,6 +93,7 @@ class Scheduler:
             send=send,
             delete_files=delete_files,
             list_files=list_files,
+            dismiss=dismiss,
         )
         self._submissions = Submissions(self.state, self.quota)
         self._acceptance = Acceptance(self._submissions, journal, self.performer, self.clock)
@@ -170,7 +172,8 @@ class Scheduler:
         self.performer.handle(EventNoted(event, subject, details))
 
     def waiting_for(self) -> list[str]:
-        capabilities = {c for worker in self.state.workers.values() for c in worker.capabilities}
+        able = [worker for worker in self.state.workers.values() if not worker.is_on_trial]
+        capabilities = {capability for worker in able for capability in worker.capabilities}
         waiting = self._storage_status()
         if capabilities >= {"train", "sample"}:
             return waiting
@@ -248,7 +251,7 @@ class Scheduler:
         if request is None or request.owner != owner:
             raise ResultGone()
         if request_id not in self.catalog.results and not await self.waiters.wait(request_id, timeout_s):
-            return self._still_pending()
+            return self._still_pending(request_id)
         if result := self.payloads.get(request_id):
             return result
         with suppress(NotFound):
@@ -263,8 +266,9 @@ class Scheduler:
         request = self.catalog.requests.get(result.request_id)
         newsreel.result_known(request, self.catalog.models.get(request.subject) if request else None, result)
 
-    def _still_pending(self) -> StillPending:
-        waiting = self.waiting_for()
+    def _still_pending(self, request_id: str) -> StillPending:
+        nowhere = self.state.stranded.get(request_id)
+        waiting = self.waiting_for() or ([f"a worker that can sample this ({nowhere})"] if nowhere else [])
         return StillPending("paused_capacity", "Waiting for " + "; ".join(waiting)) if waiting else StillPending()
 
     async def cancel(self, owner: str, request_id: str) -> None:

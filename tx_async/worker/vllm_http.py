@@ -7,6 +7,7 @@ Every sampling parameter is sent, whatever its value: what a request leaves out,
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ ANSWER_S = 20.0
 MESSAGE_CHARACTERS_MAX = 300
 COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 NOT_SCORED = -99999.0
+
+
+# One line for every request would be all that a worker's log shows.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class _Logprobs(Struct):

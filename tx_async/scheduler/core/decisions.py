@@ -16,7 +16,16 @@ import numpy as np
 from tx_async.errors import TxError
 from tx_async.scheduler.core.audit import AuditLog
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.instructions import Append, DeleteFiles, FetchBody, Finish, Instruction, ListFiles, Publish
+from tx_async.scheduler.core.instructions import (
+    Append,
+    DeleteFiles,
+    Dismiss,
+    FetchBody,
+    Finish,
+    Instruction,
+    ListFiles,
+    Publish,
+)
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.wire import results
 from tx_async.wire.records import Change, Put, RequestRecord, ResultRecord
@@ -68,6 +77,9 @@ class Decisions:
         """`answer` says what is done when the command has ended."""
         self._instructions.append(worker.send(command, answer, tensors, self.cause))
 
+    def dismiss(self, worker: WorkerState, reason: str) -> None:
+        self._instructions.append(Dismiss(worker.worker_id, reason, self.cause))
+
     def fetch_body(self, request_id: str) -> None:
         self._instructions.append(FetchBody(request_id, self.cause))
 
@@ -83,6 +95,9 @@ class Decisions:
     def hold_files(self, storage_key: str) -> None:
         """A sample is to be drawn from them, whoever forgets them meanwhile."""
         self._drawn_from[storage_key] += 1
+
+    def holds_files(self, storage_key: str) -> bool:
+        return storage_key in self._drawn_from
 
     def let_go_of_files(self, storage_key: str) -> None:
         """The sample has ended: the last one deletes what no record names any more."""

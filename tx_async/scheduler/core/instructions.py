@@ -46,6 +46,14 @@ class Send(Struct, frozen=True):
     cause: str = ""
 
 
+class Dismiss(Struct, frozen=True):
+    """Send a worker away: what its engine computes is not what ours does. `WorkerLost` follows."""
+
+    worker_id: str
+    reason: str
+    cause: str = ""
+
+
 class FetchBody(Struct, frozen=True):
     """Read a request's body from the journal and come back with `BodyLoaded`."""
 
@@ -68,4 +76,4 @@ class DeleteFiles(Struct, frozen=True):
     cause: str = ""
 
 
-Instruction = Append | Finish | Publish | Send | FetchBody | ListFiles | DeleteFiles
+Instruction = Append | Finish | Publish | Send | Dismiss | FetchBody | ListFiles | DeleteFiles

@@ -36,7 +36,7 @@ from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.scheduler.sampling.jobs import BASE_NAMESPACE, SampleJob
 from tx_async.scheduler.sampling.recordings import head_tokens
-from tx_async.scheduler.sampling.sampling import Sampling, SamplingAnswer
+from tx_async.scheduler.sampling.sampling import Sampling, SamplingAnswer, Stranded
 from tx_async.scheduler.training.lanes import Step
 from tx_async.scheduler.training.orphans import Orphans
 from tx_async.scheduler.training.training import Training, TrainingAnswer
@@ -57,6 +57,8 @@ class SchedulerState:
         self.workers: dict[str, WorkerState] = {}
         self.training = Training(self.decisions, policy, self.workers)
         self.sampling = Sampling(self.decisions, policy, self.workers)
+        #: why no worker can take a sample request, by its id
+        self.stranded = Stranded(self.sampling)
         self.registry = Registry(self.decisions)
         self.retention = Retention(self.decisions, self.training.runs, self.sampling, policy)
         self.orphans = Orphans(self.training.runs, self.decisions)
@@ -121,10 +123,12 @@ class SchedulerState:
                 self.registry.end_session(fact)
                 self.sampling.cancel_flow(fact.session_id)
             case WorkerReady():
-                self._worker_lost(fact.worker_id)  # a new life under an old name
-                self.workers[fact.worker_id] = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
+                self._worker_lost(fact.worker_id, "it has begun anew")  # a new life under an old name
+                worker = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
+                self.workers[fact.worker_id] = worker
+                self.sampling.worker_ready(worker)
             case WorkerLost():
-                self._worker_lost(fact.worker_id)
+                self._worker_lost(fact.worker_id, fact.reason)
             case CommandEnded():
                 self._answered(fact)
             case BodyLoaded():
@@ -203,12 +207,12 @@ class SchedulerState:
         else:
             self.sampling.cancel(request_id)
 
-    def _worker_lost(self, worker_id: str) -> None:
+    def _worker_lost(self, worker_id: str, reason: str) -> None:
         was_trainer = (trainer := self._trainer()) is not None and trainer.worker_id == worker_id
         worker = self.workers.pop(worker_id, None)
         if worker is None:
             return
-        self.sampling.worker_lost(worker)
+        self.sampling.worker_lost(worker, reason)
         if was_trainer:
             self.training.runs.worker_lost(worker)
 
@@ -276,6 +280,8 @@ class SchedulerState:
             return samples and self.sampling.has_work(worker)
 
         self._end_reservation(worker)
+        if worker.info.continuous and samples:
+            self.sampling.admit(worker)
         while any(self._issue(worker, kind) for kind in worker.shares.order(is_busy)):
             pass
 

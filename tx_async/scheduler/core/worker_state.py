@@ -72,6 +72,10 @@ class WorkerState:
         self.sequences: dict[int, RunningSample] = {}
         #: the training step or sample job that has the device for itself, or waits until it is empty
         self.reserved_for: Step | SampleJob | None = None
+        #: its engine is compared with ours first: nothing is sampled on it meanwhile
+        self.is_on_trial = info.trial is not None
+        #: versions that its engine cannot take -> why; of those that open samples need
+        self.refused_versions: dict[str, str] = {}
         self._last_number = 0
 
     def __repr__(self) -> str:
@@ -80,6 +84,19 @@ class WorkerState:
             f"{len(self.training_slots)} training, {len(self.sampler_slots)} sampling adapters | "
             f"{len(self.sequences)} sequences]>"
         )
+
+    @property
+    def scores(self) -> bool:
+        return "score" in self.capabilities or "train" in self.capabilities
+
+    @property
+    def is_external(self) -> bool:
+        """It samples, and that is all that it does."""
+        return "sample" in self.capabilities and not self.scores
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.sequences) < self.info.num_sequences_max
 
     @property
     def num_quanta(self) -> int:
@@ -100,6 +117,8 @@ class WorkerState:
         """It has enough of this kind ahead: what is issued later can still take turns."""
         if len(self.in_flight) >= self.policy.commands_in_flight_max:
             return True
+        if self.info.continuous:
+            return self.quanta[kind] >= 1
         if not self.info.overlaps:
             return self.num_quanta >= self.policy.quanta_in_flight_max
         # The engine decides who decodes when a quantum's predecessor has ended. A second one ahead would save it a

@@ -48,6 +48,12 @@ class SampleJob(Struct, eq=False):
     """Fields of the result that concern the prompt; sample 0 brings them."""
     num_failures: int = 0
     """Times that a worker died, or the engine failed, while it ran some of it."""
+    num_desertions: int = 0
+    """Times that an external engine went away while it ran some of it: no failures, unless they are many."""
+    declined_by: dict[str, str] = {}
+    """External worker -> why a sequence of this job failed there: it gets no other."""
+    order: int = 0
+    """Its turn among those that wait: lower came earlier."""
 
     @property
     def is_finished(self) -> bool:
@@ -58,13 +64,30 @@ class SampleJob(Struct, eq=False):
         """Like a training operation that was there each time: the next death tells who it was."""
         return self.num_failures >= ALONE_FROM_FAILURES
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Its sample 0 brings scores of the prompt."""
+        op = self.operation
+        return bool(
+            op.prompt_logprobs or op.topk_prompt_logprobs or op.prompt_alt_tokens_k or op.target_prompt_logprobs
+        )
+
+    @property
+    def waiting_kinds(self) -> tuple[bool, bool]:
+        """Whether its sample with prompt scores waits, and whether others do. `pending` ends with the lowest index."""
+        scoring = self.scores_prompt and bool(self.pending) and self.pending[-1] == 0
+        return scoring, len(self.pending) > scoring
+
+    def take(self, scores: bool) -> int:
+        """The next index to be admitted: the sample with prompt scores, or another one."""
+        scoring, _ = self.waiting_kinds
+        return self.pending.pop(-1 if scores or not scoring else -2)
+
     def spec(self, sequence_id: int, index: int, slot: int) -> SequenceSpec:
         """The sequence of one sample; its tensors are `self.tensors(index)`."""
         op = self.operation
         scores = None
-        if index == 0 and (
-            op.prompt_logprobs or op.topk_prompt_logprobs or op.prompt_alt_tokens_k or op.target_prompt_logprobs
-        ):
+        if index == 0 and self.scores_prompt:
             scores = PromptScores(
                 logprobs=op.prompt_logprobs,
                 topk=op.topk_prompt_logprobs,

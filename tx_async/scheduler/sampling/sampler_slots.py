@@ -53,6 +53,13 @@ class SamplerSlots:
         worker.loading_samplers.discard(version)
         worker.sampler_outages.pop(version, None)
 
+    def refused(self, worker: WorkerState, version: str, reason: str) -> None:
+        """Its engine will never take this version; another one may."""
+        worker.loading_samplers.discard(version)
+        if version in worker.sampler_slots:
+            worker.sampler_slots.release(version)
+        worker.refused_versions[version] = reason
+
     def failed(self, worker: WorkerState, version: str, error: TxError) -> bool:
         """True when trying again will not help, or has not helped for `storage_patience_s`."""
         worker.loading_samplers.discard(version)

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from msgspec import Struct
 
-from tx_async.errors import Cancelled, ServerError, TxError
+from tx_async.errors import Cancelled, Category, ServerError, TxError
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import Ignored, RunningSample, WorkerState, error_of
 from tx_async.scheduler.sampling.jobs import SampleJob, renumber
+from tx_async.scheduler.sampling.placement import Lines, why_unable
 from tx_async.scheduler.sampling.recorder import Recorder
 from tx_async.scheduler.sampling.sampler_slots import SamplerSent, SamplerSlots
+from tx_async.scheduler.sampling.trials import TrialJob, Trials
 from tx_async.wire import results
 from tx_async.wire.records import DropBody
 from tx_async.wire.results import Failure
@@ -24,6 +26,8 @@ from tx_async.wire.worker import (
     CancelSequences,
     CommandFailed,
     CommandFinished,
+    Loaded,
+    Result,
     Sampled,
     SampleQuantum,
     SequenceSpec,
@@ -53,37 +57,64 @@ class Sampling:
         self.workers = workers
         #: request_id -> accepted, unfinished job
         self.jobs: dict[str, SampleJob] = {}
-        #: flow -> request_ids of jobs with samples that wait for admission, oldest first
-        self.waiting: dict[str, dict[str, None]] = {}
+        #: of jobs with samples that wait for admission
+        self.waiting = Lines(workers)
         self.fair: FairQueue[str] = FairQueue()
         self.slots = SamplerSlots(decisions, policy)
         self.recorder = Recorder(decisions, policy)
+        self.trials = Trials(decisions, self.accept, self._drop)
+        #: external workers that have left, and why, until they are back
+        self.left: dict[str, str] = {}
         #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
         self.is_draining = False
         #: computed and sampled, for an operator
         self.num_tokens = 0
         self._last_sequence_id = 0
+        self._last_order = 0
 
     def accept(self, job: SampleJob) -> None:
         self.jobs[job.request.request_id] = job
+        self._last_order += 1
+        job.order = self._last_order
         if job.version is not None:
             self.decisions.hold_files(job.version)
         self._wait(job)
 
     def _wait(self, job: SampleJob) -> None:
-        if job.pending:
-            self.waiting.setdefault(job.flow, {})[job.request.request_id] = None
+        """Unless it has ended."""
+        if self._is_open(job):
+            self.waiting.put(job)
 
-    def _stop_waiting(self, job: SampleJob) -> None:
-        requests = self.waiting.get(job.flow, {})
-        requests.pop(job.request.request_id, None)
-        if not requests:
-            self.waiting.pop(job.flow, None)
+    def _is_open(self, job: SampleJob) -> bool:
+        return self.jobs.get(job.request.request_id) is job
+
+    def worker_ready(self, worker: WorkerState) -> None:
+        self.left.pop(worker.worker_id, None)
+        self.trials.begin(worker)
+        self.waiting.sort_again()
+
+    def why_waiting(self, request_id: str) -> str:
+        """Why no worker that is there can take what waits of a request; "" while one can, or some of it runs."""
+        place, job = self.waiting.place(request_id), self.jobs.get(request_id)
+        if job is None or place is None or not place.is_nowhere:
+            return ""
+        workers = self.workers.values()
+        if any(worker.sequences_of(job) for worker in workers):
+            return ""
+        scores, _ = job.waiting_kinds
+        reasons = [f"worker {worker.worker_id}: {why_unable(worker, job, scores)}" for worker in workers]
+        return "; ".join([*reasons, *(f"worker {name}: {reason}" for name, reason in self.left.items())])
 
     # ---- issuing
 
     def has_work(self, worker: WorkerState) -> bool:
-        return bool(worker.sequences or self.waiting) and not self.is_draining
+        return not self.is_draining and bool(worker.sequences or self.waiting.offers(worker))
+
+    def admit(self, worker: WorkerState) -> None:
+        """On a worker whose sequences run by themselves: whatever there is room for, whatever else is in flight."""
+        is_full = len(worker.in_flight) >= self.policy.commands_in_flight_max
+        if worker.has_room and not is_full and not self.is_draining and self.waiting.offers(worker):
+            self._admit(worker)
 
     def issue(self, worker: WorkerState) -> bool:
         """Admit what there is room for, then one quantum. False when there is nothing to decode."""
@@ -121,9 +152,8 @@ class Sampling:
         self._send_admission(admission)
 
     def _next_job(self, admission: Admission, flow: str) -> SampleJob | None:
-        """The flow's oldest job whose adapter is, or can be brought, on the device."""
-        for request_id in self.waiting[flow]:
-            job = self.jobs[request_id]
+        """The flow's oldest job that this worker may take and whose adapter is, or can be brought, on its device."""
+        for job in self.waiting.heads(flow, admission.worker):
             if job.runs_alone:
                 if admission.worker.reserved_for is None:
                     admission.worker.reserved_for = job
@@ -144,9 +174,11 @@ class Sampling:
 
     def _admit_sample(self, admission: Admission, job: SampleJob) -> None:
         self._last_sequence_id += 1
-        admission.add(job, self._last_sequence_id)
-        if not job.pending:
-            self._stop_waiting(job)
+        place, kinds = self.waiting.place(job.request.request_id), job.waiting_kinds
+        scores = place is not None and self.waiting.may_take(admission.worker, place, scores=True)
+        admission.add(job, job.take(scores), self._last_sequence_id)
+        if job.waiting_kinds != kinds:
+            self.waiting.put(job)
 
     def _send_admission(self, admission: Admission) -> None:
         if admission.specs:
@@ -160,7 +192,7 @@ class Sampling:
         self, worker: WorkerState, answer: SamplingAnswer, outcome: CommandFinished, tensors: Sequence[np.ndarray]
     ) -> None:
         if isinstance(answer, SamplerSent):
-            self.slots.finished(worker, answer.version)
+            self._loaded(worker, answer.version, outcome.result)
         if not isinstance(answer, QuantumSent):
             return
         assert isinstance(outcome.result, Sampled)
@@ -173,7 +205,33 @@ class Sampling:
             if sample is not None:
                 sample.job.collect(sample.index, finished, tensors)
                 if sample.job.is_finished:
-                    self._finish(sample.job, "sample", sample.job.result())
+                    self._succeed(sample.job, worker)
+        self._failed_alone(worker, outcome.result.failed)
+
+    def _loaded(self, worker: WorkerState, version: str, result: Result) -> None:
+        if isinstance(result, Loaded) and result.refused:
+            self.slots.refused(worker, version, result.refused)
+            self.waiting.sort_again()
+        else:
+            self.slots.finished(worker, version)
+
+    def _failed_alone(self, worker: WorkerState, failed: Sequence[tuple[int, Category, str]]) -> None:
+        """Sequences that ended without a result while all others go on. A job fails once, however many were its own."""
+        errors: dict[SampleJob, TxError] = {}
+        for sequence_id, category, message in failed:
+            if sample := worker.sequences.pop(sequence_id, None):
+                sample.job.requeue([sample.index])
+                error = error_of(CommandFailed(number=0, category=category, message=message))
+                errors.setdefault(sample.job, error)
+        for job, error in errors.items():
+            if error.category == "user":
+                self.end(job, error)
+                continue
+            if worker.is_external:
+                job.declined_by[worker.worker_id] = error.message
+            self._withdraw(worker, job)
+            if not worker.is_external:
+                self._try_again(job, error)
 
     def failed(self, worker: WorkerState, answer: SamplingAnswer, failure: CommandFailed) -> None:
         error = error_of(failure)
@@ -193,13 +251,20 @@ class Sampling:
 
     # ---- how jobs end, or run again
 
-    def worker_lost(self, worker: WorkerState) -> None:
+    def worker_lost(self, worker: WorkerState, reason: str) -> None:
         """Sampling changes no weights: the samples that were running run again from their seeds."""
+        self.trials.end(worker)
         for job in worker.jobs():
-            self._requeue(worker, job)
-            self._try_again(
-                job, ServerError(f"The worker died {job.num_failures + 1} times while it ran this request.")
-            )
+            if worker.is_external:
+                job.num_desertions += 1
+                self._requeue(worker, job)
+            else:
+                self._requeue(worker, job)
+                times = job.num_failures + 1
+                self._try_again(job, ServerError(f"The worker died {times} times while it ran this request."))
+        if worker.is_external:
+            self.left[worker.worker_id] = reason
+        self.waiting.sort_again()
 
     def _requeue(self, worker: WorkerState, job: SampleJob) -> tuple[int, ...]:
         """What ran of a job on this worker waits for its next turn. Its sequences there."""
@@ -210,8 +275,10 @@ class Sampling:
 
     def _try_again(self, job: SampleJob, error: TxError) -> None:
         job.num_failures += 1
-        if job.num_failures >= self.policy.attempts_max and job.request.request_id in self.jobs:
+        if job.num_failures >= self.policy.attempts_max:
             self.end(job, error)
+        else:
+            self._wait(job)
 
     def _withdraw(self, worker: WorkerState, job: SampleJob) -> None:
         """Take a job off a worker."""
@@ -220,9 +287,14 @@ class Sampling:
 
     def end(self, job: SampleJob, error: TxError) -> None:
         """The job ends without a result: whatever of it runs is forgotten."""
+        if not self._is_open(job):
+            return
         for worker in self.workers.values():
             self._withdraw(worker, job)
-        self._finish(job, "error", results.encode_json(Failure.of(error)))
+        if not isinstance(job, TrialJob):
+            self._finish(job, "error", results.encode_json(Failure.of(error)))
+        elif tried := self.workers.get(job.worker_id):
+            self.trials.failed(job, tried, error.message)
 
     def _end_all(self, jobs: Iterable[SampleJob], error: TxError) -> None:
         for job in list(jobs):
@@ -236,15 +308,49 @@ class Sampling:
         """The session has ended: nobody will fetch what its samples would give."""
         self._end_all((job for job in self.jobs.values() if job.flow == flow), Cancelled())
 
+    def _succeed(self, job: SampleJob, worker: WorkerState) -> None:
+        if not isinstance(job, TrialJob):
+            self._finish(job, "sample", job.result())
+        elif tried := self.workers.get(job.worker_id):
+            self.trials.finished(job, tried, worker.info.dtype == "float32")
+            self.waiting.sort_again()
+
     def _finish(self, job: SampleJob, content, payload: bytes) -> None:
-        self._stop_waiting(job)
+        self.waiting.remove(job)
         del self.jobs[job.request.request_id]
         recorded = self.recorder.recorded(job)
         self.decisions.finish(job.request, content, payload, DropBody(job.request.request_id), *recorded)
         if recorded:
             self.recorder.make_room(job.request.owner)
-        if job.version is not None:
-            self.decisions.let_go_of_files(job.version)
+        self._let_go_of(job.version)
+
+    def _drop(self, job: SampleJob) -> None:
+        """Nobody waits for its result."""
+        if self._is_open(job):
+            for worker in self.workers.values():
+                self._withdraw(worker, job)
+            self.waiting.remove(job)
+            del self.jobs[job.request.request_id]
+            self._let_go_of(job.version)
+
+    def _let_go_of(self, version: str | None) -> None:
+        if version is None:
+            return
+        self.decisions.let_go_of_files(version)
+        if not self.decisions.holds_files(version):
+            for worker in self.workers.values():
+                worker.refused_versions.pop(version, None)
+
+
+class Stranded:
+    """For whoever asks how a request stands: why no worker that is there can take it."""
+
+    def __init__(self, sampling: Sampling):
+        self._sampling = sampling
+
+    def get(self, request_id: str) -> str:
+        """ "" while one can."""
+        return self._sampling.why_waiting(request_id)
 
 
 class Admission:
@@ -273,8 +379,7 @@ class Admission:
         self._leaving = self._leaving or self.slots.least_recent(self.worker)
         return False
 
-    def add(self, job: SampleJob, sequence_id: int) -> None:
-        index = job.pending.pop()
+    def add(self, job: SampleJob, index: int, sequence_id: int) -> None:
         slot = self.slots.slot_of(self.worker, job.version)
         self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
         self.tensors.extend(job.tensors(index))
