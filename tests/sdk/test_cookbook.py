@@ -1,0 +1,141 @@
+"""Recipes of tinker-cookbook as they are, with data sets and a tokenizer made on the spot.
+
+COOKBOOK_VENV names an environment that has tinker-cookbook: it needs torch, so it is not in the test path.
+"""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import tinker
+
+from tx_async.testing.models import make_qwen3
+from tx_async.testing.server import running_server
+
+VENV = os.environ.get("COOKBOOK_VENV", "")
+pytestmark = pytest.mark.skipif(not VENV, reason="COOKBOOK_VENV names no environment that has tinker-cookbook")
+
+NAME = "Qwen/Qwen3-8B-Base"
+"""Of the cookbook's table: its renderer is plain text, with the stop string that follows an answer."""
+KEY = "tml-cookbook"
+RECIPE_S = 280
+QUESTION_SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder to run recipes in: the hub's names are folders of it."""
+    place = tmp_path_factory.mktemp("cookbook")
+    make_qwen3(place / NAME)
+    talk = [{"role": "user", "content": "Say something."}, {"role": "assistant", "content": "Something."}]
+    _write_lines(place / "HuggingFaceH4/no_robots/train.jsonl", [{"messages": talk}] * 8)
+    gsm8k = [{"question": f"What is {n} + 7?", "answer": f"It is easy.\n#### {7 + n % 2}"} for n in range(8)]
+    _write_lines(place / "openai/gsm8k/train.jsonl", gsm8k)
+    card = "---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n"
+    (place / "openai/gsm8k/README.md").write_text(card)
+    return place
+
+
+def _write_lines(path: Path, rows: list) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    with running_server(place / NAME, base_model_name=NAME) as server:
+        yield server
+
+
+@pytest.fixture
+def recipe(place, server, tmp_path):
+    """recipe(name, **settings) -> (its metrics, one row a step; its last checkpoint)."""
+
+    def run(name: str, **settings) -> tuple[list[dict], dict]:
+        given = {"model_name": NAME, "log_path": tmp_path / "log", "batch_size": 2, "max_steps": 2, "lora_rank": 4}
+        arguments = [f"{key}={value}" for key, value in (given | settings).items()]
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TX_", "JAX"))}
+        environ |= {"TINKER_BASE_URL": server.base_url, "TINKER_API_KEY": KEY, "TINKER_TELEMETRY": "0"}
+        environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+        command = [f"{VENV}/bin/python", "-m", f"tinker_cookbook.recipes.{name}", *arguments]
+        done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, timeout=RECIPE_S)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return _lines(tmp_path / "log/metrics.jsonl"), _lines(tmp_path / "log/checkpoints.jsonl")[-1]
+
+    return run
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_sl_loop_trains_and_saves(recipe):
+    metrics, checkpoint = recipe("sl_loop", max_length=256)
+    losses = [row["train_mean_nll"] for row in metrics if "train_mean_nll" in row]
+    assert len(losses) == 2 and all(map(math.isfinite, losses)) and losses[1] < losses[0]
+    assert checkpoint["state_path"].startswith("tinker://") and checkpoint["sampler_path"].startswith("tinker://")
+
+
+@pytest.mark.parametrize("loss", ["loss_fn=default", "loss_fn=importance_sampling", "loss_fn=cispo", "loss_fn=gspo"])
+def test_rl_loop_samples_and_trains(recipe, server, place, tmp_path, loss):
+    """The policy answers 7 or 8 from the start, each as often, so that rewards differ."""
+    (tmp_path / "log").mkdir()
+    prepared = {"name": "prepared", "batch": 0, "state_path": state_that_answers(server, place)}
+    (tmp_path / "log/checkpoints.jsonl").write_text(json.dumps(prepared) + "\n")
+    chosen = {} if loss == "loss_fn=default" else {"loss_fn": loss.partition("=")[2]}
+    metrics, checkpoint = recipe("rl_loop", group_size=8, max_tokens=24, **chosen)
+    steps = [row for row in metrics if "reward/total" in row]
+    assert len(steps) == 2 and any(0 < row["reward/total"] < 1 for row in steps)
+    assert any(row.get("grad_norm", 0) > 0 for row in steps), "a step was taken"
+    assert checkpoint["name"] == "final"
+
+
+_state: dict[str, str] = {}
+
+
+def state_that_answers(server, place) -> str:
+    """A checkpoint, made once, of a policy that has learned to answer \\boxed{7} or \\boxed{8}."""
+    if server.base_url not in _state:
+        service = tinker.ServiceClient(base_url=server.base_url, api_key=KEY)
+        trainer = service.create_lora_training_client(base_model=NAME, rank=4).result()
+        for step in range(60):
+            data = [_answering(n, digit) for n in (2 * step % 8, (2 * step + 1) % 8) for digit in "78"]
+            result = trainer.forward_backward(data, "cross_entropy")
+            trainer.optim_step(tinker.AdamParams(learning_rate=5e-3)).result()
+            loss = result.result().metrics["loss:sum"] / len(data)
+            if loss < 1.2:  # of one answer; what must be left is the choice between two digits, log 2
+                break
+        assert loss < 1.2, f"the policy did not learn to answer: {loss}"
+        _state[server.base_url] = trainer.save_state("prepared").result().path
+    return _state[server.base_url]
+
+
+def _byte_tokens(text: str) -> list[int]:
+    """As `make_byte_tokenizer` numbers them: the characters that stand for bytes, sorted."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    order = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    ((pieces, _),) = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return [order[character] for character in pieces]
+
+
+def _answering(n: int, digit: str) -> tinker.Datum:
+    shot = (
+        f"User: How many r's are in strawberry?{QUESTION_SUFFIX}\n\nAssistant: Let's spell the word out and number all "
+        "the letters: 1) s 2) t 3) r 4) a 5) w 6) b 7) e 8) r 9) r 10) y. We have r's at positions 3, 8, and 9. "
+        "\\boxed{3}\n\n"
+    )
+    prompt = _byte_tokens(f"{shot}User: What is {n} + 7?{QUESTION_SUFFIX}\n\nAssistant:")
+    answer = _byte_tokens(f" \\boxed{{{digit}}}\n\nUser:")
+    tokens = prompt + answer
+    weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": tinker.TensorData(data=tokens[1:], dtype="int64", shape=[len(tokens) - 1]),
+            "weights": tinker.TensorData(data=weights, dtype="float32", shape=[len(weights)]),
+        },
+    )
