@@ -119,8 +119,13 @@ def test_broken_weights_are_named(folder, content, words):
 
 def test_defaults_of_transformers_are_taken(folder):
     (folder / "config.json").write_text(without("rms_norm_eps", "eos_token_id"))
-    assert from_config(model_folder.read_config(folder)).rms_norm_eps == 1e-6
+    assert from_config(model_folder.read_config(folder)).norm.eps == 1e-6
     assert base_model.read(str(folder), "", EngineConfig()).eos_token_ids == ()
+
+
+def test_sliding_windows_that_no_layer_has_are_taken(folder):
+    (folder / "config.json").write_text(without(use_sliding_window=True, sliding_window=64, max_window_layers=2))
+    check.check_folder(folder)
 
 
 # ---- the context
