@@ -233,6 +233,8 @@ def test_open_polls_do_not_hold_up_the_end(tiny_qwen3, tmp_path):
         assert server.stop() == 0
         assert time.monotonic() - began < 15
         assert all(poll.exception(timeout=5) for poll in polls)
+        for words in ("Traceback", "is lost", "Unable to initialize backend", "PyTorch was not found"):
+            assert words not in server.log(), "an orderly stop has nothing to complain of"
 
 
 def post(server, path: str, body: dict) -> dict:

@@ -91,6 +91,7 @@ class _Server:
     async def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        asyncio.get_running_loop().set_exception_handler(_handle_loop_error)
         app = wrap_app(self._watched_app, self.settings.wsgi_max_body_size, "asgi")
         try:
             await worker_serve(app, self.settings, sockets=self.sockets, shutdown_trigger=self.stop.wait)
@@ -124,6 +125,12 @@ class _Server:
             raise
         finally:
             self.stop.set()
+
+
+def _handle_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Connections that are cut off at the end are cancelled, and asyncio's streams (of 3.11) take that for an error."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 def _innermost(error: BaseException) -> BaseException:
