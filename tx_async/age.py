@@ -5,6 +5,7 @@ Recipients are native X25519 keys (`age1…`) or SSH public keys. Imported where
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,17 +28,20 @@ def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str
     """Every file as `NAME.age`, for all recipients; as they are when there are none."""
     if not recipients:
         return dict(files)
-    import pyrage
-
     keys = [_parse(recipient) for recipient in recipients]
+    pyrage = _pyrage()
     return {name + SUFFIX: pyrage.encrypt(data, keys) for name, data in files.items()}
 
 
 def _parse(recipient: str) -> Any:
-    import pyrage
-
+    pyrage = _pyrage()
     kind = pyrage.ssh.Recipient if recipient.startswith("ssh-") else pyrage.x25519.Recipient
     try:
         return kind.from_str(recipient)
     except pyrage.RecipientError as error:
         raise InvalidRequest(f"age_encryption_recipients: {recipient[:200]!r} is no recipient: {error}.") from None
+
+
+def _pyrage() -> Any:
+    """A compiled module, whose names type checkers do not see; not every server needs it."""
+    return importlib.import_module("pyrage")

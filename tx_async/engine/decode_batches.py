@@ -106,7 +106,8 @@ def prefill_batch(tiles: Sequence[Tile], rows: int, tile_tokens: int, layout: Ca
 
 def _tile_states(tiles: Sequence[Tile], rows: int) -> TileStates:
     """A sequence's rows stand together and in order; the last one leaves its state in the sequence's slot."""
-    states = TileStates(*np.zeros((4, rows), np.int32), np.zeros(rows, bool))
+    count, load, store, save = np.zeros((4, rows), np.int32)
+    states = TileStates(count, load, store, save, np.zeros(rows, bool))
     for row, tile in enumerate(tiles):
         states.count[row], states.load[row], states.save[row] = tile.stop - tile.start, tile.load, tile.save
         states.continues[row] = row > 0 and tiles[row - 1].sample is tile.sample

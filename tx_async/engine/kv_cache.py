@@ -67,7 +67,9 @@ class CacheLayout:
 
     def new_pools(self, model: CachedModel, dtype: Any, shardings: dict[str, NamedSharding] | None = None) -> Pools:
         lead = (model.cache_layers * self.num_pages, self.page_size)
-        shapes = {name: ((*lead, *shape), dtype) for name, shape in model.cache_shapes.items()}
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
+        for name, shape in model.cache_shapes.items():
+            shapes[name] = ((*lead, *shape), dtype)
         for name, (shape, wide) in model.state_shapes.items():
             shapes[name] = ((model.state_layers * self.num_slots, *shape), jnp.float32 if wide else dtype)
         return {
