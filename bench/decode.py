@@ -25,6 +25,7 @@ from machine import measure as measure_once
 
 from tx_async.engine.decode_batches import batch_sizes, decode_batch
 from tx_async.engine.decode_programs import Adapters
+from tx_async.engine.platform import current
 from tx_async.testing.models import make_qwen3
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     as_worker()
-    known = batch_sizes(64, jax.default_backend())
+    known = batch_sizes(64, current().decode_rows_max)
     if unknown := sorted(set(options.batch) - set(known)):
         parser.error(f"no program decodes {unknown} rows; there are {list(known)}")
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "bench"))

@@ -42,6 +42,7 @@ from tx_async.engine import compilation
 from tx_async.engine.decode_batches import bucket, prefill_rows
 from tx_async.engine.engine import JaxEngine
 from tx_async.engine.kv_cache import token_bytes
+from tx_async.engine.platform import current
 from tx_async.engine.sharding import tree_of
 from tx_async.layers.weights import Weight
 from tx_async.models.decoder import Decoder, Params
@@ -334,7 +335,7 @@ def main() -> None:
     table = Table(options.models, cases(options), options.budget, options.json)
     table.end_in_time()
     compilation.use_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "bench-jax"))
-    platform = jax.default_backend()
+    platform = current().name
     limits = Limits(
         Matmul(MATMUL_SIZE.get(platform, 8192), 8, DTYPE), Memory(MEMORY_BYTES.get(platform, 1 << 31), DTYPE)
     )

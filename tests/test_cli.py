@@ -1,5 +1,6 @@
 """The command line: what the operator can change is one line and exit code 2; a server starts and stops cleanly."""
 
+import json
 import os
 import shutil
 import signal
@@ -188,6 +189,28 @@ def test_doctor_finds_nothing_wrong_with_a_good_machine(tiny_qwen3, tmp_path):
     assert done.returncode == 0, done.stdout
     assert "Qwen3ForCausalLM" in done.stdout
     assert "platform cpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend", "code", "said"),
+    [
+        ("1", {}, 0, "usable"),
+        ("8", {"tensor_parallel_size": 8}, 0, "8 × 79.1 GiB"),
+        ("1", {"tensor_parallel_size": 8}, 2, "asks for 8 devices, there are 1"),
+        ("1", {"kv_cache_tokens": 10**12}, 2, "kv_cache_tokens"),
+    ],
+)
+def test_doctor_plans_for_devices_that_are_not_here(devices, backend, code, said, tiny_qwen3, tmp_path):
+    """From config.json alone: neither weights nor a tokenizer lie in the folder."""
+    shutil.copy(tiny_qwen3 / "config.json", tmp_path)
+    flags = ("--base-model", str(tmp_path), "--backend-config", json.dumps(backend))
+    done = run("doctor", "--device", "h100", "--devices", devices, *flags)
+    assert (done.returncode, said in done.stdout) == (code, True), done
+
+
+def test_doctor_names_the_devices_that_it_knows(tmp_path):
+    done = run("doctor", "--device", "abacus", "--base-model", str(tmp_path))
+    assert done.returncode == 2 and "h100" in done.stderr
 
 
 def test_doctor_says_what_is_wrong(tmp_path):

@@ -319,14 +319,17 @@ def _add_doctor(commands: Any) -> None:
         help="look for what would keep the server from running",
         description="Checks this machine and the settings.",
     )
+    command.add_argument("--device", default="", help="print the memory plan of another machine: h100 …")
+    command.add_argument("--devices", type=int, default=0, help="how many of them there are")
     _add_config_flags(command)
     command.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from tx_async.doctor import run
+    from tx_async.doctor import run, run_plan
 
-    return run(_load_config(args))
+    config = _load_config(args)
+    return run_plan(config, args.device, args.devices) if args.device else run(config)
 
 
 def _add_schemas(commands: Any) -> None:

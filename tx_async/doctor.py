@@ -16,13 +16,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from tx_async import base_model
 from tx_async.config import ServerConfig
-from tx_async.errors import TxError
+from tx_async.engine.devices import GPU_BYTES, usable
+from tx_async.errors import ConfigError, TxError
 from tx_async.serve import check_exposure
 
 JAX_S = 120
@@ -40,6 +41,42 @@ print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in 
 class Finding(Struct, frozen=True):
     state: Literal["ok", "warning", "problem"]
     text: str
+
+
+def run_plan(config: ServerConfig, device: str, devices: int) -> int:
+    """Print what the memory of each of `devices` devices of that name would be for, from the base model's
+    `config.json` alone: no weights, no such device and nothing of its packages is needed. 2 when it does not fit.
+
+    devices: 0 = as many as the parallel sizes in backend_config ask for. Raises `ConfigError`, `BaseModelError`.
+    """
+    planned, wanted = _plan(config, device), _devices_of(config)
+    print(f"{device}, {devices or wanted} × {GPU_BYTES[device] / 2**30:.1f} GiB; each device:")
+    print("\n".join(planned.lines()))
+    if devices and wanted > devices:
+        print(f"backend_config asks for {wanted} devices, there are {devices}: lower its parallel sizes.")
+    if devices > wanted:
+        print(
+            f"{devices - wanted} devices would be idle: raise tensor_parallel_size or another size in backend_config."
+        )
+    return 0 if planned.fits and not 0 < devices < wanted else 2
+
+
+def _plan(config: ServerConfig, device: str) -> Any:
+    if device not in GPU_BYTES:
+        raise ConfigError(f"--device {device} is not known; known: {', '.join(GPU_BYTES)}.")
+    if not config.base_model:
+        raise ConfigError("Nothing to plan for: set TX_BASE_MODEL or --base-model to a folder or hub name.")
+    from tx_async.engine import memory_plan, platform
+    from tx_async.models.load import from_config, read_config
+
+    served = config.backend_config.max_context_length
+    model = from_config(read_config(base_model.resolve(config.base_model)), served)
+    return memory_plan.plan(model, config.backend_config, platform.ACCELERATOR, usable(device))
+
+
+def _devices_of(config: ServerConfig) -> int:
+    sizes = config.backend_config
+    return sizes.tensor_parallel_size * sizes.expert_parallel_size * sizes.fully_sharded_data_parallel_size
 
 
 def run(config: ServerConfig) -> int:
@@ -82,7 +119,7 @@ def _jax(_: ServerConfig) -> Finding:
     text = f"{version}, platform {device_platform}: {', '.join(sorted(set(kinds)))} × {len(kinds)}"
     if product != 64:
         return Finding("problem", f"{text}, but a 64 × 64 product of ones is {product}, not 64")
-    if device_platform == "cpu" and shutil.which("nvidia-smi"):
+    if device_platform not in ("gpu", "tpu") and shutil.which("nvidia-smi"):
         return Finding("warning", f"{text}; there is an NVIDIA GPU: pip install 'tx-async[gpu]'")
     return Finding("ok", text)
 

@@ -5,10 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tx_async.engine.adapter_slots import TrainingState, read_state
-from tx_async.engine.optimizer import Adam, global_norm, not_taken_because, optim_step
+from tx_async.engine.optimizer import Adam, adamw, global_norm, not_taken_because, optim_step
 from tx_async.testing.engine_bench import assert_same_bits
 from tx_async.wire.worker import AdamParams
 
@@ -90,6 +91,39 @@ def test_a_hundred_steps_follow_torch(case):
     moments = optimizer.state[parameter]
     np.testing.assert_allclose(vector(state.m), moments["exp_avg"].numpy(), rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(vector(state.v), moments["exp_avg_sq"].numpy(), rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_chain_walks_beside_optax_adamw(case):
+    """Hyperparameters as data on one side, constants of the transformation on the other; torch clips with an epsilon
+    that optax does not have."""
+    params = CASES[case]
+    ours, adam = adamw(), Adam.of(params)
+    clip = optax.clip_by_global_norm(params.grad_clip_norm) if params.grad_clip_norm else optax.identity()
+    theirs = optax.chain(
+        clip,
+        optax.adamw(params.learning_rate, params.beta1, params.beta2, params.eps, weight_decay=params.weight_decay),
+    )
+    rng = np.random.default_rng(1)
+    mine = other = {"a": jnp.asarray(rng.standard_normal(32, np.float32)), "b": jnp.ones((2, 3))}
+
+    @jax.jit
+    def both(mine, state, other, other_state, gradients, step):
+        updates, state = ours.update(gradients, state, mine, adam=adam, norm=global_norm(gradients), step=step)
+        more, other_state = theirs.update(gradients, other_state, other)
+        return optax.apply_updates(mine, updates), state, optax.apply_updates(other, more), other_state
+
+    state, other_state = jax.jit(ours.init)(mine), jax.jit(theirs.init)(other)
+    for step in range(1, 21):
+        gradients = jax.tree.map(lambda w: rng.standard_normal(w.shape, np.float32), mine)
+        mine, state, other, other_state = both(mine, state, other, other_state, gradients, np.int32(step))
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_the_parts_of_the_chain_have_names():
+    state = adamw().init({"a": jnp.ones(2)})
+    assert list(state) == ["clip_by_global_norm", "scale_by_adam", "scale_by_learning_rate", "add_decayed_weights"]
 
 
 def test_beta2_of_0_999_is_not_rounded_to_one():

@@ -30,8 +30,14 @@ def test_every_form_gives_the_plain_products(form, group):
 
 
 def test_the_form_is_chosen_by_shapes():
-    assert of_one_token(pool_of(4, 16), group=2) is IN_PLACE
-    assert of_one_token(pool_of(4, 12), group=2) is BLOCK_DIAGONAL  # features that do not fill a CPU's lanes
-    assert of_one_token(pool_of(4, 16), group=4) is BLOCK_DIAGONAL
-    assert of_one_token(pool_of(16, 16), group=4) is PLAIN
-    assert of_one_token(pool_of(1, 16), group=16) is PLAIN
+    assert of_one_token(pool_of(4, 16), group=2, in_place=True) is IN_PLACE
+    assert (
+        of_one_token(pool_of(4, 12), group=2, in_place=True) is BLOCK_DIAGONAL
+    )  # features that do not fill a CPU's lanes
+    assert of_one_token(pool_of(4, 16), group=4, in_place=True) is BLOCK_DIAGONAL
+    assert of_one_token(pool_of(16, 16), group=4, in_place=True) is PLAIN
+    assert of_one_token(pool_of(1, 16), group=16, in_place=True) is PLAIN
+
+
+def test_an_accelerator_never_reads_pages_in_place():
+    assert of_one_token(pool_of(4, 16), group=2, in_place=False) is BLOCK_DIAGONAL

@@ -4,7 +4,6 @@ import threading
 
 import numpy as np
 
-from tx_async.engine.sharding import is_one_cpu
 from tx_async.engine.streams import OwnStream
 from tx_async.testing.engine_bench import assert_same_bits, micro_batch, segment
 from tx_async.wire.worker import AdmitSequences, SampleQuantum, SequenceSpec
@@ -62,10 +61,6 @@ def test_side_by_side_gives_the_same_bits_as_one_after_the_other(make_bench):
     assert_same_bits(trained, both[0])
     assert_same_bits(sampled, both[1])
     assert_same_bits(alone.state(0), together.state(0))
-
-
-def test_nothing_overlaps_on_a_mesh():
-    assert not is_one_cpu(mesh=object())
 
 
 def test_an_error_on_a_stream_reaches_the_caller():

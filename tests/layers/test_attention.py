@@ -53,7 +53,7 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 @pytest.fixture(params=[16, 64, 256], ids=lambda size: f"blocks of {size}")
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(attention, "_block_size", lambda length: request.param)
+    monkeypatch.setattr(attention, "BLOCK", request.param)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tx_async.layers.linear import joined
+from tx_async.layers.cpu import joined
 from tx_async.layers.mlp import gated
 from tx_async.layers.norm import rms_norm
 

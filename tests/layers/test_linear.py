@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tx_async.layers.linear import OutFirst, product
+from tx_async.layers.cpu import OutFirst
+from tx_async.layers.linear import product
 
 
 @pytest.mark.parametrize("lead", [(16,), (4, 1), (2, 3)])

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from tx_async.scheduler.training.placement import MICRO_BATCH_OVERHEAD, Contents, Placement
+from tx_async.scheduler.training.placement import Contents, Placement
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 
 
 def placement_of(sizes: list[int]) -> Placement:
-    return Placement(sizes, LENGTHS, preferred=1024)
+    return Placement(sizes, LENGTHS, preferred=1024, overhead=25)
 
 
 def mixed(seed: int) -> list[int]:
@@ -17,7 +17,7 @@ def mixed(seed: int) -> list[int]:
 
 
 def cost(placement: Placement, contents: Contents) -> int:
-    return sum(placement.length_of(content) + MICRO_BATCH_OVERHEAD for content in contents)
+    return sum(placement.length_of(content) + placement.overhead for content in contents)
 
 
 def test_rows_of_mixed_sizes_are_nearly_full():

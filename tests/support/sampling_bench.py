@@ -14,6 +14,7 @@ import numpy as np
 from tests.support import parity
 from tx_async.engine.adapter_slots import pad
 from tx_async.engine.decode import SamplingEngine
+from tx_async.engine.platform import current
 from tx_async.engine.streams import SameStream
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, init_weights, layer_slice
@@ -90,6 +91,7 @@ class SamplingBench:
             self.weights,
             jnp.asarray(self.scale),
             SameStream(),
+            current(),
         )
         self._forward = jax.jit(partial(_logprobs, self.model))
         self.outcomes: dict[int, Outcome] = {}

@@ -120,8 +120,21 @@ class Router:
             workers_attaching=sum(not group.is_ready for group in groups),
             commands_in_flight=sum(len(group.in_flight) for group in groups),
             arena_used_bytes=sum(group.inbox.used_bytes for group in groups if group.inbox),
+            **self._planned_memory(),
             compilations=sum(member.num_compilations for _, member in self._peers.values()),
         )
+
+    def _planned_memory(self) -> dict[str, float]:
+        infos = [member.info for _, member in self._peers.values() if member.info]
+        of = lambda *names: max(  # noqa: E731
+            (sum(part.num_bytes for part in info.memory if part.name in names) for info in infos), default=0
+        )
+        return {
+            "memory_weights_bytes": of("weights"),
+            "memory_slots_bytes": of("training slots", "samplers"),
+            "memory_temporaries_bytes": of("temporaries"),
+            "memory_kv_cache_bytes": of("KV cache"),
+        }
 
     @property
     def runtime(self) -> RuntimeDirectory:

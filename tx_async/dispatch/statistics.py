@@ -32,5 +32,13 @@ class RouterStatistics(Struct, frozen=True, kw_only=True):
     """Shared memory in use for tensors that are on their way."""
     malformed_messages: Counter
     """Messages that could not be read."""
+    memory_weights_bytes: Gauge
+    """Planned on each device of the attached workers for the base model; 0 where no plan was made, as on a CPU."""
+    memory_slots_bytes: Gauge
+    """Planned for training slots and samplers."""
+    memory_temporaries_bytes: Gauge
+    """Planned for the temporaries of the largest program."""
+    memory_kv_cache_bytes: Gauge
+    """Planned for keys and values of sequences and cached prefixes."""
     compilations: Gauge
     """Programs that the attached workers have compiled or loaded from the compilation cache."""

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from tx_async.layers.lora import LoraTarget, LoraWeights, init_weights
+from tx_async.engine.allocation import Allocate, on_device
+from tx_async.layers.lora import LoraTarget, LoraWeights, by_path, init_weights
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 Targets = dict[str, dict[str, LoraTarget]]
@@ -38,14 +40,16 @@ class TrainingState(NamedTuple):
     """int32: optimizer steps taken."""
 
 
-def zeros(targets: Targets, num_slots: int, rank: int, sharding: Any = None) -> TrainingState:
+def zeros(
+    targets: Targets, num_slots: int, rank: int, sharding: Any = None, allocate: Allocate = on_device
+) -> TrainingState:
     """sharding: a `TrainingState` of shardings; None is the default device."""
 
     def make() -> TrainingState:
         weights, m, v, gradients = (init_weights(targets, num_slots, rank) for _ in range(4))
         return TrainingState(weights, m, v, gradients, jnp.zeros(num_slots, jnp.int32))
 
-    return jax.jit(make, out_shardings=sharding)()
+    return allocate(make, sharding)
 
 
 def slot_bytes(targets: Targets, rank: int) -> int:
@@ -65,9 +69,7 @@ def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraW
         sizes[1], sizes[axis] = 1, sizes[axis] if rank is None else rank
         return jax.lax.dynamic_slice(x, at(slot, x), sizes).squeeze(1)
 
-    return {
-        name: {matrix: (read(a, -1), read(b, -2)) for matrix, (a, b) in pairs.items()} for name, pairs in stack.items()
-    }
+    return by_path(lambda _, ab: (read(ab[0], -1), read(ab[1], -2)), stack)
 
 
 def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
@@ -118,16 +120,16 @@ class Creation(NamedTuple):
 
 def create_adapter(targets: Targets, state: TrainingState, slot: Array, creation: Creation) -> TrainingState:
     """Clear a slot and put a new adapter in it: A ~ U(±1/√in), B = 0, everything else zero."""
-    weights = jax.tree.map(jnp.zeros_like, read_slot(state.weights, slot))
-    leads = {(stack, name): a.shape[:-1] for stack, names in weights.items() for name, (a, _) in names.items()}
-    rank = jax.tree.leaves(weights)[0].shape[-1]
-    draws = iter(_draws(creation, list(leads.values()), rank))
+    pairs: dict[Any, Any] = flatten_dict(jax.tree.map(jnp.zeros_like, read_slot(state.weights, slot)))
+    rank = jax.tree.leaves(pairs)[0].shape[-1]
     live = jnp.arange(rank) < creation.rank
-    for stack, name in leads:
-        target = targets[stack][name]
-        a = jnp.where(live & creation.groups[target.group], next(draws) * target.in_features**-0.5, 0.0)
-        weights[stack][name] = (a, weights[stack][name][1])
-    return load_weights(state, slot, weights)
+    described: dict[Any, Any] = flatten_dict(targets)
+    draws = _draws(creation, [a.shape[:-1] for a, _ in pairs.values()], rank)
+    for (path, (_, b)), draw in zip(pairs.items(), draws, strict=True):
+        target = described[path]
+        a = jnp.where(live & creation.groups[target.group], draw * target.in_features**-0.5, 0.0)
+        pairs[path] = (a, b)
+    return load_weights(state, slot, unflatten_dict(pairs))
 
 
 def _draws(creation: Creation, shapes: list[tuple[int, ...]], rank: int) -> list[Array]:
@@ -149,10 +151,7 @@ def _draws(creation: Creation, shapes: list[tuple[int, ...]], rank: int) -> list
 
 def trim(weights: LoraWeights, rank: int) -> HostWeights:
     """The first `rank` columns of A and rows of B: all that is not padding."""
-    return {
-        stack: {name: (np.asarray(a)[..., :rank], np.asarray(b)[..., :rank, :]) for name, (a, b) in names.items()}
-        for stack, names in weights.items()
-    }
+    return by_path(lambda _, ab: (np.asarray(ab[0])[..., :rank], np.asarray(ab[1])[..., :rank, :]), weights)
 
 
 def pad(targets: Targets, weights: HostWeights, rank: int) -> HostWeights:
@@ -164,12 +163,14 @@ def pad(targets: Targets, weights: HostWeights, rank: int) -> HostWeights:
             wide[tuple(slice(n) for n in x.shape)] = x
         return wide
 
-    def pair(stack: str, name: str, shapes: tuple[Any, Any]) -> tuple[Any, Any]:
-        a, b = weights.get(stack, {}).get(name, (None, None))
-        return widen(shapes[0], a), widen(shapes[1], b)  # type: ignore[arg-type]
+    given: dict[Any, Any] = flatten_dict(weights)
+
+    def pair(path: tuple[str, ...], shapes: tuple[Any, Any]) -> tuple[Any, Any]:
+        a, b = given.get(path, (None, None))
+        return widen(shapes[0], a), widen(shapes[1], b)
 
     shapes = jax.eval_shape(lambda: read_slot(init_weights(targets, 1, rank), jnp.int32(0)))
-    return {stack: {name: pair(stack, name, ab) for name, ab in names.items()} for stack, names in shapes.items()}
+    return by_path(pair, shapes)
 
 
 def lora_scale(rank: int) -> float:
@@ -179,9 +180,11 @@ def lora_scale(rank: int) -> float:
 class SamplerSlots:
     """Adapter versions that are sampled. Both fields are replaced, never changed: running quanta may read them."""
 
-    def __init__(self, targets: Targets, num_slots: int, rank: int, sharding: Any = None):
+    def __init__(
+        self, targets: Targets, num_slots: int, rank: int, sharding: Any = None, allocate: Allocate = on_device
+    ):
         """sharding: `LoraWeights` of shardings; None is the default device."""
-        self.weights: LoraWeights = jax.jit(partial(init_weights, targets, num_slots, rank), out_shardings=sharding)()
+        self.weights: LoraWeights = allocate(partial(init_weights, targets, num_slots, rank), sharding)
         #: fp32 [slots], on the host: data of each quantum
         self.scale: Any = np.zeros(num_slots, np.float32)
 

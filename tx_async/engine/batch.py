@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 from tx_async.engine.adapter_slots import lora_scale
 from tx_async.wire.worker import TRAIN_TENSORS, TrainMicroBatch
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@struct.dataclass
 class RowBatch:
     """R packed rows of L positions; the tensors of `TrainMicroBatch`, and which adapter each row trains."""
 

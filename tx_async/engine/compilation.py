@@ -19,8 +19,9 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
+from tx_async.engine import platform
 from tx_async.engine.executables import Executables
 from tx_async.private import make_folder
 
@@ -117,8 +118,11 @@ class Program:
             self._compiled = kept.get(self._bound, self._decides, self._make) if kept else self._make()
             log.info("The program %s is there after %.1f s", self.name, time.monotonic() - began)
 
+    def lower(self) -> Lowered:
+        return self._function.lower(*self._shapes)
+
     def _make(self) -> Compiled:
-        compiled = self._function.lower(*self._shapes).compile(self._options)
+        compiled = self.lower().compile(self._options)
         _refuse_untrusted(self.name, compiled)
         return compiled
 
@@ -142,7 +146,7 @@ def _shapes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _refuse_untrusted(name: str, compiled: Any) -> None:
     """gloo's reduce-scatter has returned wrong values: no program of several processes on CPU may hold one."""
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    if jax.process_count() > 1 and not platform.current().reduce_scatter:
         assert "reduce-scatter(" not in compiled.as_text(), f"{name} uses a reduce-scatter"
 
 
@@ -150,11 +154,9 @@ def _refuse_untrusted(name: str, compiled: Any) -> None:
 def row_independent() -> dict[str, Any] | None:
     """Compiler options with which a CPU sums a row the same way whatever number of rows stands around it.
 
-    XLA hands larger reductions to a library that adds in another order. None where that is not so, or not to be chosen.
+    XLA hands larger reductions to a library that adds in another order. None where that is not to be chosen.
     """
     options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
-    if jax.default_backend() != "cpu":
-        return None
     try:
         jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile(options)
     except jax.errors.JaxRuntimeError:

@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tx_async.engine import decode_programs as programs
+from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.compilation import Program, row_independent
 from tx_async.engine.decode_batches import (
     PREFILL_ROWS,
@@ -33,11 +34,19 @@ from tx_async.engine.decode_batches import (
     score_batches,
 )
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX, Adapters, Decoded
-from tx_async.engine.kv_cache import CacheLayout, Pools, copy_pages, pool_shardings, state_bytes, token_bytes
+from tx_async.engine.kv_cache import (
+    CACHE_PART,
+    CacheLayout,
+    Pools,
+    copy_pages,
+    pool_shardings,
+    state_slots,
+    token_bytes,
+)
+from tx_async.engine.platform import Platform
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
-from tx_async.engine.sharding import is_one_cpu
 from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
@@ -46,16 +55,8 @@ from tx_async.layers.lora import LoraWeights
 from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequenceSpec
 from tx_async.worker.engine_api import Pending, Reply
 
-DECODE_STEPS = {"cpu": 4}
-"""Steps of one quantum, 16 elsewhere: a newcomer waits for one or two quanta, and on a CPU a step is long."""
-PREFILL_TOKENS = {"cpu": 256}
-"""Prompt tokens of one quantum, 1,024 elsewhere."""
-CACHE_PART = 4
-"""The KV cache takes one part in so many of a device's memory."""
 CACHE_BYTES = 1 << 30
 """Size of the KV cache where the device does not say how much memory it has."""
-MIN_STATES = 4
-"""Sequences of a recurrent model that always may run at once."""
 COPY_BYTES_MAX = 4 << 30
 """Most weights that a CPU keeps a second time, laid out for decoding. Its programs hold every layer of such a model."""
 
@@ -84,28 +85,30 @@ class SamplingEngine:
         lora_weights: LoraWeights,
         lora_scale: Array,
         stream: Stream,
+        platform: Platform,
+        allocate: Allocate = on_device,
     ):
         """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer; stream: what
         every program of sampling is dispatched on."""
-        self.model, self.context, self.folder = model, context, folder
+        self.model, self.context, self.folder, self.platform = model, context, folder, platform
         self.use_params(params)
         self.stream = stream
         self.num_sequences_max = config.sample_max_num_sequences
-        self.decode_steps = config.decode_steps or DECODE_STEPS.get(jax.default_backend(), 16)
-        self.prefill_tokens = config.prefill_chunk_tokens or PREFILL_TOKENS.get(jax.default_backend(), 1024)
+        self.decode_steps = config.decode_steps or platform.decode_steps
+        self.prefill_tokens = config.prefill_chunk_tokens or platform.prefill_tokens
         dtype = jax.tree.leaves(params)[0].dtype
         self.layout = CacheLayout.plan(
-            _cache_tokens(model, dtype, config, context), config.kv_page_size, context, jax.default_backend()
+            _cache_tokens(model, dtype, config, context), config.kv_page_size, context, platform
         )
-        num_states, num_snapshots = _state_slots(model, dtype, config)
+        num_states, num_snapshots = state_slots(model, dtype, config, _cache_bytes())
         self.layout = replace(self.layout, num_slots=1 + num_states + num_snapshots if num_states else 0)
         mesh = model.mesh
         #: of results: every device has them whole; None without a mesh
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._pool_shardings = pool_shardings(model, mesh) if mesh else None
         #: page pools on the device; replaced by every dispatch
-        self.pools: Pools = self.layout.new_pools(model, dtype, self._pool_shardings)
-        self._batch_sizes = batch_sizes(self.num_sequences_max, jax.default_backend())
+        self.pools: Pools = self.layout.new_pools(model, dtype, self._pool_shardings, allocate)
+        self._batch_sizes = batch_sizes(self.num_sequences_max, platform.decode_rows_max)
         self.sequences = Sequences(
             PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache),
             num_states or self.num_sequences_max,
@@ -126,7 +129,13 @@ class SamplingEngine:
     def use_params(self, params: Any) -> None:
         self.params = params
         #: the same weights, where steps of few tokens want them laid out in another way
-        self.decode_params = _for_decoding(self.model, params)
+        self.decode_params = self._for_decoding(params)
+
+    def _for_decoding(self, params: Any) -> Any:
+        if not self.platform.copies_weights or self.model.mesh is not None:
+            return params
+        fits = sum(array.nbytes for array in jax.tree.leaves(params)) <= COPY_BYTES_MAX
+        return self.model.for_decoding(params) if fits else params
 
     # ---- commands
 
@@ -277,17 +286,17 @@ class SamplingEngine:
 
     def _list_programs(self, lora_weights: LoraWeights, lora_scale: Array) -> Iterator[Program]:
         """Every program of the sampling half: no input ever needs another one."""
-        program = partial(Program, options=row_independent())
+        program = partial(Program, options=row_independent() if self.platform.same_sums_in_every_batch else None)
         adapters = partial(Adapters.of, lora_weights, lora_scale)
         and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
 
-        function = partial(programs.decode, self.model, self.layout, self.decode_steps)
+        function = partial(programs.decode, self.platform, self.model, self.layout, self.decode_steps)
         for rows in self._batch_sizes:
             batch = decode_batch([], rows, self.layout)
             arguments = (self.decode_params, adapters(batch.adapter), self.pools, batch, np.int32(0))
             yield program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
 
-        function, tile_tokens = partial(programs.prefill, self.model, self.layout), self.layout.page_size
+        function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.layout.page_size
         for rows in PREFILL_ROWS:
             batch = prefill_batch([], rows, tile_tokens, self.layout)
             arguments = (self.params, adapters(batch.adapter), self.pools, batch)
@@ -297,7 +306,8 @@ class SamplingEngine:
             shape, scores = (rows * tile_tokens, self.model.hidden_size), empty_scores()
             hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
             arguments = (self.params, adapters(scores.adapter), hidden, scores)
-            yield program(f"score {rows}", programs.score, arguments, out_shardings=self._replicated)
+            function = partial(programs.score, self.platform)
+            yield program(f"score {rows}", function, arguments, out_shardings=self._replicated)
 
         pages = np.zeros(self.num_sequences_max, np.int32)
         kinds = {"copy pages": (self.layout.num_pages, tuple(self.model.cache_shapes))}
@@ -309,25 +319,10 @@ class SamplingEngine:
             yield program(name, function, arguments, donate=(0,), out_shardings=self._pool_shardings)
 
 
-def _for_decoding(model: Any, params: Any) -> Any:
-    fits = sum(array.nbytes for array in jax.tree.leaves(params)) <= COPY_BYTES_MAX
-    return model.for_decoding(params) if is_one_cpu(model.mesh) and fits else params
-
-
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:
     if config.kv_cache_tokens:
         return config.kv_cache_tokens
     return min(config.sample_max_num_sequences * context, _cache_bytes() // token_bytes(model, dtype))
-
-
-def _state_slots(model: Any, dtype: Any, config: EngineConfig) -> tuple[int, int]:
-    """(of running sequences, of snapshots): as many as may run, and as many again, while each of the two takes no more
-    than a quarter of what the KV cache may take. A model without recurrent layers has none."""
-    if not model.state_layers:
-        return 0, 0
-    fit = max(MIN_STATES, _cache_bytes() // 4 // state_bytes(model, dtype))
-    count = min(config.sample_max_num_sequences, fit)
-    return count, count if config.prefix_cache else 0
 
 
 def _cache_bytes() -> int:

@@ -20,8 +20,6 @@ SCORE_ROWS = 128
 """Prompt positions that one scoring call handles."""
 BATCHES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows of a decode call. One row alone would meet another matrix kernel, and round otherwise, than in company."""
-CPU_BATCH_MAX = 16
-"""Up to here a CPU's kernels give every row the same bits in every batch; larger batches are no faster per row."""
 PREFILL_ROWS = (4, 16, 64)
 INT32_MAX = 2**31 - 1
 """A top_k beyond it is beyond every vocabulary, and so no limit either."""
@@ -50,9 +48,10 @@ class Piece:
     count: int
 
 
-def batch_sizes(num_sequences_max: int, platform: str) -> tuple[int, ...]:
-    """Ascending; of more sequences than the last one some decode in one quantum, others in the next."""
-    most = max(BATCHES[0], min(num_sequences_max, CPU_BATCH_MAX) if platform == "cpu" else num_sequences_max)
+def batch_sizes(num_sequences_max: int, rows_max: int) -> tuple[int, ...]:
+    """Ascending; of more sequences than the last one some decode in one quantum, others in the next. rows_max: of the
+    platform, 0 = no limit."""
+    most = max(BATCHES[0], min(num_sequences_max, rows_max or num_sequences_max))
     return (*(size for size in BATCHES if size < most), most)
 
 

@@ -16,8 +16,10 @@ from jax import Array
 from tx_async.engine.adapter_slots import lora_scale
 from tx_async.engine.kv_cache import CacheLayout, Pools
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, TileStates
+from tx_async.engine.platform import Platform
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logsumexp, sample, stream_key
-from tx_async.layers.linear import OutFirst, product
+from tx_async.layers.cpu import LowRankActive, OutFirst
+from tx_async.layers.linear import product
 from tx_async.layers.lora import LOW_RANK, LoraActive, LoraWeights, layer_slice, tiles
 from tx_async.models.decoder import unembedding
 
@@ -40,10 +42,10 @@ class Adapters(NamedTuple):
     tile_adapter: Data
     num_tiles: Data
 
-    def for_rows(self, row_adapter: Data) -> LoraActive:
-        # What a CPU waits for is reading the adapters; an accelerator would rather not branch in every layer.
-        low_rank = self.scale >= lora_scale(LOW_RANK) if jax.default_backend() == "cpu" else None
-        return LoraActive(*self, row_adapter, low_rank)
+    def for_rows(self, platform: Platform, row_adapter: Data) -> LoraActive:
+        if platform.low_rank_programs:
+            return LowRankActive(*self, row_adapter, self.scale >= lora_scale(LOW_RANK), LOW_RANK)
+        return LoraActive(*self, row_adapter)
 
     @classmethod
     def of(cls, weights: LoraWeights, scale: Data, row_adapter: np.ndarray) -> Adapters:
@@ -130,20 +132,27 @@ class Decoded(NamedTuple):
 
 
 def prefill(
-    model: Any, layout: CacheLayout, params: Any, adapters: Adapters, pools: Pools, batch: PrefillBatch
+    platform: Platform,
+    model: Any,
+    layout: CacheLayout,
+    params: Any,
+    adapters: Adapters,
+    pools: Pools,
+    batch: PrefillBatch,
 ) -> tuple[Array, Pools]:
     """Write the rows' keys and values; -> (hidden [R * L, D], pools)."""
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     attend = PagedAttention(layout, batch.tables, positions, batch.alive, batch.states)
-    hidden, pools = model.forward(params, adapters.for_rows(batch.adapter), batch.tokens, positions, attend, pools)
+    lora = adapters.for_rows(platform, batch.adapter)
+    hidden, pools = model.forward(params, lora, batch.tokens, positions, attend, pools)
     return hidden.reshape(-1, hidden.shape[-1]), pools
 
 
 def score(
-    params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
+    platform: Platform, params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """-> log-probabilities of the next tokens [T]; top-k ids and theirs; the targets'; alternatives' ids and theirs."""
-    logits = unembed(params, adapters.for_rows(batch.adapter), hidden[batch.row])
+    logits = unembed(params, adapters.for_rows(platform, batch.adapter), hidden[batch.row])
     lse = logsumexp(logits)
     topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
     alternatives = jax.lax.cond(
@@ -172,6 +181,7 @@ def _alternatives(logits: Array, batch: ScoreBatch) -> Array:
 
 
 def decode(
+    platform: Platform,
     model: Any,
     layout: CacheLayout,
     max_steps: int,
@@ -183,7 +193,7 @@ def decode(
 ) -> tuple[Decoded, Pools]:
     """At most `num_steps` ≤ max_steps tokens for every row; ends early when every row has ended."""
     rows = batch.token.shape[0]
-    lora = adapters.for_rows(batch.adapter)
+    lora = adapters.for_rows(platform, batch.adapter)
     choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index))
     topk = min(TOPK_MAX, model.vocab_size)
     out = Decoded(

@@ -7,7 +7,7 @@ on another thread. Training lives here; sampling in `decode.py`; each program in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,19 +16,23 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from msgspec import structs
 
-from tx_async.engine import adapter_slots, batch, compilation, mesh, optimizer, train
+from tx_async.engine import adapter_slots, batch, compilation, memory_plan, mesh, optimizer, platform, train
 from tx_async.engine.adapter_slots import Creation, SamplerSlots, TrainingState, pad
+from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.batch import RowBatch, row_batch
 from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.decode_batches import bucket
 from tx_async.engine.executables import Executables
+from tx_async.engine.memory_plan import MemoryPlan
 from tx_async.engine.optimizer import Adam, StepOutcome, not_taken_because
-from tx_async.engine.sharding import is_one_cpu
+from tx_async.engine.platform import Platform
+from tx_async.engine.row_shapes import preferred_row_length, row_shapes
 from tx_async.engine.streams import OwnStream, SameStream
-from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
+from tx_async.errors import ConfigError, InvalidRequest, NonFiniteGradients, TxError
 from tx_async.fingerprint import fingerprint
 from tx_async.layers.lora import LOW_RANK
 from tx_async.models.decoder import Decoder
@@ -38,12 +42,9 @@ from tx_async.wire import worker as wire
 from tx_async.wire.worker import EngineConfig, EngineInfo, Welcome
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
-SHORTEST_ROW = 32
-PREFERRED_ROW = 1024
-"""Packed rows are filled up to this length; only a longer sequence needs a longer row."""
 TARGETS_PER_TOKEN = (1, 8, 32, 128)
 REMAT_TOKENS = 16_384
-"""Micro-batches of more tokens recompute each layer in the backward pass, whatever `gradient_checkpointing` says."""
+"""Where nobody planned the memory, micro-batches of more tokens recompute each layer in the backward pass."""
 
 log = logging.getLogger(__name__)
 
@@ -53,16 +54,31 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     config = welcome.engine
     compilation.use_cache(config.compilation_cache_dir)
     devices = mesh.build(config, welcome.process_id, progress)
-    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    here = platform.current()
+    dtype = config.dtype or here.dtype
     folder = fetch(welcome.base_model)
     model, params = load_model(folder, dtype, progress, devices, config.max_context_length)
     store = Store(welcome.checkpoints_base, welcome.storage_id)
-    engine = JaxEngine(model, params, config, folder, store, fingerprint(folder))
-    if config.compilation_cache_dir and is_one_cpu(model.mesh):
+    planned = planned_memory(model, config, here)
+    engine = JaxEngine(model, params, config, folder, store, fingerprint(folder), here, planned)
+    if config.compilation_cache_dir and here.keeps_executables and model.mesh is None:
         engine.keep_executables(Executables(Path(config.compilation_cache_dir) / "executables"))
     if config.compile_ahead:
         engine.compile_ahead(progress)
     return engine
+
+
+def planned_memory(model: Decoder, config: EngineConfig, here: Platform) -> MemoryPlan | None:
+    """What this device's memory is for, in the log; None where it does not say how much it has, as a CPU does not.
+    Raises `ConfigError` that names the setting to change where it does not fit."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    if not memory:
+        return None
+    planned = memory_plan.plan(model, config, here, memory)
+    log.info("memory of each device:\n%s", "\n".join(planned.lines()))
+    if not planned.fits:
+        raise ConfigError(planned.problem)
+    return planned
 
 
 class JaxEngine:
@@ -76,12 +92,23 @@ class JaxEngine:
         folder: Path,
         store: Store,
         base_model_digest: str = "",
+        on: Platform | None = None,
+        planned: MemoryPlan | None = None,
+        allocate: Allocate = on_device,
     ):
-        """folder: of the base model; base_model_digest: of what it holds, for hosts that must have the same."""
+        """folder: of the base model; base_model_digest: of what it holds, for hosts that must have the same; on: the
+        platform, None = where JAX runs; planned: what its memory is for, None = as configured; allocate: how arrays
+        are made."""
+        self.platform = on or platform.current()
         self._counter = CompilationCounter()
         self.base_model_digest = base_model_digest
-        self.model, self.params, self.config = model, params, config
+        self.model, self.params = model, params
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
+        self.memory = planned
+        if planned:
+            self.context = min(self.context, planned.context)
+            config = structs.replace(config, kv_cache_tokens=planned.kv_cache_tokens)
+        self.config = config
         self.targets: adapter_slots.Targets = model.lora_targets()
         #: of results: every device has them whole; None without a mesh
         self.replicated = NamedSharding(model.mesh, PartitionSpec()) if model.mesh else None
@@ -89,17 +116,24 @@ class JaxEngine:
         self.cut: Any = mesh.adapter_shardings(model, model.mesh) if model.mesh else None
         self.cut_state = TrainingState(*4 * (self.cut,), self.replicated) if model.mesh else None  # type: ignore[arg-type]
         self.num_slots = config.max_lora_adapters
-        self.row_shapes = row_shapes(config, self.context, jax.default_backend())
+        self.row_shapes = row_shapes(config, self.context, self.platform)
+        if planned:
+            self.row_shapes = tuple((shape.rows, shape.length) for shape in planned.row_shapes)
         #: One slot more than adapters: the last one takes the gradients of unused rows.
-        self.training = adapter_slots.zeros(self.targets, self.num_slots + 1, config.max_lora_rank, self.cut_state)
+        self.training = adapter_slots.zeros(
+            self.targets, self.num_slots + 1, config.max_lora_rank, self.cut_state, allocate
+        )
         #: of the adapter in each training slot; 0 where nothing was created yet
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
         self.checkpoints = Checkpoints(store, model, config.max_lora_rank, writes=jax.process_index() == 0)
-        self.samplers = SamplerSlots(self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut)
-        self.overlaps = is_one_cpu(model.mesh)
+        self.samplers = SamplerSlots(
+            self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut, allocate
+        )
+        self.overlaps = self.platform.overlaps and model.mesh is None
         stream = OwnStream("sampling") if self.overlaps else SameStream()
+        lora = self.samplers
         self.sampling = SamplingEngine(
-            model, params, config, self.context, str(folder), self.samplers.weights, self.samplers.scale, stream
+            model, params, config, self.context, str(folder), lora.weights, lora.scale, stream, self.platform, allocate
         )
         self._programs = _programs(self)
 
@@ -121,12 +155,20 @@ class JaxEngine:
             decode_steps=self.sampling.decode_steps,
             prefill_tokens=self.sampling.prefill_tokens,
             num_devices=jax.device_count(),
-            platform=jax.default_backend(),
+            platform=self.platform.name,
+            micro_batch_overhead=self.platform.micro_batch_overhead,
+            memory=self.memory.parts if self.memory else (),
             overlaps=self.overlaps,
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
             base_model_digest=self.base_model_digest,
             dtype=str(self.params["embed"].dtype),
         )
+
+    def recomputes(self, rows: int, length: int) -> bool:
+        """Whether a micro-batch of that shape makes each layer again in its backward pass."""
+        if self.memory:
+            return any(x.recomputes for x in self.memory.row_shapes if (x.rows, x.length) == (rows, length))
+        return self.config.gradient_checkpointing or rows * length > REMAT_TOKENS
 
     @property
     def num_compilations(self) -> int:
@@ -136,16 +178,18 @@ class JaxEngine:
         self.sampling.stream.close()
         self._counter.close()
 
-    def _all_programs(self) -> list[Program]:
+    @property
+    def programs(self) -> list[Program]:
+        """Every program of both halves."""
         return [*self._programs.values(), *self.sampling.programs.values()]
 
     def keep_executables(self, kept: Executables) -> None:
-        for program in self._all_programs():
+        for program in self.programs:
             program.executables = kept
 
     def compile_ahead(self, progress: ReportProgress) -> None:
         """Every program of both halves, now."""
-        programs = self._all_programs()
+        programs = self.programs
         for done, program in enumerate(programs):
             progress("compiling", done, len(programs))
             program.compile()
@@ -260,27 +304,6 @@ class JaxEngine:
         return partial(_loaded, 0)
 
 
-def row_shapes(config: EngineConfig, context: int, platform: str) -> tuple[tuple[int, int], ...]:
-    """(rows, length), ascending. On CPU one row each: it meets the same kernels whatever its neighbours are."""
-    configured = {length for length in config.train_row_lengths if length < context}
-    lengths = (*configured, context) if configured else _doubling(context)
-    tokens = config.train_micro_batch_tokens or (0 if platform == "cpu" else 4096)
-    rows: Callable[[int], int] = lambda length: config.train_micro_batch_size or max(1, tokens // length)  # noqa: E731
-    return tuple((rows(length), length) for length in sorted(lengths))
-
-
-def _doubling(context: int) -> tuple[int, ...]:
-    lengths = [SHORTEST_ROW]
-    while lengths[-1] < context:
-        lengths.append(2 * lengths[-1])
-    return (*lengths[:-1], context)
-
-
-def preferred_row_length(row_shapes: Sequence[tuple[int, int]]) -> int:
-    lengths = [length for _, length in row_shapes]
-    return max((length for length in lengths if length <= PREFERRED_ROW), default=lengths[0])
-
-
 def lora_ranks(rows: int, max_rank: int) -> tuple[int, ...]:
     """Ranks that training programs are compiled for, ascending; lower ones run padded. An adapter alone in its program
     meets the same one always. Neighbours of other ranks must not choose it: they would change how its sums are formed.
@@ -337,18 +360,18 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
 def _train_programs(engine: JaxEngine) -> Iterator[Program]:
     state, whole = engine.training, engine.replicated
     for rows, length in engine.row_shapes:
-        remat = engine.config.gradient_checkpointing or rows * length > REMAT_TOKENS
+        remat = engine.recomputes(rows, length)
         for k, rank in product(TARGETS_PER_TOKEN, lora_ranks(rows, engine.config.max_lora_rank)):
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
             yield Program(
                 train_program(rows, length, k, rank, forward_only=True),
-                partial(train.forward, engine.model, rank),
+                partial(train.forward, engine.platform, engine.model, rank),
                 (engine.params, state.weights, of_batch),
                 out_shardings=whole,
             )
             yield Program(
                 train_program(rows, length, k, rank, forward_only=False),
-                partial(train.forward_backward, engine.model, rank, remat),
+                partial(train.forward_backward, engine.platform, engine.model, rank, remat),
                 (engine.params, state.weights, state.gradients, of_batch),
                 donate=(2,),
                 out_shardings=(engine.cut, whole, whole),

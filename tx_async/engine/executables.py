@@ -32,6 +32,7 @@ from jax.experimental import serialize_executable
 from jax.stages import Compiled
 
 import tx_async
+from tx_async.engine.platform import current
 from tx_async.private import make_folder
 
 BYTES_MAX = 2**30
@@ -158,7 +159,7 @@ def _environment() -> bytes:
         [(name, version(name)) for name in COMPILED_BY],
         sorted(jax.config.values.items()),
         os.environ.get("XLA_FLAGS"),
-        jax.default_backend(),
+        current().name,
         platform.platform(),
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         _processor(),

@@ -16,10 +16,17 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tx_async.engine import platform
+from tx_async.engine.allocation import Allocate, on_device
+from tx_async.engine.platform import Platform
+from tx_async.wire.worker import EngineConfig
+
 Pools = dict[str, Array]
 NULL_PAGE = 0
-CHUNK_TOKENS = {"cpu": 64, "gpu": 512, "tpu": 512}
-"""Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache, many for an accelerator."""
+CACHE_PART = 4
+"""The KV cache takes one part in so many of a device's memory."""
+MIN_STATES = 4
+"""Sequences of a recurrent model that always may run at once."""
 
 
 class CachedModel(Protocol):
@@ -49,33 +56,41 @@ class CacheLayout:
     chunk_pages: int
     num_slots: int = 0
     """Of recurrent state, the null slot included."""
+    reads_in_place: bool = False
+    """How a decode step's attention reads (`page_products.py`)."""
 
     @classmethod
-    def plan(cls, cache_tokens: int, page_size: int, max_context_length: int, platform: str = "cpu") -> CacheLayout:
+    def plan(
+        cls, cache_tokens: int, page_size: int, max_context_length: int, platform: Platform = platform.CPU
+    ) -> CacheLayout:
         """At least one sequence of the longest context always fits."""
-        chunk_pages = max(1, CHUNK_TOKENS.get(platform, 512) // page_size)
+        chunk_pages = max(1, platform.cache_chunk_tokens // page_size)
         context_pages = -(-max_context_length // page_size)
         return cls(
             num_pages=1 + max(-(-cache_tokens // page_size), context_pages),
             page_size=page_size,
             table_pages=-(-context_pages // chunk_pages) * chunk_pages,
             chunk_pages=chunk_pages,
+            reads_in_place=platform.reads_pages_in_place,
         )
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def new_pools(self, model: CachedModel, dtype: Any, shardings: dict[str, NamedSharding] | None = None) -> Pools:
+    def new_pools(
+        self,
+        model: CachedModel,
+        dtype: Any,
+        shardings: dict[str, NamedSharding] | None = None,
+        allocate: Allocate = on_device,
+    ) -> Pools:
         lead = (model.cache_layers * self.num_pages, self.page_size)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
         for name, shape in model.cache_shapes.items():
             shapes[name] = ((*lead, *shape), dtype)
         for name, (shape, wide) in model.state_shapes.items():
             shapes[name] = ((model.state_layers * self.num_slots, *shape), jnp.float32 if wide else dtype)
-        return {
-            name: jnp.zeros(shape, dtype, device=shardings[name] if shardings else None)
-            for name, (shape, dtype) in shapes.items()
-        }
+        return allocate(lambda: {name: jnp.zeros(*shape) for name, shape in shapes.items()}, shardings)
 
 
 def pool_shardings(model: CachedModel, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -104,6 +119,16 @@ def state_bytes(model: CachedModel, dtype: Any) -> int:
     return model.state_layers * sum(
         int(np.prod(shape)) * (4 if wide else jnp.dtype(dtype).itemsize) for shape, wide in model.state_shapes.values()
     )
+
+
+def state_slots(model: CachedModel, dtype: Any, config: EngineConfig, cache_bytes: int) -> tuple[int, int]:
+    """(of running sequences, of snapshots): as many as may run, and as many again, while each of the two takes no more
+    than a quarter of what the KV cache may take. A model without recurrent layers has none."""
+    if not model.state_layers:
+        return 0, 0
+    fit = max(MIN_STATES, cache_bytes // 4 // state_bytes(model, dtype))
+    count = min(config.sample_max_num_sequences, fit)
+    return count, count if config.prefix_cache else 0
 
 
 def copy_pages(pools: Pools, sources: Array, targets: Array, num_pages: int, names: tuple[str, ...] = ()) -> Pools:

@@ -20,9 +20,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tx_async.engine import compilation
+from tx_async.engine import compilation, platform
+from tx_async.engine.platform import Platform
 from tx_async.engine.sharding import make_mesh
 from tx_async.errors import ConfigError
+from tx_async.layers.lora import by_path
 from tx_async.layers.sharding import AXES, spec_of
 from tx_async.models.decoder import Decoder
 from tx_async.wire.worker import EngineConfig
@@ -56,8 +58,9 @@ def build(config: EngineConfig, process_id: int, progress: ReportProgress) -> Me
     compilation.keep_cache_on_every_host()
     if mesh is not None:
         progress("testing collectives", 0, 1)
-        _refuse_wrong(wrong_collectives(mesh))
-        log.info("the mesh is %s, %s of %d devices", dict(mesh.shape), jax.default_backend(), mesh.size)
+        here = platform.current()
+        _refuse_wrong(wrong_collectives(mesh), here)
+        log.info("the mesh is %s, %s of %d devices", dict(mesh.shape), here.name, mesh.size)
     return mesh
 
 
@@ -90,12 +93,11 @@ def _join(config: EngineConfig, process_id: int, progress: ReportProgress) -> No
         raise ConfigError(f"coordinator_address {config.coordinator_address!r} does not work: {error}") from error
 
 
-def _refuse_wrong(wrong: list[str]) -> None:
-    """Except that a CPU's reduce-scatter may be wrong: `compilation.py` lets no program use it."""
+def _refuse_wrong(wrong: list[str], here: Platform) -> None:
+    """Except for a reduce-scatter that is not trusted anyway: `compilation.py` lets no program use it."""
     for line in wrong:
         log.error("wrong on this mesh: %s", line)
-    on_cpu = jax.default_backend() == "cpu"
-    if fatal := [line for line in wrong if not (on_cpu and line.startswith("reduce-scatter"))]:
+    if fatal := [line for line in wrong if here.reduce_scatter or not line.startswith("reduce-scatter")]:
         raise ConfigError(f"The devices of this mesh do not compute together: {'; '.join(fatal)}.")
 
 
@@ -162,7 +164,7 @@ def adapter_shardings(model: Decoder, mesh: Mesh) -> dict[str, dict[str, tuple[N
     """How (A, B) of every adapted matrix lie: cut where their base weight is, whole along slots and rank. The
     unembedding's, which the head reads in chunks, are whole."""
     whole = NamedSharding(mesh, PartitionSpec())
-    shardings = {stack: dict.fromkeys(names, (whole, whole)) for stack, names in model.lora_targets().items()}
+    shardings = by_path(lambda path, target: (whole, whole), model.lora_targets())
     for weight in model.weights:
         if weight.stack and weight.group:
             _, *experts, inputs, outputs = spec_of(weight, mesh)

@@ -1,23 +1,27 @@
-"""torch.optim.AdamW, exactly, in fp32 and for one adapter at a time: decoupled weight decay, eps outside the root.
+"""The optimizer: torch.optim.AdamW, exactly, in fp32, for one adapter at a time, as a chain of optax.
 
-    g ← g · min(1, grad_clip_norm / (‖g‖ + 1e-6))       as torch.nn.utils.clip_grad_norm_, when grad_clip_norm > 0
-    w ← w (1 - lr·weight_decay)
-    m ← m + (1 - β1)(g - m)
-    v ← β2 v + (1 - β2) g²
-    w ← w - lr/(1 - β1^t) · m / (√v / √(1 - β2^t) + eps)
+    clip_by_global_norm     g ← g · min(1, grad_clip_norm / (‖g‖ + 1e-6))       torch's clip_grad_norm_, when > 0
+    scale_by_adam           m ← m + (1 - β1)(g - m);  v ← β2 v + (1 - β2) g²
+                            u ← m / (√v / √(1 - β2^t) + eps)                    eps outside the root
+    scale_by_learning_rate  u ← -lr/(1 - β1^t) · u                              torch corrects the rate, not m
+    add_decayed_weights     u ← w (1 - lr·weight_decay) + u - w                 decoupled
+    optax.apply_updates     w ← w + u
 
-Where m = 0 no step is taken, also when eps = 0: padding stays zero, and 0/0 does not arise.
+Every part reads its hyperparameters from `adam`, an argument of the update: they are data, so one program serves every
+learning rate. Where m = 0 no step is taken, also when eps = 0: padding stays zero, and 0/0 does not arise. Another
+optimizer is another `GradientTransformationExtraArgs` with the same arguments in the place of `adamw`.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from tx_async.engine.adapter_slots import TrainingState, read_state, write_state
@@ -60,12 +64,92 @@ class Adam(NamedTuple):
             return cls(*(np.float32(value) for value in values))
 
 
+class Moments(NamedTuple):
+    """State of `scale_by_adam`; trees like the weights."""
+
+    m: LoraWeights
+    v: LoraWeights
+
+
 class StepOutcome(NamedTuple):
     taken: Array
     """bool: False when gradients, or what the step would make of them, are not finite; nothing changed then."""
     grad_norm: Array
     """Before clipping."""
     step: Array
+
+
+# ---- the chain. Arguments of every update: adam, hyperparameters; norm, of the gradients; step, from 1 on.
+
+
+def adamw() -> optax.GradientTransformationExtraArgs:
+    """Its state is {"clip_by_global_norm": (), "scale_by_adam": `Moments`, …}: what only Adam keeps is kept."""
+    return optax.named_chain(
+        ("clip_by_global_norm", clip_by_global_norm()),
+        ("scale_by_adam", scale_by_adam()),
+        ("scale_by_learning_rate", scale_by_learning_rate()),
+        ("add_decayed_weights", add_decayed_weights()),
+    )
+
+
+def clip_by_global_norm() -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, *, adam: Adam, norm: Array, **_: Any) -> tuple[Any, Any]:
+        clip = jnp.minimum(1.0, adam.grad_clip_norm / (norm + CLIP_EPSILON))
+        clip = jnp.where(adam.grad_clip_norm > 0, clip, 1.0)
+        return jax.tree.map(lambda g: g * clip, updates), state
+
+    return _part(update)
+
+
+def scale_by_adam() -> optax.GradientTransformationExtraArgs:
+    """torch's, without the correction of m, which torch takes into the learning rate."""
+
+    def init(params: Any) -> Moments:
+        return Moments(*(jax.tree.map(jnp.zeros_like, params) for _ in Moments._fields))
+
+    def update(
+        updates: Any, state: Moments, params: Any = None, *, adam: Adam, step: Array, **_: Any
+    ) -> tuple[Any, Moments]:
+        # torch's lerp has these two forms, each exact at its end.
+        first = lambda m, g: jnp.where(  # noqa: E731
+            adam.beta1 > 0.5, m + adam.one_minus_beta1 * (g - m), g - adam.beta1 * (g - m)
+        )
+        m = jax.tree.map(first, state.m, updates)
+        v = jax.tree.map(lambda v, g: adam.beta2 * v + adam.one_minus_beta2 * (g * g), state.v, updates)
+        correction = jnp.sqrt(_bias_correction(adam.log_beta2, step))
+        move = lambda m, v: jnp.where(m == 0, 0.0, m / (jnp.sqrt(v) / correction + adam.eps))  # noqa: E731
+        return jax.tree.map(move, m, v), Moments(m, v)
+
+    return _part(update, init)
+
+
+def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, *, adam: Adam, step: Array, **_: Any) -> tuple[Any, Any]:
+        step_size = adam.learning_rate / _bias_correction(adam.log_beta1, step)
+        return jax.tree.map(lambda u: -step_size * u, updates), state
+
+    return _part(update)
+
+
+def add_decayed_weights() -> optax.GradientTransformationExtraArgs:
+    """torch decays a weight and then moves it: the update is what leads there, so that it rounds as torch does."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, adam: Adam, **_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u, w: (w * adam.decay + u) - w, updates, params), state
+
+    return _part(update)
+
+
+def _part(update: Any, init: Any = optax.init_empty_state) -> optax.GradientTransformationExtraArgs:
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _bias_correction(log_beta: Array | np.float32, step: Array) -> Array:
+    """1 - β^step"""
+    return -jnp.expm1(step.astype(jnp.float32) * log_beta)
+
+
+# ---- one slot's step
 
 
 def optim_step(
@@ -85,30 +169,23 @@ def optim_step(
 
 def _step(adam: Adam, old: TrainingState, norm: Array) -> tuple[TrainingState, Array]:
     """-> (after the step, or as it was; whether that is finite)."""
-    new = _adamw(old, norm, adam)
+    new = _updated(adamw(), adam, old, norm)
     taken = jax.tree.reduce(jnp.logical_and, jax.tree.map(_all_finite, new.weights, new.m, new.v))
     return jax.tree.map(lambda after, before: jnp.where(taken, after, before), new, old), taken
 
 
-def _adamw(old: TrainingState, norm: Array, adam: Adam) -> TrainingState:
+def _updated(
+    optimizer: optax.GradientTransformationExtraArgs, adam: Adam, old: TrainingState, norm: Array
+) -> TrainingState:
+    before: Any = jax.eval_shape(optimizer.init, old.weights)
+    before["scale_by_adam"] = Moments(old.m, old.v)
+    gradients: Any = old.gradients
     step = old.step + 1
-    t = step.astype(jnp.float32)
-    step_size = adam.learning_rate / -jnp.expm1(t * adam.log_beta1)
-    correction2 = jnp.sqrt(-jnp.expm1(t * adam.log_beta2))
-    clip = jnp.minimum(1.0, adam.grad_clip_norm / (norm + CLIP_EPSILON))
-    clip = jnp.where(adam.grad_clip_norm > 0, clip, 1.0)
-
-    def update(w: Array, m: Array, v: Array, g: Array) -> tuple[Array, Array, Array]:
-        g = g * clip
-        # torch's lerp has these two forms, each exact at its end.
-        m = jnp.where(adam.beta1 > 0.5, m + adam.one_minus_beta1 * (g - m), g - adam.beta1 * (g - m))
-        v = adam.beta2 * v + adam.one_minus_beta2 * (g * g)
-        move = jnp.where(m == 0, 0.0, m / (jnp.sqrt(v) / correction2 + adam.eps))
-        return w * adam.decay - step_size * move, m, v
-
-    updated = jax.tree.map(update, old.weights, old.m, old.v, old.gradients)
-    weights, m, v = jax.tree.transpose(jax.tree.structure(old.weights), jax.tree.structure((0, 0, 0)), updated)
-    return TrainingState(weights, m, v, old.gradients, step)
+    after: Any
+    updates, after = optimizer.update(gradients, before, old.weights, adam=adam, norm=norm, step=step)  # type: ignore[arg-type]
+    weights: Any = optax.apply_updates(old.weights, updates)  # type: ignore[arg-type]
+    m, v = after["scale_by_adam"]
+    return TrainingState(weights, m, v, gradients, step)
 
 
 def not_taken_because(norm: float) -> str:

@@ -12,19 +12,19 @@ moving keys and values about:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tx_async.layers.norm import row_sums
+from tx_async.layers import cpu
 
 BLOCK_DIAGONAL_HEADS_MAX = 8
 """Up to here the products with zeros cost less than laying each head's keys together."""
 IN_PLACE_GROUP_MAX = 2
 """Query heads of a key head up to which a CPU rather reads the pages again for each than stores what it read."""
-LANES = 8
 
 
 class Products(NamedTuple):
@@ -36,10 +36,10 @@ class Products(NamedTuple):
     """(weights [R, Hkv, L, G, C], pool, pages) -> [R, Hkv, L, G, D] fp32."""
 
 
-def of_one_token(pool: Array, group: int) -> Products:
-    """For rows of one token (L = 1). group: query heads that share a key head."""
+def of_one_token(pool: Array, group: int, in_place: bool) -> Products:
+    """For rows of one token (L = 1). group: query heads that share a key head; in_place: whether `IN_PLACE` may be."""
     num_heads, features = pool.shape[2:]
-    if jax.default_backend() == "cpu" and group <= IN_PLACE_GROUP_MAX and features % LANES == 0:
+    if in_place and group <= IN_PLACE_GROUP_MAX and features % cpu.LANES == 0:
         return IN_PLACE
     return BLOCK_DIAGONAL if 1 < num_heads <= BLOCK_DIAGONAL_HEADS_MAX else PLAIN
 
@@ -56,31 +56,10 @@ def _weighted(weights: Array, pool: Array, pages: Array) -> Array:
 PLAIN = Products(_scores, _weighted)
 
 
-def _scores_in_place(q: Array, pool: Array, pages: Array) -> Array:
-    heads = [_scores_of_head(q[:, 0, :, g], _read_anew(pool, pages, g)) for g in range(q.shape[3])]
-    return jnp.stack(heads, axis=2)[:, :, None]
-
-
-def _weighted_in_place(weights: Array, pool: Array, pages: Array) -> Array:
-    heads = [_weighted_of_head(weights[:, :, 0, g], _read_anew(pool, pages, g)) for g in range(weights.shape[3])]
-    return jnp.stack(heads, axis=2)[:, :, None]
-
-
-IN_PLACE = Products(_scores_in_place, _weighted_in_place)
-
-
-def _scores_of_head(q: Array, keys: Array) -> Array:
-    """q [R, Hkv, D], one query head of each key head, keys [R, C, Hkv, D] -> [R, Hkv, C] fp32. Summed over all but the
-    last lanes, which a CPU does in its registers, then over those."""
-    *lead, Hkv, D = keys.shape
-    split = (Hkv, D // LANES, LANES)
-    lanes = (keys.reshape(*lead, *split) * q.astype(jnp.float32).reshape(-1, 1, *split)).sum(3)
-    return row_sums(lanes)[..., 0].transpose(0, 2, 1)
-
-
-def _weighted_of_head(weights: Array, values: Array) -> Array:
-    """weights [R, Hkv, C] of one query head of each key head, values [R, C, Hkv, D] -> [R, Hkv, D] fp32."""
-    return (values * weights.transpose(0, 2, 1)[..., None]).sum(1)
+IN_PLACE = Products(
+    lambda q, pool, pages: cpu.scores_in_place(q, partial(_read_anew, pool, pages)),
+    lambda weights, pool, pages: cpu.weighted_in_place(weights, partial(_read_anew, pool, pages)),
+)
 
 
 def _scores_block_diagonal(q: Array, pool: Array, pages: Array) -> Array:

@@ -173,7 +173,7 @@ class DecodeAttention(PagedAttention):
         return pool.at[pages, position % page_size].set(_finite(new[:, 0]))
 
     def _products(self, pool: Array, group: int) -> Products:
-        return page_products.of_one_token(pool, group)
+        return page_products.of_one_token(pool, group, self.layout.reads_in_place)
 
 
 def _finite(x: Array) -> Array:

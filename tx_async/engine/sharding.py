@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from tx_async.errors import ConfigError
@@ -29,11 +30,6 @@ def make_mesh(config: EngineConfig) -> Mesh | None:
     return Mesh(np.array(devices[:wanted]).reshape(sizes), AXES)
 
 
-def is_one_cpu(mesh: Mesh | None) -> bool:
-    """Whether the engine runs on the CPU of one process, as one device."""
-    return mesh is None and jax.default_backend() == "cpu"
-
-
 def weight_sharding(weight: Weight, mesh: Mesh | None) -> Sharding:
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -47,7 +43,5 @@ def param_shardings(model: Decoder, mesh: Mesh | None) -> dict[str, Any]:
 
 def tree_of(model: Decoder, leaves: dict[Weight, Any]) -> dict[str, Any]:
     """`params`-shaped: top-level weights beside a dict per stack."""
-    tree: dict[str, Any] = {stack.name: {} for stack in model.stacks}
-    for weight, leaf in leaves.items():
-        (tree[weight.stack] if weight.stack else tree)[weight.name] = leaf
-    return tree
+    paths = {(weight.stack, weight.name) if weight.stack else (weight.name,): leaf for weight, leaf in leaves.items()}
+    return unflatten_dict(paths)

@@ -16,28 +16,37 @@ from jax import Array
 from tx_async.engine import head
 from tx_async.engine.adapter_slots import at
 from tx_async.engine.batch import RowBatch
-from tx_async.engine.sharding import is_one_cpu
+from tx_async.engine.platform import Platform
 from tx_async.layers.attention import PackedAttention
-from tx_async.layers.lora import LoraRows, LoraWeights, layer_slice
+from tx_async.layers.lora import LoraRows, LoraWeights, by_path, layer_slice
 from tx_async.models.decoder import unembedding
 
 HEAD = "head"
 """The stack of the unembedding, applied by `head.py`; all others belong to the model's forward."""
 
 
-def forward(model: Any, rank: int, params: Any, weights: LoraWeights, batch: RowBatch) -> tuple[Array, Array]:
+def forward(
+    platform: Platform, model: Any, rank: int, params: Any, weights: LoraWeights, batch: RowBatch
+) -> tuple[Array, Array]:
     """-> (logprobs [R, L, K], losses [R, L]); leaves no trace. rank: none of the batch's adapters has more."""
     rows = _gather(weights, batch.slots, rank)
-    hidden = _trunk(model, params, rows, batch, remat=False)
+    hidden = _trunk(platform, model, params, rows, batch, remat=False)
     return head.forward(hidden, _unembedding(params, rows, batch), batch)
 
 
 def forward_backward(
-    model: Any, rank: int, remat: bool, params: Any, weights: LoraWeights, gradients: LoraWeights, batch: RowBatch
+    platform: Platform,
+    model: Any,
+    rank: int,
+    remat: bool,
+    params: Any,
+    weights: LoraWeights,
+    gradients: LoraWeights,
+    batch: RowBatch,
 ) -> tuple[LoraWeights, Array, Array]:
     """-> (gradients with this batch's added, logprobs [R, L, K], losses [R, L])."""
     rows = _gather(weights, batch.slots, rank)
-    hidden, pullback = jax.vjp(lambda rows: _trunk(model, params, rows, batch, remat), rows)
+    hidden, pullback = jax.vjp(lambda rows: _trunk(platform, model, params, rows, batch, remat), rows)
     logprobs, losses, of_head = head.forward_backward(hidden, _unembedding(params, rows, batch), batch)
     (of_rows,) = pullback(of_head.hidden)
     of_rows[HEAD] = {HEAD: (of_head.a[None], of_head.b[None])}
@@ -47,17 +56,13 @@ def forward_backward(
 def _gather(weights: LoraWeights, slots: Array, rank: int) -> LoraWeights:
     """[layers, slots, ...] -> [layers, R, ...], without the padding above `rank`."""
 
-    def pair(a: Array, b: Array) -> tuple[Array, Array]:
-        return a[..., :rank][:, slots], b[..., :rank, :][:, slots]
-
-    return {stack: {name: pair(*ab) for name, ab in names.items()} for stack, names in weights.items()}
+    return by_path(lambda _, ab: (ab[0][..., :rank][:, slots], ab[1][..., :rank, :][:, slots]), weights)
 
 
-def _trunk(model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: bool) -> Array:
-    attend = PackedAttention(batch.positions, batch.segment_ids)
-    # W and B in one matrix (`layers/linear.py`): a CPU gains by it, for a row that is alone; others would each need
-    # their own copy of W.
-    joined = batch.slots.shape[0] == 1 and is_one_cpu(model.mesh)
+def _trunk(platform: Platform, model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: bool) -> Array:
+    attend = PackedAttention(batch.positions, batch.segment_ids, platform.attention_block(batch.tokens.shape[1]))
+    # Only of a row that is alone: others would each need their own copy of W.
+    joined = platform.joins_lora and batch.slots.shape[0] == 1 and model.mesh is None
     lora = LoraRows(rows, batch.scale, joined)
     return model.forward(params, lora, batch.tokens, batch.positions, attend, remat=remat)[0]
 

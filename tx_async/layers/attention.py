@@ -29,6 +29,10 @@ MASKED = -1e30
 """The score of what may not be seen: nothing beside any other, and finite, so that differences are no NaN."""
 
 
+BLOCK = 64
+"""Positions of a block where nobody says otherwise."""
+
+
 class Attend(Protocol):
     def __call__(
         self,
@@ -58,9 +62,10 @@ class Attend(Protocol):
 class PackedAttention:
     """Causal attention inside each segment of a row; needs no cache."""
 
-    def __init__(self, positions: Array, segment_ids: Array):
-        """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding."""
-        self.positions, self.segment_ids = positions, segment_ids
+    def __init__(self, positions: Array, segment_ids: Array, block: int = 0):
+        """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding. block: positions that
+        are met at once, as the platform likes it; 0 = BLOCK."""
+        self.positions, self.segment_ids, self.block = positions, segment_ids, block or BLOCK
 
     def __call__(
         self,
@@ -75,7 +80,7 @@ class PackedAttention:
         sinks: Array | None = None,
     ) -> tuple[Array, Cache]:
         v = k[..., :v_features] if v is None else v
-        return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window), cache
+        return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window, self.block), cache
 
     def recur(self, cache: Cache, layer: Array, rule: Any, x: Any) -> tuple[Array, Cache]:
         return rule.packed(x, self.positions, self.segment_ids), cache
@@ -109,7 +114,7 @@ class _Saved(NamedTuple):
     """fp32 [n, R, Hkv, G * B]: log of the sum of the exponentiated scores."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def packed_attention(
     q: Array,
     k: Array,
@@ -118,10 +123,11 @@ def packed_attention(
     positions: Array,
     segment_ids: Array,
     scale: float,
-    window: int = 0,
+    window: int,
+    block: int,
 ) -> Array:
     """q [R, L, H, Dk], k [R, L, Hkv, Dk], v [R, L, Hkv, Dv], sinks fp32 [H], frozen -> [R, L, H, Dv]"""
-    return _forward(q, k, v, sinks, positions, segment_ids, scale, window)[0]
+    return _forward(q, k, v, sinks, positions, segment_ids, scale, window, block)[0]
 
 
 def _forward(
@@ -133,8 +139,9 @@ def _forward(
     segment_ids: Array,
     scale: float,
     window: int,
+    block: int,
 ) -> tuple[Array, _Saved]:
-    x = _blocks(q, k, v, positions, segment_ids, window)
+    x = _blocks(q, k, v, positions, segment_ids, window, block)
     sink = None if sinks is None else _sink_of_queries(sinks, k.shape[2], x.k.shape[3])
     body = partial(_attend_from, x, sink, scale, window)
     _, (out, lse) = jax.lax.scan(lambda _, i: (None, body(i)), None, jnp.arange(x.q.shape[0]))
@@ -174,7 +181,7 @@ def with_sink(top: Array, total: Array, out: Array, sink: Array) -> tuple[Array,
     return new_top, total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
 
 
-def _backward(scale: float, window: int, saved: _Saved, dout: Array) -> tuple[Array | None, ...]:
+def _backward(scale: float, window: int, block: int, saved: _Saved, dout: Array) -> tuple[Array | None, ...]:
     x = saved.blocks
     length, num_heads = dout.shape[1:3]
     dout = _queries(dout, x.k.shape[2], x.k.shape[3])
@@ -231,9 +238,9 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, window: int) -> _Blocks:
+def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, window: int, block: int) -> _Blocks:
     """A last block that is not full is filled up with padding."""
-    size = min(_block_size(q.shape[1]), q.shape[1])
+    size = min(block, q.shape[1])
     positions, segments = (_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids))
     keys, values = (jnp.einsum("rnbhd->nrhbd", _split(x, size)) for x in (k, v))
     numbers = jnp.arange(len(positions))[:, None, None]
@@ -276,11 +283,3 @@ def _split(x: Array, size: int) -> Array:
     rows, length = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(rows, -1, size, *x.shape[2:])
-
-
-def _block_size(length: int) -> int:
-    """Small blocks skip more, larger ones are fewer and faster products. On a CPU short rows hold short sequences; a
-    long one is there for a long sequence, which skips little."""
-    if jax.default_backend() != "cpu":
-        return 512
-    return 64 if length <= 1024 else 256

@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from flax.traverse_util import path_aware_map
 from jax import Array
 
 from tx_async.layers.residuals import keep
@@ -72,13 +74,12 @@ class Lora(Protocol):
         ...
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weights", "scale"], meta_fields=["joined"])
-@dataclass(frozen=True)
+@struct.dataclass
 class LoraRows:
     weights: LoraWeights
     scale: Array
     """[R] fp32: LORA_ALPHA / rank of the row's adapter."""
-    joined: bool = False
+    joined: bool = struct.field(pytree_node=False, default=False)
     """Of one row: `linear.project` forms x W + (x A) B as one product."""
 
     def of_experts(self, layer: LayerLora) -> ExpertLora:
@@ -120,32 +121,16 @@ def tiles(row_adapter: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     return start, adapter, count
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["layer"], meta_fields=["stack", "name"])
-@dataclass(frozen=True)
+@struct.dataclass
 class PairOfLayer:
     """Where one layer's A and B lie. A scan over layers slices these numbers, not the adapters of every slot."""
 
     layer: Array
-    stack: str
-    name: str
+    stack: str = struct.field(pytree_node=False)
+    name: str = struct.field(pytree_node=False)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "stacks",
-        "scale",
-        "active",
-        "num_active",
-        "tile_start",
-        "tile_adapter",
-        "num_tiles",
-        "row_adapter",
-        "low_rank",
-    ],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
+@struct.dataclass
 class LoraActive:
     stacks: LoraWeights
     scale: Array
@@ -160,16 +145,11 @@ class LoraActive:
     num_tiles: Array
     row_adapter: Array
     """[R] int32: adapter of each row; -1 = none."""
-    low_rank: Array | None = None
-    """[adapters] bool: whose rank is at most LOW_RANK, so that no more of their slots is read. None = read all."""
 
     @property
     def weights(self) -> dict[str, dict[str, PairOfLayer]]:
         """What models scan over: stands for `stacks`, and only what is active is ever read from those."""
-        return {
-            stack: {name: PairOfLayer(jnp.arange(a.shape[0]), stack, name) for name, (a, _) in names.items()}
-            for stack, names in self.stacks.items()
-        }
+        return by_path(lambda path, ab: PairOfLayer(jnp.arange(ab[0].shape[0]), *path), self.stacks)
 
     def of_experts(self, layer: dict[str, PairOfLayer]) -> ExpertLora:
         return ExpertLora({name: self._whole_layer(pair) for name, pair in layer.items()}, self.scale, self.row_adapter)
@@ -210,13 +190,13 @@ class LoraActive:
         return jax.lax.cond(self.num_active == 1, whole, in_tiles)
 
     def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
-        def of_rank(rank: int) -> list[Array]:
-            return [self._delta(pair, adapter, x, rank) for pair in pairs]
+        return self._deltas_of_rank(pairs, adapter, x, self._widest(pairs))
 
-        widest = self.stacks[pairs[0].stack][pairs[0].name][0].shape[-1]
-        if self.low_rank is None or widest <= LOW_RANK:
-            return of_rank(widest)
-        return jax.lax.cond(self.low_rank[adapter], partial(of_rank, LOW_RANK), partial(of_rank, widest))
+    def _deltas_of_rank(self, pairs: list[PairOfLayer], adapter: Array, x: Array, rank: int) -> list[Array]:
+        return [self._delta(pair, adapter, x, rank) for pair in pairs]
+
+    def _widest(self, pairs: list[PairOfLayer]) -> int:
+        return self.stacks[pairs[0].stack][pairs[0].name][0].shape[-1]
 
     def _delta(self, pair: PairOfLayer, adapter: Array, x: Array, rank: int) -> Array:
         a, b = self._adapter(pair, adapter, x.dtype, rank)
@@ -259,3 +239,10 @@ def init_weights(targets: dict[str, dict[str, LoraTarget]], num_adapters: int, r
 def layer_slice(weights: dict[str, Any]) -> dict[str, Any]:
     """A stack of one layer (the unembedding) without its layer axis."""
     return jax.tree.map(lambda w: w[0], weights)
+
+
+def by_path(function: Callable[[tuple[str, str], Any], Any], tree: Any) -> Any:
+    """The tree of function((stack, name), what lies there): of every adapted matrix, a pair (A, B) or whatever stands
+    in its place."""
+    visit: Any = function
+    return path_aware_map(visit, tree)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.layers.attention import Attend, Cache
 from tx_async.layers.block import Layer, Mlp, Run
-from tx_async.layers.linear import OutFirst
+from tx_async.layers.cpu import OutFirst
 from tx_async.layers.lora import Lora, LoraTarget
 from tx_async.layers.norm import RmsNorm
 from tx_async.layers.residuals import KEPT_ONLY

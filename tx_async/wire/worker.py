@@ -162,6 +162,14 @@ class Trial(Struct, frozen=True, kw_only=True):
     """Largest difference of a log-probability, in nats, where the scoring worker computes in float32."""
 
 
+class MemoryPart(Struct, frozen=True):
+    """What a part of a device's memory is for."""
+
+    name: str
+    num_bytes: int
+    note: str = ""
+
+
 class EngineInfo(Struct, frozen=True, kw_only=True):
     """What the scheduler must know of an engine to form its batches."""
 
@@ -181,6 +189,12 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     prefill_tokens: int
     num_devices: int = 1
     platform: str = "cpu"
+    micro_batch_overhead: int = 25
+    """What a training micro-batch costs beside its positions, in positions."""
+    memory: tuple[MemoryPart, ...] = ()
+    """What each device's memory is for; () where the device does not say how much it has."""
+    kernels: tuple[tuple[str, str], ...] = ()
+    """(task, kernel that runs it) of what was chosen at start."""
     overlaps: bool = False
     """Training and sampling run side by side: a quantum of one waits for no quantum of the other."""
     adapter_bytes: int = 0

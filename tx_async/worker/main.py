@@ -17,6 +17,7 @@ import sys
 from typing import get_args
 
 from tx_async.dispatch.dealer import Dealer, Detached
+from tx_async.engine.devices import MEMORY_FRACTION
 from tx_async.errors import ConfigError, EngineGone, TxError, WorkerRefused
 from tx_async.wire.worker import Capability, Welcome
 from tx_async.worker import external_settings
@@ -98,6 +99,8 @@ def run(
     capabilities: frozenset[str] = frozenset(CAPABILITIES),
 ) -> ExitCode:
     """Attach, serve, and say how it ended. Must run on the process's main thread (it installs signal handlers)."""
+    # JAX's own share is three quarters; the plan of `engine/memory_plan.py` says what each byte is for.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     if parent_pid:
         _die_with_parent()
     try:

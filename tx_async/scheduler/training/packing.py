@@ -41,7 +41,8 @@ class PackedRequest(Struct, frozen=True):
 
 def pack(operation: ForwardBackward, info: EngineInfo) -> PackedRequest:
     sizes = [datum.num_tokens for datum in operation.data]
-    placement = Placement(sizes, [length for _, length in info.row_shapes], info.row_length_preferred)
+    lengths = [length for _, length in info.row_shapes]
+    placement = Placement(sizes, lengths, info.row_length_preferred, info.micro_batch_overhead)
     is_row_alone = all(num_rows == 1 for num_rows, _ in info.row_shapes)
     contents = placement.of_own_micro_batches() if is_row_alone else placement.of_shared_micro_batches()
     rows = tuple(_row(content, sizes, placement.length_of(content)) for content in contents)

@@ -10,8 +10,6 @@ from random import Random
 Contents = list[list[int]]
 """The sequences of each row, by number."""
 
-MICRO_BATCH_OVERHEAD = 25
-"""What a micro-batch costs beside its positions, in positions: 30 ms where 1,024 of them take 1.2 s (two cores)."""
 PLACEMENTS_TRIED = 480
 """Sequences that all orders but the decreasing one may place: a few ms of the server's loop."""
 
@@ -24,6 +22,8 @@ class Placement:
     """That rows may have, ascending; a row has the shortest that holds its sequences."""
     preferred: int
     """What a row is filled up to; a longer sequence has a longer row."""
+    overhead: int
+    """What a micro-batch costs beside its positions, in positions (`EngineInfo.micro_batch_overhead`)."""
 
     def of_shared_micro_batches(self) -> Contents:
         """Where rows of one length share a micro-batch: as few rows as first-fit decreasing makes."""
@@ -82,7 +82,7 @@ class Placement:
 
     def _cost(self, contents: Contents) -> int:
         """Of micro-batches of one row each, in positions."""
-        return sum(self.length_of(content) + MICRO_BATCH_OVERHEAD for content in contents)
+        return sum(self.length_of(content) + self.overhead for content in contents)
 
 
 def round_up(value: int, choices: Sequence[int]) -> int:

@@ -1,0 +1,103 @@
+"""What XLA's own dump of a compiled GPU program says that a run of it would cost the host.
+
+The dump holds every step of a program (a thunk) in order, nested by indentation:
+
+    000: kCommandBuffer …            a CUDA graph: one launch for all that it holds
+        001: kCustomKernel … name
+    009: kWhile …                    outside of a graph: the host asks the device before each turn, a round trip
+    condition:
+        010: kCustomKernel …
+      body:
+        000: kCommandBuffer …
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STEP = re.compile(r"^(\s*)(\d+): (k\w+)\s*(.*)$")
+WORK = {"kCustomKernel", "kKernel", "kGemm", "kCublasLtMatmul", "kCuDnn", "kFft", "kTriangularSolve", "kCustomCall",
+        "kConvolution", "kCopy", "kMemset32BitValue", "kMemzero", "kSelectK", "kCubSort", "kRaggedDot"}  # fmt: skip
+"""Steps that are one launch of a kernel or a copy on the device."""
+ASKING = {"kWhile", "kConditional"}
+GRAPH = "kCommandBuffer"
+COLLECTIVE = re.compile(r"^k(AllReduce|AllGather|ReduceScatter|AllToAll|CollectivePermute|RaggedAllToAll)(Start)?$")
+
+
+@dataclass
+class Step:
+    kind: str
+    text: str = ""
+    children: list[Step] = field(default_factory=list)
+
+    def walk(self, in_graph: bool = False) -> Iterator[tuple[Step, bool]]:
+        """Every step below this one, and whether it stands in a CUDA graph."""
+        for child in self.children:
+            yield child, in_graph
+            yield from child.walk(in_graph or child.kind == GRAPH)
+
+    @property
+    def kernels(self) -> int:
+        return sum(step.kind in WORK for step, _ in self.walk())
+
+    @property
+    def launches(self) -> int:
+        """What the host launches: kernels outside of graphs, and graphs."""
+        return sum((step.kind in WORK or step.kind == GRAPH) and not in_graph for step, in_graph in self.walk())
+
+    @property
+    def round_trips(self) -> int:
+        """Loops and branches outside of graphs, each turn of which the host waits for; nested ones once."""
+        return sum(step.kind in ASKING and not in_graph for step, in_graph in self.walk())
+
+    @property
+    def weight_copies(self) -> int:
+        """Pieces that are copied out of a stack before they are used."""
+        slices = (step for step, _ in self.walk() if step.kind == "kDynamicSliceFusion")
+        return sum(any(child.kind == "kCopy" for child, _ in step.walk()) for step in slices)
+
+    @property
+    def collectives(self) -> int:
+        return sum(bool(COLLECTIVE.match(step.kind)) for step, _ in self.walk())
+
+
+def read(text: str) -> Step:
+    root = Step("program")
+    open_steps: list[tuple[int, Step]] = [(-1, root)]
+    for line in text.splitlines():
+        found = STEP.match(line)
+        if not found:
+            continue
+        indent, kind, rest = len(found[1]), found[3], found[4]
+        while indent <= open_steps[-1][0]:
+            open_steps.pop()
+        step = Step(kind, rest)
+        open_steps[-1][1].children.append(step)
+        open_steps.append((indent, step))
+    return root
+
+
+def thunks(folder: Path) -> Step:
+    """Of the largest program that was dumped there; as the passes left it, where they changed anything."""
+    for name in ("thunk_sequence_after_thunk_passes", "thunk_sequence"):
+        if files := sorted(folder.glob(f"*.{name}.txt"), key=lambda path: path.stat().st_size):
+            return read(files[-1].read_text())
+    raise FileNotFoundError(f"{folder} holds no thunk sequence")
+
+
+def loops(step: Step) -> list[Step]:
+    """Loops directly in a step (not in another loop or branch), the one with most kernels first."""
+    found: list[Step] = []
+
+    def look(at: Step) -> None:
+        for child in at.children:
+            if child.kind == "kWhile":
+                found.append(child)
+            elif child.kind not in ASKING:
+                look(child)
+
+    look(step)
+    return sorted(found, key=lambda loop: -loop.kernels)

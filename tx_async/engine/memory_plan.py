@@ -1,0 +1,340 @@
+"""What the memory of one device is for, decided before anything is put there.
+
+    weights + training slots + samplers + temporaries + margin + KV cache ≤ memory
+
+The weights and the slots are counted from the model's own table of parameters, cut as the mesh cuts them. Temporaries
+are bounded by a formula (`train_temporaries`) that a test holds against compiled programs. What is left belongs to the
+KV cache. Row shapes whose temporaries are large recompute; those that still do not fit are not offered. A plan that
+does not fit names the setting that would help.
+
+Pure arithmetic on `config.json`: it runs where there is no accelerator, and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from msgspec import structs
+
+from tx_async.engine.kv_cache import CACHE_PART, state_bytes, state_slots, token_bytes
+from tx_async.engine.platform import Platform
+from tx_async.engine.row_shapes import row_shapes
+from tx_async.layers.sharding import AXES, spec_of
+from tx_async.layers.weights import Weight
+from tx_async.models.decoder import Decoder
+from tx_async.wire.worker import EngineConfig, MemoryPart
+
+GIB = 2**30
+MARGIN_BYTES = GIB
+"""Left free: fragmentation, and what a bound has missed."""
+RECOMPUTE_SHARE = 4
+"""A row shape recomputes where it would keep more than one part in so many of the device's memory."""
+HEAD_CHUNK_TOKENS = 512
+"""As `head.py` cuts a row."""
+CONTEXT_MIN = 512
+"""A KV cache that cannot hold one sequence of this length is no use."""
+DEVICES_MAX = 64
+
+
+@dataclass(frozen=True)
+class RowShape:
+    rows: int
+    length: int
+    recomputes: bool
+    temporaries: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Of one device; every device of a mesh has the same."""
+
+    memory: int
+    """Bytes that the worker may use."""
+    parts: tuple[MemoryPart, ...]
+    row_shapes: tuple[RowShape, ...]
+    """Offered ones, ascending."""
+    context: int
+    """The longest sequence: what the configuration says, or what the KV cache can hold of it."""
+    kv_cache_tokens: int
+    wanted_context: int = 0
+    """Of the configuration and the model."""
+    problem: str = ""
+    """Why it does not fit, and what to set; "" = it fits."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem
+
+    def lines(self) -> Iterator[str]:
+        """A table for people: GiB of each part, and what it is for."""
+        for part in (*self.parts, MemoryPart("in all", sum(part.num_bytes for part in self.parts), "")):
+            yield f"{part.num_bytes / GIB:8.2f} GiB  {part.name:<15} {part.note}".rstrip()
+        yield f"{self.memory / GIB:8.2f} GiB  {'usable':<15} of one device"
+        shorter = f" (of {self.wanted_context}: more does not fit)" if self.context < self.wanted_context else ""
+        yield f"context {self.context}{shorter}, KV cache {self.kv_cache_tokens} tokens"
+        if self.row_shapes:
+            yield "rows " + ", ".join(f"{x.rows}x{x.length}{' recomputing' * x.recomputes}" for x in self.row_shapes)
+        if self.problem:
+            yield self.problem
+
+
+def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:
+    """memory: bytes of one device that may be used. A plan that does not fit says so in `problem`."""
+    found = _Planner(model, config, platform, memory).plan()
+    return found if found.fits else replace(found, problem=_what_helps(model, config, platform, memory, found))
+
+
+# ---- what helps
+
+
+def _what_helps(model: Decoder, config: EngineConfig, platform: Platform, memory: int, found: MemoryPlan) -> str:
+    """One line: what is lacking, and the setting to change."""
+    lead = f"It does not fit: {found.problem}."
+    fewer = structs.replace(config, max_lora_adapters=1, max_sampler_adapters=1)
+    setting = "expert_parallel_size" if _has_experts(model) else "tensor_parallel_size"
+    for name in dict.fromkeys((setting, "tensor_parallel_size", "fully_sharded_data_parallel_size")):
+        size = 2 * getattr(config, name)
+        while size <= DEVICES_MAX:
+            if _Planner(model, structs.replace(config, **{name: size}), platform, memory).plan().fits:
+                return f"{lead} Set {name} to {size} in backend_config, on as many devices."
+            size *= 2
+    if _Planner(model, fewer, platform, memory).plan().fits:
+        return f"{lead} Lower max_lora_adapters or max_sampler_adapters in backend_config."
+    return f"{lead} Raise {setting} and fully_sharded_data_parallel_size in backend_config, or take a smaller model."
+
+
+def _has_experts(model: Decoder) -> bool:
+    return any(weight.num_experts for weight in model.weights)
+
+
+# ---- one plan
+
+
+@dataclass(frozen=True)
+class _Planner:
+    model: Decoder
+    config: EngineConfig
+    platform: Platform
+    memory: int
+
+    def plan(self) -> MemoryPlan:
+        sampling = self._sampling_temporaries()
+        fixed = self._fixed_parts()
+        left = self.memory - MARGIN_BYTES - sum(part.num_bytes for part in fixed)
+        wanted = self._wanted_context()
+        shapes = self._offered(wanted, left)
+        temporaries = max([sampling, *(shape.temporaries for shape in shapes)])
+        cache = max(0, min(left - temporaries, self._kv_wanted(wanted)))
+        tokens = cache // self._token_bytes
+        context = min(wanted, max(tokens, 0))
+        parts = (
+            *fixed,
+            MemoryPart("temporaries", temporaries, "of the largest program that is offered"),
+            MemoryPart("KV cache", cache, "keys and values of sequences and of cached prefixes"),
+            MemoryPart("margin", MARGIN_BYTES, "fragmentation, and what the bounds have missed"),
+        )
+        made = MemoryPlan(self.memory, parts, shapes, context, tokens, wanted)
+        return replace(made, problem=self._problem(made, left))
+
+    def _problem(self, made: MemoryPlan, left: int) -> str:
+        lacking = (
+            f"weights, slots and margin take {_gib(self.memory - left)} of {_gib(self.memory)} on each device, "
+            "and the smallest programs and a KV cache do not fit beside them"
+        )
+        if left < 0 or not made.row_shapes or made.context < min(CONTEXT_MIN, self.model.max_position_embeddings):
+            return lacking
+        if made.context < self.config.max_context_length:
+            return f"the KV cache holds {made.context} tokens, less than max_context_length"
+        if made.kv_cache_tokens < self.config.kv_cache_tokens:
+            return f"the KV cache holds {made.kv_cache_tokens} tokens, less than kv_cache_tokens"
+        return ""
+
+    # -- parts
+
+    def _fixed_parts(self) -> tuple[MemoryPart, ...]:
+        config, rank = self.config, self.config.max_lora_rank
+        adapter = sum(self._adapter_elements(weight, rank) for weight in self._adapted) + self._head_elements(rank)
+        slots = config.max_lora_adapters + 1
+        return (
+            MemoryPart("weights", self._weight_bytes(), f"{self._dtype} base model"),
+            MemoryPart(
+                "training slots",
+                4 * 4 * slots * adapter,
+                f"{config.max_lora_adapters} adapters of rank {rank} and one for unused rows: A, B, m, v, gradients",
+            ),
+            MemoryPart(
+                "samplers", 4 * config.max_sampler_adapters * adapter, f"{config.max_sampler_adapters} adapters: A, B"
+            ),
+            *self._recurrent_state(),
+        )
+
+    def _recurrent_state(self) -> Iterator[MemoryPart]:
+        if self.model.state_layers:
+            running, kept = state_slots(self.model, self._dtype, self.config, self.memory // CACHE_PART)
+            size = (1 + running + kept) * state_bytes(self.model, self._dtype)
+            yield MemoryPart("recurrent state", size, f"{running} sequences that run, {kept} snapshots of prefixes")
+
+    def _weight_bytes(self) -> int:
+        narrow = jnp.dtype(self._dtype).itemsize
+        return sum(
+            math.prod(weight.shape) * (4 if weight.wide else narrow) // self._pieces(spec_of(weight, self._mesh))
+            for weight in self.model.weights
+        )
+
+    def _adapter_elements(self, weight: Weight, rank: int) -> int:
+        """A and B of one adapter on one device; cut as `mesh.adapter_shardings` says."""
+        _, *experts, inputs, outputs = spec_of(weight, self._mesh)
+        lead = weight.num_layers * max(1, weight.num_experts)
+        a = lead * weight.dims[0].size * rank // self._pieces((*experts, inputs))
+        return a + lead * weight.dims[1].size * rank // self._pieces((*experts, outputs))
+
+    def _head_elements(self, rank: int) -> int:
+        return (self.model.hidden_size + self.model.vocab_size) * rank
+
+    @cached_property
+    def _adapted(self) -> list[Weight]:
+        return [weight for weight in self.model.weights if weight.stack and weight.group]
+
+    def _pieces(self, axes: Sequence[Any]) -> int:
+        return math.prod(self._mesh.shape[axis] for axis in axes if axis)
+
+    @cached_property
+    def _mesh(self) -> Any:
+        config = self.config
+        sizes = (config.fully_sharded_data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size)
+        return AbstractMesh(sizes, AXES)
+
+    @property
+    def _dtype(self) -> str:
+        return self.config.dtype or self.platform.dtype
+
+    # -- KV cache
+
+    @cached_property
+    def _token_bytes(self) -> int:
+        """One token's keys and values on one device."""
+        whole = token_bytes(self.model, self._dtype)
+        heads = [heads for heads, _ in self.model.cache_shapes.values()]
+        tensor = self._mesh.shape["tensor"]
+        return max(1, whole // tensor if heads and all(number % tensor == 0 for number in heads) else whole)
+
+    def _kv_bytes(self, tokens: int) -> int:
+        return tokens * self._token_bytes
+
+    def _kv_wanted(self, context: int) -> int:
+        tokens = self.config.kv_cache_tokens or self.config.sample_max_num_sequences * context
+        return self._kv_bytes(max(tokens, context))
+
+    def _wanted_context(self) -> int:
+        limit = self.model.max_position_embeddings
+        return min(limit, self.config.max_context_length or limit)
+
+    # -- temporaries
+
+    def _offered(self, context: int, room: int) -> tuple[RowShape, ...]:
+        """Those beside which the cache still holds a sequence of that length: what is trained can be sampled."""
+        shapes = (self._row_shape(*shape) for shape in row_shapes(self.config, context, self.platform))
+        return tuple(shape for shape in shapes if shape.temporaries + self._kv_bytes(shape.length) <= room)
+
+    def _row_shape(self, rows: int, length: int) -> RowShape:
+        keeping = self._train_temporaries(rows, length, recomputes=False)
+        recomputes = self.config.gradient_checkpointing or keeping > self.memory // RECOMPUTE_SHARE
+        return RowShape(
+            rows, length, recomputes, self._train_temporaries(rows, length, True) if recomputes else keeping
+        )
+
+    def _train_temporaries(self, rows: int, length: int, recomputes: bool) -> int:
+        fsdp = self._mesh.shape["fsdp"]
+        here = rows // fsdp if rows % fsdp == 0 else rows
+        kept, inner = self._features()
+        return train_temporaries(
+            tokens=here * length,
+            layers=self.model.num_layers,
+            hidden=self.model.hidden_size,
+            kept_features=kept,
+            inner_features=inner,
+            adapter_elements=here * self._adapter_total(),
+            head_tokens=min(HEAD_CHUNK_TOKENS, here * length),
+            vocab=self.model.vocab_size,
+            itemsize=jnp.dtype(self._dtype).itemsize,
+            recomputes=recomputes,
+        )
+
+    def _adapter_total(self) -> int:
+        rank = self.config.max_lora_rank
+        return sum(self._adapter_elements(weight, rank) for weight in self._adapted) + self._head_elements(rank)
+
+    def _features(self) -> tuple[int, int]:
+        """(features that a layer keeps of each token for its backward pass, all that one layer makes), of the widest
+        stack: outputs of products, low ranks, the attention's output."""
+        by_stack: dict[str, tuple[int, int]] = {}
+        for weight in self.model.weights:
+            if weight.stack and len(weight.dims) == 2:
+                kept, inner = by_stack.get(weight.stack, (0, 0))
+                more_kept, more_inner = self._features_of(weight)
+                by_stack[weight.stack] = kept + more_kept, inner + more_inner
+        attention = max((weight.dims[0].size for weight in self.model.weights if weight.name == "o"), default=0)
+        attention //= self._mesh.shape["tensor"]
+        kept, inner = (max(column, default=0) for column in zip(*by_stack.values(), strict=True))
+        return kept + attention + self.model.hidden_size, inner + attention + 2 * self.model.hidden_size
+
+    def _features_of(self, weight: Weight) -> tuple[int, int]:
+        *_, outputs = spec_of(weight, self._mesh)
+        out = weight.dims[1].size // self._pieces((outputs,))
+        rank = self.config.max_lora_rank if weight.group else 0
+        if not weight.num_experts:
+            return out + rank, out + rank
+        times = self._experts_per_token(weight.stack)
+        return (times * out if weight.name == "down" else 0), times * (out + rank)
+
+    def _experts_per_token(self, stack: str) -> int:
+        (found,) = (x for x in self.model.stacks if x.name == stack)
+        router: Any = getattr(self.model.mlp_of(found), "router", None)
+        return router.num_experts_per_tok if router else 1
+
+    def _sampling_temporaries(self) -> int:
+        """Of decode, prefill and prompt scores: logits several times over, and a prefill's inner features."""
+        rows = max(self.config.sample_max_num_sequences, 128)
+        logits = 6 * rows * self.model.vocab_size * 4
+        tokens = self.config.prefill_chunk_tokens or self.platform.prefill_tokens
+        inner = 3 * tokens * self._features()[1] * jnp.dtype(self._dtype).itemsize
+        chunk = 3 * rows * self.platform.cache_chunk_tokens * self._token_bytes // max(1, self.model.cache_layers)
+        return logits + inner + chunk
+
+
+def train_temporaries(
+    tokens: int,
+    layers: int,
+    hidden: int,
+    kept_features: int,
+    inner_features: int,
+    adapter_elements: int,
+    head_tokens: int,
+    vocab: int,
+    itemsize: int,
+    recomputes: bool,
+) -> int:
+    """A bound on the temporary bytes of one forward_backward on one device.
+
+    tokens · layers · (what a layer keeps) + one layer's inner features, in fp32 with their gradients, where the layers
+    recompute + A and B of each row and their gradients, fp32 + the head's chunk: logits and two more of that size.
+    """
+    adapters = 2 * 4 * adapter_elements
+    head = 3 * 4 * head_tokens * vocab
+    if recomputes:
+        return tokens * (layers * hidden * itemsize + 8 * inner_features) + adapters + head
+    return tokens * (layers * kept_features + 2 * inner_features) * itemsize + adapters + head
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"

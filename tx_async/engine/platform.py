@@ -1,0 +1,119 @@
+"""What differs between a CPU and an accelerator: one table with a column for each, and nothing of it anywhere else.
+
+`current()` alone asks JAX where it runs. It is asked once at start; what came out is handed in, as the sharding rules
+are, so that programs for a device that is not there are made from the same table (`bench/gpu_programs.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+
+
+@dataclass(frozen=True)
+class Platform:
+    name: str
+    """As JAX calls it: cpu, gpu, tpu."""
+    dtype: str
+    """Of the base weights, where the configuration does not say."""
+
+    # training
+    shortest_row: int
+    """Packed rows are no shorter. A short one keeps an accelerator busy for no longer than it takes to start it."""
+    micro_batch_tokens: int
+    """Tokens of a micro-batch; 0 = one row, which meets the same kernels whatever its neighbours are."""
+    micro_batch_overhead: int
+    """What a micro-batch costs beside its positions, in positions: 30 ms where 1,024 of them take 1.2 s (two cores)."""
+    attention_blocks: tuple[int, int]
+    """Positions of an attention block, in rows up to ATTENTION_SHORT_ROW and in longer ones. Small blocks skip more,
+    larger ones are fewer and faster products."""
+    joins_lora: bool
+    """W and B of one row in one matrix (`layers/cpu.py`)."""
+
+    # sampling
+    decode_steps: int
+    """Steps of one quantum: a newcomer waits for one or two quanta, and on a CPU a step is long."""
+    prefill_tokens: int
+    """Prompt tokens of one quantum."""
+    decode_rows_max: int
+    """Up to here the kernels give every row the same bits in every batch, and larger batches are no faster per row;
+    0 = no limit."""
+    cache_chunk_tokens: int
+    """Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache."""
+    reads_pages_in_place: bool
+    """`layers/cpu.py` reads pages again for each query head rather than store what it read."""
+    low_rank_programs: bool
+    """What a CPU waits for is reading the adapters; an accelerator would rather not branch in every layer."""
+    copies_weights: bool
+    """A second copy of small models' weights, laid out for decoding."""
+    overlaps: bool
+    """Two threads' programs run side by side (`streams.py`)."""
+
+    # what is trusted
+    same_sums_in_every_batch: bool
+    """The compiler is asked for kernels that sum a row alike whatever number of rows stands around it."""
+    reduce_scatter: bool
+    """False: gloo's has returned wrong values, and no program of several processes may hold one."""
+    keeps_executables: bool
+    """Executables can be written to files and loaded again."""
+
+    def attention_block(self, length: int) -> int:
+        """Positions of a block in a row of `length`. On a CPU short rows hold short sequences; a long one is there for
+        a long sequence, which skips little."""
+        short, long = self.attention_blocks
+        return short if length <= ATTENTION_SHORT_ROW else long
+
+
+ATTENTION_SHORT_ROW = 1024
+
+CPU = Platform(
+    name="cpu",
+    dtype="float32",
+    shortest_row=32,
+    micro_batch_tokens=0,
+    micro_batch_overhead=25,
+    attention_blocks=(64, 256),
+    joins_lora=True,
+    decode_steps=4,
+    prefill_tokens=256,
+    decode_rows_max=16,
+    cache_chunk_tokens=64,
+    reads_pages_in_place=True,
+    low_rank_programs=True,
+    copies_weights=True,
+    overlaps=True,
+    same_sums_in_every_batch=True,
+    reduce_scatter=False,
+    keeps_executables=True,
+)
+ACCELERATOR = Platform(
+    name="gpu",
+    dtype="bfloat16",
+    shortest_row=512,
+    micro_batch_tokens=4096,
+    micro_batch_overhead=64,
+    attention_blocks=(512, 512),
+    joins_lora=False,
+    decode_steps=16,
+    prefill_tokens=1024,
+    decode_rows_max=0,
+    cache_chunk_tokens=512,
+    reads_pages_in_place=False,
+    low_rank_programs=False,
+    copies_weights=False,
+    overlaps=False,
+    same_sums_in_every_batch=False,
+    reduce_scatter=True,
+    keeps_executables=False,
+)
+
+
+def of(name: str) -> Platform:
+    """The column for a backend by JAX's name."""
+    return CPU if name == CPU.name else replace(ACCELERATOR, name=name)
+
+
+def current() -> Platform:
+    """Where JAX runs here. Joins no mesh and starts the backend: call it after `jax.distributed.initialize`."""
+    return of(jax.default_backend())

@@ -1,0 +1,32 @@
+"""Shapes of training micro-batches: few, known at start, and no other is ever met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tx_async.engine.platform import Platform
+from tx_async.wire.worker import EngineConfig
+
+PREFERRED_ROW = 1024
+"""Packed rows are filled up to this length; only a longer sequence needs a longer row."""
+
+
+def row_shapes(config: EngineConfig, context: int, platform: Platform) -> tuple[tuple[int, int], ...]:
+    """(rows, length), ascending."""
+    configured = {length for length in config.train_row_lengths if length < context}
+    lengths = (*configured, context) if configured else _doubling(platform.shortest_row, context)
+    tokens = config.train_micro_batch_tokens or platform.micro_batch_tokens
+    rows: Callable[[int], int] = lambda length: config.train_micro_batch_size or max(1, tokens // length)  # noqa: E731
+    return tuple((rows(length), length) for length in sorted(lengths))
+
+
+def _doubling(shortest: int, context: int) -> tuple[int, ...]:
+    lengths = [shortest]
+    while lengths[-1] < context:
+        lengths.append(2 * lengths[-1])
+    return (*lengths[:-1], context)
+
+
+def preferred_row_length(row_shapes: Sequence[tuple[int, int]]) -> int:
+    lengths = [length for _, length in row_shapes]
+    return max((length for length in lengths if length <= PREFERRED_ROW), default=lengths[0])

@@ -1,0 +1,112 @@
+"""What only a CPU wants of the arithmetic, apart from the way that every platform goes.
+
+Each of these computes what its plain counterpart does, in a form that suits a CPU's memory; `engine/platform.py` says
+which run. A reader who follows a model need not follow them.
+
+- `OutFirst`: a matrix stored [out, in], for products with few rows (decoding).
+- `joined`: W and B of a row that is alone, in one product (training).
+- `LowRankActive`: adapters of low rank in wide slots, read at their own rank (sampling).
+- `scores_in_place`, `weighted_in_place`: pages that are read again for each query head rather than stored.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from tx_async.layers.lora import LoraActive, PairOfLayer
+from tx_async.layers.norm import row_sums
+
+LANES = 8
+
+
+class OutFirst(NamedTuple):
+    """A matrix stored [out, in], for products with few rows on a CPU: read along its rows, as it lies, while those of
+    x stay in the cache. Stored [in, out] it would be rearranged at every product, which costs more than the product.
+    """
+
+    matrix: Array
+
+    def product(self, x: Array, dtype: Any = None) -> Array:
+        """x [..., in] -> [..., out] in `dtype`, x's own without."""
+        # Without the barriers the compiler turns the product round again, into x Wᵀ.
+        rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+        out = jax.lax.dot_general(self.matrix, rows, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
+
+
+# ---- training
+
+
+@jax.custom_vjp
+def joined(x: Array, low: Array, w: Array, b: Array) -> Array:
+    """x [L, in], low [L, rank], W [in, out], B [rank, out] -> x W + low B = [x | low] [W ; B]; W is frozen.
+
+    On a CPU the thin products of an adapter cost many times their arithmetic, a few more rows of a wide one next to
+    nothing: two of six products go, and W is copied out of its stack anyway.
+    """
+    return jnp.concatenate([x, low], axis=1) @ jnp.concatenate([w, b])
+
+
+def _forward(x: Array, low: Array, w: Array, b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return joined(x, low, w, b), (low, w, b)
+
+
+def _backward(saved: tuple[Array, Array, Array], dout: Array) -> tuple[Array, Array, None, Array]:
+    low, w, b = saved
+    both = dout @ jnp.concatenate([w, b]).T
+    return both[:, : len(w)], both[:, len(w) :], None, low.T @ dout
+
+
+joined.defvjp(_forward, _backward)
+
+
+# ---- sampling
+
+
+@struct.dataclass
+class LowRankActive(LoraActive):
+    """Of an adapter whose rank is low no more of its slot is read than that."""
+
+    is_low: Array = None  # type: ignore[assignment]
+    """[adapters] bool: whose rank is at most `low_rank`."""
+    low_rank: int = struct.field(pytree_node=False, default=0)
+
+    def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
+        of_rank = partial(self._deltas_of_rank, pairs, adapter, x)
+        if self._widest(pairs) <= self.low_rank:
+            return super()._deltas(pairs, adapter, x)
+        return jax.lax.cond(
+            self.is_low[adapter], partial(of_rank, self.low_rank), partial(of_rank, self._widest(pairs))
+        )
+
+
+def scores_in_place(q: Array, read: Any) -> Array:
+    """q [R, 1, Hkv, G, D]; read(g) -> the chunk's keys [R, C, Hkv, D] anew -> [R, Hkv, 1, G, C] fp32."""
+    heads = [_scores_of_head(q[:, 0, :, g], read(g)) for g in range(q.shape[3])]
+    return jnp.stack(heads, axis=2)[:, :, None]
+
+
+def weighted_in_place(weights: Array, read: Any) -> Array:
+    """weights [R, Hkv, 1, G, C] -> [R, Hkv, 1, G, D] fp32."""
+    heads = [_weighted_of_head(weights[:, :, 0, g], read(g)) for g in range(weights.shape[3])]
+    return jnp.stack(heads, axis=2)[:, :, None]
+
+
+def _scores_of_head(q: Array, keys: Array) -> Array:
+    """q [R, Hkv, D], one query head of each key head, keys [R, C, Hkv, D] -> [R, Hkv, C] fp32. Summed over all but the
+    last lanes, which a CPU does in its registers, then over those."""
+    *lead, Hkv, D = keys.shape
+    split = (Hkv, D // LANES, LANES)
+    lanes = (keys.reshape(*lead, *split) * q.astype(jnp.float32).reshape(-1, 1, *split)).sum(3)
+    return row_sums(lanes)[..., 0].transpose(0, 2, 1)
+
+
+def _weighted_of_head(weights: Array, values: Array) -> Array:
+    """weights [R, Hkv, C] of one query head of each key head, values [R, C, Hkv, D] -> [R, Hkv, D] fp32."""
+    return (values * weights.transpose(0, 2, 1)[..., None]).sum(1)
