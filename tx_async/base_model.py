@@ -32,6 +32,7 @@ ARCHITECTURES = (
     "Phi3ForCausalLM",
     "SmolLM3ForCausalLM",
     "Olmo3ForCausalLM",
+    "GptOssForCausalLM",
     "Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration",
     "DeepseekV3ForCausalLM",

@@ -18,7 +18,9 @@ from tx_async.models.decoder import unembedding
 from tx_async.models.load import load_model
 from tx_async.testing.models import (
     DEEPSEEK_V3_TINY,
+    GPT_OSS_TINY,
     LLAMA_TINY,
+    QWEN3_5_MOE_TINY,
     QWEN3_TINY,
     make_deepseek_v3,
     make_llama,
@@ -294,3 +296,47 @@ def test_a_process_reads_only_rows_that_its_devices_hold(tmp_path, monkeypatch):
     of = [(start, stop) for name, start, stop in read if name == "model.layers.0.self_attn.o_proj.weight"]
     assert sum(stop - start for start, stop in of) < 45 and max(of)[1] == 64  # of 64 rows; chunks of 11
     assert {name for name, *_ in read} == set(load_file(folder / "model.safetensors"))
+
+
+def test_fused_experts_are_those_one_by_one(tmp_path):
+    """Qwen3.5 as the hub has it: gate above up in one tensor of all experts."""
+    folder = make_model(tmp_path, QWEN3_5_MOE_TINY, tokenizer=False)
+    _, params = load_model(folder)
+
+    def fuse(tensors):
+        for layer in range(4):
+            experts = f"model.layers.{layer}.mlp.experts"
+            gate, up, down = (
+                np.stack([tensors.pop(f"{experts}.{e}.{name}.weight") for e in range(8)])
+                for name in ("gate_proj", "up_proj", "down_proj")
+            )
+            tensors[f"{experts}.gate_up_proj"], tensors[f"{experts}.down_proj"] = np.concatenate([gate, up], 1), down
+
+    rewrite(folder, fuse)
+    equal(load_model(folder)[1], params)
+
+
+def test_mxfp4_experts_are_dequantised(tmp_path, monkeypatch):
+    """Of the two numbers in a byte the low half comes first; 32 in a row share a power of two."""
+    config = GPT_OSS_TINY | {"quantization_config": {"quant_method": "mxfp4"}, "num_hidden_layers": 1}
+    folder, rng = make_model(tmp_path / "mxfp4", config, tokenizer=False), np.random.default_rng(0)
+    plain = make_model(tmp_path / "plain", GPT_OSS_TINY | {"num_hidden_layers": 1}, tokenizer=False)
+    grid = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    tensors, reference = (load_file(place / "model.safetensors") for place in (folder, plain))
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.0.mlp.experts.{name}"
+        num_experts, columns, rows = tensors.pop(key).shape
+        codes = rng.integers(0, 16, (num_experts, rows, columns // 32, 32)).astype(np.uint8)
+        scales = rng.integers(120, 126, (num_experts, rows, columns // 32)).astype(np.uint8)
+        tensors[f"{key}_blocks"], tensors[f"{key}_scales"] = codes[..., 0::2] | codes[..., 1::2] << 4, scales
+        values = np.array([*grid, *(-x for x in grid)], np.float32)[codes] * 2.0 ** (
+            scales[..., None].astype(float) - 127
+        )
+        matrix = values.reshape(num_experts, rows, columns).astype(np.float32)
+        reference[key] = np.ascontiguousarray(matrix.transpose(0, 2, 1))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(reference, plain / "model.safetensors", {"format": "pt"})
+    whole = load_model(folder)[1]
+    equal(whole, load_model(plain)[1])
+    monkeypatch.setattr(load, "CHUNK_BYTES", 1_000)
+    equal(load_model(folder)[1], whole)

@@ -21,6 +21,7 @@ from tx_async.models.decoder import Decoder, Params, unembedding
 from tx_async.models.peft import AdapterWeights, adapter_shapes
 from tx_async.testing.models import (
     DEEPSEEK_V3_TINY,
+    GPT_OSS_TINY,
     LLAMA_TINY,
     QWEN3_5_MOE_TINY,
     QWEN3_5_TINY,
@@ -155,6 +156,8 @@ CASES = (
     Case("qwen3_5_moe", QWEN3_5_MOE_TINY),
     Case("qwen3_next", _QWEN3_NEXT),
     Case("qwen3_next_mlp_only", _QWEN3_NEXT | {"mlp_only_layers": [1], "norm_topk_prob": False}),
+    Case("gpt_oss", GPT_OSS_TINY, 100),
+    Case("gpt_oss_default_rope", _without(GPT_OSS_TINY, "rope_scaling", "rope_theta") | {"attention_bias": False}),
     Case("llama", LLAMA_TINY),
     Case("llama_llama3", LLAMA_TINY | {"rope_theta": 5e5, "rope_scaling": _LLAMA3}, 100),
     Case("llama_tied", LLAMA_TINY | {"tie_word_embeddings": True}),
@@ -175,7 +178,7 @@ CASES = (
     Case("glm4_moe_plain", _without(_GLM4_MOE, "use_qk_norm", "attention_bias", "partial_rotary_factor")),
     Case("glm4_moe_lite", DEEPSEEK_V3_TINY | _GLM),
 )
-_WHOLE = ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek", "phi3", "gemma3")
+_WHOLE = ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek", "phi3", "gemma3", "qwen3_5", "gpt_oss")
 FAMILIES = tuple(case for case in CASES if case.name in _WHOLE)
 """One of each kind of layer, for what is tested of every kind: cache, gradients, adapters, greedy answers."""
 

@@ -8,6 +8,7 @@ deterministic, and no product with a mask, so a NaN stays in its row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -92,11 +93,15 @@ class Blocks(NamedTuple):
 
 
 Matrices = dict[str, Array]
-"""gate, up [E, D, F], down [E, F, D]."""
+"""gate, up [E, D, F], down [E, F, D]; gate_bias, up_bias [E, F], down_bias [E, D] where the family has them."""
 
 
-@jax.custom_vjp
-def experts_mlp(x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> Array:
+Activation = Callable[[Array, Array], Array]
+"""(gate, up) -> what goes down; hashable, part of the program."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def experts_mlp(activation: Activation, x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> Array:
     """x [N, B, D] -> [N, B, D], each block through its expert with its adapter; zeros where not used.
 
     One loop forward and one backward, which computes a block again instead of keeping its inner features. Gradients are
@@ -105,23 +110,27 @@ def experts_mlp(x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> Arra
 
     def one(_: None, block: tuple[Array, Blocks]) -> tuple[None, Array]:
         x, mine = block
-        run = lambda: _block_mlp(x, _of_block(lora, mine), *_static(mine, w, lora))  # noqa: E731
+        run = lambda: _block_mlp(activation, x, _of_block(lora, mine), *_static(mine, w, lora))  # noqa: E731
         return None, jax.lax.cond(mine.used, run, lambda: jnp.zeros_like(x))
 
     return jax.lax.scan(one, None, (x, blocks))[1]
 
 
-def _keep(x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> tuple[Array, Any]:
-    return experts_mlp(x, blocks, w, lora), (x, blocks, w, lora)
+def _keep(activation: Activation, x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> tuple[Array, Any]:
+    return experts_mlp(activation, x, blocks, w, lora), (x, blocks, w, lora)
 
 
-def _gradients(kept: Any, dy: Array) -> tuple[Any, ...]:
+def _gradients(activation: Activation, kept: Any, dy: Array) -> tuple[Any, ...]:
     x, blocks, w, lora = kept
 
     def one(total: LayerLora, block: tuple[Array, Array, Blocks]) -> tuple[LayerLora, Array]:
         x, dy, mine = block
         pairs = _of_block(lora, mine)
-        back = lambda: jax.vjp(lambda x, pairs: _block_mlp(x, pairs, *_static(mine, w, lora)), x, pairs)[1](dy)  # noqa: E731
+
+        def back() -> tuple[Array, LayerLora]:
+            run = lambda x, pairs: _block_mlp(activation, x, pairs, *_static(mine, w, lora))  # noqa: E731
+            return jax.vjp(run, x, pairs)[1](dy)
+
         dx, more = jax.lax.cond(mine.used, back, lambda: jax.tree.map(jnp.zeros_like, (x, pairs)))
         place = jnp.maximum(mine.adapter, 0), mine.expert
         return jax.tree.map(lambda t, m: t.at[place].add(m.astype(t.dtype)), total, more), dx
@@ -145,18 +154,20 @@ def _static(block: Blocks, w: Matrices, lora: ExpertLora) -> tuple[Matrices, Arr
     return matrices, block.adapter >= 0, lora.scale[jnp.maximum(block.adapter, 0)]
 
 
-def _block_mlp(x: Array, lora: LayerLora, w: Matrices, adapted: Array, scale: Array) -> Array:
-    """x [B, D] -> [B, D]: down(silu(gate x) · up x)."""
+def _block_mlp(activation: Activation, x: Array, lora: LayerLora, w: Matrices, adapted: Array, scale: Array) -> Array:
+    """x [B, D] -> [B, D]: down(activation(gate x, up x))."""
 
     def project(name: str, x: Array) -> Array:
         y = _product(x, w[name]).astype(x.dtype)
+        if f"{name}_bias" in w:
+            y = y + w[f"{name}_bias"]
         if name not in lora:
             return y
         a, b = (m.astype(x.dtype) for m in lora[name])
         delta = _product((_product(x, a) * scale).astype(x.dtype), b)
         return y + jnp.where(adapted, delta, 0).astype(x.dtype)  # a choice, not a product: 0 × NaN is NaN
 
-    return project("down", jax.nn.silu(project("gate", x)) * project("up", x))
+    return project("down", activation(project("gate", x), project("up", x)))
 
 
 def _product(x: Array, w: Array) -> Array:

@@ -69,6 +69,23 @@ def _gelu_gated(approximate: bool, gate: Array, up: Array) -> Array:
     return jax.nn.gelu(gate, approximate=approximate) * up
 
 
+@dataclass(frozen=True)
+class ClampedSwiglu:
+    """gpt-oss: (up + 1) · gate · sigmoid(alpha · gate), with gate below and up within the limit."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: Array, up: Array) -> Array:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
+def silu_gated(gate: Array, up: Array) -> Array:
+    """As `gated`, with derived gradients."""
+    return jax.nn.silu(gate) * up
+
+
 ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "silu": gated,
     "swish": gated,

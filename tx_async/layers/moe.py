@@ -17,14 +17,15 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from tx_async.layers.block import LayerWeights, Run
-from tx_async.layers.grouped import Blocks, block_shape, dispatch, experts_mlp, rearrange
+from tx_async.layers.grouped import Activation, Blocks, block_shape, dispatch, experts_mlp, rearrange
 from tx_async.layers.lora import ExpertLora, LayerLora
-from tx_async.layers.mlp import GatedMlp
+from tx_async.layers.mlp import GatedMlp, silu_gated
 from tx_async.layers.residuals import keep
-from tx_async.layers.router import SigmoidRouter, SoftmaxRouter
+from tx_async.layers.router import ChosenSoftmaxRouter, SigmoidRouter, SoftmaxRouter
 from tx_async.layers.weights import Dim, Stack, Weight
 
 NAMES = ("gate", "up", "down")
+BIASES = tuple(f"{name}_bias" for name in NAMES)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class MoeMlp:
     hidden_size: int
     intermediate_size: int
     """Of one expert."""
-    router: SoftmaxRouter | SigmoidRouter
+    router: SoftmaxRouter | SigmoidRouter | ChosenSoftmaxRouter
     shared: GatedMlp | None = None
+    bias: bool = False
+    """Of the experts' projections."""
+    activation: Activation = silu_gated
     shared_gate: bool = False
     """The shared expert's output is scaled by a sigmoid of the token (Qwen3-Next)."""
 
@@ -42,6 +46,10 @@ class MoeMlp:
         yield from self.router.weights(stack)
         for name, dims in zip(NAMES, ((hidden, inner), (hidden, inner), (inner, hidden)), strict=True):
             yield stack.experts(name, f"mlp.experts.{{}}.{name}_proj", dims, self.router.num_experts)
+            if self.bias:
+                yield stack.expert_vectors(
+                    f"{name}_bias", f"mlp.experts.{{}}.{name}_proj.bias", dims[1], self.router.num_experts
+                )
         if self.shared:
             yield from self.shared.weights(stack)
         if self.shared_gate:
@@ -49,10 +57,10 @@ class MoeMlp:
 
     def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         experts, weights = self.router(w, x)
-        matrices = {name: w[name] for name in NAMES}
+        matrices = {name: w[name] for name in (*NAMES, *BIASES) if name in w}
         lora = run.lora.of_experts({name: adapters[name] for name in NAMES if name in adapters})
         if run.mesh is None:
-            out = routed(matrices, lora, x, experts, weights)
+            out = routed(matrices, lora, x, experts, weights, self.activation)
         else:
             out = self._on_mesh(run.mesh, matrices, lora, x, experts, weights)
         if self.shared is None:
@@ -70,8 +78,8 @@ class MoeMlp:
             experts="expert" if self.router.num_experts % mesh.shape["expert"] == 0 else None,
             features="tensor" if self.intermediate_size % mesh.shape["tensor"] == 0 else None,
         )
-        specs = (cuts.weights(), cuts.lora(lora), *[PartitionSpec(cuts.rows)] * 3)
-        body = partial(_routed_here, cuts, tuple(mesh.axis_names), specs)
+        specs = (cuts.weights(w), cuts.lora(lora), *[PartitionSpec(cuts.rows)] * 3)
+        body = partial(_routed_here, cuts, self.activation, tuple(mesh.axis_names), specs)
         local = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(cuts.rows))
         return local(w, lora, x, experts, weights)
 
@@ -84,8 +92,12 @@ class _Cuts:
     experts: str | None
     features: str | None
 
-    def weights(self) -> dict[str, PartitionSpec]:
-        return {name: PartitionSpec(self.experts, *self._matrix(name)) for name in NAMES}
+    def weights(self, w: LayerWeights) -> dict[str, PartitionSpec]:
+        """A bias is cut as the output of its matrix."""
+        return {
+            name: PartitionSpec(self.experts, *self._matrix(name.removesuffix("_bias"))[name.endswith("_bias") :])
+            for name in w
+        }
 
     def lora(self, lora: ExpertLora) -> ExpertLora:
         """Specs in the places of arrays."""
@@ -104,6 +116,7 @@ class _Cuts:
 
 def _routed_here(
     cuts: _Cuts,
+    activation: Activation,
     axes: tuple[str, ...],
     specs: Any,
     w: LayerWeights,
@@ -116,9 +129,11 @@ def _routed_here(
     if cuts.experts:
         experts = experts - jax.lax.axis_index(cuts.experts) * w["gate"].shape[0]
         specs = (*specs[:3], PartitionSpec(cuts.rows, cuts.experts), specs[4])
+    if cuts.features and "down_bias" in w:  # every device adds it, and their sums are summed
+        w = w | {"down_bias": w["down_bias"] / jax.lax.axis_size(cuts.features)}
     num_devices = jax.lax.axis_size(cuts.experts) if cuts.experts else 1
     inputs = jax.tree.map(partial(_vary, axes), specs, (w, lora, x, experts, weights))
-    out = routed(*inputs, num_devices=num_devices)
+    out = routed(*inputs, activation=activation, num_devices=num_devices)
     for axis in axes:
         if axis in (cuts.experts, cuts.features):
             out = jax.lax.psum(out, axis)
@@ -133,7 +148,15 @@ def _vary(axes: tuple[str, ...], spec: PartitionSpec, x: Array) -> Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def routed(w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array, num_devices: int = 1) -> Array:
+def routed(
+    w: LayerWeights,
+    lora: ExpertLora,
+    x: Array,
+    experts: Array,
+    weights: Array,
+    activation: Activation = silu_gated,
+    num_devices: int = 1,
+) -> Array:
     """The experts' part, or one device's share of it. w: gate, up [E, D, F], down [E, F, D]; x [R, L, D];
     experts int32, weights fp32 [R, L, k]; out [R, L, D]. Experts outside of [0, E) contribute nothing."""
     (R, L, D), k, num_experts = x.shape, experts.shape[-1], w["gate"].shape[0]
@@ -143,6 +166,6 @@ def routed(w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights:
     inputs = rearrange(repeated, plan.source, plan.slot).reshape(-1, blocks[1], D)
     rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
     made_with = Blocks(plan.expert.reshape(-1), jnp.repeat(rows, blocks[0]), plan.used.reshape(-1))
-    out = keep(experts_mlp(inputs, made_with, w, lora._replace(row_adapter=None)))
+    out = keep(experts_mlp(activation, inputs, made_with, w, lora._replace(row_adapter=None)))
     out = rearrange(out.reshape(R, -1, D), plan.slot, plan.source).reshape(R, L, k, D)
     return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)

@@ -33,6 +33,24 @@ class SoftmaxRouter:
 
 
 @dataclass(frozen=True)
+class ChosenSoftmaxRouter:
+    """gpt-oss: the k largest logits, which have a bias, and a softmax over those alone."""
+
+    hidden_size: int
+    num_experts: int
+    num_experts_per_tok: int
+
+    def weights(self, stack: Stack) -> Iterator[Weight]:
+        dims = (Dim(self.hidden_size), Dim(self.num_experts))
+        yield stack.matrix("router", "mlp.router", dims, None, wide=True)
+        yield stack.vector("router_bias", "mlp.router.bias", dims[1], wide=True)
+
+    def __call__(self, w: LayerWeights, x: Array) -> tuple[Array, Array]:
+        logits, experts = jax.lax.top_k(_logits(w, x) + w["router_bias"], self.num_experts_per_tok)
+        return experts, jax.nn.softmax(logits, axis=-1)
+
+
+@dataclass(frozen=True)
 class SigmoidRouter:
     """DeepSeek V3: sigmoid scores; a bias that only decides the choice; experts come from the best groups only."""
 

@@ -104,8 +104,15 @@ class Stack:
 
     def experts(self, name: str, module: str, dims: tuple[Dim, Dim], num_experts: int) -> Weight:
         """One matrix per expert; `module` has a `{}` for the expert's number."""
-        names = tuple(f"model.layers.{i}.{module.format(e)}.weight" for i in self.layers for e in range(num_experts))
-        return Weight(self.name, name, dims, names, True, num_experts, "mlp")
+        return Weight(
+            self.name, name, dims, self._of_experts(f"{module}.weight", num_experts), True, num_experts, "mlp"
+        )
+
+    def expert_vectors(self, name: str, tensor: str, dim: Dim, num_experts: int) -> Weight:
+        return Weight(self.name, name, (dim,), self._of_experts(tensor, num_experts), num_experts=num_experts)
+
+    def _of_experts(self, tensor: str, num_experts: int) -> tuple[str, ...]:
+        return tuple(f"model.layers.{i}.{tensor.format(e)}" for i in self.layers for e in range(num_experts))
 
     def _names(self, tensor: str) -> tuple[str, ...]:
         return tuple(f"model.layers.{i}.{tensor}" for i in self.layers)

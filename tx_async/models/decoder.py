@@ -46,6 +46,8 @@ class Decoder:
     skipped: tuple[str, ...] = ()
     """Beginnings of the names of tensors in the files that the family has and nothing here uses (multi-token
     prediction, a vision tower)."""
+    interleaved_experts: bool = False
+    """In the files a layer's experts are two parameters, gate and up side by side (gpt-oss): so PEFT knows them."""
     mesh: Mesh | None = None
     """Where it is sharded; set by `load_model`."""
 

@@ -126,9 +126,8 @@ def text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     for name, tensor in tensors.items():
         if not name.startswith(NOT_TEXT):
             canonical = next((new + name.removeprefix(old) for old, new in PREFIXES if name.startswith(old)), name)
-            tensor = replace(tensor, name=canonical, shape=_shape(canonical, tensor.shape))
-            found |= {part.name: part for part in fused_experts.one_by_one(tensor)}
-    return found
+            found[canonical] = replace(tensor, name=canonical, shape=_shape(canonical, tensor.shape))
+    return {tensor.name: tensor for tensor in fused_experts.one_by_one(found)}
 
 
 def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -156,7 +155,9 @@ def check(model: Decoder, tensors: dict[str, StoredTensor]) -> None:
 
 def _harmless(model: Decoder, name: str, expected: dict[str, Any]) -> bool:
     """Tensors that transformers ignores too."""
-    if name.endswith(("rotary_emb.inv_freq", ".activation_scale")) or (model.tied and name == "lm_head.weight"):
+    if name.endswith(("rotary_emb.inv_freq", ".activation_scale", "_proj_scales")) or (
+        model.tied and name == "lm_head.weight"
+    ):
         return True
     if name.endswith("_scale_inv"):
         return name.removesuffix("_scale_inv") in expected

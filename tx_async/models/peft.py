@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from tx_async.errors import InvalidRequest
 from tx_async.layers.lora import LoraTarget
 from tx_async.models.decoder import Decoder
+from tx_async.models.peft_experts import Pair, fused, fused_settings, unfused
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 AdapterWeights = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
@@ -52,7 +54,10 @@ def to_peft(
             tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
             tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
         modules.extend(target.hf_names)
-    return tensors, _peft_config(config, modules)
+    if not model.interleaved_experts:
+        return tensors, _peft_config(config, modules)
+    settings = _peft_config(config, [module for module in modules if ".experts." not in module])
+    return fused(tensors), settings | fused_settings(config.rank, int(LORA_ALPHA), config.train_mlp)
 
 
 def _peft_config(config: AdapterConfig, modules: list[str]) -> dict[str, Any]:
@@ -168,16 +173,6 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-class Pair(NamedTuple):
-    """One module's adapter as PEFT applies it: y += x Aᵀ Bᵀ · scale."""
-
-    a: np.ndarray
-    """[rank, in]."""
-    b: np.ndarray
-    """[out, rank]."""
-    scale: float
-
-
 def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[str, Any]) -> dict[str, Pair]:
     """module -> its pair, fused experts taken apart."""
     halves: dict[str, dict[str, np.ndarray]] = {}
@@ -194,47 +189,15 @@ def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[
             raise InvalidRequest(f"The adapter holds only half of {module}: lora_{next(iter(pair))}.")
         a, b = pair["A"], pair["B"]
         if re.search(r"\.experts(\.base_layer)*$", module):
-            pairs |= unfused(model, module, a, b, adapter_config)
+            experts = module.split(".base_layer")[0]
+            targets = [t for _, _, t in _targets(model) if any(name.startswith(f"{experts}.") for name in t.hf_names)]
+            if not targets:
+                raise InvalidRequest(f"The adapter adapts {experts}, which this model does not have.")
+            scale = partial(_scale, adapter_config)
+            pairs |= unfused(targets, module, a, b, scale, model.interleaved_experts)
         else:
             pairs[module] = Pair(a, b, _scale(adapter_config, module, a.shape[0]))
     return pairs
-
-
-def unfused(
-    model: Decoder, module: str, a: np.ndarray, b: np.ndarray, adapter_config: dict[str, Any]
-) -> dict[str, Pair]:
-    """Adapters of transformers 5's fused expert parameters, per expert and projection.
-
-    PEFT wraps the parameters of `mlp.experts` in one another, so the name does not tell which one a tensor belongs
-    to, but the shapes do. A is [experts · rank, in], B is [out, rank · experts], experts varying slowest in A and
-    fastest in B. The fused gate_up_proj has one A for both halves; where B is block diagonal (PEFT made it from two
-    adapters), each half has its own ranks.
-    """
-    experts = module.split(".base_layer")[0]
-    targets = [t for _, _, t in _targets(model) if any(name.startswith(f"{experts}.") for name in t.hf_names)]
-    if not targets:
-        raise InvalidRequest(f"The adapter adapts {experts}, which this model does not have.")
-    gate, down, count = targets[0], targets[-1], targets[0].num_experts
-    a, b = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).transpose(2, 0, 1)
-    shape = (a.shape[2], b.shape[1])
-    if shape == (down.in_features, down.out_features):
-        halves = {"down_proj": (a, b)}
-        scale = _scale(adapter_config, f"{experts}.down_proj", a.shape[1])
-    elif shape == (gate.in_features, 2 * gate.out_features):
-        halves = dict(zip(("gate_proj", "up_proj"), _split(a, b), strict=True))
-        scale = _scale(adapter_config, f"{experts}.gate_up_proj", a.shape[1])
-    else:
-        raise InvalidRequest(f"The adapter's {module} maps {shape[0]} to {shape[1]} features: it is of another model.")
-    return {f"{experts}.{e}.{name}": Pair(a[e], b[e], scale) for name, (a, b) in halves.items() for e in range(count)}
-
-
-def _split(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A [E, R, in], B [E, 2F, R] of a fused gate_up_proj -> those of gate and of up."""
-    features, rank = b.shape[1] // 2, b.shape[2] // 2
-    blocks = not b[:, :features, rank:].any() and not b[:, features:, :rank].any()
-    for i in range(2):
-        ranks = slice(i * rank, (i + 1) * rank) if blocks and rank else slice(None)
-        yield a[:, ranks], b[:, i * features : (i + 1) * features, ranks]
 
 
 def _targets(model: Decoder) -> Iterator[tuple[str, str, LoraTarget]]:

@@ -1,4 +1,5 @@
-"""Which quantised folders are read: fp8 is dequantised while loading; every other kind is refused by name."""
+"""Which quantised folders are read: fp8 and MXFP4 are dequantised while loading; every other kind is refused by
+name."""
 
 from __future__ import annotations
 
@@ -8,14 +9,16 @@ from tx_async.errors import BaseModelError
 
 
 def check_quantization(config: dict[str, Any]) -> None:
-    """fp8 (e4m3) in blocks of powers of two, or with one scale per tensor."""
+    """fp8 (e4m3) in blocks of powers of two, or with one scale per tensor; MXFP4 (gpt-oss)."""
     quantization = config.get("quantization_config")
     if not quantization:
+        return
+    if quantization.get("quant_method") == "mxfp4":
         return
     method, blocks = quantization.get("quant_method"), quantization.get("weight_block_size") or ()
     known = method == "fp8" and quantization.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
     if not known or len(blocks) not in (0, 2) or any(size & (size - 1) for size in blocks):
         raise BaseModelError(
-            f"quantization_config {method!r} in config.json is not supported; only fp8 (e4m3) is, in blocks of powers "
-            "of two or per tensor."
+            f"quantization_config {method!r} in config.json is not supported; only fp8 (e4m3), in blocks of powers of "
+            "two or per tensor, and mxfp4 are."
         )

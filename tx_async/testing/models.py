@@ -109,6 +109,26 @@ QWEN3_5_MOE_TINY: dict[str, Any] = QWEN3_5_TINY | {
 }
 
 
+GPT_OSS_TINY: dict[str, Any] = QWEN3_TINY | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "attention_bias": True,
+    "sliding_window": 16,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
 def make_qwen3(folder: str | Path, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
     """Write a random Qwen3 (QWEN3_TINY with `overrides`) and a tokenizer into `folder`."""
     return make_model(folder, QWEN3_TINY | overrides, seed, tokenizer)
@@ -134,7 +154,8 @@ def make_model(folder: str | Path, config: dict[str, Any], seed: int = 0, tokeni
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(random_tensors(config, seed), folder / "model.safetensors", {"format": "pt"})
+    tensors = as_on_the_hub(config, random_tensors(config, seed))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     if tokenizer:
         make_byte_tokenizer(folder)
     return folder
@@ -147,6 +168,24 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
 
     shapes = {name: weight.hf_shape for weight in from_config(config).weights for name in weight.hf_names}
     return {name: _random_tensor(name, shape, seed) for name, shape in sorted(shapes.items())}
+
+
+def as_on_the_hub(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """gpt-oss's experts are one tensor a layer: turned round, a column of gate beside its column of up."""
+    if config["architectures"] != ["GptOssForCausalLM"]:
+        return tensors
+    experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+    found = {name: tensor for name, tensor in tensors.items() if name not in experts}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for leaf, ending in (("weight", ""), ("bias", "_bias")):
+            gate, up, down = (
+                np.stack([experts[f"{prefix}.{e}.{name}.{leaf}"].T for e in range(config["num_local_experts"])])
+                for name in ("gate_proj", "up_proj", "down_proj")
+            )
+            found[f"{prefix}.gate_up_proj{ending}"] = np.stack([gate, up], -1).reshape(*gate.shape[:-1], -1)
+            found[f"{prefix}.down_proj{ending}"] = down
+    return found
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
