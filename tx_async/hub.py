@@ -8,12 +8,13 @@ from pathlib import Path
 from tx_async.errors import BaseModelError
 
 
-def snapshot(name: str, patterns: list[str]) -> Path:
-    """The folder with those files. Raises `BaseModelError` that says what is missing, in one line."""
+def snapshot(name: str, patterns: list[str], without: list[str] | None = None) -> Path:
+    """The folder with those files, but not those of `without`. Raises `BaseModelError` that says what is missing, in
+    one line."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=without))
     except Exception as error:  # the library's errors share no base class
         raise BaseModelError(_message(name, error)) from error
 

@@ -15,6 +15,7 @@ from tx_async.testing.models import QWEN3_TINY, make_model, random_tensors
 
 CHUNK_BYTES = 2**14
 SCRIPT = Path(__file__).with_name("fetch_from_hub.py")
+DOUBLE = "consolidated.safetensors"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -118,6 +119,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def hub(folder):
     with Hub(folder) as hub:
+        hub.files[DOUBLE] = b"the same weights once more"
         thread = threading.Thread(target=hub.serve_forever)
         thread.start()
         yield hub
@@ -158,6 +160,10 @@ def test_the_next_start_fetches_only_what_is_missing(hub, found):
     assert found["failing, again"] == found["folder"]
     assert len(hub.downloads("failing", SHARDS[0])) == len(hub.downloads("failing", "config.json")) == 1
     assert len(hub.downloads("failing", SHARDS[1])) == 2
+
+
+def test_second_copies_of_the_weights_are_not_fetched(hub, found):
+    assert "digest" in found["cut"] and not hub.downloads("cut", DOUBLE)
 
 
 def test_what_is_in_the_cache_loads_without_the_hub(found):

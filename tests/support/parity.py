@@ -248,6 +248,16 @@ def reference_model(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=reference_torch().float32, **options).eval()
 
 
+def keep_own_blocks(b: Any, interleaved: bool) -> None:
+    """Zero, in B [2F, 2 · rank · experts] of a fused gate_up_proj, what is neither of gate's A and gate's output nor of
+    up's and up's. The halves of its output are blocks, or alternate."""
+    halves = (
+        b.reshape(b.shape[0] // 2, 2, 2, -1).transpose(0, 1) if interleaved else b.reshape(2, -1, 2, b.shape[1] // 2)
+    )
+    halves[0, :, 1] = 0
+    halves[1, :, 0] = 0
+
+
 def reference_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     torch = reference_torch()
     with torch.no_grad():

@@ -122,7 +122,8 @@ def reference_trained(folder: Path, case: Case, adam: AdamParams, scratch: Path)
             tokens, targets = (torch.tensor(row[name][None]) for name in ("tokens", "target_tokens"))
             logits = reference(tokens).logits
             torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum").backward()
-        keep_own_blocks({name: parameter.grad for name, parameter in reference.named_parameters()})
+        gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
+        keep_own_blocks(gradients, model.interleaved_experts)
         if adam.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, adam.grad_clip_norm)
         optimizer.step()
@@ -151,11 +152,9 @@ def saved_by_peft(reference: Any, scratch: Path) -> tuple[dict[str, np.ndarray],
     return load_file(scratch / "adapter_model.safetensors"), config
 
 
-def keep_own_blocks(tensors: dict[str, Any]) -> None:
+def keep_own_blocks(tensors: dict[str, Any], interleaved: bool) -> None:
     """In a fused gate_up_proj, B (and its gradient) also has a block between gate's A and up's output: no such weight
     exists here, so it stays zero. tensors: by PEFT's names, changed in place."""
     for name, tensor in tensors.items():
         if name.endswith("experts.base_layer.lora_B.default.weight"):
-            blocks = tensor.reshape(2, tensor.shape[0] // 2, 2, -1)
-            blocks[0, :, 1] = 0
-            blocks[1, :, 0] = 0
+            parity.keep_own_blocks(tensor, interleaved)

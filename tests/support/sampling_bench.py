@@ -119,7 +119,8 @@ class SamplingBench:
         slot = fields.get("sampler_slot", BASE_SLOT)
         defaults = {"sampler_slot": slot, "adapter_version": f"v{slot}", "max_tokens": 8, "temperature": 0.0}
         spec = SequenceSpec(sequence_id=self._next_id, prompt=0, **defaults | fields)
-        self.engine.admit([spec], [np.asarray(prompt, np.int32), *([] if targets is None else [targets])])
+        tensors = [np.asarray(prompt, np.int32), *([] if targets is None else [targets])]
+        self.engine.admit([spec], tensors, [True] * self.config.max_sampler_adapters)
         return self._next_id
 
     def quantum(self, decode_steps: int = 4, prefill_tokens: int = 256) -> Sampled:

@@ -47,6 +47,8 @@ PREFIXES = (
 )
 """(what a folder that sees puts before the names of its text model, what stands there in a text model's folder)."""
 CHUNK_BYTES = 32 * 2**20
+HUB_DOUBLES = ["original/*", "metal/*", "consolidated*"]
+"""Second copies of the weights that some folders hold beside the files of the index (gpt-oss, Mistral)."""
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
 
 Report = Callable[[str, float, float], None]
@@ -71,7 +73,7 @@ def fetch(base_model: str | Path) -> Path:
     resumed."""
     if Path(base_model).expanduser().is_dir():
         return Path(base_model).expanduser()
-    return hub.snapshot(str(base_model), HUB_FILES)
+    return hub.snapshot(str(base_model), HUB_FILES, HUB_DOUBLES)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ AdapterWeights = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
 PREFIX = "base_model.model."
 BASE_TENSORS = ("lm_head.weight", "lm_head.base_layer.weight", "model.embed_tokens.weight")
 """PEFT saves the base model's own with adapters that adapt the unembedding."""
+TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."))
 LINEAR_LEAVES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -182,7 +183,7 @@ def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[
         match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.lora_([AB])(?:\.default)?\.weight", name)
         if not match:
             raise InvalidRequest(f"The adapter holds {name}, which is no LoRA weight.")
-        halves.setdefault(match[1], {})[match[2]] = np.asarray(tensor, np.float32)
+        halves.setdefault(text_module(match[1]), {})[match[2]] = np.asarray(tensor, np.float32)
     pairs: dict[str, Pair] = {}
     for module, pair in halves.items():
         if len(pair) != 2:
@@ -198,6 +199,11 @@ def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[
         else:
             pairs[module] = Pair(a, b, _scale(adapter_config, module, a.shape[0]))
     return pairs
+
+
+def text_module(module: str) -> str:
+    """By the text model's own names, as `AutoModelForCausalLM` has them, a module of a folder that sees."""
+    return next((new + module.removeprefix(old) for old, new in TEXT_PREFIXES if module.startswith(old)), module)
 
 
 def _targets(model: Decoder) -> Iterator[tuple[str, str, LoraTarget]]:
