@@ -8,7 +8,6 @@ fail: it hangs, dies, answers 500, forgets an adapter, or comes back with anothe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import json
 import threading
@@ -26,6 +25,7 @@ from tx_async.wire.worker import BASE_SLOT, SequenceSpec
 ANSWERS: dict[str, Any] = json.loads((Path(__file__).parent / "vllm_answers.json").read_text())
 STOP_STRINGS_MAX = 4
 Answer = tuple[int, Any]
+FAILED: Answer = (500, {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError"}})
 
 
 @dataclass
@@ -51,6 +51,8 @@ class FakeVllm:
     """Nothing is answered, connections stay open."""
     off_by: float = 0.0
     """Added to every log-probability, as by another model."""
+    poison: int = -1
+    """A token: prompts that hold it are answered 500."""
     allows_loading: bool = True
     port: int = field(default_factory=free_port)
 
@@ -73,6 +75,10 @@ class FakeVllm:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def is_listening(self) -> bool:
+        return self._server is not None
 
     # ---- its life
 
@@ -139,15 +145,15 @@ class FakeVllm:
             await asyncio.sleep(0.02)
         answering = asyncio.ensure_future(self._respond(method, path, headers, body))
         gone = asyncio.ensure_future(reader.read(1))
-        await asyncio.wait([answering, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():  # the client has closed its connection: what it asked for ends
-            answering.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await answering
-            raise ConnectionResetError
-        gone.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
+        try:
+            await asyncio.wait([answering, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise ConnectionResetError  # the client has closed its connection: what it asked for ends
+        finally:
+            unfinished = [task for task in (answering, gone) if not task.done()]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
         status, content = answering.result()
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         head = f"HTTP/1.1 {status} Recorded\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
@@ -156,7 +162,7 @@ class FakeVllm:
 
     async def _respond(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         if any(path.startswith(failing) for failing in self.failing):
-            return 500, {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError"}}
+            return FAILED
         if self.api_key and path.startswith("/v1") and headers.get("authorization") != f"Bearer {self.api_key}":
             return 401, {"error": "Unauthorized"}
         match method, path:
@@ -213,6 +219,8 @@ class FakeVllm:
         base, model = self.name or self.model, body["model"]
         if model != base and model not in self.adapters:
             return recorded("unknown_model", **{"nothing": model, "/models/qwen3": base})
+        if self.poison in body["prompt"]:
+            return FAILED
         if problem := self._objection(body):
             return problem
         self.num_running += 1

@@ -61,6 +61,9 @@ class Completion:
     topk_token_ids: np.ndarray | None
     topk_logprobs: np.ndarray | None
     """int32 / float32 [T, k], best first."""
+    head_token_ids: np.ndarray | None
+    head_probabilities: np.ndarray | None
+    """int32 / float32 [T, head_tokens], likeliest first; only of untempered sequences without top-k and top-p."""
     num_cached_tokens: int
 
 

@@ -62,5 +62,8 @@ def _finished(sequence_id: int, completion: Completion, tensors: list[np.ndarray
         logprobs=add(completion.logprobs),
         topk_token_ids=add(completion.topk_token_ids),
         topk_logprobs=add(completion.topk_logprobs),
+        head_token_ids=add(completion.head_token_ids),
+        head_probabilities=add(completion.head_probabilities),
+        head_is_whole=-1 if completion.head_token_ids is None else add(np.zeros(len(completion.tokens), np.int32)),
         num_cached_tokens=completion.num_cached_tokens,
     )

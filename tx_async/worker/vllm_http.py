@@ -144,7 +144,7 @@ class VllmHttp:
     async def complete(self, model: str, prompt: Prompt, spec: SequenceSpec) -> Completion:
         prompt.encoded = prompt.encoded or msgspec.json.encode(prompt.tokens)
         body = completion_request(model, spec) | {"prompt": msgspec.Raw(prompt.encoded)}
-        return _completion(_answers.decode(await self._post("/v1/completions", body)), spec.topk_logprobs)
+        return _completion(_answers.decode(await self._post("/v1/completions", body)), spec)
 
     # ---- HTTP
 
@@ -188,7 +188,7 @@ def completion_request(model: str, spec: SequenceSpec) -> dict[str, Any]:
         "ignore_eos": True,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
-        "logprobs": spec.topk_logprobs,
+        "logprobs": max(spec.topk_logprobs, spec.head_tokens),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
@@ -200,11 +200,12 @@ def seed_of(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _completion(answer: _Answer, topk: int) -> Completion:
+def _completion(answer: _Answer, spec: SequenceSpec) -> Completion:
     choice = answer.choices[0]
     if choice.finish_reason not in ("stop", "length"):
         raise Rejected(500, f"a sample ended with finish_reason {choice.finish_reason!r}")
-    ids, values = _topk(choice.logprobs.top_logprobs, topk) if topk else (None, None)
+    ids, values = _topk(choice.logprobs.top_logprobs, spec.topk_logprobs)
+    head_ids, head_values = _topk(choice.logprobs.top_logprobs, spec.head_tokens)
     details = answer.usage.prompt_tokens_details
     return Completion(
         stop_reason=choice.finish_reason,  # type: ignore[arg-type]
@@ -212,12 +213,17 @@ def _completion(answer: _Answer, topk: int) -> Completion:
         logprobs=np.array(choice.logprobs.token_logprobs, np.float32),
         topk_token_ids=ids,
         topk_logprobs=values,
+        head_token_ids=head_ids,
+        head_probabilities=None if head_values is None else np.exp(head_values),
         num_cached_tokens=(details.cached_tokens or 0) if details else 0,
     )
 
 
-def _topk(positions: Sequence[dict[str, float]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 and float32 [T, k], best first. Each position lists the sampled token too, where it is not among them."""
+def _topk(positions: Sequence[dict[str, float]], k: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """int32 and float32 [T, k], best first; None where none were asked for. Each position lists the sampled token
+    too, where it is not among them."""
+    if not k:
+        return None, None
     ids = np.zeros((len(positions), k), np.int32)
     values = np.full((len(positions), k), NOT_SCORED, np.float32)
     for row, candidates in enumerate(positions):
