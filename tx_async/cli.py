@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,6 +21,10 @@ from tx_async import __version__, cli_checkpoints, compatibility, config
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.field_docs import field_docs
+
+if TYPE_CHECKING:
+    from tx_async.worker.external_settings import ExternalSettings
+    from tx_async.worker.ranks import Rank
 
 EXIT_OPERATOR = 2
 _CONFIG_FLAGS = tuple(
@@ -56,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     cli_checkpoints.add_checkpoints(commands)
     _add_keys(commands)
     _add_doctor(commands)
+    _add_deploy(commands)
     _add_schemas(commands)
     return top
 
@@ -145,11 +150,15 @@ def _add_worker(commands: Any) -> None:
         "--coordinator-address", metavar="HOST:PORT", default="",
         help=f"of the mesh; without --connect, the server is on that host, at port {compatibility.WORKER_PORT}",
     )  # fmt: skip
-    command.add_argument("--num-processes", type=int, default=0, help="taken; the server knows how many there are")
+    command.add_argument(
+        "--num-processes", type=int, default=0, help="of its mesh [as Slurm, Kubernetes or MPI says, else the server]"
+    )
     command.add_argument(
         "--token", default=os.environ.get("TX_WORKER_TOKEN", ""), help="the server's worker_token [TX_WORKER_TOKEN]"
     )
-    command.add_argument("--process-id", type=int, default=0, help="place of this host in its mesh, from 0 [0]")
+    command.add_argument(
+        "--process-id", type=int, help="its place in the mesh, from 0 [as Slurm, Kubernetes or MPI says, else 0]"
+    )
     command.add_argument(
         "--engine", default="", metavar="MODULE:FACTORY", help="vllm, or an engine of your own [the JAX engine]"
     )
@@ -171,14 +180,62 @@ def _worker(args: argparse.Namespace) -> int:
     import asyncio
 
     from tx_async.private import private_umask
+    from tx_async.worker import external_settings
+    from tx_async.worker.main import CAPABILITIES
     from tx_async.worker.supervisor import attach_forever
 
+    external = _external_engine(args)
+    usual = external_settings.CAPABILITIES if external else ",".join(CAPABILITIES)
+    capabilities = args.capabilities or usual
+    rank = _rank(args, "train" in capabilities.split(","))
     worker = attach_forever(
-        _worker_address(args), args.token, args.process_id, args.engine, name=args.name, capabilities=args.capabilities
+        _worker_address(args),
+        args.token,
+        rank.process_id,
+        args.engine,
+        num_processes=rank.num_processes,
+        coordinator_address=rank.coordinator_address,
+        name=args.name or (external.name if external else "w0"),
+        capabilities=capabilities,
+        external=external,
     )
     with private_umask():
         asyncio.run(worker)
     return 0
+
+
+def _external_engine(args: argparse.Namespace) -> ExternalSettings | None:
+    from tx_async.worker import external_settings
+
+    if args.engine != external_settings.ENGINE:
+        return None
+    return external_settings.ExternalSettings(
+        url=args.vllm_url,
+        lora_dir=args.vllm_lora_dir,
+        api_key=external_settings.read_key_file(args.vllm_api_key_file, "--vllm-api-key-file"),
+        allow_unproven=args.vllm_allow_unproven,
+        worker_name=args.name,
+    ).check("--vllm-url", "--vllm-lora-dir")
+
+
+def _rank(args: argparse.Namespace, is_mesh: bool) -> Rank:
+    """Flags come before what the launcher says; a worker that does not train is no part of a mesh."""
+    import socket
+
+    from tx_async.worker.ranks import Rank, discover
+
+    found = None
+    if args.process_id is None and is_mesh:
+        found = discover(os.environ, args.connect, socket.getfqdn)
+    if found is None:
+        return Rank("flags", args.process_id or 0, args.num_processes if is_mesh else 0, args.coordinator_address)
+    print(f"tx-async worker: {found}", file=sys.stderr)
+    return Rank(
+        found.launcher,
+        found.process_id,
+        args.num_processes or found.num_processes,
+        args.coordinator_address or found.coordinator_address,
+    )
 
 
 def _worker_address(args: argparse.Namespace) -> str:
@@ -310,7 +367,7 @@ def _keys_revoke(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- doctor, schemas
+# ---- doctor, deploy, schemas
 
 
 def _add_doctor(commands: Any) -> None:
@@ -330,6 +387,44 @@ def _doctor(args: argparse.Namespace) -> int:
 
     config = _load_config(args)
     return run_plan(config, args.device, args.devices) if args.device else run(config)
+
+
+def _add_deploy(commands: Any) -> None:
+    command = commands.add_parser(
+        "deploy",
+        help="files to run a server elsewhere: docker, systemd, slurm, kubernetes",
+        usage="tx-async deploy KIND --base-model DIR_OR_HUB_NAME [--output DIR] [settings]",
+        description="Print files that are filled in with the settings given, or write them to a folder.",
+    )
+    command.add_argument(
+        "kind", metavar="KIND", choices=("docker", "systemd", "slurm", "kubernetes"),
+        help="docker: an image; systemd: a unit; slurm: a job script; kubernetes: manifests",
+    )  # fmt: skip
+    command.add_argument("--output", default="", metavar="DIR", help="write the files there [print them]")
+    command.add_argument("--nodes", type=int, default=0, help="hosts with workers [num_processes of backend_config]")
+    command.add_argument("--gpus", type=int, default=8, help="of each host [8]")
+    command.add_argument("--image", default="tx-async", help="the image that Kubernetes pulls [tx-async]")
+    _add_config_flags(command)
+    command.set_defaults(run=_deploy)
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    from tx_async.deploy import render
+
+    options = render.Options(nodes=args.nodes, gpus=args.gpus, image=args.image)
+    files = render.files(args.kind, _load_config(args), options)
+    if not args.output:
+        print("".join(files.values()), end="")
+        return 0
+    folder = Path(args.output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            render.write(folder / name, text)
+            print(folder / name)
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be written: {error}") from error
+    return 0
 
 
 def _add_schemas(commands: Any) -> None:

@@ -487,6 +487,27 @@ async def test_what_is_in_flight_is_lost_with_its_worker_and_numbers_begin_again
 # ---- a stream that is not what it should be
 
 
+async def test_workers_say_how_many_they_are_where_the_settings_do_not(server):
+    """As Slurm, Kubernetes or MPI has started them: the server is told neither their number nor the coordinator."""
+    place = {"num_processes": 2, "coordinator_address": "gpu07:61440"}
+    second, welcome = await server.attach(process_id=1, **place)
+    assert (welcome.engine.num_processes, welcome.engine.coordinator_address) == (2, "gpu07:61440")
+    with pytest.raises(WorkerRefused, match="2 processes"):
+        await server.attach(process_id=2, num_processes=3)
+    first, _ = await server.attach(process_id=0, **place)
+    for dealer in (first, second):
+        dealer.ready(INFO)
+    await server.event(WorkerReady)
+
+
+async def test_settings_that_say_another_number_are_not_overruled():
+    async with running_server(backend_config=EngineConfig(num_processes=2, coordinator_address="a:1")) as server:
+        with pytest.raises(WorkerRefused, match="one of 4 processes"):
+            await server.attach(process_id=0, num_processes=4)
+        _, welcome = await server.attach(process_id=0, num_processes=2, coordinator_address="b:2")
+        assert (welcome.engine.num_processes, welcome.engine.coordinator_address) == (2, "a:1")
+
+
 async def attach_raw(server, socket):
     say(socket, hello())
     await hear(socket)

@@ -131,6 +131,8 @@ class Dealer:
         *,
         name: str = "w0",
         process_id: int = 0,
+        num_processes: int = 0,
+        coordinator_address: str = "",
         token: str = "",
         capabilities: frozenset = frozenset({"train", "sample", "score"}),
         parent_pid: int = 0,
@@ -147,7 +149,8 @@ class Dealer:
         self._is_local = connect.startswith("ipc://")
         self._hello = Hello(
             protocol_version=PROTOCOL_VERSION, name=name, token=token, host=socket.gethostname(), pid=os.getpid(),
-            process_id=process_id, capabilities=capabilities, shared_memory=self._is_local,
+            process_id=process_id, num_processes=num_processes, coordinator_address=coordinator_address,
+            capabilities=capabilities, shared_memory=self._is_local,
         )  # fmt: skip
         self._parent_pid = parent_pid
         #: commands and the end of them, from the thread to `receive`

@@ -92,6 +92,8 @@ class Group:
     name: str
     num_processes: int
     capabilities: frozenset[Capability]
+    #: where its processes join, as the first one's launcher says; "" = as `backend_config` says
+    coordinator_address: str = ""
     #: process_id -> attached process; a lost one takes the whole group with it
     members: dict[int, Member] = field(default_factory=dict)
     #: tensors for every member on this host; None until the first of them attaches

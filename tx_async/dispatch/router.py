@@ -355,7 +355,9 @@ class Router:
             return
         group = self._groups.get(hello.name)
         if group is None:
-            group = self._groups[hello.name] = Group(hello.name, self._num_processes(hello), hello.capabilities)
+            group = self._groups[hello.name] = Group(
+                hello.name, self._num_processes(hello), hello.capabilities, hello.coordinator_address
+            )
         transport, identity = peer
         member = Member(identity, transport, hello, self.clock.monotonic())  # type: ignore[arg-type]
         group.members[hello.process_id] = member
@@ -378,11 +380,20 @@ class Router:
         if not hello.capabilities:
             return "This worker has no capability."
         num_processes = self._num_processes(hello)
+        if hello.num_processes not in (0, num_processes) and "train" in hello.capabilities:
+            return (
+                f"This worker was started as one of {hello.num_processes} processes, but the server's backend_config "
+                f"says num_processes {num_processes}: leave that out, or start as many."
+            )
         if not 0 <= hello.process_id < num_processes:
             return f"There is no process {hello.process_id}: worker {hello.name} has {num_processes}, counted from 0."
         group = self._groups.get(hello.name)
         if group is None:
             return "The server has no room for another worker." if len(self._groups) >= GROUPS_MAX else None
+        if group.num_processes != num_processes:
+            return (
+                f"Worker {hello.name} has {group.num_processes} processes; this one was started as of {num_processes}."
+            )
         if group.capabilities != hello.capabilities:
             return f"Worker {hello.name} has other capabilities: {', '.join(sorted(group.capabilities))}."
         return self._why_taken(group, hello)
@@ -398,7 +409,10 @@ class Router:
 
     def _num_processes(self, hello: Hello) -> int:
         """A worker that trains is the mesh; one that only samples stands for itself."""
-        return self.config.backend_config.num_processes if "train" in hello.capabilities else 1
+        if "train" not in hello.capabilities:
+            return 1
+        configured = self.config.backend_config.num_processes
+        return configured if configured > 1 else max(1, hello.num_processes)
 
     def _make_arenas(self, group: Group, member: Member) -> None:
         size = self.config.shared_memory_bytes
@@ -417,6 +431,11 @@ class Router:
         config, engine = self.config, self.config.backend_config
         if not engine.compilation_cache_dir:
             engine = msgspec.structs.replace(engine, compilation_cache_dir=config.resolved_compilation_cache_dir)
+        engine = msgspec.structs.replace(
+            engine,
+            num_processes=group.num_processes if "train" in group.capabilities else engine.num_processes,
+            coordinator_address=engine.coordinator_address or group.coordinator_address,
+        )
         return Welcome(
             base_model=config.base_model,
             engine=engine,

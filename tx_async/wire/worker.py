@@ -84,6 +84,10 @@ class Hello(Struct, tag=True, frozen=True, kw_only=True):
     pid: int
     process_id: int = 0
     capabilities: frozenset[Capability] = frozenset({"train", "sample", "score"})
+    num_processes: int = 0
+    """Of its mesh, where its launcher says so; 0: the server's `backend_config` does."""
+    coordinator_address: str = ""
+    """Likewise."""
     shared_memory: bool = False
     """True when this worker runs on the server's own host and can map its segments."""
 

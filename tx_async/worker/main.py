@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.process_id,
         options.engine,
         external=_external(options),
+        num_processes=options.num_processes,
+        coordinator_address=options.coordinator_address,
         name=options.name,
         parent_pid=options.parent_pid,
         capabilities=frozenset(options.capabilities.split(",")),
@@ -64,6 +66,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--connect", required=True, help="address of the server's worker door, ipc:// or tcp://")
     parser.add_argument("--token", default="", help=f"shared secret of a tcp door; better set {TOKEN_VARIABLE}")
     parser.add_argument("--process-id", type=int, default=0, help="this process's place in its mesh")
+    parser.add_argument("--num-processes", type=int, default=0, help="of its mesh; 0 = the server knows")
+    parser.add_argument("--coordinator-address", default="", help="where they join; empty = the server knows")
     parser.add_argument("--name", default="w0", help="the worker that this process belongs to")
     parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that makes the engine, or vllm")
     parser.add_argument("--capabilities", default=",".join(CAPABILITIES), help="what the engine can do")
@@ -94,6 +98,8 @@ def run(
     engine: str,
     *,
     external: ExternalSettings | None = None,
+    num_processes: int = 0,
+    coordinator_address: str = "",
     name: str = "w0",
     parent_pid: int = 0,
     capabilities: frozenset[str] = frozenset(CAPABILITIES),
@@ -105,7 +111,8 @@ def run(
         _die_with_parent()
     try:
         with Dealer(
-            connect, name=name, process_id=process_id, token=token, parent_pid=parent_pid, capabilities=capabilities,
+            connect, name=name, process_id=process_id, num_processes=num_processes,
+            coordinator_address=coordinator_address, token=token, parent_pid=parent_pid, capabilities=capabilities,
             on_beat=beat,
         ) as dealer:  # fmt: skip
             return _serve(dealer, _factory(engine, external))

@@ -54,6 +54,8 @@ class WorkerProcess:
         *,
         name: str = "w0",
         process_id: int = 0,
+        num_processes: int = 0,
+        coordinator_address: str = "",
         engine: str = DEFAULT_ENGINE,
         capabilities: str = ",".join(CAPABILITIES),
         external: ExternalSettings | None = None,
@@ -71,7 +73,8 @@ class WorkerProcess:
         self._command = [
             sys.executable, "-m", "tx_async.worker.main", "--connect", connect, "--name", name, "--process-id",
             str(process_id), "--engine", engine, "--capabilities", capabilities, "--parent-pid", str(os.getpid()),
-            "--log-level", log_level, *(external.arguments if external else ()),
+            "--log-level", log_level, "--num-processes", str(num_processes), "--coordinator-address",
+            coordinator_address, *(external.arguments if external else ()),
         ]  # fmt: skip
         own = dict(environment or {}) | (external.environment if external else {})
         self._environment = {**allocator.ENVIRONMENT, **os.environ, **own}
@@ -307,6 +310,8 @@ async def attach_forever(
     process_id: int,
     engine: str = DEFAULT_ENGINE,
     *,
+    num_processes: int = 0,
+    coordinator_address: str = "",
     name: str = "w0",
     capabilities: str = ",".join(CAPABILITIES),
     external: ExternalSettings | None = None,
@@ -316,7 +321,8 @@ async def attach_forever(
     Raises `BaseModelError` for what no new attempt can change.
     """
     process = WorkerProcess(
-        connect, name=name, process_id=process_id, engine=engine or DEFAULT_ENGINE, capabilities=capabilities,
+        connect, name=name, process_id=process_id, num_processes=num_processes,
+        coordinator_address=coordinator_address, engine=engine or DEFAULT_ENGINE, capabilities=capabilities,
         external=external, environment={TOKEN_VARIABLE: token} if token else None,
     )  # fmt: skip
     loop = asyncio.get_running_loop()

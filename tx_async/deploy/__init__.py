@@ -1,0 +1,1 @@
+"""`tx-async deploy`: files that start a server elsewhere, filled in with the settings given."""
