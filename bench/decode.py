@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     as_worker()
-    known = batch_sizes(64, current().decode_rows_max)
+    known = batch_sizes(64, current())
     if unknown := sorted(set(options.batch) - set(known)):
         parser.error(f"no program decodes {unknown} rows; there are {list(known)}")
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "bench"))

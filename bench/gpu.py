@@ -1,6 +1,6 @@
 """Training and decoding on an accelerator, as shares of what its arithmetic and memory allow: one command, one table.
 
-    python bench/gpu.py [--models 0.6B 4B] [--rows 1 4] [--batches 1 8 128 256] [--budget 440] [--tiny] [--json]
+    python bench/gpu.py [--models 0.6B 8B] [--rows 1 4] [--batches 1 32 128] [--budget 440] [--tiny] [--json]
 
 Qwen3 in bf16 with random weights made on the device: no network, no files. Each case drives the engine with the
 commands that a worker gets.
@@ -41,13 +41,15 @@ from machine import Matmul, Memory, num_multiplied
 from tx_async.engine import compilation
 from tx_async.engine.decode_batches import bucket, prefill_rows
 from tx_async.engine.engine import JaxEngine
+from tx_async.engine.kernels import flash_difference, paged_difference
 from tx_async.engine.kv_cache import token_bytes
 from tx_async.engine.platform import current
 from tx_async.engine.sharding import tree_of
 from tx_async.layers.weights import Weight
-from tx_async.models.decoder import Decoder, Params
+from tx_async.models.decoder import Decoder, Params, layers_apart
 from tx_async.models.load import from_config
 from tx_async.scheduler.training.packing import fill, pack
+from tx_async.storage.store import Store
 from tx_async.testing.models import QWEN3_TINY
 from tx_async.wire.operations import Datum, ForwardBackward
 from tx_async.wire.tensors import Tensor
@@ -77,6 +79,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": QWEN3
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "4B": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "8B": QWEN3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
     "tiny": QWEN3_TINY,
 }
 TINY = {"models": ["tiny"], "rows": [2], "batches": [1, 8], "row_length": 128, "context": 32, "seconds": 0.2}
@@ -117,7 +127,7 @@ def random_model(name: str) -> tuple[Decoder, Params]:
     """Norms are one, matrices keep the size of what goes through them."""
     model = from_config(SHAPES[name])
     params = tree_of(model, dict(zip(model.weights, jax.jit(partial(_random_leaves, model.weights))(), strict=True)))
-    return model, jax.block_until_ready(params)
+    return model, layers_apart(params) if current().layers_apart else jax.block_until_ready(params)
 
 
 def _random_leaves(weights: tuple[Weight, ...]) -> list[jax.Array]:
@@ -136,7 +146,7 @@ def _random_leaves(weights: tuple[Weight, ...]) -> list[jax.Array]:
 @contextmanager
 def engine_of(model: Decoder, params: Params, **config: Any) -> Iterator[JaxEngine]:
     with tempfile.TemporaryDirectory() as folder:
-        engine = JaxEngine(model, params, EngineConfig(max_lora_rank=RANK, **config), Path(folder), folder)
+        engine = JaxEngine(model, params, EngineConfig(max_lora_rank=RANK, **config), Path(folder), Store(folder))
         try:
             yield engine
         finally:
@@ -251,7 +261,8 @@ class Rollouts:
         programs = self.engine.sampling.programs
         sizes = sorted(int(name.split()[1]) for name in programs if name.startswith("decode "))
         tiles = batch * self.engine.sampling.layout.pages_for(self.options.context - 1)
-        programs[f"decode {bucket(sizes, min(batch, sizes[-1]))}"].compile()
+        name = f"decode {bucket(sizes, min(batch, sizes[-1]))}"
+        programs[f"{name} base" if f"{name} base" in programs else name].compile()
         for rows in set(prefill_rows(tiles)):
             programs[f"prefill {rows}"].compile()
 
@@ -314,10 +325,10 @@ def measure_model(name: str, options: argparse.Namespace, limits: Limits, table:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["0.6B", "4B"])
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["0.6B", "8B"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="packed rows of a training micro-batch")
     parser.add_argument("--row-length", type=int, default=4096, help="a multiple of 16")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 128, 256], help="of decoding")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128], help="of decoding")
     parser.add_argument("--context", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--seconds", type=float, default=3, help="of measuring in each case")
     parser.add_argument("--budget", type=float, default=440, help="seconds for everything")
@@ -336,6 +347,9 @@ def main() -> None:
     table.end_in_time()
     compilation.use_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "bench-jax"))
     platform = current().name
+    for name, difference in (("flash_attention", flash_difference), ("paged_attention", paged_difference)):
+        if current().paged_kernel:
+            print(f"{name}: {difference():.2g} of the largest value beside the plain version", flush=True)
     limits = Limits(
         Matmul(MATMUL_SIZE.get(platform, 8192), 8, DTYPE), Memory(MEMORY_BYTES.get(platform, 1 << 31), DTYPE)
     )

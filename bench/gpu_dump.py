@@ -101,3 +101,40 @@ def loops(step: Step) -> list[Step]:
 
     look(step)
     return sorted(found, key=lambda loop: -loop.kernels)
+
+
+# ---- of unrolled layers: which kernels are theirs, by the names of what they were made from
+
+THUNK = re.compile(r"thunk_metadata \{\s+thunk_info \{(?P<info>[^}]*)\}\s+thunk_kind: \"(?P<kind>\w+)\"", re.DOTALL)
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
+
+
+def kernels_of(folder: Path, scope: str) -> int:
+    """Kernels whose instruction, or anything in its fusion, was traced within the function `scope`."""
+    made = _scopes(_newest(folder, "gpu_after_optimizations.txt"), scope)
+    found = THUNK.finditer(_newest(folder, "thunk_metadata.txt"))
+    names = ((match["kind"], re.search(r'profile_annotation: "([^"]*)"', match["info"])) for match in found)
+    return sum(kind in WORK and name is not None and name[1] in made for kind, name in names)
+
+
+def _scopes(text: str, scope: str) -> set[str]:
+    """Instructions of an optimized program that belong to `scope`."""
+    inside: set[str] = set()
+    fusions: dict[str, str] = {}
+    computation = ""
+    computations: set[str] = set()
+    for line in text.splitlines():
+        if begins := COMPUTATION.match(line):
+            computation = begins[1].lstrip("%")
+        elif instruction := INSTRUCTION.match(line):
+            if called := re.search(r"calls=%?([\w.\-]+)", line):
+                fusions[instruction[1]] = called[1]
+            if f"jit({scope})" in line:
+                inside.add(instruction[1])
+                computations.add(computation)
+    return inside | {name for name, called in fusions.items() if called in computations}
+
+
+def _newest(folder: Path, ending: str) -> str:
+    return max(folder.glob(f"*{ending}"), key=lambda path: path.stat().st_size).read_text()

@@ -64,7 +64,8 @@ def test_slots_take_what_the_engine_makes_of_them():
     state = jax.eval_shape(lambda: adapter_slots.zeros(model.lora_targets(), 4, 16)._replace(step=None))
     taken = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert {part.name: part.num_bytes for part in made.parts}["training slots"] == taken
-    assert made.parts[2].num_bytes == taken / 4 / 4 * 5
+    samplers = jax.eval_shape(lambda: adapter_slots._sampler_zeros(model.lora_targets(), 5, 16, "bfloat16"))
+    assert made.parts[2].num_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(samplers))
 
 
 @pytest.mark.parametrize("shape", MEASURED)

@@ -130,6 +130,7 @@ class Router:
             (sum(part.num_bytes for part in info.memory if part.name in names) for info in infos), default=0
         )
         return {
+            "kernels_plain": sum(runs == "plain" for info in infos for _, runs in info.kernels),
             "memory_weights_bytes": of("weights"),
             "memory_slots_bytes": of("training slots", "samplers"),
             "memory_temporaries_bytes": of("temporaries"),

@@ -32,6 +32,8 @@ class RouterStatistics(Struct, frozen=True, kw_only=True):
     """Shared memory in use for tensors that are on their way."""
     malformed_messages: Counter
     """Messages that could not be read."""
+    kernels_plain: Gauge
+    """Tasks that the plain version runs on the attached workers, of those that have a kernel of their own."""
     memory_weights_bytes: Gauge
     """Planned on each device of the attached workers for the base model; 0 where no plan was made, as on a CPU."""
     memory_slots_bytes: Gauge

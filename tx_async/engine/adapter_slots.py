@@ -74,7 +74,11 @@ def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraW
 
 def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
     """What lies above the adapter's rank stays."""
-    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice(x, one[:, None], at(slot, x)), stack, adapter)
+
+    def write(x: Array, one: Array) -> Array:
+        return jax.lax.dynamic_update_slice(x, one[:, None].astype(x.dtype), at(slot, x))
+
+    return jax.tree.map(write, stack, adapter)
 
 
 def at(slot: Array, stack: Array) -> list[Array | int]:
@@ -177,14 +181,26 @@ def lora_scale(rank: int) -> float:
     return LORA_ALPHA / rank
 
 
+def _sampler_zeros(targets: Targets, num_slots: int, rank: int, dtype: Any) -> LoraWeights:
+    narrow = lambda path, ab: ab if path[0] == "head" else tuple(x.astype(dtype) for x in ab)  # noqa: E731
+    return by_path(narrow, init_weights(targets, num_slots, rank))
+
+
 class SamplerSlots:
     """Adapter versions that are sampled. Both fields are replaced, never changed: running quanta may read them."""
 
     def __init__(
-        self, targets: Targets, num_slots: int, rank: int, sharding: Any = None, allocate: Allocate = on_device
+        self,
+        targets: Targets,
+        num_slots: int,
+        rank: int,
+        sharding: Any = None,
+        allocate: Allocate = on_device,
+        dtype: Any = jnp.float32,
     ):
-        """sharding: `LoraWeights` of shardings; None is the default device."""
-        self.weights: LoraWeights = allocate(partial(init_weights, targets, num_slots, rank), sharding)
+        """sharding: `LoraWeights` of shardings; None is the default device. dtype: of the base model, in which its
+        products take A and B; the unembedding's, whose products are in fp32, stay in fp32."""
+        self.weights: LoraWeights = allocate(partial(_sampler_zeros, targets, num_slots, rank, dtype), sharding)
         #: fp32 [slots], on the host: data of each quantum
         self.scale: Any = np.zeros(num_slots, np.float32)
 

@@ -104,7 +104,7 @@ class Program:
         #: where what an earlier process compiled may lie; None = nowhere
         self.executables: Executables | None = None
         self._function = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
-        self._options = options
+        self.options = options
         self._shapes = _shapes(tuple(arguments))
         self._compiled: Compiled | None = None
         self._bound, self._decides = function, (self._shapes, donate, out_shardings, options)
@@ -122,7 +122,7 @@ class Program:
         return self._function.lower(*self._shapes)
 
     def _make(self) -> Compiled:
-        compiled = self.lower().compile(self._options)
+        compiled = self.lower().compile(self.options)
         _refuse_untrusted(self.name, compiled)
         return compiled
 

@@ -34,6 +34,7 @@ from tx_async.engine.decode_batches import (
     score_batches,
 )
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX, Adapters, Decoded
+from tx_async.engine.kernels import NO_KERNELS, Kernels
 from tx_async.engine.kv_cache import (
     CACHE_PART,
     CacheLayout,
@@ -87,10 +88,13 @@ class SamplingEngine:
         stream: Stream,
         platform: Platform,
         allocate: Allocate = on_device,
+        kernels: Kernels = NO_KERNELS,
     ):
         """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer; stream: what
-        every program of sampling is dispatched on."""
+        every program of sampling is dispatched on; kernels: what runs in the place of
+        plain versions."""
         self.model, self.context, self.folder, self.platform = model, context, folder, platform
+        self.kernels = kernels
         self.use_params(params)
         self.stream = stream
         self.num_sequences_max = config.sample_max_num_sequences
@@ -108,7 +112,7 @@ class SamplingEngine:
         self._pool_shardings = pool_shardings(model, mesh) if mesh else None
         #: page pools on the device; replaced by every dispatch
         self.pools: Pools = self.layout.new_pools(model, dtype, self._pool_shardings, allocate)
-        self._batch_sizes = batch_sizes(self.num_sequences_max, platform.decode_rows_max)
+        self._batch_sizes = batch_sizes(self.num_sequences_max, platform)
         self.sequences = Sequences(
             PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache),
             num_states or self.num_sequences_max,
@@ -218,7 +222,9 @@ class SamplingEngine:
         rows = bucket(self._batch_sizes, len(samples))
         batch = decode_batch(samples, rows, self.layout)
         adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
-        program = self.programs[f"decode {rows}"]
+        if self.platform.grouped_lora and not adapters.num_active:
+            adapters = adapters.without_lora
+        program = self.programs[f"decode {rows}" if adapters.weights else f"decode {rows} base"]
         decoded, self.pools = program(self.decode_params, adapters, self.pools, batch, np.int32(steps))
         quantum.decoded = (samples, decoded)
 
@@ -291,10 +297,14 @@ class SamplingEngine:
         and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
 
         function = partial(programs.decode, self.platform, self.model, self.layout, self.decode_steps)
+        function = partial(function, kernel=self.kernels.paged_attention)
         for rows in self._batch_sizes:
             batch = decode_batch([], rows, self.layout)
             arguments = (self.decode_params, adapters(batch.adapter), self.pools, batch, np.int32(0))
             yield program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
+            if self.platform.grouped_lora:
+                base = (arguments[0], arguments[1].without_lora, *arguments[2:])
+                yield program(f"decode {rows} base", function, base, donate=(2,), out_shardings=and_pools)
 
         function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.layout.page_size
         for rows in PREFILL_ROWS:

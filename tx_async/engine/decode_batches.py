@@ -10,6 +10,7 @@ import numpy as np
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX, DecodeBatch, PrefillBatch, ScoreBatch, seed_words
 from tx_async.engine.kv_cache import CacheLayout
 from tx_async.engine.paged_attention import TileStates
+from tx_async.engine.platform import Platform
 from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.sampler import TOPK_MAX
 from tx_async.engine.sequences import Sample, Segment
@@ -18,8 +19,8 @@ from tx_async.wire.worker import BASE_SLOT
 
 SCORE_ROWS = 128
 """Prompt positions that one scoring call handles."""
-BATCHES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Rows of a decode call. One row alone would meet another matrix kernel, and round otherwise, than in company."""
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Rows of a decode call."""
 PREFILL_ROWS = (4, 16, 64)
 INT32_MAX = 2**31 - 1
 """A top_k beyond it is beyond every vocabulary, and so no limit either."""
@@ -48,11 +49,11 @@ class Piece:
     count: int
 
 
-def batch_sizes(num_sequences_max: int, rows_max: int) -> tuple[int, ...]:
-    """Ascending; of more sequences than the last one some decode in one quantum, others in the next. rows_max: of the
-    platform, 0 = no limit."""
-    most = max(BATCHES[0], min(num_sequences_max, rows_max or num_sequences_max))
-    return (*(size for size in BATCHES if size < most), most)
+def batch_sizes(num_sequences_max: int, platform: Platform) -> tuple[int, ...]:
+    """Ascending; of more sequences than the last one some decode in one quantum, others in the next."""
+    least, limit = platform.least_decode_rows, platform.decode_rows_max or num_sequences_max
+    most = max(least, min(num_sequences_max, limit))
+    return (*(size for size in BATCHES if least <= size < most), most)
 
 
 def bucket(sizes: Sequence[int], count: int) -> int:

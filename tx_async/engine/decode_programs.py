@@ -20,7 +20,7 @@ from tx_async.engine.platform import Platform
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logsumexp, sample, stream_key
 from tx_async.layers.cpu import LowRankActive, OutFirst
 from tx_async.layers.linear import product
-from tx_async.layers.lora import LOW_RANK, LoraActive, LoraWeights, layer_slice, tiles
+from tx_async.layers.lora import LOW_RANK, LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
 from tx_async.models.decoder import unembedding
 
 STOP_TOKENS_MAX = 16
@@ -41,6 +41,15 @@ class Adapters(NamedTuple):
     tile_start: Data
     tile_adapter: Data
     num_tiles: Data
+
+    @property
+    def without_lora(self) -> Adapters:
+        """Of a batch in which nobody has an adapter."""
+        return self._replace(weights={})
+
+    def for_tokens(self, platform: Platform, row_adapter: Data) -> LoraActive:
+        """Of rows of one token each."""
+        return LoraGrouped(*self, row_adapter) if platform.grouped_lora else self.for_rows(platform, row_adapter)
 
     def for_rows(self, platform: Platform, row_adapter: Data) -> LoraActive:
         if platform.low_rank_programs:
@@ -190,10 +199,12 @@ def decode(
     pools: Pools,
     batch: DecodeBatch,
     num_steps: Array,
+    kernel: bool = False,
 ) -> tuple[Decoded, Pools]:
-    """At most `num_steps` ≤ max_steps tokens for every row; ends early when every row has ended."""
+    """At most `num_steps` ≤ max_steps tokens for every row; ends early when every row has ended. kernel:
+    attention by `paged_kernel.py`."""
     rows = batch.token.shape[0]
-    lora = adapters.for_rows(platform, batch.adapter)
+    lora = adapters.for_tokens(platform, batch.adapter)
     choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index))
     topk = min(TOPK_MAX, model.vocab_size)
     out = Decoded(
@@ -209,12 +220,12 @@ def decode(
     def step(state):
         i, token, alive, pools, out = state
         position = batch.position + out.count
-        attend = DecodeAttention(layout, batch.tables, position[:, None], alive, batch.slot)
+        attend = DecodeAttention(layout, batch.tables, position[:, None], alive, batch.slot, kernel)
         hidden, pools = model.forward(params, lora, token[:, None], position[:, None], attend, pools)
         logits = unembed(params, lora, hidden[:, 0])
-        drawn, logprob, lse = sample(logits, choices, position + 1)
+        drawn, logprob, lse = sample(logits, choices, position + 1, platform.fixed_passes)
         topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
-        head, is_whole = _head(logits, topk_ids, choices, batch.any_head)
+        head, is_whole = _head(logits, topk_ids, choices, batch.any_head, platform.fixed_passes)
         token = jnp.where(alive, drawn, token)
         out = Decoded(
             tokens=out.tokens.at[i].set(token),
@@ -240,13 +251,15 @@ def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
     """hidden [B, D] -> logits fp32 [B, V]; the adapter's part in fp32, as in training."""
     head = unembedding(params)
     logits = product(hidden, head if isinstance(head, OutFirst) else head.T, jnp.float32)
+    if "head" not in lora.weights:
+        return logits
     (delta,) = lora.deltas(layer_slice(lora.weights["head"]), ("head",), hidden[:, None].astype(jnp.float32))
     return logits + delta[:, 0]
 
 
-def _head(logits: Array, candidates: Array, choices: Choices, wanted: Array) -> tuple[Array, Array]:
+def _head(logits: Array, candidates: Array, choices: Choices, wanted: Array, fixed_passes: bool) -> tuple[Array, Array]:
     nothing = (jnp.zeros(candidates.shape), jnp.zeros(candidates.shape[0], jnp.uint8))
-    return jax.lax.cond(wanted, lambda: head_of(logits, candidates, choices), lambda: nothing)
+    return jax.lax.cond(wanted, lambda: head_of(logits, candidates, choices, fixed_passes), lambda: nothing)
 
 
 def _topk(logits: Array, lse: Array, wanted: Array) -> tuple[Array, Array]:

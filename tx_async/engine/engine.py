@@ -27,6 +27,8 @@ from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.decode_batches import bucket
 from tx_async.engine.executables import Executables
+from tx_async.engine.kernels import Kernels
+from tx_async.engine.kernels import choose as choose_kernels
 from tx_async.engine.memory_plan import MemoryPlan
 from tx_async.engine.optimizer import Adam, StepOutcome, not_taken_because
 from tx_async.engine.platform import Platform
@@ -35,7 +37,7 @@ from tx_async.engine.streams import OwnStream, SameStream
 from tx_async.errors import ConfigError, InvalidRequest, NonFiniteGradients, TxError
 from tx_async.fingerprint import fingerprint
 from tx_async.layers.lora import LOW_RANK
-from tx_async.models.decoder import Decoder
+from tx_async.models.decoder import Decoder, layers_apart
 from tx_async.models.load import fetch, load_model
 from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
@@ -94,17 +96,21 @@ class JaxEngine:
         base_model_digest: str = "",
         on: Platform | None = None,
         planned: MemoryPlan | None = None,
+        kernels: Kernels | None = None,
         allocate: Allocate = on_device,
     ):
         """folder: of the base model; base_model_digest: of what it holds, for hosts that must have the same; on: the
-        platform, None = where JAX runs; planned: what its memory is for, None = as configured; allocate: how arrays
-        are made."""
+        platform, None = where JAX runs; planned: what its memory is for, None = as configured; kernels: what runs
+        in the place of plain versions, None = what is right here; allocate: how arrays are made."""
         self.platform = on or platform.current()
         self._counter = CompilationCounter()
         self.base_model_digest = base_model_digest
+        if self.platform.layers_apart and model.mesh is None:
+            params = layers_apart(params)
         self.model, self.params = model, params
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.memory = planned
+        self.kernels = kernels or choose_kernels(self.platform, model.mesh is None)
         if planned:
             self.context = min(self.context, planned.context)
             config = structs.replace(config, kv_cache_tokens=planned.kv_cache_tokens)
@@ -126,14 +132,15 @@ class JaxEngine:
         #: of the adapter in each training slot; 0 where nothing was created yet
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
         self.checkpoints = Checkpoints(store, model, config.max_lora_rank, writes=jax.process_index() == 0)
+        dtype = jax.tree.leaves(params)[0].dtype
         self.samplers = SamplerSlots(
-            self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut, allocate
+            self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut, allocate, dtype
         )
         self.overlaps = self.platform.overlaps and model.mesh is None
         stream = OwnStream("sampling") if self.overlaps else SameStream()
-        lora = self.samplers
+        lora, on = self.samplers, (self.platform, allocate, self.kernels)
         self.sampling = SamplingEngine(
-            model, params, config, self.context, str(folder), lora.weights, lora.scale, stream, self.platform, allocate
+            model, params, config, self.context, str(folder), lora.weights, lora.scale, stream, *on
         )
         self._programs = _programs(self)
 
@@ -158,6 +165,7 @@ class JaxEngine:
             platform=self.platform.name,
             micro_batch_overhead=self.platform.micro_batch_overhead,
             memory=self.memory.parts if self.memory else (),
+            kernels=self.kernels.names(),
             overlaps=self.overlaps,
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
             base_model_digest=self.base_model_digest,
@@ -365,13 +373,13 @@ def _train_programs(engine: JaxEngine) -> Iterator[Program]:
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
             yield Program(
                 train_program(rows, length, k, rank, forward_only=True),
-                partial(train.forward, engine.platform, engine.model, rank),
+                partial(train.forward, engine.platform, engine.kernels, engine.model, rank),
                 (engine.params, state.weights, of_batch),
                 out_shardings=whole,
             )
             yield Program(
                 train_program(rows, length, k, rank, forward_only=False),
-                partial(train.forward_backward, engine.platform, engine.model, rank, remat),
+                partial(train.forward_backward, engine.platform, engine.kernels, engine.model, rank, remat),
                 (engine.params, state.weights, state.gradients, of_batch),
                 donate=(2,),
                 out_shardings=(engine.cut, whole, whole),

@@ -163,7 +163,9 @@ class _Planner:
 
     def _fixed_parts(self) -> tuple[MemoryPart, ...]:
         config, rank = self.config, self.config.max_lora_rank
-        adapter = sum(self._adapter_elements(weight, rank) for weight in self._adapted) + self._head_elements(rank)
+        inner = sum(self._adapter_elements(weight, rank) for weight in self._adapted)
+        adapter, narrow = inner + self._head_elements(rank), jnp.dtype(self._dtype).itemsize
+        sampler = narrow * inner + 4 * self._head_elements(rank)
         slots = config.max_lora_adapters + 1
         return (
             MemoryPart("weights", self._weight_bytes(), f"{self._dtype} base model"),
@@ -173,7 +175,7 @@ class _Planner:
                 f"{config.max_lora_adapters} adapters of rank {rank} and one for unused rows: A, B, m, v, gradients",
             ),
             MemoryPart(
-                "samplers", 4 * config.max_sampler_adapters * adapter, f"{config.max_sampler_adapters} adapters: A, B"
+                "samplers", config.max_sampler_adapters * sampler, f"{config.max_sampler_adapters} adapters: A, B"
             ),
             *self._recurrent_state(),
         )

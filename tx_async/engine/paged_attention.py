@@ -157,6 +157,39 @@ class PagedAttention:
 class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page."""
 
+    def __init__(
+        self,
+        layout: CacheLayout,
+        tables: Array,
+        positions: Array,
+        alive: Array,
+        states: Any = None,
+        kernel: bool = False,
+    ):
+        """kernel: by `paged_kernel.py`, where it can."""
+        super().__init__(layout, tables, positions, alive, states)
+        self.kernel = kernel
+
+    def attend(
+        self,
+        pools: list[Array],
+        layer: Array,
+        q: Array,
+        scale: float,
+        v_features: int,
+        window: int = 0,
+        sinks: Array | None = None,
+    ) -> Array:
+        if not self.kernel or v_features or sinks is not None:
+            return super().attend(pools, layer, q, scale, v_features, window, sinks)
+        # Here, because a CPU that never needs Pallas should not wait for its import.
+        from tx_async.engine import paged_kernel
+
+        if not paged_kernel.fits(pools[0], self.layout.page_size):
+            return super().attend(pools, layer, q, scale, v_features, window, sinks)
+        first, position = layer * self.layout.num_pages, self.positions[:, 0]
+        return paged_kernel.attend(q[:, 0], *pools, self.tables, position, first, scale, window)[:, None]
+
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)
         begins = self.positions[:, :1] == 0  # a prompt of one token has no prefill

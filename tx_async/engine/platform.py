@@ -31,6 +31,10 @@ class Platform:
     joins_lora: bool
     """W and B of one row in one matrix (`layers/cpu.py`)."""
 
+    layers_apart: bool
+    """The layers' weights as a list, which training and sampling unroll over: under a scan each would be copied out of
+    its stack before its product. Without a mesh."""
+
     # sampling
     decode_steps: int
     """Steps of one quantum: a newcomer waits for one or two quanta, and on a CPU a step is long."""
@@ -45,6 +49,18 @@ class Platform:
     """`layers/cpu.py` reads pages again for each query head rather than store what it read."""
     low_rank_programs: bool
     """What a CPU waits for is reading the adapters; an accelerator would rather not branch in every layer."""
+    least_decode_rows: int
+    """Rows of the smallest decode call. On a CPU one row alone would meet another matrix kernel, and round otherwise,
+    than in company; on an accelerator one costs what one costs."""
+    grouped_lora: bool
+    """The adapters of a decode batch in one product each, without a branch (`layers/lora.py`); batches without
+    adapters have programs of their own. What an accelerator waits for is the host's answer at each branch."""
+    fixed_passes: bool
+    """Top-k and top-p by a fixed number of passes over the vocabulary, not by a search that ends when it is done."""
+    flash_kernel: bool
+    """Training attention by `layers/flash_attention.py` where the self-test found it right."""
+    paged_kernel: bool
+    """Decode attention by `paged_kernel.py` where the self-test found it right."""
     copies_weights: bool
     """A second copy of small models' weights, laid out for decoding."""
     overlaps: bool
@@ -75,12 +91,18 @@ CPU = Platform(
     micro_batch_overhead=25,
     attention_blocks=(64, 256),
     joins_lora=True,
+    layers_apart=False,
     decode_steps=4,
     prefill_tokens=256,
     decode_rows_max=16,
     cache_chunk_tokens=64,
     reads_pages_in_place=True,
     low_rank_programs=True,
+    least_decode_rows=4,
+    grouped_lora=False,
+    fixed_passes=False,
+    flash_kernel=False,
+    paged_kernel=False,
     copies_weights=True,
     overlaps=True,
     same_sums_in_every_batch=True,
@@ -95,12 +117,18 @@ ACCELERATOR = Platform(
     micro_batch_overhead=64,
     attention_blocks=(512, 512),
     joins_lora=False,
+    layers_apart=True,
     decode_steps=16,
     prefill_tokens=1024,
     decode_rows_max=0,
     cache_chunk_tokens=512,
     reads_pages_in_place=False,
     low_rank_programs=False,
+    least_decode_rows=1,
+    grouped_lora=True,
+    fixed_passes=True,
+    flash_kernel=True,
+    paged_kernel=True,
     copies_weights=False,
     overlaps=False,
     same_sums_in_every_batch=False,

@@ -11,7 +11,8 @@ from the lowest token on, as many as p needs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jax import Array
 SEGMENTS = 128
 TOPK_MAX = 128
 """Most candidates that are reported per position."""
+KEY_BITS = 30
+"""Weights are at most 1.0, whose bits are 0x3f800000."""
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy."""
 
@@ -35,6 +38,10 @@ class Choices(NamedTuple):
     """[B] fp32"""
     key: Array
     """[B, 2] uint32: `stream_key` of the row."""
+
+
+PASS_BITS = 2
+"""Bits that one of a fixed number of passes over the vocabulary decides: three thresholds are counted at once."""
 
 
 class _Limit(NamedTuple):
@@ -53,8 +60,9 @@ def stream_key(seed: Array, sample_index: Array) -> Array:
     return jax.vmap(one)(seed, sample_index)
 
 
-def sample(logits: Array, choices: Choices, position: Array) -> tuple[Array, Array, Array]:
-    """Draw the tokens that will stand at `position` [B].
+def sample(logits: Array, choices: Choices, position: Array, fixed_passes: bool = False) -> tuple[Array, Array, Array]:
+    """Draw the tokens that will stand at `position` [B]. fixed_passes: without loops and with one branch, taken where
+    anybody wants top-k or top-p: what an accelerator would rather do than ask the host; the same tokens stay.
 
     logits fp32 [B, V] -> (tokens int32 [B], their log-probabilities in the plain model [B], the logits' logsumexp [B]).
     """
@@ -63,15 +71,18 @@ def sample(logits: Array, choices: Choices, position: Array) -> tuple[Array, Arr
     lse = _logsumexp(z, top)
     greedy = _first_index(z == top[:, None, None])
     draws = choices.temperature >= GREEDY_BELOW
-    tokens = jax.lax.cond(
-        jnp.any(draws),
-        lambda: jnp.where(draws, _draw(z, top, greedy, choices, position), greedy),
-        lambda: greedy,
-    )
+    if fixed_passes:
+        tokens = jnp.where(draws, _draw(z, top, greedy, choices, position, _limit_in_fixed_passes), greedy)
+    else:
+        tokens = jax.lax.cond(
+            jnp.any(draws),
+            lambda: jnp.where(draws, _draw(z, top, greedy, choices, position, _limit), greedy),
+            lambda: greedy,
+        )
     return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - lse, lse
 
 
-def head_of(logits: Array, candidates: Array, choices: Choices) -> tuple[Array, Array]:
+def head_of(logits: Array, candidates: Array, choices: Choices, fixed_passes: bool = False) -> tuple[Array, Array]:
     """The distribution that `sample` draws from, of a few tokens.
 
     logits fp32 [B, V], candidates int32 [B, K] -> (their probabilities fp32 [B, K], uint8 [B]: 0 where the whole
@@ -81,7 +92,8 @@ def head_of(logits: Array, candidates: Array, choices: Choices) -> tuple[Array, 
     top = z.max((1, 2))
     greedy = choices.temperature < GREEDY_BELOW
     weights = _weights(z, top, jnp.maximum(choices.temperature, GREEDY_BELOW))
-    weights = jnp.where(_kept(weights, _limit(weights, choices)), weights, 0.0)
+    limit = _limit_in_fixed_passes if fixed_passes else _limit
+    weights = jnp.where(_kept(weights, limit(weights, choices)), weights, 0.0)
     first = _first_index(z == top[:, None, None])
     mine = jnp.take_along_axis(weights.reshape(weights.shape[0], -1), candidates, axis=1) / _total(weights)[:, None]
     mine = jnp.where(greedy[:, None], candidates == first[:, None], mine)
@@ -116,9 +128,9 @@ def draw_many(logits: Array, temperature: Array, keys: Array, k: int) -> Array:
     return jnp.where((temperature >= GREEDY_BELOW)[:, None], tokens, greedy[:, None])
 
 
-def _draw(z: Array, top: Array, greedy: Array, choices: Choices, position: Array) -> Array:
+def _draw(z: Array, top: Array, greedy: Array, choices: Choices, position: Array, limit: Any) -> Array:
     weights = _weights(z, top, jnp.maximum(choices.temperature, GREEDY_BELOW))
-    weights = jnp.where(_kept(weights, _limit(weights, choices)), weights, 0.0)
+    weights = jnp.where(_kept(weights, limit(weights, choices)), weights, 0.0)
     u = jax.vmap(_uniforms)(choices.key, position)
     lane = _invert(weights.sum(1), u[:, 0])
     column = jnp.take_along_axis(weights, lane[:, None, None], axis=2)[:, :, 0]
@@ -148,15 +160,44 @@ def _invert(weights: Array, u: Array) -> Array:
 
 def _limit(weights: Array, choices: Choices) -> _Limit:
     vocab = weights.shape[1] * weights.shape[2]
-    draws = choices.temperature >= GREEDY_BELOW
-    k_active = (choices.top_k >= 1) & (choices.top_k < vocab) & draws
-    p_active = (choices.top_p < 1.0) & draws
+    k_active, p_active = _active(choices, vocab)
     everything = jnp.zeros(weights.shape[0], jnp.int32)
     kth = jax.lax.cond(jnp.any(k_active), lambda: _kth_key(weights, choices.top_k, k_active), lambda: everything)
     open_end = _Limit(kth, jnp.full_like(kth, vocab))
     return jax.lax.cond(
         jnp.any(p_active), lambda: _nucleus(weights, choices.top_p, p_active, open_end), lambda: open_end
     )
+
+
+def _active(choices: Choices, vocab: int) -> tuple[Array, Array]:
+    """Rows whose top-k, and whose top-p, limits anything."""
+    draws = choices.temperature >= GREEDY_BELOW
+    return (choices.top_k >= 1) & (choices.top_k < vocab) & draws, (choices.top_p < 1.0) & draws
+
+
+def _limit_in_fixed_passes(weights: Array, choices: Choices) -> _Limit:
+    vocab = weights.shape[1] * weights.shape[2]
+    k_active, p_active = _active(choices, vocab)
+    everything = jnp.zeros(weights.shape[0], jnp.int32)
+    nothing_limits = _Limit(everything, jnp.full_like(everything, vocab))
+
+    def both() -> _Limit:
+        keys = _bits(weights)
+        kth = _largest_key(lambda key: _total(jnp.where(keys >= key, 1.0, 0.0)) >= choices.top_k)
+        inside = _Limit(jnp.where(k_active, kth, 0), nothing_limits.last)
+        return _nucleus(weights, choices.top_p, p_active, inside, fixed_passes=True)
+
+    return jax.lax.cond(jnp.any(k_active | p_active), both, lambda: nothing_limits)
+
+
+def _largest_key(enough: Callable[[Array], Array], bits: int = KEY_BITS) -> Array:
+    """Largest key of `bits` bits for which `enough` (key [B, 1, 1] -> [B]) holds, two bits a pass. It holds for 0, and
+    for no key that is larger than one for which it does not."""
+    key: Array | int = 0
+    for shift in range(-(-bits // PASS_BITS) * PASS_BITS - PASS_BITS, -1, -PASS_BITS):
+        steps = [enough(jnp.asarray(key + (step << shift))) for step in range(1, 1 << PASS_BITS)]
+        key = key + (sum(step.astype(jnp.int32) for step in steps)[:, None, None] << shift)
+    return jnp.asarray(key)[:, 0, 0]
 
 
 def _kth_key(weights: Array, k: Array, active: Array) -> Array:
@@ -171,7 +212,7 @@ def _kth_key(weights: Array, k: Array, active: Array) -> Array:
     return _bisect(enough, jnp.zeros_like(k), active)
 
 
-def _nucleus(weights: Array, p: Array, active: Array, inside: _Limit) -> _Limit:
+def _nucleus(weights: Array, p: Array, active: Array, inside: _Limit, fixed_passes: bool = False) -> _Limit:
     """The smallest set of largest weights whose share of all that is inside is at least p."""
     keys = _bits(weights)
     weights = jnp.where(keys >= inside.key[:, None, None], weights, 0.0)
@@ -183,13 +224,19 @@ def _nucleus(weights: Array, p: Array, active: Array, inside: _Limit) -> _Limit:
 
     # All weights below this one together are less than the share that may be missing.
     negligible = 0.5 * (1.0 - p) * total / (keys.shape[1] * keys.shape[2])
-    key = jnp.where(active, jnp.maximum(_bisect(enough, _bits(negligible), active), inside.key), inside.key)
+    if fixed_passes:
+        found = _largest_key(lambda key: _total(jnp.where(keys >= key, weights, 0.0)) >= needed)
+        found = jnp.minimum(found, _bits(jnp.ones(found.shape)))  # p = 0 keeps the likeliest
+    else:
+        found = _bisect(enough, _bits(negligible), active)
+    key = jnp.where(active, jnp.maximum(found, inside.key), inside.key)
     ties = keys == key[:, None, None]
     above = _total(jnp.where(keys > key[:, None, None], weights, 0.0))
     each = jnp.where(ties, weights, 0.0).max((1, 2))
     num_ties = ties.sum(1).sum(1)
     num_kept = jnp.clip(jnp.ceil((needed - above) / jnp.maximum(each, 1e-38)), 1, num_ties).astype(jnp.int32)
-    return _Limit(key, jnp.where(active, _nth_index(ties, num_kept, num_ties), inside.last))
+    nth = _nth_index_in_fixed_passes if fixed_passes else _nth_index
+    return _Limit(key, jnp.where(active, nth(ties, num_kept, num_ties), inside.last))
 
 
 def _bisect(enough, low: Array, active: Array) -> Array:
@@ -221,6 +268,13 @@ def _nth_index(mask: Array, n: Array, count: Array) -> Array:
     low = jnp.where(n < count, 0, vocab)
     high = jnp.full_like(low, vocab)
     return jax.lax.while_loop(lambda state: jnp.any(state[0] < state[1]), body, (low, high))[0]
+
+
+def _nth_index_in_fixed_passes(mask: Array, n: Array, count: Array) -> Array:
+    vocab = mask.shape[1] * mask.shape[2]
+    index = _token_index(mask.shape[1], mask.shape[2])
+    found = _largest_key(lambda end: (mask & (index < end)).sum(1).sum(1) < n, vocab.bit_length())
+    return jnp.where(n < count, found, vocab)
 
 
 # ---- over the vocabulary

@@ -11,11 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from tx_async.engine import head
 from tx_async.engine.adapter_slots import at
 from tx_async.engine.batch import RowBatch
+from tx_async.engine.kernels import Kernels
 from tx_async.engine.platform import Platform
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, LoraWeights, by_path, layer_slice
@@ -26,16 +28,23 @@ HEAD = "head"
 
 
 def forward(
-    platform: Platform, model: Any, rank: int, params: Any, weights: LoraWeights, batch: RowBatch
+    platform: Platform,
+    kernels: Kernels,
+    model: Any,
+    rank: int,
+    params: Any,
+    weights: LoraWeights,
+    batch: RowBatch,
 ) -> tuple[Array, Array]:
     """-> (logprobs [R, L, K], losses [R, L]); leaves no trace. rank: none of the batch's adapters has more."""
     rows = _gather(weights, batch.slots, rank)
-    hidden = _trunk(platform, model, params, rows, batch, remat=False)
+    hidden = _trunk(platform, kernels, model, params, rows, batch, remat=False)
     return head.forward(hidden, _unembedding(params, rows, batch), batch)
 
 
 def forward_backward(
     platform: Platform,
+    kernels: Kernels,
     model: Any,
     rank: int,
     remat: bool,
@@ -46,9 +55,11 @@ def forward_backward(
 ) -> tuple[LoraWeights, Array, Array]:
     """-> (gradients with this batch's added, logprobs [R, L, K], losses [R, L])."""
     rows = _gather(weights, batch.slots, rank)
-    hidden, pullback = jax.vjp(lambda rows: _trunk(platform, model, params, rows, batch, remat), rows)
+    hidden, pullback = jax.vjp(
+        lambda rows: _trunk(platform, kernels, model, params, rows, batch, remat), _like_params(rows, params)
+    )
     logprobs, losses, of_head = head.forward_backward(hidden, _unembedding(params, rows, batch), batch)
-    (of_rows,) = pullback(of_head.hidden)
+    of_rows = by_path(lambda _, ab: tuple(map(_stacked, ab)), pullback(of_head.hidden)[0])
     of_rows[HEAD] = {HEAD: (of_head.a[None], of_head.b[None])}
     return _accumulate(gradients, of_rows, batch.slots), logprobs, losses
 
@@ -59,8 +70,30 @@ def _gather(weights: LoraWeights, slots: Array, rank: int) -> LoraWeights:
     return by_path(lambda _, ab: (ab[0][..., :rank][:, slots], ab[1][..., :rank, :][:, slots]), weights)
 
 
-def _trunk(platform: Platform, model: Any, params: Any, rows: LoraWeights, batch: RowBatch, remat: bool) -> Array:
-    attend = PackedAttention(batch.positions, batch.segment_ids, platform.attention_block(batch.tokens.shape[1]))
+def _like_params(rows: LoraWeights, params: Any) -> Any:
+    """As a list of layers where the weights are one: else each layer's gradient would be as wide as all layers'."""
+
+    def split(path: tuple[str, str], ab: tuple[Array, Array]) -> Any:
+        return tuple(list(x) for x in ab) if isinstance(params.get(path[0]), list) else ab
+
+    return by_path(split, rows)
+
+
+def _stacked(x: Any) -> Array:
+    return jnp.stack(x) if isinstance(x, list) else x
+
+
+def _trunk(
+    platform: Platform,
+    kernels: Kernels,
+    model: Any,
+    params: Any,
+    rows: LoraWeights,
+    batch: RowBatch,
+    remat: bool,
+) -> Array:
+    block = platform.attention_block(batch.tokens.shape[1])
+    attend = PackedAttention(batch.positions, batch.segment_ids, block, kernels.flash_attention)
     # Only of a row that is alone: others would each need their own copy of W.
     joined = platform.joins_lora and batch.slots.shape[0] == 1 and model.mesh is None
     lora = LoraRows(rows, batch.scale, joined)

@@ -62,10 +62,12 @@ class Attend(Protocol):
 class PackedAttention:
     """Causal attention inside each segment of a row; needs no cache."""
 
-    def __init__(self, positions: Array, segment_ids: Array, block: int = 0):
+    def __init__(self, positions: Array, segment_ids: Array, block: int = 0, flash: bool = False):
         """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding. block: positions that
-        are met at once, as the platform likes it; 0 = BLOCK."""
+        are met at once, as the platform likes it; 0 = BLOCK. flash: by `flash_attention.py`, where
+        that can."""
         self.positions, self.segment_ids, self.block = positions, segment_ids, block or BLOCK
+        self.flash = flash
 
     def __call__(
         self,
@@ -80,6 +82,13 @@ class PackedAttention:
         sinks: Array | None = None,
     ) -> tuple[Array, Cache]:
         v = k[..., :v_features] if v is None else v
+        if self.flash and not window and sinks is None:
+            # Here, because a CPU that never needs Pallas should not wait for its import.
+            from tx_async.layers import flash_attention
+
+            if flash_attention.fits(q, v):
+                out = flash_attention.flash_attention(q, k, v, self.positions, self.segment_ids, scale)
+                return out, cache
         return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window, self.block), cache
 
     def recur(self, cache: Cache, layer: Array, rule: Any, x: Any) -> tuple[Array, Cache]:

@@ -225,6 +225,34 @@ class LoraActive:
         return index(a), index(b)
 
 
+@struct.dataclass
+class LoraGrouped(LoraActive):
+    """Of rows of one token: each adapter meets all rows in one product of a group, each row takes its own adapter's
+    result. No branch, so a step is one stretch of work for an accelerator. What another adapter makes of a row is not
+    added, not even times zero: a NaN stays in its adapter's rows."""
+
+    def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
+        return [self._of_all(layer[name], x[:, 0])[:, None] for name in names]
+
+    def _of_all(self, pair: PairOfLayer, x: Array) -> Array:
+        """x [R, in] -> [R, out]"""
+        adapters, place = self._adapters_here(x.shape[0])
+        a, b = (w if adapters is None else w[adapters] for w in self._whole_layer(pair))
+        scale = self.scale if adapters is None else self.scale[adapters]
+        low = jnp.einsum("rd,sdk->srk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
+        low = (low * scale[:, None, None]).astype(x.dtype)
+        of_all = jnp.einsum("srk,sko->sro", low, b.astype(x.dtype))
+        mine = of_all[place, jnp.arange(x.shape[0])]
+        return jnp.where((self.row_adapter >= 0)[:, None], mine, 0)
+
+    def _adapters_here(self, num_rows: int) -> tuple[Array | None, Array]:
+        """(the adapters to compute, None = of every slot; place of each row's among them): no more than rows."""
+        if num_rows >= self.scale.shape[0]:
+            return None, jnp.maximum(self.row_adapter, 0)
+        adapters = self.active[:num_rows]
+        return adapters, jnp.argmax(adapters == self.row_adapter[:, None], axis=1)
+
+
 def init_weights(targets: dict[str, dict[str, LoraTarget]], num_adapters: int, rank: int) -> LoraWeights:
     """Zeros for `num_adapters` slots. Values of a new adapter come from `engine/adapter_slots.py`."""
 

@@ -158,6 +158,8 @@ class Decoder:
             body = partial(self._run_layers, segment, run)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
             if isinstance(params[segment[0].name], list):
+                # Here the compiler could merge the repeated work with the first: what stops it is the default.
+                body = jax.checkpoint(body, policy=None if remat else KEPT_ONLY)
                 x, cache = _one_by_one(body, (x, cache), layers)
                 continue
             # Inside of a scan the compiler cannot merge the repeated work with the first, so nothing need stop it.
@@ -202,10 +204,32 @@ def unembedding(params: Params) -> Any:
     return params.get("head", params["embed"])
 
 
+def layers_apart(params: Params) -> Params:
+    """The same weights as a list of layers for each stack. The stacks are gone afterwards, their memory is free."""
+
+    def apart(x: Any) -> list[Any]:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=x.sharding)] * x.shape[0]
+        layers = jax.block_until_ready([x[i] for i in range(x.shape[0])])
+        x.delete()
+        return layers
+
+    def of_stack(stack: Params) -> list[Params]:
+        columns = {name: apart(x) for name, x in stack.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    return {name: of_stack(x) if isinstance(x, dict) else x for name, x in params.items()}
+
+
+def _of_layer(lora: Any, index: int) -> Any:
+    """Of stacked arrays, or of lists of layers."""
+    return jax.tree.map(lambda x: x[index], lora, is_leaf=lambda x: isinstance(x, list))
+
+
 def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...]) -> tuple[Array, Cache]:
     """A scan over layers whose weights are a list."""
     body = jax.jit(body)  # traced once for all layers; the compiler puts it in the place of each call
     for i in range(len(layers[0][0])):
-        of_layer = tuple((index[i], w[i], jax.tree.map(lambda x, i=i: x[i], lora)) for index, w, lora in layers)
+        of_layer = tuple((index[i], w[i], _of_layer(lora, i)) for index, w, lora in layers)
         carry, _ = body(carry, of_layer)
     return carry

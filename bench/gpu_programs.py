@@ -1,0 +1,315 @@
+"""The engine's programs, compiled for an H100 on a machine that has none, held against budgets.
+
+    python bench/gpu_programs.py [--list] [--only NAME,…] [--check] [--json FILE] [--dump DIR]
+
+Wants JAX 0.12 with its CUDA plugin (Python 3.12 or newer): `pip install 'jax[cuda13]'`. Every program comes from the
+tables that a server uses: a `JaxEngine` whose arrays are described instead of made (`engine/allocation.py`). The shapes
+are those of Qwen3-8B (and 30B-A3B) at rank 32, with two layers: the body of the layers' loop is that of 36.
+
+What is counted, in XLA's own sequence of steps (`gpu_dump.py`): kernels of a layer; loops and branches whose turns are
+data and which stand outside of CUDA graphs, each a round trip between host and device, in a layer and beside the
+layers; weights that are copied out of their stack before they are used; collectives of a layer; temporaries. Not what
+it takes: that needs the device (`bench/gpu.py`). `bench/gpu_budgets.json` holds, for each program and count, what may
+not be exceeded ("budget") and what the design aims at ("goal"). With --check the exit code is 1 where one exceeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BUDGETS = HERE / "gpu_budgets.json"
+SPEC = HERE / "h100_sxm.txtpb"
+FLAGS = (
+    "--xla_dump_hlo_as_text",
+    "--xla_gpu_experimental_cost_model_gemm_tiling_default=true",
+    "--xla_gpu_deviceless_cub_mode=DEVICELESS_CUB_DISABLED",
+    "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_AUTO",
+)
+LAYERS = 2
+CONTEXT = 40_960
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": CONTEXT,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+}
+QWEN3_30B_A3B: dict[str, Any] = QWEN3_8B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A program by its name here, the engine it is of, and its name there."""
+
+    name: str
+    program: str
+    model: str = "8b"
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    kernels_per_layer: int
+    round_trips_per_layer: int
+    """Loops and branches outside of CUDA graphs in a layer, nested ones once."""
+    round_trips: int
+    """The same beside the layers, with the loop over decode steps; without the layers' own."""
+    weight_copies_per_layer: int
+    collectives_per_layer: int
+    temporaries_mib: float
+    compile_s: float
+
+
+COUNTED = tuple(name for name in Figures.__dataclass_fields__ if name != "compile_s")
+
+
+def targets() -> list[Target]:
+    rows = ((8, 512), (4, 1024), (2, 2048), *((1, length) for length in (4096, 8192, 16_384, 32_768, CONTEXT)))
+    return [
+        *(Target(f"decode-{n}", f"decode {n}") for n in (1, 4, 32, 128)),
+        Target("decode-32-base", "decode 32 base"),
+        *(Target(f"prefill-{n}", f"prefill {n}") for n in (4, 64)),
+        Target("score-64", "score 64"),
+        *(Target(f"train-{r}x{length}", f"forward_backward {r}x{length} K=1 rank=32") for r, length in rows),
+        Target("optim-32", "optim_step rank=32"),
+        Target("decode-32-tp8", "decode 32", tensor=8),
+        Target("train-1x4096-tp8", "forward_backward 1x4096 K=1 rank=32", tensor=8),
+        Target("decode-32-moe", "decode 32", "moe"),
+        Target("train-1x4096-moe", "forward_backward 1x4096 K=1 rank=32", "moe"),
+    ]
+
+
+# ---- an engine of descriptions
+
+
+def engine_of(model_name: str, tensor: int) -> Any:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, SingleDeviceSharding
+
+    from tx_async.engine import platform
+    from tx_async.engine.allocation import described_on
+    from tx_async.engine.engine import JaxEngine
+    from tx_async.engine.kernels import ALL_KERNELS, NO_KERNELS
+    from tx_async.engine.sharding import tree_of, weight_sharding
+    from tx_async.layers.sharding import AXES
+    from tx_async.models.load import from_config
+    from tx_async.storage.store import Store
+    from tx_async.wire.worker import EngineConfig
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=SPEC.read_text(), topology=f"1x1x{tensor}")
+    mesh = Mesh(np.array(topology.devices).reshape(1, 1, tensor), AXES) if tensor > 1 else None
+    model = from_config(QWEN3_8B if model_name == "8b" else QWEN3_30B_A3B)
+    object.__setattr__(model, "mesh", mesh)
+    alone = SingleDeviceSharding(topology.devices[0])
+
+    def described(weight: Any) -> jax.ShapeDtypeStruct:
+        sharding = weight_sharding(weight, mesh) if mesh else alone
+        return jax.ShapeDtypeStruct(weight.shape, jnp.float32 if weight.wide else jnp.bfloat16, sharding=sharding)
+
+    params = tree_of(model, {weight: described(weight) for weight in model.weights})
+    config = EngineConfig(kv_cache_tokens=4 * CONTEXT, tensor_parallel_size=tensor, sample_max_num_sequences=128)
+    folder = tempfile.mkdtemp(prefix="gpu-programs-")
+    return JaxEngine(
+        model,
+        params,
+        config,
+        Path(folder),
+        Store(folder),
+        on=platform.ACCELERATOR,
+        kernels=ALL_KERNELS if mesh is None else NO_KERNELS,
+        allocate=described_on(topology.devices[0]),
+    )
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Pallas asks which GPU it lowers for."""
+    from jax._src.mesh import AbstractDevice, use_abstract_mesh
+    from jax.sharding import AbstractMesh, AxisType
+
+    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=gpu)):
+        yield
+
+
+# ---- counting
+
+
+def figures_of(target: Target, engines: dict[tuple[str, int], Any], dump: Path) -> Figures:
+    key = (target.model, target.tensor)
+    if key not in engines:
+        engines[key] = engine_of(*key)
+    program = next(program for program in engines[key].programs if program.name == target.program)
+    started = time.perf_counter()
+    with pretended_gpu() if target.tensor == 1 else nullcontext():
+        lowered = program.lower()
+    compiled = lowered.compile(program.options)
+    seconds = time.perf_counter() - started
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    scanned = not any(isinstance(x, list) for x in engines[key].params.values())
+    return counted(target.name, dump, temporaries, seconds, scanned)
+
+
+def counted(name: str, dump: Path, temporaries_mib: float, seconds: float, scanned: bool = True) -> Figures:
+    """scanned: the layers are a loop."""
+    import gpu_dump
+
+    program = gpu_dump.thunks(dump)
+    step = (gpu_dump.loops(program) or [program])[0] if name.startswith("decode-") else program
+    loops = gpu_dump.loops(step)[: 2 if name.startswith("train-") else 1]
+    # A loop over the layers holds most of a program. Of training, forward and backward pass have one each. Where the
+    # layers are a list their kernels are known by name, and whatever asks the host is counted beside them.
+    is_scan = scanned and not name.startswith(("score-", "optim-"))
+    layers, number = (loops, 1) if is_scan else ([step], LAYERS)
+    inside = sum(loop.round_trips for loop in layers) if is_scan else 0
+    kernels = sum(loop.kernels for loop in layers) if is_scan else gpu_dump.kernels_of(dump, "_run_layers") // number
+    return Figures(
+        kernels_per_layer=kernels,
+        round_trips_per_layer=inside,
+        round_trips=program.round_trips - inside - len(layers) * is_scan,
+        weight_copies_per_layer=sum(loop.weight_copies for loop in layers) // number,
+        collectives_per_layer=sum(loop.collectives for loop in layers) // number,
+        temporaries_mib=round(temporaries_mib, 1),
+        compile_s=round(seconds, 1),
+    )
+
+
+def move_dumps(source: Path, target: Path) -> None:
+    """XLA writes every program of this process into one folder: what was there was this one's."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in list(source.iterdir()):
+        if path.is_file():
+            shutil.move(str(path), target / path.name)
+
+
+# ---- budgets
+
+
+def exceeded(name: str, figures: dict[str, Any], budgets: dict[str, Any]) -> Iterator[str]:
+    for count, limit in budgets.get(name, {}).get("budget", {}).items():
+        if figures[count] > limit:
+            yield f"{name}: {count} is {figures[count]}, budget {limit}"
+
+
+def missed(name: str, figures: dict[str, Any], budgets: dict[str, Any]) -> Iterator[str]:
+    goals = budgets.get(name, {}).get("goal", {})
+    return (f"{count} {figures[count]} (goal {goal})" for count, goal in goals.items() if figures[count] > goal)
+
+
+def line(name: str, figures: Figures, budgets: dict[str, Any]) -> str:
+    counts = "  ".join(f"{count.removesuffix('_per_layer')} {value}" for count, value in asdict(figures).items())
+    behind = "; ".join(missed(name, asdict(figures), budgets))
+    return f"{name:<18} {counts}" + (f"\n{'':<18} not yet: {behind}" if behind else "")
+
+
+# ---- the command
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the programs' names and end")
+    parser.add_argument("--only", default="", help="names, with commas between")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a budget is exceeded")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--dump", type=Path, help="keep XLA's files of each program in a folder of its name here")
+    parser.add_argument("--seconds", type=float, default=1140, help="after so long no other program is begun")
+    return parser.parse_args(arguments)
+
+
+def chosen(only: str) -> list[Target]:
+    known = {target.name: target for target in targets()}
+    names = [name for name in only.split(",") if name] or list(known)
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"unknown: {', '.join(unknown)}; see --list")
+    return [known[name] for name in names]
+
+
+def use_deviceless_jax(dump: Path) -> None:
+    """Before JAX is imported: flags, and a CPU for whatever runs."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["XLA_FLAGS"] = " ".join((f"--xla_dump_to={dump}", *FLAGS, os.environ.get("XLA_FLAGS", "")))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.list:
+        print("\n".join(target.name for target in targets()))
+        return 0
+    work = Path(tempfile.mkdtemp(prefix="gpu-dump-"))
+    use_deviceless_jax(work)
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    try:
+        found, over = measure(chosen(options.only), options, work, budgets)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    print("\n".join(f"OVER BUDGET {text}" for text in over) or "within the budgets")
+    return 1 if options.check and over else 0
+
+
+def measure(
+    wanted: list[Target], options: argparse.Namespace, work: Path, budgets: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    engines: dict[tuple[str, int], Any] = {}
+    found: dict[str, Any] = {}
+    over: list[str] = []
+    deadline = time.monotonic() + options.seconds
+    for target in wanted:
+        if time.monotonic() > deadline:
+            print(f"{target.name:<18} skipped: {options.seconds:.0f} s are over", flush=True)
+            continue
+        if (target.model, target.tensor) not in engines:
+            engines[target.model, target.tensor] = engine_of(target.model, target.tensor)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        figures = figures_of(target, engines, work)
+        found[target.name] = asdict(figures)
+        over += exceeded(target.name, found[target.name], budgets)
+        print(line(target.name, figures, budgets), flush=True)
+        if options.dump:
+            move_dumps(work, options.dump / target.name)
+    return found, over
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""GPU programs without a GPU: the list, how XLA's dump is counted, and budgets that can be exceeded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu_dump  # noqa: E402
+import gpu_programs  # noqa: E402
+
+DUMP = """\
+000: kCommandBuffer [source       | next=009 (1)]
+    001: kCustomKernel [source | sink] fusion_1 grid: [1, 1, 1]
+    002: kCopy         [source | sink] kCopy
+009: kWhile         [prev=000 (1) | sink        ]
+condition:
+    010: kCustomKernel [source       | next=011 (1)] compare
+  body:
+    000: kCommandBuffer [source       | next=018 (1)]
+        012: kCustomKernel [source       | next=013 (1)] fusion_2
+        013: kWhile        [source       | next=014 (1)] in a graph
+            014: kCustomKernel [source       | next=013 (1)] fusion_3
+    018: kWhile         [prev=000 (1) | next=202 (1)]
+condition:
+        019: kCustomKernel [source | sink] compare_2
+      body:
+        020: kAsyncStart   [source        | next=061 (17)] stream=computation_stream[0], async_id=20
+            022: kDynamicSliceFusion [source | sink] params=1, results=1
+                021: kCopy [source | sink] kCopy
+        023: kDynamicSliceFusion [source | sink] params=1, results=1
+            024: kGemm [source | sink] in place
+        096: kConditional  [prev=061 (4)  | next=100 (4) ]
+          false_branch:
+            000: kCommandBuffer [source | sink]
+                065: kCustomKernel [source       | next=066 (1)] fusion_4
+          true_branch:
+            080: kWhile        [prev=079 (1) | sink        ]
+condition:
+                081: kCustomKernel [source | sink] compare_3
+              body:
+                082: kCustomKernel [source | sink] fusion_5
+        097: kAllReduceStart [source | sink]
+        098: kAllReduceDone [source | sink]
+"""
+
+
+def test_a_dump_is_counted_as_the_host_would_feel_it():
+    program = gpu_dump.read(DUMP)
+    (step,) = gpu_dump.loops(program)
+    layer = gpu_dump.loops(step)[0]
+    assert (program.kernels, program.launches, program.round_trips) == (11, 9, 4)
+    assert (layer.kernels, layer.round_trips, layer.weight_copies, layer.collectives) == (6, 2, 1, 1)
+
+
+def test_layers_and_what_is_beside_them_are_counted_apart(tmp_path):
+    (tmp_path / "module.thunk_sequence.txt").write_text(DUMP)
+    figures = gpu_programs.counted("decode-4", tmp_path, 1.0, 2.0)
+    assert (figures.kernels_per_layer, figures.round_trips_per_layer, figures.round_trips) == (6, 2, 1)
+    assert figures.weight_copies_per_layer == figures.collectives_per_layer == 1
+
+
+def test_kernels_of_unrolled_layers_are_known_by_what_they_were_made_from(tmp_path):
+    hlo = """\
+%fused_computation.1 (p: f32[2]) -> f32[2] {
+  ROOT %add.1 = f32[2] add(%p, %p), metadata={op_name="jit(decode)/while/body/jit(_run_layers)/add"}
+}
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %loop_fusion.1 = f32[2] fusion(%x), kind=kLoop, calls=%fused_computation.1
+  %gemm.1 = f32[2] dot(%x, %x), metadata={op_name="jit(decode)/while/body/transpose(jvp(jit(_run_layers)))/dot"}
+  ROOT %head.1 = f32[2] dot(%x, %x), metadata={op_name="jit(decode)/dot"}
+}
+"""
+    thunk = 'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{}"\n  }}\n  thunk_kind: "{}"\n}}\n'
+    thunks = [("loop_fusion.1", "kCustomKernel"), ("gemm.1", "kGemm"), ("head.1", "kGemm"), ("gemm.1", "kSequential")]
+    (tmp_path / "m.gpu_after_optimizations.txt").write_text(hlo)
+    (tmp_path / "m.thunk_metadata.txt").write_text("".join(thunk.format(*one) for one in thunks))
+    assert gpu_dump.kernels_of(tmp_path, "_run_layers") == 2
+
+
+def test_a_budget_that_is_exceeded_says_which_and_a_goal_that_is_missed_is_only_told():
+    figures = {"round_trips": 4, "temporaries_mib": 10.0}
+    budgets = {"decode-4": {"budget": {"round_trips": 3, "temporaries_mib": 10}, "goal": {"temporaries_mib": 5}}}
+    assert list(gpu_programs.exceeded("decode-4", figures, budgets)) == ["decode-4: round_trips is 4, budget 3"]
+    assert list(gpu_programs.missed("decode-4", figures, budgets)) == ["temporaries_mib 10.0 (goal 5)"]
+    assert not list(gpu_programs.exceeded("decode-8", figures, budgets))
+
+
+def test_the_list_names_every_program_once_without_blanks():
+    listed = subprocess.run(
+        [sys.executable, "bench/gpu_programs.py", "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert len(listed) == len(set(listed)) > 15
+    kinds = ("decode-", "prefill-", "score-", "train-", "optim-")
+    assert all(name.startswith(kinds) and " " not in name for name in listed)
+    assert {kind for kind in kinds for name in listed if name.startswith(kind)} == set(kinds)
+
+
+def test_a_name_that_is_not_on_the_list_is_refused():
+    with pytest.raises(SystemExit, match="decode-7"):
+        gpu_programs.chosen("decode-4,decode-7")
+
+
+def test_the_table_of_budgets_is_of_known_programs_and_counts():
+    budgets = json.loads(gpu_programs.BUDGETS.read_text())
+    assert set(budgets) <= {target.name for target in gpu_programs.targets()}
+    counts = {count for limits in budgets.values() for table in limits.values() for count in table}
+    assert counts <= set(gpu_programs.COUNTED)

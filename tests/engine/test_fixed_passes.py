@@ -1,0 +1,78 @@
+"""What an accelerator runs without branch or loop decides as what a CPU runs: the same tokens, the same adapters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tx_async.engine import sampler
+from tx_async.engine.sampler import Choices, sample, stream_key
+from tx_async.layers.lora import LoraActive, LoraGrouped, tiles
+
+ROWS, VOCAB = 8, 1003
+
+
+def choices(top_k: list[int], top_p: list[float], temperature: float = 1.0) -> Choices:
+    seeds = jnp.asarray(np.arange(2 * ROWS, dtype=np.uint32).reshape(ROWS, 2))
+    return Choices(
+        jnp.full(ROWS, temperature).at[0].set(0.0),
+        jnp.asarray(top_k, jnp.int32),
+        jnp.asarray(top_p, jnp.float32),
+        stream_key(seeds, jnp.zeros(ROWS, jnp.int32)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [
+        ([0] * 8, [1.0] * 8),
+        ([1, 2, 3, 50, 0, VOCAB, 7, 7], [1.0] * 8),
+        ([0, 5] * 4, [0.1, 0.5, 0.9, 0.99, 1.0, 0.0, 0.3, 0.7]),
+    ],
+)
+def test_the_same_tokens_stay_by_search_and_by_fixed_passes(top_k, top_p):
+    """Logits of few values, so that ties stand at every edge."""
+    rng = np.random.default_rng(0)
+    both = jax.jit(lambda z, c: (sampler._limit(z, c), sampler._limit_in_fixed_passes(z, c)))
+    for levels in (3, 40, 10**6):
+        z = sampler._lanes(jnp.asarray(rng.integers(0, levels, (ROWS, VOCAB)) / levels * 8, jnp.float32))
+        weights = jnp.exp(z - z.max((1, 2), keepdims=True))
+        searched, fixed = both(weights, choices(top_k, top_p))
+        np.testing.assert_array_equal(sampler._kept(weights, searched), sampler._kept(weights, fixed))
+
+
+def test_a_draw_is_the_same_draw():
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, VOCAB)), jnp.float32)
+    some = choices([0, 3, 0, 40, 0, 0, 9, 0], [1.0, 1.0, 0.4, 0.9, 1.0, 1.0, 0.2, 1.0])
+    run = jax.jit(sample, static_argnums=3)
+    both = (run(logits, some, jnp.arange(ROWS), fixed_passes) for fixed_passes in (True, False))
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def lora(kind, row_adapter: np.ndarray, slots: int = 5):
+    rng = np.random.default_rng(2)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, slots, 16, 4), (2, slots, 4, 24)))
+    a[:, 3], b[:, 3] = np.nan, np.nan
+    used = np.unique(row_adapter[row_adapter >= 0])
+    active = np.zeros(slots, np.int32)
+    active[: len(used)] = used
+    scale = np.arange(1, slots + 1, dtype=np.float32)
+    data = ({"s": {"q": (a, b)}}, scale, active, np.int32(len(used)), *tiles(row_adapter), row_adapter)
+    return kind(*jax.tree.map(jnp.asarray, data))
+
+
+@pytest.mark.parametrize("rows", [[-1, -1, -1], [2, -1, 0], [0], [3, 1, -1, 1, 0, 2, 4]])
+def test_grouped_adapters_give_each_row_its_own(rows):
+    row_adapter = np.array(rows, np.int32)
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((len(rows), 1, 16)), jnp.float32)
+
+    def run(kind):
+        adapters = lora(kind, row_adapter)
+        pair = jax.tree.map(lambda layer: layer[1], adapters.weights["s"])
+        return adapters.deltas(pair, ("q",), x)[0]
+
+    plain, grouped = np.asarray(run(LoraActive)), np.asarray(run(LoraGrouped))
+    np.testing.assert_allclose(grouped, plain, rtol=1e-5, atol=1e-5)
+    assert np.isnan(grouped[row_adapter == 3]).all() and np.isfinite(grouped[row_adapter != 3]).all()
+    assert (grouped[row_adapter == -1] == 0).all()

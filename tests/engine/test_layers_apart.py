@@ -1,0 +1,85 @@
+"""The accelerator's ways, run on a CPU: layers as a list, grouped adapters and fixed passes change no result."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tx_async.engine.engine import JaxEngine
+from tx_async.engine.platform import CPU
+from tx_async.models.load import load_model
+from tx_async.storage.store import Store
+from tx_async.testing.engine_bench import EngineBench, segment
+from tx_async.wire.worker import (
+    AdmitSequences,
+    EngineConfig,
+    LoadSampler,
+    SampleQuantum,
+    SaveAdapter,
+    SequenceSpec,
+)
+
+OTHER = replace(
+    CPU, layers_apart=True, joins_lora=False, copies_weights=False, grouped_lora=True, fixed_passes=True, overlaps=False
+)
+CONFIG = EngineConfig(
+    max_lora_rank=4,
+    max_lora_adapters=2,
+    max_sampler_adapters=2,
+    train_row_lengths=(32,),
+    max_context_length=64,
+    sample_max_num_sequences=4,
+    kv_cache_tokens=256,
+)
+
+
+def run(on, folder: Path, base: Path) -> tuple:
+    """One training step, and then samples of the base and of the adapter with every kind of limit."""
+    model, params = load_model(folder)
+    bench = EngineBench(JaxEngine(model, params, CONFIG, folder, Store(str(base)), on=on))
+    config = bench.create(0)
+    logprobs, _ = bench.train((0, [segment(20, 1), segment(10, 2)]))
+    gradients = jax.tree.leaves(bench.state(0).gradients)
+    bench.step(0, learning_rate=0.1)
+    bench.run(SaveAdapter(slot=0, key="weights/s", kind="sampler", config=config))
+    bench.run(LoadSampler(sampler_slot=1, key="weights/s"))
+    limits = ({}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0})
+    sequences = tuple(
+        SequenceSpec(
+            sequence_id=i,
+            sampler_slot=1 if i % 2 else -1,
+            adapter_version="s" if i % 2 else "base",
+            prompt=0,
+            max_tokens=4,
+            seed=i,
+            **limit,
+        )
+        for i, limit in enumerate(limits)
+    )
+    bench.run(AdmitSequences(sequences=sequences), [np.arange(7, dtype=np.int32)])
+    tokens: dict[int, list[int]] = {}
+    for _ in range(4):
+        reply, tensors = bench.run(SampleQuantum(decode_steps=4, prefill_tokens=256))
+        tokens |= {one.sequence_id: tensors[one.tokens].tolist() for one in reply.finished}
+    bench.engine.close()
+    return logprobs, gradients, tokens
+
+
+@pytest.fixture(scope="module")
+def both(tiny_qwen3, tmp_path_factory):
+    return [run(on, tiny_qwen3, tmp_path_factory.mktemp("base")) for on in (CPU, OTHER)]
+
+
+def test_training_gives_the_same_losses_and_gradients(both):
+    (logprobs, gradients, _), (others, other_gradients, _) = both
+    np.testing.assert_allclose(others, logprobs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(other_gradients, gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_sampling_draws_the_same_tokens_with_and_without_an_adapter(both):
+    tokens, others = both[0][2], both[1][2]
+    assert set(tokens) == {0, 1, 2, 3}
+    assert others == tokens

@@ -1,0 +1,119 @@
+"""Which kernels run: each is compiled and compared with the plain version on the device itself, at start.
+
+Where one fails or differs the plain version runs; the log says so in one line, `/metrics` counts them, and
+`EngineInfo.kernels` names what runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tx_async.engine.kv_cache import CacheLayout
+from tx_async.engine.paged_attention import DecodeAttention
+from tx_async.engine.platform import Platform
+from tx_async.layers.attention import packed_attention
+
+TOLERANCE = 2e-2
+"""Largest difference in bf16, of the largest value."""
+PLAIN = "plain"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    flash_attention: bool = False
+    """`layers/flash_attention.py` in training."""
+    paged_attention: bool = False
+    """`paged_kernel.py` in decode steps."""
+
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """(task, what runs it)"""
+        return (
+            ("training attention", "flash_attention" if self.flash_attention else PLAIN),
+            ("decode attention", "paged_attention" if self.paged_attention else PLAIN),
+        )
+
+
+NO_KERNELS = Kernels()
+ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True)
+
+
+def choose(here: Platform, is_alone: bool) -> Kernels:
+    """What runs on this device. is_alone: without a mesh; kernels are not cut."""
+    return Kernels(
+        flash_attention=here.flash_kernel and is_alone and _is_right("flash_attention", flash_difference),
+        paged_attention=here.paged_kernel and is_alone and _is_right("paged_attention", paged_difference),
+    )
+
+
+def _is_right(name: str, difference: Callable[[], float]) -> bool:
+    try:
+        found = difference()
+    except Exception as error:  # whatever a compiler or a driver makes of it, the plain version runs
+        log.warning("%s does not run here, the plain version does: %s", name, str(error).splitlines()[:1])
+        return False
+    if not found <= TOLERANCE:
+        log.warning("%s differs by %.3g from the plain version, which runs instead", name, found)
+    return found <= TOLERANCE
+
+
+def flash_difference(interpret: bool = False) -> float:
+    """Of the kernels and the plain attention: outputs and gradients of two packed rows."""
+    from tx_async.layers.flash_attention import flash_attention
+
+    rng = np.random.default_rng(0)
+    q, k, v, direction = (jnp.asarray(rng.standard_normal((2, 256, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
+    lengths = ((256,), (100, 156))
+    positions = jnp.asarray([np.concatenate([np.arange(n) for n in row]) for row in lengths], jnp.int32)
+    segments = jnp.asarray([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths], jnp.int32)
+
+    def of(attend: Callable[..., Array]) -> tuple[Array, ...]:
+        out, back = jax.vjp(attend, q, k, v)
+        return out, *back(direction)
+
+    @jax.jit
+    def both() -> Array:
+        plain = of(lambda q, k, v: packed_attention(q, k, v, None, positions, segments, 0.125, 0, 64))
+        kernel = of(lambda q, k, v: flash_attention(q, k, v, positions, segments, 0.125, interpret))
+        return jnp.stack([_gap(a, b) for a, b in zip(plain, kernel, strict=True)]).max()
+
+    return float(both())
+
+
+def _gap(plain: Array, kernel: Array) -> Array:
+    """Largest difference, of the largest value."""
+    plain, kernel = plain.astype(jnp.float32), kernel.astype(jnp.float32)
+    return jnp.max(jnp.abs(plain - kernel)) / jnp.max(jnp.abs(plain))
+
+
+def paged_difference(interpret: bool = False) -> float:
+    """Of the kernel and the plain attention, on a tiny case."""
+    from tx_async.engine import paged_kernel
+
+    layout = CacheLayout.plan(cache_tokens=1024, page_size=16, max_context_length=256)
+    rng = np.random.default_rng(0)
+    shape = (2 * layout.num_pages, layout.page_size, 2, 64)
+    keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((3, 8, 64)), jnp.bfloat16)
+    tables = jnp.asarray(rng.permutation(np.arange(1, 49)).reshape(3, 16), jnp.int32)
+    tables = jnp.pad(tables, ((0, 0), (0, layout.table_pages - 16)))
+    positions = jnp.array([0, 100, 255], jnp.int32)
+
+    @jax.jit
+    def both(q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+        attend = DecodeAttention(layout, tables, positions[:, None], jnp.ones(3, bool))
+        plain = attend.attend([keys, values], jnp.int32(1), q[:, None], 0.125, 0)[:, 0]
+        first = jnp.int32(layout.num_pages)
+        kernel = paged_kernel.attend(q, keys, values, tables, positions, first, 0.125, interpret=interpret)
+        return plain.astype(jnp.float32), kernel.astype(jnp.float32)
+
+    plain, kernel = both(q, keys, values)
+    return float(jnp.max(jnp.abs(plain - kernel)))

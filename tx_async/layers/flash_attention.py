@@ -1,0 +1,243 @@
+"""Attention of packed rows as kernels for a GPU, in Pallas (Triton): what `packed_attention` computes, block by block.
+
+FlashAttention-2 (arXiv 2307.08691) with two numbers for each block of a row: the first block of keys that its queries
+need, and the last block of queries that needs its keys. Both are data, so one program serves every packing, and blocks
+between other segments are neither read nor computed. Every sum has one order: gradients are deterministic. Scores never
+leave a kernel. The gradients of a key come out for each of its query heads, and are summed afterwards.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from tx_async.layers.residuals import keep
+
+BLOCK = 64
+MASKED = -1e30
+
+
+class _Row(NamedTuple):
+    """What the kernels know of a packing; int32."""
+
+    positions: Array
+    """[R, L]"""
+    segments: Array
+    """[R, L]: padding sees that of its own block only."""
+    first: Array
+    """[R, n]: first key block of each query block."""
+    last: Array
+    """[R, n]: last query block of each key block."""
+
+
+def fits(q: Array, v: Array) -> bool:
+    """Triton's blocks have sides of powers of two; in fp32 its products would be rounded to tf32."""
+    features = q.shape[-1]
+    return (
+        q.dtype.itemsize == 2
+        and features == v.shape[-1]
+        and features & (features - 1) == 0
+        and 16 <= features <= 128
+        and q.shape[1] % BLOCK == 0
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def flash_attention(
+    q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float, interpret: bool = False
+) -> Array:
+    """q [R, L, H, D], k, v [R, L, Hkv, D] -> [R, L, H, D]; positions (0, 1, … in each segment), segment_ids int32
+    [R, L], 0 = padding. L is a multiple of BLOCK."""
+    return _forward(q, k, v, positions, segment_ids, scale, interpret)[0]
+
+
+def _forward(
+    q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float, interpret: bool
+) -> tuple[Array, Any]:
+    row = _row(positions, segment_ids)
+    specs = _Specs(q, k)
+    out, lse = pl.pallas_call(
+        partial(_forward_kernel, scale=scale),
+        grid=specs.grid,
+        in_specs=[specs.mine, specs.keys, specs.keys, *specs.row],
+        out_specs=[specs.mine, specs.statistic],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), specs.statistic_shape],
+        name="flash_attention",
+        **_how(interpret),
+    )(q, k, v, *row)
+    out, lse = keep((out, lse))
+    return out, (q, k, v, row, out, lse)
+
+
+def _backward(scale: float, interpret: bool, saved: Any, dout: Array) -> tuple[Array | None, ...]:
+    q, k, v, row, out, lse = saved
+    specs = _Specs(q, k)
+    delta = jnp.einsum("rlhd,rlhd->rhl", dout.astype(jnp.float32), out.astype(jnp.float32))
+    inputs = (q, k, v, dout, lse, delta, *row)
+    wide = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    dq = pl.pallas_call(
+        partial(_dq_kernel, scale=scale),
+        grid=specs.grid,
+        in_specs=[specs.mine, specs.keys, specs.keys, specs.mine, specs.statistic, specs.statistic, *specs.row],
+        out_specs=specs.mine,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        name="flash_attention_dq",
+        **_how(interpret),
+    )(*inputs)
+    dk, dv = pl.pallas_call(
+        partial(_dkv_kernel, scale=scale),
+        grid=specs.grid,
+        in_specs=[specs.queries, specs.key, specs.key, specs.queries, *[specs.statistics] * 2, *specs.row],
+        out_specs=[specs.mine, specs.mine],
+        out_shape=[wide, wide],
+        name="flash_attention_dkv",
+        **_how(interpret),
+    )(*inputs)
+    of_group = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).sum(3).astype(k.dtype)  # noqa: E731
+    return dq, of_group(dk), of_group(dv), None, None
+
+
+flash_attention.defvjp(_forward, _backward)
+
+
+def _how(interpret: bool) -> dict[str, Any]:
+    return {
+        "interpret": interpret,
+        "compiler_params": None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=2),
+    }
+
+
+def _row(positions: Array, segment_ids: Array) -> _Row:
+    length = positions.shape[1]
+    numbers = jnp.arange(length // BLOCK, dtype=jnp.int32)
+    # Positions count from the start of their segment.
+    first = jnp.maximum(numbers - -(-positions[:, ::BLOCK] // BLOCK), 0)
+    last = (first[:, None, :] <= numbers[:, None]).sum(2, dtype=jnp.int32) - 1
+    segments = jnp.where(segment_ids > 0, segment_ids, -1 - jnp.repeat(numbers, BLOCK))
+    return _Row(positions, segments, first, last)
+
+
+class _Specs:
+    """Blocks of the arrays: a program has a block of a row, of one query head."""
+
+    def __init__(self, q: Array, k: Array):
+        (num_rows, length, heads, features), group = q.shape, q.shape[2] // k.shape[2]
+        self.grid = (length // BLOCK, num_rows, heads)
+        self.mine = pl.BlockSpec((None, BLOCK, None, features), lambda i, r, h: (r, i, h, 0))
+        self.queries = pl.BlockSpec((None, length, None, features), lambda i, r, h: (r, 0, h, 0))
+        self.key = pl.BlockSpec((None, BLOCK, None, features), lambda i, r, h: (r, i, h // group, 0))
+        self.keys = pl.BlockSpec((None, length, None, features), lambda i, r, h: (r, 0, h // group, 0))
+        self.statistic = pl.BlockSpec((None, None, BLOCK), lambda i, r, h: (r, h, i))
+        self.statistics = pl.BlockSpec((None, None, length), lambda i, r, h: (r, h, 0))
+        self.statistic_shape = jax.ShapeDtypeStruct((num_rows, heads, length), jnp.float32)
+        whole = pl.BlockSpec((None, length), lambda i, r, h: (r, 0))
+        one = pl.BlockSpec((None, 1), lambda i, r, h: (r, i))
+        self.row = (whole, whole, one, one)
+
+
+def _block(i: Array) -> Any:
+    return pl.ds(i * BLOCK, BLOCK)
+
+
+def _seen(positions_ref: Any, segments_ref: Any, queries: Array, keys: Array) -> Array:
+    """[queries, keys] of two blocks."""
+    same = segments_ref[_block(queries)][:, None] == segments_ref[_block(keys)][None, :]
+    return same & (positions_ref[_block(queries)][:, None] >= positions_ref[_block(keys)][None, :])
+
+
+def _forward_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    positions_ref: Any,
+    segments_ref: Any,
+    first_ref: Any,
+    last_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    *,
+    scale: float,
+) -> None:
+    i, q = pl.program_id(0), q_ref[...]
+
+    def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out, top, total = so_far
+        j = i - step  # the diagonal block first: there every query meets at least itself
+        k, v = k_ref[_block(j), :], v_ref[_block(j), :]
+        scores = jnp.where(_seen(positions_ref, segments_ref, i, j), plgpu.dot(q, k.T) * scale, MASKED)
+        new_top = jnp.maximum(top, scores.max(1))
+        weights, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
+        return out * shrink[:, None] + plgpu.dot(weights.astype(v.dtype), v), new_top, total * shrink + weights.sum(1)
+
+    nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full((BLOCK,), MASKED), jnp.zeros((BLOCK,)))
+    out, top, total = jax.lax.fori_loop(0, i - first_ref[0] + 1, add, nothing)
+    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
+    lse_ref[...] = top + jnp.log(total)
+
+
+def _dq_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dout_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    positions_ref: Any,
+    segments_ref: Any,
+    first_ref: Any,
+    last_ref: Any,
+    dq_ref: Any,
+    *,
+    scale: float,
+) -> None:
+    i, q, dout = pl.program_id(0), q_ref[...], dout_ref[...]
+    lse, delta = lse_ref[...], delta_ref[...]
+
+    def add(step: Array, dq: Array) -> Array:
+        j = i - step
+        k, v = k_ref[_block(j), :], v_ref[_block(j), :]
+        scores = jnp.where(_seen(positions_ref, segments_ref, i, j), plgpu.dot(q, k.T) * scale, MASKED)
+        weights = jnp.exp(scores - lse[:, None])
+        dscores = weights * (plgpu.dot(dout, v.T) - delta[:, None]) * scale
+        return dq + plgpu.dot(dscores.astype(k.dtype), k)
+
+    dq = jax.lax.fori_loop(0, i - first_ref[0] + 1, add, jnp.zeros(q.shape, jnp.float32))
+    dq_ref[...] = dq.astype(dq_ref.dtype)
+
+
+def _dkv_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    dout_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    positions_ref: Any,
+    segments_ref: Any,
+    first_ref: Any,
+    last_ref: Any,
+    dk_ref: Any,
+    dv_ref: Any,
+    *,
+    scale: float,
+) -> None:
+    j, k, v = pl.program_id(0), k_ref[...], v_ref[...]
+
+    def add(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+        dk, dv = so_far
+        q, dout = q_ref[_block(i), :], dout_ref[_block(i), :]
+        lse, delta = lse_ref[_block(i)], delta_ref[_block(i)]
+        scores = jnp.where(_seen(positions_ref, segments_ref, i, j), plgpu.dot(q, k.T) * scale, MASKED)
+        weights = jnp.exp(scores - lse[:, None])
+        dscores = weights * (plgpu.dot(dout, v.T) - delta[:, None]) * scale
+        dk = dk + plgpu.dot(dscores.astype(q.dtype).T, q)
+        return dk, dv + plgpu.dot(weights.astype(dout.dtype).T, dout)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk_ref[...], dv_ref[...] = jax.lax.fori_loop(j, last_ref[0] + 1, add, (zeros, zeros))
