@@ -63,6 +63,16 @@ def test_the_two_node_commands_find_each_other(serve, caplog):
         cli._worker_address(cli.parser().parse_args(["worker"]))
 
 
+def test_external_inference_is_taken_as_it_is(serve, caplog):
+    settings = serve(
+        """--external-inference-url "http://0.0.0.0:7999" --external-inference-api-key EMPTY
+        --external-inference-lora-base /tmp/lora_models --forwarding-inference-max-connections 64"""
+    )
+    assert settings.external_inference_url == "http://0.0.0.0:7999"
+    assert settings.external_inference_lora_base == "/tmp/lora_models"
+    assert len(caplog.messages) == 1 and "forwarding_inference_max_connections" in caplog.text
+
+
 def test_a_mesh_on_one_host_opens_no_door(serve):
     flags = (
         """--base-model {model} --backend-config '{{"coordinator_address": "localhost:7777", "num_processes": 2}}'"""

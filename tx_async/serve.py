@@ -40,8 +40,10 @@ BACKLOG = 4096
 HEADERS_BYTES_MAX = 64 * 1024
 SWITCH_INTERVAL_S = 0.001
 """How long a thread that decodes a body may keep the event loop waiting for the interpreter."""
-UNREAD_PIECES_MAX = 2
-"""Pieces (of 64 KiB) of a body that wait to be read: what comes faster than the budget allows stays in the socket."""
+UNREAD_PIECES_MAX = 3
+"""Pieces (of 64 KiB) of a body that wait to be read: what comes faster than the budget allows stays in the socket. A
+small body that nobody reads is three of them, with its end and the request's: were there room for fewer, its connection
+would never go on to the next request."""
 STARTUP_S = 600
 """Recovery of a long journal happens before the server accepts."""
 

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tx_async.api import body
@@ -77,8 +77,12 @@ class Endpoint:
         except Exception:
             logger.exception("%s %s failed", self.row.method, self.row.path)
             response = internal_error_response()
-        await response(scope, receive, send)
-        await _read_to_the_end(request)
+        if isinstance(response, StreamingResponse):  # it listens for the client's end itself
+            await response(scope, receive, send)
+            await _read_to_the_end(request)
+        else:
+            # Together: sending does not end while the connection's reader waits for somebody to take what it has.
+            await asyncio.gather(response(scope, receive, send), _read_to_the_end(request))
 
     async def _respond(self, request: Request) -> Response:
         owner = "" if self.row.public else self._authenticate(request)
