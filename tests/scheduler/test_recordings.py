@@ -1,5 +1,6 @@
 """Datums find the sampler's heads by their spans; what does not fit is refused by the names of datum and span."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -90,6 +91,19 @@ def test_a_sequence_is_looked_up_once():
 def test_tokens_that_were_not_recorded_are_refused(tokens, where):
     with pytest.raises(InvalidRequest, match=rf"data\[0\]: {where}"):
         recordings.with_heads(batch(tokens), {"q": recording()})
+
+
+def test_targets_that_are_not_trained_on_may_be_anything():
+    """tinker-cookbook's rl_loop has zeros where the prompt's tokens stand."""
+    operation = batch()
+    targets = operation.data[0].loss_fn_inputs["target_tokens"].numpy().copy()
+    span = operation.data[0].provenance.loss_fn_inputs[0]
+    assert not span.is_sampled and span.length
+    targets[: span.length] = 0
+    inputs = operation.data[0].loss_fn_inputs | {"target_tokens": Tensor.of(targets)}
+    zeroed = msgspec.structs.replace(operation.data[0], loss_fn_inputs=inputs)
+    found = recordings.with_heads(msgspec.structs.replace(operation, data=(zeroed,)), {"q": recording()})
+    assert found.data[0].heads == recordings.with_heads(operation, {"q": recording()}).data[0].heads
 
 
 def test_a_limit_that_left_more_than_was_recorded_is_refused():

@@ -141,7 +141,7 @@ def _with_heads(datum: Datum, recordings: Mapping[str, Recording]) -> Datum:
     assert provenance is not None
     targets = datum.loss_fn_inputs["target_tokens"].numpy()
     _check(np.frombuffer(datum.tokens, "<i4"), provenance.model_input, "model_input_spans", recordings)
-    _check(targets, provenance.loss_fn_inputs, "loss_fn_input_spans", recordings)
+    _check(targets, provenance.loss_fn_inputs, "loss_fn_input_spans", recordings, sampled_only=True)
     pieces, position = [], 0
     for i, span in enumerate(provenance.loss_fn_inputs):
         if span.is_sampled and span.length:
@@ -150,15 +150,22 @@ def _with_heads(datum: Datum, recordings: Mapping[str, Recording]) -> Datum:
     return msgspec.structs.replace(datum, heads=_joined(pieces) if pieces else None)
 
 
-def _check(tokens: np.ndarray, spans: Sequence[ProvenanceSpan], name: str, recordings: Mapping[str, Recording]) -> None:
-    """The field's tokens are those of its spans."""
+def _check(
+    tokens: np.ndarray,
+    spans: Sequence[ProvenanceSpan],
+    name: str,
+    recordings: Mapping[str, Recording],
+    sampled_only: bool = False,
+) -> None:
+    """The field's tokens are those of its spans. sampled_only: targets that are not trained on may be anything, and
+    tinker-cookbook's rl_loop has zeros there."""
     position = 0
     for i, span in enumerate(spans):
         recording = recordings[span.sequence_id]
         recorded = np.frombuffer(recording.tokens if span.is_sampled else recording.prompt, "<i4")
         mine = tokens[position : position + span.length]
         theirs = recorded[span.offset : span.offset + span.length]
-        if not np.array_equal(mine, theirs):
+        if not np.array_equal(mine, theirs) and (span.is_sampled or not sampled_only):
             kind = "sampled" if span.is_sampled else "prompt"
             raise InvalidRequest(
                 f"{name}[{i}]: the datum's tokens are not the {kind} tokens {span.offset} to "
