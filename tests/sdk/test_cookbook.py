@@ -50,6 +50,22 @@ def server(place):
         yield server
 
 
+@pytest.fixture(scope="module")
+def state(server) -> str:
+    """A checkpoint of a policy that has learned to answer \\boxed{7} or \\boxed{8}, each as often."""
+    service = tinker.ServiceClient(base_url=server.base_url, api_key=KEY)
+    trainer = service.create_lora_training_client(base_model=NAME, rank=4).result()
+    loss = math.inf
+    for step in range(60):
+        data = [_answering(n, digit) for n in (2 * step % 8, (2 * step + 1) % 8) for digit in "78"]
+        result = trainer.forward_backward(data, "cross_entropy")
+        trainer.optim_step(tinker.AdamParams(learning_rate=5e-3)).result()
+        loss = result.result().metrics["loss:sum"] / len(data)
+        if loss < 1.2:  # of one answer; what must be left is the choice between two digits, log 2
+            return trainer.save_state("prepared").result().path
+    pytest.fail(f"the policy did not learn to answer: {loss}")
+
+
 @pytest.fixture
 def recipe(place, server, tmp_path):
     """recipe(name, **settings) -> (its metrics, one row a step; its last checkpoint)."""
@@ -80,10 +96,10 @@ def test_sl_loop_trains_and_saves(recipe):
 
 
 @pytest.mark.parametrize("loss", ["loss_fn=default", "loss_fn=importance_sampling", "loss_fn=cispo", "loss_fn=gspo"])
-def test_rl_loop_samples_and_trains(recipe, server, place, tmp_path, loss):
+def test_rl_loop_samples_and_trains(recipe, state, tmp_path, loss):
     """The policy answers 7 or 8 from the start, each as often, so that rewards differ."""
     (tmp_path / "log").mkdir()
-    prepared = {"name": "prepared", "batch": 0, "state_path": state_that_answers(server, place)}
+    prepared = {"name": "prepared", "batch": 0, "state_path": state}
     (tmp_path / "log/checkpoints.jsonl").write_text(json.dumps(prepared) + "\n")
     chosen = {} if loss == "loss_fn=default" else {"loss_fn": loss.partition("=")[2]}
     metrics, checkpoint = recipe("rl_loop", group_size=8, max_tokens=24, **chosen)
@@ -91,26 +107,6 @@ def test_rl_loop_samples_and_trains(recipe, server, place, tmp_path, loss):
     assert len(steps) == 2 and any(0 < row["reward/total"] < 1 for row in steps)
     assert any(row.get("grad_norm", 0) > 0 for row in steps), "a step was taken"
     assert checkpoint["name"] == "final"
-
-
-_state: dict[str, str] = {}
-
-
-def state_that_answers(server, place) -> str:
-    """A checkpoint, made once, of a policy that has learned to answer \\boxed{7} or \\boxed{8}."""
-    if server.base_url not in _state:
-        service = tinker.ServiceClient(base_url=server.base_url, api_key=KEY)
-        trainer = service.create_lora_training_client(base_model=NAME, rank=4).result()
-        for step in range(60):
-            data = [_answering(n, digit) for n in (2 * step % 8, (2 * step + 1) % 8) for digit in "78"]
-            result = trainer.forward_backward(data, "cross_entropy")
-            trainer.optim_step(tinker.AdamParams(learning_rate=5e-3)).result()
-            loss = result.result().metrics["loss:sum"] / len(data)
-            if loss < 1.2:  # of one answer; what must be left is the choice between two digits, log 2
-                break
-        assert loss < 1.2, f"the policy did not learn to answer: {loss}"
-        _state[server.base_url] = trainer.save_state("prepared").result().path
-    return _state[server.base_url]
 
 
 def _byte_tokens(text: str) -> list[int]:
