@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ from msgspec import structs
 
 from tx_async.engine import adapter_slots, batch, compilation, memory_plan, mesh, optimizer, platform, train
 from tx_async.engine.adapter_slots import Creation, SamplerSlots, TrainingState, pad
+from tx_async.engine.ahead import likeliest
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.batch import RowBatch, row_batch
 from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
@@ -65,8 +67,8 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     engine = JaxEngine(model, params, config, folder, store, fingerprint(folder), here, planned)
     if config.compilation_cache_dir and here.keeps_executables and model.mesh is None:
         engine.keep_executables(Executables(Path(config.compilation_cache_dir) / "executables"))
-    if config.compile_ahead:
-        engine.compile_ahead(progress)
+    if config.compile_ahead or here.compiles_ahead:
+        engine.compile_ahead(progress, everything=config.compile_ahead)
     return engine
 
 
@@ -195,12 +197,13 @@ class JaxEngine:
         for program in self.programs:
             program.executables = kept
 
-    def compile_ahead(self, progress: ReportProgress) -> None:
-        """Every program of both halves, now."""
-        programs = self.programs
-        for done, program in enumerate(programs):
-            progress("compiling", done, len(programs))
-            program.compile()
+    def compile_ahead(self, progress: ReportProgress, everything: bool = True) -> None:
+        """Every program of both halves, or the likeliest, now."""
+        names = set(likeliest([program.name for program in self.programs]))
+        programs = [program for program in self.programs if everything or program.name in names]
+        with ThreadPoolExecutor(self.platform.compile_threads) as pool:
+            for done, _ in enumerate(pool.map(Program.compile, programs)):
+                progress("compiling", done, len(programs))
         progress("compiling", len(programs), len(programs))
 
     def execute(self, command: wire.Command, tensors: Sequence[np.ndarray]) -> Pending:

@@ -71,6 +71,10 @@ class Platform:
     """The compiler is asked for kernels that sum a row alike whatever number of rows stands around it."""
     reduce_scatter: bool
     """False: gloo's has returned wrong values, and no program of several processes may hold one."""
+    compiles_ahead: bool
+    """The likeliest programs before the engine says that it is ready, also where `compile_ahead` does not ask."""
+    compile_threads: int
+    """Programs that are compiled at the same time."""
     keeps_executables: bool
     """Executables can be written to files and loaded again."""
 
@@ -107,6 +111,8 @@ CPU = Platform(
     overlaps=True,
     same_sums_in_every_batch=True,
     reduce_scatter=False,
+    compiles_ahead=False,
+    compile_threads=1,
     keeps_executables=True,
 )
 ACCELERATOR = Platform(
@@ -133,6 +139,8 @@ ACCELERATOR = Platform(
     overlaps=False,
     same_sums_in_every_batch=False,
     reduce_scatter=True,
+    compiles_ahead=True,
+    compile_threads=4,
     keeps_executables=False,
 )
 
