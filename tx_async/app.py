@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 import anyio
@@ -34,6 +35,7 @@ from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
 from tx_async.dispatch.router import Router
 from tx_async.errors import StorageError, UserError
+from tx_async.health import Health
 from tx_async.identity import Identity
 from tx_async.journal.factory import open_journal
 from tx_async.metrics import CONTENT_TYPE, render
@@ -44,6 +46,7 @@ from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
 from tx_async.storage.sweep import sweep_for_ever
 from tx_async.wire.facts import WorkerFact, WorkerReady
+from tx_async.wire.records import Delete
 from tx_async.wire.worker import StorageProbe
 from tx_async.worker.supervisor import DEFAULT_ENGINE, Supervisor
 
@@ -181,7 +184,9 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             assert server.identity is not None
             if key_file:
                 follow_keys(key_file, scheduler)
-            app.router.routes.extend(create_routes(scheduler, config, server.identity.store, owners=owners))
+            store = server.identity.store
+            health = Health(store, config.data_path, partial(_write_nothing, scheduler), scheduler.waiting_for)
+            app.router.routes.extend(create_routes(scheduler, config, store, owners=owners, health=health))
             app.router.routes.append(_metrics_route(server, app.state.gate, owners))
             started = True
             yield
@@ -191,6 +196,11 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             _log.critical("The server stops: %s", _reason(error))
             os.kill(os.getpid(), signal.SIGTERM)
         raise
+
+
+async def _write_nothing(scheduler: Scheduler) -> None:
+    """A transaction that goes all the way to the disk."""
+    await scheduler.journal.commit([Delete("audit", "health")])
 
 
 def _metrics_route(server: Server, gate: Gate, owners: Owners) -> Route:

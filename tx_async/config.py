@@ -151,6 +151,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shutdown_ms: int = 10_000
     """Longest time that a shutdown spends on draining and snapshots."""
     log_level: str = "info"
+    log_format: str = "text"
+    """`text`, or `json`: an object a line."""
 
     @property
     def data_path(self) -> Path:

@@ -10,20 +10,18 @@ import asyncio
 import json
 import os
 import platform
-import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from msgspec import Struct
-
-from tx_async import base_model
+from tx_async import base_model, health
 from tx_async.config import ServerConfig
 from tx_async.engine.devices import GPU_BYTES, usable
 from tx_async.errors import ConfigError, TxError
+from tx_async.health import Finding
 from tx_async.serve import check_exposure
 
 JAX_S = 120
@@ -36,11 +34,6 @@ devices = jax.devices()
 x = jax.numpy.ones((64, 64)) @ jax.numpy.ones((64, 64))
 print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in devices], float(x[0, 0])]))
 """
-
-
-class Finding(Struct, frozen=True):
-    state: Literal["ok", "warning", "problem"]
-    text: str
 
 
 def run_plan(config: ServerConfig, device: str, devices: int) -> int:
@@ -89,6 +82,7 @@ def run(config: ServerConfig) -> int:
         "address": _address,
         "database": _database,
         "storage": _storage,
+        "memory": _memory,
         "base model": _base_model,
     }
     problems = 0
@@ -210,14 +204,17 @@ def _storage(config: ServerConfig) -> Finding:
     from tx_async.storage.store import Store
 
     base = config.resolved_checkpoints_base
-    key = f"doctor/{secrets.token_hex(8)}"
+    if "://" not in base and not Path(base).expanduser().exists():
+        return Finding("ok", f"{base} (checkpoints_base) will be made at the first start")
     try:
         store = Store(base)
-        store.put_sync(key, b"doctor")
-        store.delete_sync(key)
     except (TxError, OSError) as error:
         return Finding("problem", str(error))
-    return Finding("ok", f"{base} (checkpoints_base) can be written")
+    return health.within(health.PROBE_S, lambda: health.probe_storage(store))
+
+
+def _memory(_: ServerConfig) -> Finding:
+    return health.memory()
 
 
 def _size(num_bytes: float) -> str:

@@ -1,22 +1,68 @@
-"""One line per event, on stderr: time, level, where, what."""
+"""One line per event, on stderr: time, level, where, what; as text, or as JSON. Rotation is left to the host.
+
+A line that is written while a request is handled ends with that request's id, which its answer carries, too
+(`X-Request-Id`): whoever reports a failure can name its lines.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
 
 from tx_async.errors import ConfigError
 
-FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
+FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
+_CHATTY = ("httpx", "httpcore", "jax", "urllib3", "filelock", "hypercorn.access")
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that is being handled; "" elsewhere."""
 
 
-def configure(level: str = "info") -> None:
-    """Set up logging of this process. Raises `ConfigError` for an unknown level."""
+def configure(level: str = "info", format: str = "text", process: str = "") -> None:
+    """Set up logging of this process. process: a worker's name. Raises `ConfigError` for an unknown level or format."""
     if level.lower() not in LEVELS:
         raise ConfigError(f"log_level {level!r} is unknown; known: {', '.join(LEVELS)}.")
+    if format not in FORMATS:
+        raise ConfigError(f"log_format {format!r} is unknown; known: {', '.join(FORMATS)}.")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(FORMAT, "%H:%M:%S"))
+    handler.setFormatter(JsonFormatter(process) if format == "json" else TextFormatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpcore", "jax", "urllib3", "filelock", "hypercorn.access"):
+    for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-11-28 03:45:00.123 INFO    tx_async.app: what happened [request id]`"""
+
+    def __init__(self, process: str = ""):
+        where = f"{process} %(name)s" if process else "%(name)s"
+        super().__init__(f"%(asctime)s.%(msecs)03d %(levelname)-7s {where}: %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        request = request_id.get()
+        return f"{line} [{request}]" if request else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line, whatever the message holds."""
+
+    def __init__(self, process: str = ""):
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": self._process,
+            "message": record.getMessage(),
+            "request_id": request_id.get(),
+            "exception": self.formatException(record.exc_info) if record.exc_info else "",
+        }
+        return json.dumps({name: value for name, value in event.items() if value}, ensure_ascii=False)

@@ -55,7 +55,7 @@ def serve(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit code. Raises `ConfigError` for what the operator can change."""
     check_exposure(config)
     Gate(config)
-    logs.configure(config.log_level)
+    logs.configure(config.log_level, config.log_format)
     _raise_open_files_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = _hypercorn_settings(config)

@@ -350,3 +350,19 @@ async def test_a_busy_worker_ends_as_well_when_the_server_is_killed(stalling, ki
     process, worker_pid, _ = killed_server
     process.kill()
     await until(lambda: is_gone(worker_pid), timeout_s=2.0)
+
+
+async def test_a_start_without_descriptors_is_tried_again(config, monkeypatch):
+    """EMFILE when a worker is to start again: the server goes on, and the worker comes when there is room."""
+    refusals = [OSError(24, "Too many open files")] * 2
+    create = asyncio.create_subprocess_exec
+
+    async def create_unless_full(*arguments, **options):
+        if refusals:
+            raise refusals.pop()
+        return await create(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create_unless_full)
+    async with running_dispatch(config) as running:
+        await running.ready()
+        assert not refusals and running.supervisor.processes[0].num_starts == 1

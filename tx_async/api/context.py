@@ -15,6 +15,7 @@ from tx_async.api.owner import Owners, key_of
 from tx_async.api.redaction import Redaction
 from tx_async.clock import Clock
 from tx_async.config import ServerConfig
+from tx_async.health import Health
 from tx_async.scheduler.interface import SchedulerApi
 
 
@@ -44,6 +45,7 @@ class Api:
     files: CheckpointFiles
     owners: Owners
     links: Links
+    health: Health | None
     gate: Gate
     redact: Redaction
     """Takes the server's paths and addresses out of what tenants are told of a failure."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from tx_async import logs
 from tx_async.api import body
 from tx_async.api.context import Api, Call
 from tx_async.api.errors import error_response, internal_error_response, json_response
@@ -25,6 +27,8 @@ CONTROL_BODY_BYTES_MAX = 2**20
 """Limit of the bodies that carry no data."""
 LEFTOVERS_S = 1.0
 """How long a request that has been answered may take to send what is left of its body."""
+
+REQUEST_ID_CHARACTERS_MAX = 64
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
+        request_id = _request_id(request)
+        logs.request_id.set(request_id)
         try:
             response = await self._respond(request)
         except TxError as error:
@@ -77,6 +83,7 @@ class Endpoint:
         except Exception:
             logger.exception("%s %s failed", self.row.method, self.row.path)
             response = internal_error_response()
+        response.headers["x-request-id"] = request_id
         if isinstance(response, StreamingResponse):  # it listens for the client's end itself
             await response(scope, receive, send)
             await _read_to_the_end(request)
@@ -109,6 +116,13 @@ async def _read_to_the_end(request: Request) -> None:
                 message = await request.receive()
                 if message["type"] != "http.request" or not message.get("more_body"):
                     break
+
+
+def _request_id(request: Request) -> str:
+    """The client's own, where it can stand in a line of the log."""
+    given = request.headers.get("x-request-id", "")
+    is_fit = given.isascii() and given.isprintable() and 0 < len(given) <= REQUEST_ID_CHARACTERS_MAX
+    return given if is_fit else secrets.token_hex(6)
 
 
 def _parameters(handler: Callable[..., Any]) -> list[str]:

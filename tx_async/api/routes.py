@@ -31,6 +31,7 @@ from tx_async.api.owner import Owners, open_owners
 from tx_async.api.redaction import Redaction
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
+from tx_async.health import Health
 from tx_async.names import tokenizer_id
 from tx_async.scheduler.interface import SchedulerApi
 from tx_async.wire import tinker
@@ -163,6 +164,7 @@ def create_routes(
     clock: Clock | None = None,
     links: Links | None = None,
     owners: Owners | None = None,
+    health: Health | None = None,
 ) -> list[Route]:
     """Everything under /api/v1. Raises `ConfigError` when the key registry cannot be read."""
     api = Api(
@@ -172,6 +174,7 @@ def create_routes(
         files=files,
         owners=owners or open_owners(config),
         links=links or Links(),
+        health=health,
         gate=Gate(config),
         redact=Redaction(config, scheduler.base_model.name),
         tokenizer_id=tokenizer_id(

@@ -7,6 +7,7 @@ from starlette.responses import Response
 from tx_async.api import validation
 from tx_async.api.context import Call
 from tx_async.api.errors import json_response
+from tx_async.health import Health
 from tx_async.wire import tinker
 from tx_async.wire.ids import new_id
 from tx_async.wire.records import SessionRecord
@@ -67,9 +68,25 @@ async def get_server_capabilities(call: Call) -> tinker.ServerCapabilitiesRespon
 
 
 async def healthz(call: Call) -> Response:
-    """503 with what is missing until a request could run."""
+    """503 with what is missing until a request could run. `?live`: 200 while the server answers at all. `?verbose`:
+    what storage, journal, workers, disk and memory say, 503 where one has a problem."""
+    if "live" in call.request.query_params:
+        return json_response(tinker.HealthResponse(status="ok"))
+    if "verbose" in call.request.query_params and call.api.health is not None:
+        return await _verbose(call, call.api.health)
     if waiting_for := call.scheduler.waiting_for():
         if not (call.api.gate.is_local(call.request.scope) or call.is_admin):
             waiting_for = [call.api.redact(line) for line in waiting_for]
         return json_response(tinker.HealthResponse(status="starting", waiting_for=waiting_for), 503)
     return json_response(tinker.HealthResponse(status="ok"))
+
+
+async def _verbose(call: Call, health: Health) -> Response:
+    report = await health.report()
+    is_told_all = call.api.gate.is_local(call.request.scope) or call.is_admin
+    tell = str if is_told_all else call.api.redact
+    checks = {name: tinker.HealthCheck(state=found.state, text=tell(found.text)) for name, found in report.items()}
+    waiting_for = [f"{name}: {check.text}" for name, check in checks.items() if check.state == "problem"]
+    status = "problem" if waiting_for else "ok"
+    answer = tinker.HealthResponse(status=status, waiting_for=waiting_for, checks=checks)
+    return json_response(answer, 503 if waiting_for else 200)

@@ -98,9 +98,15 @@ class FinishSessionRequest(Request):
     detail: str | None = None
 
 
+class HealthCheck(Response):
+    state: str
+    text: str
+
+
 class HealthResponse(Response):
     status: str
     waiting_for: list[str] = []
+    checks: dict[str, HealthCheck] | None = None
 
 
 class SupportedModel(Response):

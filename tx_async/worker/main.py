@@ -16,6 +16,7 @@ import signal
 import sys
 from typing import get_args
 
+from tx_async import logs
 from tx_async.dispatch.dealer import Dealer, Detached
 from tx_async.engine.devices import MEMORY_FRACTION
 from tx_async.errors import ConfigError, EngineGone, TxError, WorkerRefused
@@ -37,11 +38,7 @@ PR_SET_PDEATHSIG = 1
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=options.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {options.name}.{options.process_id} %(name)s: %(message)s",
-    )
+    logs.configure(options.log_level, options.log_format, f"{options.name}.{options.process_id}")
     # What libraries miss and nobody here needs: a TPU's driver, PyTorch.
     logging.getLogger("jax").setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -76,6 +73,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vllm-allow-unproven", action="store_true")
     parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is no longer our parent")
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", default="text")
     return parser.parse_args(arguments)
 
 

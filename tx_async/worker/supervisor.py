@@ -63,9 +63,11 @@ class WorkerProcess:
         environment: Mapping[str, str] | None = None,
         on_exit: OnExit = lambda process, pid, text: None,
         log_level: str = "info",
+        log_format: str = "text",
     ):
         """`must_start`: that the first process finds that none can run ends `run`; else the next ones try."""
         self.name = name
+        self._is_json = log_format == "json"
         self.must_start = must_start
         self._delay_max_s = EXTERNAL_DELAY_MAX_S if external else RESTART_DELAY_MAX_S
         self.process_id = process_id
@@ -73,8 +75,8 @@ class WorkerProcess:
         self._command = [
             sys.executable, "-m", "tx_async.worker.main", "--connect", connect, "--name", name, "--process-id",
             str(process_id), "--engine", engine, "--capabilities", capabilities, "--parent-pid", str(os.getpid()),
-            "--log-level", log_level, "--num-processes", str(num_processes), "--coordinator-address",
-            coordinator_address, *(external.arguments if external else ()),
+            "--log-level", log_level, "--log-format", log_format, "--num-processes", str(num_processes),
+            "--coordinator-address", coordinator_address, *(external.arguments if external else ()),
         ]  # fmt: skip
         own = dict(environment or {}) | (external.environment if external else {})
         self._environment = {**allocator.ENVIRONMENT, **os.environ, **own}
@@ -111,7 +113,10 @@ class WorkerProcess:
         delay_s = RESTART_DELAY_MIN_S
         while not self._stopping.is_set():
             started = time.monotonic()
-            code = await self._live()
+            try:
+                code = await self._live()
+            except OSError as error:  # no descriptor, no process, no memory left: a matter of the moment
+                code, self.exit_text = None, f"could not be started: {error}"
             if self._stopping.is_set():
                 return
             # At the first start this is the operator's to change. Later it has worked before, and may work again.
@@ -179,7 +184,10 @@ class WorkerProcess:
     def _pass_on(self, lines: list[str]) -> None:
         for line in filter(str.strip, lines):
             self._last_line = line[-LAST_LINE_CHARACTERS_MAX:]
-            print(line, file=sys.stderr)
+            if self._is_json and not line.startswith("{"):
+                logger.info("worker process %s says: %s", self.label, line)
+            else:
+                print(line, file=sys.stderr)
 
     async def _kill(self, process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -223,6 +231,7 @@ class Supervisor:
                 engine=engine,
                 on_exit=self._handle_exit,
                 log_level=config.log_level,
+                log_format=config.log_format,
             )
             for index in range(config.local_workers)
         ] + [self._external_process(config, settings) for settings in external_engines(config)]
@@ -238,6 +247,7 @@ class Supervisor:
             must_start=False,
             on_exit=self._handle_exit,
             log_level=config.log_level,
+            log_format=config.log_format,
         )
 
     def __repr__(self) -> str:

@@ -1,0 +1,107 @@
+"""What `healthz?verbose` and `doctor` know: storage, journal, workers, disk and memory."""
+
+import os
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from tests.support.durability import serving
+from tx_async import health
+from tx_async.errors import StorageError
+from tx_async.health import Finding, Health, probe_storage, within
+from tx_async.storage.store import Store
+
+
+def test_storage_is_written_read_and_cleared(tmp_path):
+    assert probe_storage(Store(tmp_path)).state == "ok"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("[Errno 28] No space left on device", "the disk is full"),
+        ("Client error with status 404 Not Found: <Code>NoSuchBucket</Code>", "the bucket is missing"),
+        ("Client error with status 403 Forbidden: SignatureDoesNotMatch", "the credentials are wrong"),
+        ("RequestTimeTooSkewed: 900 s", "the clocks differ"),
+        ("[Errno 30] Read-only file system", "this user may not write there"),
+        ("error sending request for url", "it does not answer"),
+    ],
+)
+def test_what_is_wrong_is_said_in_an_operators_words(message, cause, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+
+    def refuse(key, data):
+        raise StorageError(f"{key} could not be written in {tmp_path}: {message}")
+
+    monkeypatch.setattr(store, "put_sync", refuse)
+    found = probe_storage(store)
+    assert found.state == "problem" and found.text.startswith(f"{cause}: ") and message in found.text
+
+
+def test_a_clock_that_differs_and_a_storage_that_lies_are_noticed(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    now = time.time()
+    monkeypatch.setattr(health.time, "time", lambda: now + 3600)
+    assert "differ by -3600 s" in probe_storage(store).text
+    monkeypatch.setattr(store, "get_sync", lambda key: b"other")
+    assert probe_storage(store).state == "problem"
+
+
+def test_a_probe_that_hangs_has_failed():
+    started = time.monotonic()
+    found = within(0.2, lambda: time.sleep(5) or Finding("ok", ""))
+    assert found.state == "problem" and "does not answer" in found.text and time.monotonic() - started < 4
+
+
+async def test_who_asks_again_at_once_gets_the_same_answer(tmp_path):
+    writes = []
+
+    async def write() -> None:
+        writes.append(1)
+
+    waiting = ["worker w0.0: starting"]
+    asked = Health(Store(tmp_path / "c"), tmp_path, write, lambda: waiting)
+    first = await asked.report()
+    assert {name: found.state for name, found in first.items()} == {
+        "storage": "ok", "journal": "ok", "disk": "ok", "memory": "ok", "worker": "problem",
+    }  # fmt: skip
+    waiting.clear()
+    assert (await asked.report())["worker"].state == "ok" and len(writes) == 1
+
+    async def refuse() -> None:
+        raise StorageError("the disk is full")
+
+    broken = await Health(Store(tmp_path / "c"), tmp_path, refuse, list).report()
+    assert broken["journal"] == Finding("problem", "the disk is full")
+
+
+def test_healthz_of_a_server_says_each(tiny_qwen3, tmp_path):
+    with serving(tmp_path, tiny_qwen3) as server:
+        healthz = f"{server.base_url}/api/v1/healthz"
+        assert httpx.get(f"{healthz}?live").json() == {"status": "ok"}
+        answer = httpx.get(f"{healthz}?verbose", timeout=20)
+        assert answer.status_code == 200, answer.text
+        checks = answer.json()["checks"]
+        assert set(checks) == {"storage", "journal", "disk", "memory", "worker"}
+        assert all(check["state"] in ("ok", "warning") and check["text"] for check in checks.values())
+
+
+def test_doctor_tries_the_storage(tmp_path, monkeypatch):
+    """A bucket behind a port where nobody listens: a problem, within 15 s."""
+    environ = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true",
+    }  # fmt: skip
+    code = "\n".join([
+        "import time; from tx_async import doctor; from tx_async.config import ServerConfig; began = time.time()",
+        "found = doctor._storage(ServerConfig(checkpoints_base='s3://bucket/x'))",
+        "print(found.state, time.time() - began < 15, found.text)",
+    ])  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environ, timeout=60
+    )
+    assert done.stdout.startswith("problem True it does not answer"), done.stdout + done.stderr
