@@ -1,31 +1,74 @@
 import itertools
+from collections import Counter
 
 from tx_async.scheduler.core.fairness import FairQueue, Shares
 
 
 def test_who_was_served_least_is_next():
-    fair = FairQueue[str]()
-    served = {"a": 0, "b": 0}
+    fair = FairQueue()
+    served = {("a",): 0, ("b",): 0}
     for _ in range(300):
-        flow = fair.order(["a", "b"])[0]
-        tokens = 30 if flow == "a" else 10
+        flow = fair.order([("a",), ("b",)])[0]
+        tokens = 30 if flow == ("a",) else 10
         fair.charge(flow, tokens)
         served[flow] += tokens
-    assert abs(served["a"] - served["b"]) <= 30
+    assert abs(served["a",] - served["b",]) <= 30
 
 
 def test_idle_time_is_not_credit():
     """A flow that was away for long does not get the device for itself when it comes back."""
-    fair = FairQueue[str]()
+    fair = FairQueue()
     for _ in range(1000):
-        fair.order(["a"])
-        fair.charge("a", 10)
+        fair.order([("a",)])
+        fair.charge(("a",), 10)
     turns = []
     for _ in range(20):
-        flow = fair.order(["a", "b"])[0]
+        flow = fair.order([("a",), ("b",)])[0]
         fair.charge(flow, 10)
         turns.append(flow)
-    assert turns.count("b") in (9, 10, 11)
+    assert turns.count(("b",)) in (9, 10, 11)
+
+
+def served_of(fair: FairQueue, flows: list[tuple[str, ...]], num_turns: int, tokens: dict[str, int]) -> Counter[str]:
+    """Tokens of each key and session, when all of them always have work; `tokens`: of one turn of a key's flows."""
+    served: Counter[str] = Counter()
+    for _ in range(num_turns):
+        flow = fair.order(flows)[0]
+        fair.charge(flow, tokens[flow[0]])
+        for name in flow:
+            served[name] += tokens[flow[0]]
+    return served
+
+
+def test_a_key_gains_nothing_by_opening_sessions_and_a_session_nothing_by_opening_runs():
+    flows = [("light", "l", "l0"), *(("heavy", f"h{i}", f"h{i}-0") for i in range(20))]
+    flows += [("heavy", "h0", f"h0-{i}") for i in range(1, 10)]
+    served = served_of(FairQueue(), flows, 4000, {"light": 10, "heavy": 30})
+    assert abs(served["light"] - served["heavy"]) <= 30
+    sessions = [served[f"h{i}"] for i in range(20)]
+    assert max(sessions) - min(sessions) <= 30
+    runs = [served[f"h0-{i}"] for i in range(10)]
+    assert max(runs) - min(runs) <= 30
+
+
+def test_a_key_whose_sessions_take_turns_is_not_forgotten_with_each_of_them():
+    """One session of the heavy key goes and another one comes, each time: the key is as well served as it is."""
+    fair, served = FairQueue(), Counter[str]()
+    for turn in range(300):
+        flow = fair.order([("light", "l", "l0"), ("heavy", f"h{turn}", "run")])[0]
+        fair.charge(flow, 10)
+        served[flow[0]] += 10
+    assert abs(served["light"] - served["heavy"]) <= 10
+
+
+def test_some_of_the_flows_are_ranked_without_forgetting_the_others():
+    fair = FairQueue()
+    flows = [("a", "s", "r"), ("b", "s", "r"), ("c", "s", "r")]
+    fair.order(flows)
+    for flow, tokens in zip(flows, (30, 10, 20), strict=True):
+        fair.charge(flow, tokens)
+    assert fair.ranked(flows[:2]) == [flows[1], flows[0]]
+    assert fair.order(flows) == [flows[1], flows[2], flows[0]]
 
 
 def turns_of(shares: Shares[str], num_turns: int, cost_ms: float) -> list[str]:

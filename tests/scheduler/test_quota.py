@@ -52,3 +52,30 @@ def test_samples_are_bounded_for_each_tenant():
     quota.check(request("c", num_samples=0))
     quota.give_back("a")
     assert quota.num_bytes == 0 and not quota.num_samples
+
+
+def test_a_key_leaves_room_for_the_next_one_whatever_it_sends():
+    quota = Quota(ServerConfig(queued_requests_max=120))
+    for owner, expected in (("first", 60), ("second", 40), ("third", 10)):
+        accepted = 0
+        for i in range(200):
+            try:
+                quota.check(request(f"{owner}-{i}", owner))
+            except Overloaded as error:
+                assert "queued_requests_max" in str(error)
+                break
+            quota.take(request(f"{owner}-{i}", owner))
+            accepted += 1
+        assert accepted >= expected
+    assert len(quota) < 120, "and a fourth one is served"
+    quota.check(request("last", "fourth"))
+
+
+def test_bytes_of_a_key_leave_room_for_the_next_one():
+    quota = Quota(ServerConfig(queued_bytes_max=100 * 2**20))
+    quota.take(request("a", "first", num_bytes=50 * 2**20))
+    with pytest.raises(Overloaded, match=r"Of this key.*queued_bytes_max"):
+        quota.check(request("b", "first", num_bytes=2**20))
+    quota.check(request("b", "second", num_bytes=30 * 2**20))
+    quota.give_back("a")
+    assert not quota.bytes.parts and not quota.requests.parts

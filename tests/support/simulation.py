@@ -185,6 +185,8 @@ class World:
         self.num_samples = 0
         #: every operation that was ever sent, by its key
         self.operations: dict[tuple[str, int], Operation] = {}
+        #: whose key the next submissions carry
+        self.owner = OWNER
         self.session = SessionRecord(session_id="s", owner=OWNER, created_at=self.now)
         self.disk.write(Transaction([Put(self.session)]))
         self._start_server()
@@ -521,8 +523,8 @@ class World:
             return
 
     def _submit(self, operation: Operation) -> None:
-        session_of(self.catalog, OWNER, operation)
-        submission = self.submissions.submit(OWNER, operation, self.now)
+        session_of(self.catalog, self.owner, operation)
+        submission = self.submissions.submit(self.owner, operation, self.now)
         if isinstance(submission, RequestRecord):
             self._acknowledge(submission, operation)
         elif submission.request.request_id not in self.accepting:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from tests.support.chain_engine import Adapter
-from tests.support.simulation import BASE, INFO, OWNER, POLICY, WORKER, Sent, World, datum, failed
+from tests.support.simulation import BASE, INFO, POLICY, WORKER, Sent, World, datum, failed
 from tx_async.scheduler.assets import new_sampler
 from tx_async.scheduler.core.facts import SamplerCreated, SessionCreated, Tick
 from tx_async.scheduler.core.policy import Policy
@@ -46,7 +46,7 @@ class Stage(World):
     # ---- what tests say
 
     def new_session(self, name: str) -> str:
-        record = SessionRecord(session_id=name, owner=OWNER, created_at=self.now)
+        record = SessionRecord(session_id=name, owner=self.owner, created_at=self.now)
         self._write([Put(record)])
         self.handle(SessionCreated(record))
         return name

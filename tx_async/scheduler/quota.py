@@ -1,5 +1,5 @@
-"""How much accepted, unfinished work there may be. Counters only: taking and giving back cost the same however much
-there is."""
+"""How much accepted, unfinished work there may be, and how much of it may be one key's. Counters only: taking and
+giving back cost the same however much there is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,37 @@ from msgspec import Struct
 from tx_async.config import ServerConfig
 from tx_async.errors import Overloaded
 from tx_async.wire.records import RequestRecord
+
+UNSHARED_REQUESTS = 4
+"""So many requests a key may have in any queue that has room."""
+UNSHARED_BYTES = 2**20
+
+
+class Queue:
+    """What counts towards one limit: requests, or their bytes. Together they stay within the limit, and whatever keys
+    have done there is room for a newcomer: a key gets as much as it leaves free, or up to an equal part, where the
+    parts are those of all keys that have something queued and of one that may come, while half a part stays free."""
+
+    def __init__(self, limit: int, unshared: int):
+        self.limit = limit
+        self.unshared = unshared
+        self.total = 0
+        #: owner -> its part; without zeros
+        self.parts: Counter[str] = Counter()
+
+    def is_full(self, amount: int) -> bool:
+        return self.total + amount > self.limit
+
+    def exceeds_share(self, owner: str, amount: int) -> bool:
+        part, free = self.parts[owner] + amount, self.limit - self.total - amount
+        equal = self.limit // (len(self.parts) + (owner not in self.parts) + 1)
+        return part > max(self.unshared, free, equal if free >= equal // 2 else 0)
+
+    def add(self, owner: str, amount: int) -> None:
+        self.total += amount
+        self.parts[owner] += amount
+        if not self.parts[owner]:
+            del self.parts[owner]
 
 
 class Share(Struct, frozen=True):
@@ -26,20 +57,27 @@ class Quota:
         #: accepted (or on their way to the journal) and unfinished, by request_id
         self._shares: dict[str, Share] = {}
         #: sums over them
-        self.num_bytes = 0
+        self.requests = Queue(config.queued_requests_max, UNSHARED_REQUESTS)
+        self.bytes = Queue(config.queued_bytes_max, UNSHARED_BYTES)
         self.num_samples: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._shares)
 
+    @property
+    def num_bytes(self) -> int:
+        return self.bytes.total
+
     def check(self, request: RequestRecord) -> None:
         """Raises `Overloaded` when there is no room for the request."""
-        if len(self._shares) >= self.config.queued_requests_max:
-            raise Overloaded()
-        if self.num_bytes + request.body_bytes > self.config.queued_bytes_max:
-            raise Overloaded(
-                "Too many bytes are queued (`queued_bytes_max`). Try again when some requests have finished."
-            )
+        for queue, amount, what in (
+            (self.requests, 1, "requests are queued (`queued_requests_max`)"),
+            (self.bytes, request.body_bytes, "bytes are queued (`queued_bytes_max`)"),
+        ):
+            if queue.is_full(amount):
+                raise Overloaded(f"Too many {what}. Try again when some requests have finished.")
+            if queue.exceeds_share(request.owner, amount):
+                raise Overloaded(f"Of this key too many {what}: the rest is for others. Try again in a moment.")
         samples = len(request.sample_sequence_ids)
         if samples and self.num_samples[request.owner] + samples > self.config.tenant_queued_samples_max:
             raise Overloaded(
@@ -50,13 +88,16 @@ class Quota:
         share = Share(request.owner, request.body_bytes, len(request.sample_sequence_ids))
         assert request.request_id not in self._shares
         self._shares[request.request_id] = share
-        self.num_bytes += share.num_bytes
-        self.num_samples[share.owner] += share.num_samples
+        self._count(share, 1)
 
     def give_back(self, request_id: str) -> None:
         """The request has ended, or was not accepted. Nothing happens the second time."""
         if share := self._shares.pop(request_id, None):
-            self.num_bytes -= share.num_bytes
-            self.num_samples[share.owner] -= share.num_samples
-            if not self.num_samples[share.owner]:
-                del self.num_samples[share.owner]
+            self._count(share, -1)
+
+    def _count(self, share: Share, sign: int) -> None:
+        self.requests.add(share.owner, sign)
+        self.bytes.add(share.owner, sign * share.num_bytes)
+        self.num_samples[share.owner] += sign * share.num_samples
+        if not self.num_samples[share.owner]:
+            del self.num_samples[share.owner]

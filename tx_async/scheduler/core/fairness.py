@@ -1,4 +1,4 @@
-"""Who is next: deficit round robin between flows, weighted shares between training and sampling."""
+"""Who is next: deficit round robin by levels between flows, weighted shares between classes of work."""
 
 from __future__ import annotations
 
@@ -6,31 +6,63 @@ from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
+Flow = tuple[str, ...]
+"""Whose work it is, from the outside in: (API key, session, run). What is fair is decided level by level."""
 
 QUANTUM_MS_MAX = 2000.0
 
 
-class FairQueue(Generic[Key]):
-    """Least-served-first over flows, in tokens: deficit round robin's guarantee without its rounds.
+def prefixes_of(flow: Flow) -> list[Flow]:
+    """The key, its session, its run."""
+    return [flow[:depth] for depth in range(1, len(flow) + 1)]
 
-    A flow that was idle starts level with the least served busy one: it may not save up a claim to a burst.
+
+class FairQueue:
+    """Least-served-first in tokens, at each level among those of one parent: deficit round robin's guarantee without
+    its rounds. A key has its part of the device however many sessions it opens, a session its part of its key's, a run
+    its part of its session's.
+
+    Who was idle starts level with the least served busy one: nobody may save up a claim to a burst.
     """
 
     def __init__(self):
-        #: flow -> tokens charged to it, on a scale shared by all flows
-        self._charged: dict[Key, float] = {}
+        #: every prefix of a busy flow -> tokens charged to it, on a scale shared by the children of one parent
+        self._charged: dict[Flow, float] = {}
 
-    def order(self, busy: Iterable[Key]) -> list[Key]:
+    def order(self, busy: Iterable[Flow]) -> list[Flow]:
         """The flows that have work, least served first. Flows that have none are forgotten."""
         busy = list(busy)
-        known = [self._charged[key] for key in busy if key in self._charged]
-        level = min(known, default=0.0)
-        self._charged = {key: self._charged.get(key, level) - level for key in busy}
-        return sorted(busy, key=self._charged.__getitem__)
+        children: dict[Flow, dict[Flow, None]] = {}
+        for flow in busy:
+            for prefix in prefixes_of(flow):
+                children.setdefault(prefix[:-1], {})[prefix] = None
+        charged: dict[Flow, float] = {}
+        for siblings in children.values():
+            level = min((self._charged[child] for child in siblings if child in self._charged), default=0.0)
+            charged.update((child, self._charged.get(child, level) - level) for child in siblings)
+        self._charged = charged
+        return self.ranked(busy)
 
-    def charge(self, key: Key, tokens: float) -> None:
-        if key in self._charged:
-            self._charged[key] += tokens
+    def ranked(self, flows: Iterable[Flow]) -> list[Flow]:
+        """Some of the flows of the last `order`, in its order; siblings that were served alike stay in theirs."""
+        flows = list(flows)
+        places: dict[Flow, int] = {}
+        for flow in flows:
+            for prefix in prefixes_of(flow):
+                places.setdefault(prefix, len(places))
+
+        def rank(flow: Flow) -> list[tuple[float, int]]:
+            return [(self.charged(prefix), places[prefix]) for prefix in prefixes_of(flow)]
+
+        return sorted(flows, key=rank)
+
+    def charged(self, flow: Flow) -> float:
+        return self._charged.get(flow, 0.0)
+
+    def charge(self, flow: Flow, tokens: float) -> None:
+        for prefix in prefixes_of(flow):
+            if prefix in self._charged:
+                self._charged[prefix] += tokens
 
 
 class Shares(Generic[Key]):

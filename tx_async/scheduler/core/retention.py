@@ -87,7 +87,7 @@ class Retention:
 
     def _forget_session(self, session: SessionRecord) -> None:
         """With its runs and sampling sessions. Checkpoints have names of their own and stay."""
-        self.sampling.cancel_flow(session.session_id)
+        self.sampling.cancel_session(session.session_id)
         for model in [m for m in self.catalog.models.values() if m.session_id == session.session_id]:
             self._forget_model(model)
         samplers = [s for s in self.catalog.samplers.values() if s.session_id == session.session_id]

@@ -121,7 +121,7 @@ class SchedulerState:
                 self._cancel(fact.request_id)
             case SessionEnded():
                 self.registry.end_session(fact)
-                self.sampling.cancel_flow(fact.session_id)
+                self.sampling.cancel_session(fact.session_id)
             case WorkerReady():
                 self._worker_lost(fact.worker_id, "it has begun anew")  # a new life under an old name
                 worker = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
@@ -188,7 +188,7 @@ class SchedulerState:
         job = SampleJob(
             request=request,
             operation=operation,
-            flow=sampler.session_id,
+            flow=(sampler.owner, sampler.session_id, sampler.sampler_id),
             version=sampler.storage_key,
             namespace=sampler.storage_key or BASE_NAMESPACE,
             # A seed that nobody asked for still has to survive a restart: it is the request's own.

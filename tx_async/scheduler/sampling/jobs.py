@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from tx_async.scheduler.core.fairness import Flow
 from tx_async.scheduler.core.policy import ALONE_FROM_FAILURES
 from tx_async.scheduler.sampling.recordings import Recording, encode
 from tx_async.wire import results
@@ -28,8 +29,8 @@ class SampleJob(Struct, eq=False):
 
     request: RequestRecord
     operation: Sample
-    flow: str
-    """The client session, which shares the device fairly with others."""
+    flow: Flow
+    """Key, client session, sampling session: they share the device fairly, level by level."""
     version: str | None
     """Storage key of the adapter; None samples the base model."""
     namespace: str

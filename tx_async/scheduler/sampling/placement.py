@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from tx_async.scheduler.core.fairness import Flow
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.sampling.jobs import SampleJob
 
@@ -106,18 +107,18 @@ class Lines:
         #: the scheduler's; only looked at
         self.workers = workers
         #: flow -> place -> request_id -> job; nothing in it is empty
-        self._lines: dict[str, dict[Place, dict[str, SampleJob]]] = {}
+        self._lines: dict[Flow, dict[Place, dict[str, SampleJob]]] = {}
         #: request_id -> where it stands
         self._places: dict[str, Place] = {}
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Flow]:
         """Flows."""
         return iter(self._lines)
 
-    def __contains__(self, flow: str) -> bool:
+    def __contains__(self, flow: Flow) -> bool:
         return flow in self._lines
 
     def place(self, request_id: str) -> Place | None:
@@ -158,7 +159,7 @@ class Lines:
             for place in lines
         )
 
-    def heads(self, flow: str, worker: WorkerState) -> Iterable[SampleJob]:
+    def heads(self, flow: Flow, worker: WorkerState) -> Iterable[SampleJob]:
         """The oldest job of each line that is this worker's turn, oldest first."""
         lines = self._lines.get(flow, {})
         heads = [next(iter(line.values())) for place, line in lines.items() if self._is_turn(worker, place)]

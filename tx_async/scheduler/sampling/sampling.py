@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from tx_async.errors import Cancelled, Category, ServerError, TxError
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.fairness import FairQueue
+from tx_async.scheduler.core.fairness import FairQueue, Flow, prefixes_of
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import Ignored, RunningSample, WorkerState, error_of
 from tx_async.scheduler.sampling.jobs import SampleJob, renumber
@@ -34,7 +34,7 @@ from tx_async.wire.worker import (
 )
 
 NEWCOMERS_SHARE = 8
-"""One in so many places on the device stays free for sessions that have nothing running yet."""
+"""One in so many places on the device stays free for sessions that have nothing running yet, half of them for keys."""
 
 
 class QuantumSent(Struct, frozen=True):
@@ -59,7 +59,7 @@ class Sampling:
         self.jobs: dict[str, SampleJob] = {}
         #: of jobs with samples that wait for admission
         self.waiting = Lines(workers)
-        self.fair: FairQueue[str] = FairQueue()
+        self.fair = FairQueue()
         self.slots = SamplerSlots(decisions, policy)
         self.recorder = Recorder(decisions, policy)
         self.trials = Trials(decisions, self.accept, self._drop)
@@ -132,26 +132,30 @@ class Sampling:
         return True
 
     def _admit(self, worker: WorkerState) -> None:
-        """Flows take turns, the one with the fewest running sequences first; the last places stay free for
-        newcomers."""
+        """Keys take turns, the one with the fewest running sequences first, then the sessions of a key, then what a
+        session samples from; the last places stay free for sessions and keys that have nothing running yet."""
         room = worker.info.num_sequences_max
         reserve = room // NEWCOMERS_SHARE
-        running = Counter(sample.job.flow for sample in worker.sequences.values())
+        reserves = {1: (reserve + 1) // 2, 2: reserve}
+        running: Counter[Flow] = Counter()
+        for sample in worker.sequences.values():
+            running.update(prefixes_of(sample.job.flow))
         flows = self.fair.order(self.waiting)
         admission = Admission(worker, self.slots)
         while flows and len(worker.sequences) < room:
-            flow = min(flows, key=running.__getitem__)
-            job = self._next_job(admission, flow) if running[flow] < max(1, room - reserve) else None
+            flow = min(flows, key=lambda flow: [running[prefix] for prefix in prefixes_of(flow)])
+            may_grow = all(running[flow[:depth]] < max(1, room - kept) for depth, kept in reserves.items())
+            job = self._next_job(admission, flow) if may_grow else None
             if job is None or worker.reserved_for is not None:
                 flows.remove(flow)
                 continue
             self._admit_sample(admission, job)
-            running[flow] += 1
+            running.update(prefixes_of(flow))
             if flow not in self.waiting:
                 flows.remove(flow)
         self._send_admission(admission)
 
-    def _next_job(self, admission: Admission, flow: str) -> SampleJob | None:
+    def _next_job(self, admission: Admission, flow: Flow) -> SampleJob | None:
         """The flow's oldest job that this worker may take and whose adapter is, or can be brought, on its device."""
         for job in self.waiting.heads(flow, admission.worker):
             if job.runs_alone:
@@ -304,9 +308,9 @@ class Sampling:
         if job := self.jobs.get(request_id):
             self.end(job, Cancelled())
 
-    def cancel_flow(self, flow: str) -> None:
+    def cancel_session(self, session_id: str) -> None:
         """The session has ended: nobody will fetch what its samples would give."""
-        self._end_all((job for job in self.jobs.values() if job.flow == flow), Cancelled())
+        self._end_all((job for job in self.jobs.values() if job.flow[1] == session_id), Cancelled())
 
     def _succeed(self, job: SampleJob, worker: WorkerState) -> None:
         if not isinstance(job, TrialJob):

@@ -108,7 +108,7 @@ def _job(worker_id: str, trial: Trial, number: int, sequence: TrialSequence) -> 
             created_at=0.0,
         ),
         "operation": operation,
-        "flow": f"trial:{worker_id}",
+        "flow": ("", f"trial:{worker_id}", ""),
         "version": version,
         "namespace": version or BASE_NAMESPACE,
         "seed": 0,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from tx_async.errors import Conflict, InvalidRequest
+from tx_async.scheduler.core.fairness import Flow
 from tx_async.scheduler.core.outages import Outage
 from tx_async.scheduler.core.policy import ALONE_FROM_FAILURES, Policy
 from tx_async.scheduler.training.packing import PackedRequest
@@ -139,8 +140,8 @@ class Lane:
     def __init__(self, model: ModelRecord, models: Mapping[str, ModelRecord], now: float = 0.0):
         """models: the catalog's, which owns the record."""
         self.model_id = model.model_id
-        #: what shares the device fairly: one client session
-        self.flow = model.session_id
+        #: what shares the device fairly: keys, the sessions of each, the runs of each
+        self.flow: Flow = (model.owner, model.session_id, model.model_id)
         self._models = models
         #: seq_id -> accepted operations that no snapshot covers beyond doubt
         self.steps: dict[int, Step] = {}

@@ -40,7 +40,7 @@ class RowsSent(Struct, frozen=True):
 
 
 class MicroBatches:
-    def __init__(self, runs: Runs, decisions: Decisions, fair: FairQueue[str]):
+    def __init__(self, runs: Runs, decisions: Decisions, fair: FairQueue):
         self.runs = runs
         self.decisions = decisions
         self.fair = fair
@@ -100,11 +100,17 @@ class MicroBatches:
     def _take_neighbours(self, worker: WorkerState, lane: Lane, step: Step, length: int, room: int) -> list[RowSent]:
         """Fill up with rows of other runs that fit the same program. They are whole rows: nobody's numbers change."""
         rows: list[RowSent] = []
-        for model_id in list(self.runs.ready):
+        if not room:
+            return rows
+        resident = [
+            self.runs.lanes[model_id] for model_id in worker.training_slots.slots() if model_id in self.runs.ready
+        ]
+        others = {other.flow: other for other in resident if other is not lane}
+        for flow in self.fair.ranked(others):
             if len(rows) == room:
                 break
-            other = self.runs.lanes[model_id]
-            candidate = other.next_step() if other is not lane and worker.has_run(model_id) else None
+            other = others[flow]
+            candidate = other.next_step()
             if candidate is not None and self._joins(candidate, step, length, worker.info):
                 rows += self._take_rows(other, candidate, length, room - len(rows))
                 self.runs.refresh(other)

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from tx_async.errors import Conflict, InvalidRequest, TxError, UserError
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.fairness import FairQueue
+from tx_async.scheduler.core.fairness import FairQueue, Flow
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
@@ -37,6 +37,8 @@ from tx_async.wire.records import RequestRecord
 from tx_async.wire.worker import CommandFailed, CommandFinished, Saved, Stepped
 from tx_async.wire.worker import OptimStep as OptimStepCommand
 
+SESSION_LEVEL = 2
+"""Of a flow: its first two parts say which session it is."""
 BODIES_AHEAD = 8
 """Bodies that a replay has read from the journal before their turn."""
 
@@ -60,7 +62,7 @@ class Training:
     def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
         self.decisions = decisions
         self.policy = policy
-        self.fair: FairQueue[str] = FairQueue()
+        self.fair = FairQueue()
         self.runs = Runs(decisions, policy, workers)
         self.snapshots = Snapshots(self.runs, decisions)
         self.slots = TrainingSlots(self.runs, self.snapshots, decisions)
@@ -128,24 +130,24 @@ class Training:
             return lane is not None and self._issue_lane(worker, lane)
         if worker.reserved_for is not None:
             return False
-        flows: dict[str, list[Lane]] = {}
-        for model_id in self.runs.ready:
-            lane = self.runs.lanes[model_id]
-            if self._may_run(lane):
-                flows.setdefault(lane.flow, []).append(lane)
+        lanes = [self.runs.lanes[model_id] for model_id in self.runs.ready]
+        sessions: dict[Flow, list[Lane]] = {}
+        flows = {lane.flow: lane for lane in lanes if self._may_run(lane)}
         for flow in self.fair.order(flows):
-            for lane in sorted(flows[flow], key=lambda lane: self._rank(worker, lane)):
+            sessions.setdefault(flow[:SESSION_LEVEL], []).append(flows[flow])
+        for runs in sessions.values():
+            for lane in sorted(runs, key=lambda lane: self._rank(worker, lane)):
                 if self._issue_lane(worker, lane):
                     return True
                 if worker.reserved_for is not None or worker.is_full("train"):
                     return False
         return False
 
-    def _rank(self, worker: WorkerState, lane: Lane) -> tuple[bool, bool, int]:
+    def _rank(self, worker: WorkerState, lane: Lane) -> tuple[bool, bool, float, int]:
         """Within a session, runs on the device go first, because moving adapters costs more than taking turns; but not
         for ever."""
         is_patient = self.runs.turn - lane.waiting_since_turn < self.policy.patience_turns
-        return is_patient, not worker.has_run(lane.model_id), lane.waiting_since_turn
+        return is_patient, not worker.has_run(lane.model_id), self.fair.charged(lane.flow), lane.waiting_since_turn
 
     def _issue_lane(self, worker: WorkerState, lane: Lane) -> bool:
         """Everything that the lane has ready, up to its next micro-batch. True when that was sent."""
