@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests.support.durability import serving, wait_until
+from tests.support.raw_client import Client
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.testing.dispatch import running_dispatch
@@ -42,41 +43,6 @@ def is_trusted(server, times=1):
     return log.count("worker vllm-127.0.0.1") and log.count(" is ready") >= 1 + times and not trials
 
 
-class Client:
-    """One that does not pause, as the SDK does."""
-
-    def __init__(self, server, model):
-        self.server = server
-        self.session = self.post("create_session", tags=[], sdk_version="0")["session_id"]
-        self.num_samples = self.num_samplers = 0
-        self.base = self.sampler(base_model=str(model))
-
-    def post(self, path, /, **body):
-        status, answer = self.server.post(f"/api/v1/{path}", timeout_s=60, **body)
-        assert status == 200, answer
-        return answer
-
-    def sampler(self, **weights):
-        self.num_samplers += 1
-        body = {"session_id": self.session, "sampling_session_seq_id": self.num_samplers}
-        return self.post("create_sampling_session", **body, **weights)["sampling_session_id"]
-
-    def ask(self, sampler, tokens=(1, 2, 3), max_tokens=20, **fields):
-        self.num_samples += 1
-        params = {"max_tokens": max_tokens, "temperature": 1.0, "seed": self.num_samples, "stop": []}
-        body = {"sampling_session_id": sampler, "seq_id": self.num_samples, "sampling_params": params, "num_samples": 1}
-        return self.post("asample", prompt={"chunks": [{"tokens": list(tokens)}]}, **body, **fields)
-
-    def result(self, promise):
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            status, answer = self.server.post("/api/v1/retrieve_future", timeout_s=60, request_id=promise["request_id"])
-            if status == 200:
-                assert "error" not in answer, answer
-                return answer
-        raise AssertionError("it never ended")
-
-
 def test_samples_outlive_vllm_and_go_to_it_again_when_it_is_back(server, vllm, model):
     vllm.token_s = 0.02
     client = Client(server, model)
@@ -98,10 +64,7 @@ def test_samples_outlive_vllm_and_go_to_it_again_when_it_is_back(server, vllm, m
 
 def test_an_adapter_is_sampled_by_vllm_and_its_prompts_are_scored_here(server, vllm, model):
     client = Client(server, model)
-    ids = {"session_id": client.session, "base_model": str(model), "lora_config": {"rank": 4}}
-    run = client.result(client.post("create_model", model_seq_id=0, **ids))["model_id"]
-    saved = client.result(client.post("save_weights_for_sampler", model_id=run, path="v1", seq_id=1))
-    sampler = client.sampler(model_path=saved["path"])
+    sampler = client.save(client.run(), "v1")
     before = vllm.num_completions
     sequence = client.result(client.ask(sampler, max_tokens=8))["sequences"][0]
     assert vllm.num_completions == before + 1 and len(vllm.adapters) == 1

@@ -18,7 +18,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,6 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 from safetensors.numpy import load as load_safetensors
-from safetensors.numpy import save as save_safetensors
 
 from tx_async.age import encrypted
 from tx_async.errors import (
@@ -34,17 +33,26 @@ from tx_async.errors import (
     Category,
     CorruptedCheckpoint,
     EngineError,
-    NonFiniteGradients,
     TxError,
     UnknownCheckpoint,
 )
 from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
 from tx_async.storage.store import Store
+from tx_async.testing.fake_model import (
+    FEATURES,
+    PEFT_FILE,
+    Adapter,
+    ends_with,
+    hash_of,
+    optim_step,
+    pair_logprobs,
+    peft_files,
+    row_loss,
+    weights_of,
+)
 from tx_async.wire.worker import (
     BASE_SLOT,
-    LOSS_FNS,
     TRAIN_TENSORS,
-    AdamParams,
     AdmitSequences,
     CancelSequences,
     Command,
@@ -59,13 +67,11 @@ from tx_async.wire.worker import (
     OptimStep,
     PromptScores,
     ReleaseAdapter,
-    Result,
     Sampled,
     SampleQuantum,
     SaveAdapter,
     Saved,
     SequenceSpec,
-    Stepped,
     Trained,
     TrainMicroBatch,
     Welcome,
@@ -74,9 +80,6 @@ from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
 FAULTS_VARIABLE = "FAKE_ENGINE"
 ADAPTER_FILE = "fake_adapter.npz"
-PEFT_FILE = "adapter_model.safetensors"
-FEATURES_TENSOR = "base_model.model.features"
-FEATURES = 16
 VOCAB_SIZE = 512
 CONTEXT = 1024
 ROW_LENGTHS = (32, 128, 1024)
@@ -106,17 +109,6 @@ class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     once_file: str = ""
     process_id: int = -1
     """The one process of a mesh to which all this happens; -1 = each."""
-
-
-@dataclass
-class _Adapter:
-    """What a slot holds: float32 arrays of FEATURES numbers, as an adapter with Adam state would."""
-
-    w: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
-    m: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
-    v: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
-    grad: np.ndarray = field(default_factory=lambda: np.zeros(FEATURES, np.float32))
-    step: int = 0
 
 
 @dataclass
@@ -182,8 +174,8 @@ class FakeEngine:
         self._store = Store(checkpoints_base, storage_id) if checkpoints_base else None
         #: checkpoints by key, when there is no folder for them
         self.files: dict[str, bytes] = {}
-        self._training: dict[int, _Adapter] = {}
-        self._samplers: dict[int, _Adapter] = {}
+        self._training: dict[int, Adapter] = {}
+        self._samplers: dict[int, Adapter] = {}
         #: admitted, in order; the first `num_sequences_max` of them are running
         self._sequences: collections.OrderedDict[int, _Sequence] = collections.OrderedDict()
 
@@ -245,13 +237,13 @@ class FakeEngine:
     def _run(self, command: Command, tensors: Sequence[np.ndarray]) -> Reply:
         match command:
             case CreateAdapter(slot=slot):
-                self._training[slot] = _Adapter()
+                self._training[slot] = Adapter()
             case ReleaseAdapter(slot=slot):
                 self._training.pop(slot, None)
             case LoadAdapter(slot=slot, key=key, optimizer=optimizer):
                 self._training.pop(slot, None)
                 loaded = self._load(key)
-                self._training[slot] = loaded if optimizer else _Adapter(w=loaded.w)
+                self._training[slot] = loaded if optimizer else Adapter(w=loaded.w)
                 return Loaded(step=self._training[slot].step), []
             case SaveAdapter(slot=slot, key=key, kind=kind, age_recipients=recipients):
                 return Saved(size_bytes=self._save(self._adapter(slot), key, kind, recipients)), []
@@ -262,7 +254,7 @@ class FakeEngine:
             case TrainMicroBatch():
                 return self._train(command, dict(zip(TRAIN_TENSORS, tensors, strict=True)))
             case OptimStep(slot=slot, adam=adam):
-                return _optim_step(self._adapter(slot), adam), []
+                return optim_step(self._adapter(slot), adam), []
             case AdmitSequences(sequences=sequences):
                 for spec in sequences:
                     self._admit(spec, tensors)
@@ -273,14 +265,14 @@ class FakeEngine:
                 return self._sample(decode_steps, prefill_tokens)
         return Done(), []
 
-    def _adapter(self, slot: int) -> _Adapter:
+    def _adapter(self, slot: int) -> Adapter:
         if slot not in self._training:
             raise EngineError(f"Training slot {slot} is empty.")
         return self._training[slot]
 
     # ---- checkpoints
 
-    def _save(self, adapter: _Adapter, key: str, kind: str, age_recipients: Sequence[str]) -> int:
+    def _save(self, adapter: Adapter, key: str, kind: str, age_recipients: Sequence[str]) -> int:
         arrays = {"w": adapter.w, "step": np.int64(adapter.step)}
         if kind in ("training", "snapshot"):
             arrays |= {"m": adapter.m, "v": adapter.v}
@@ -290,17 +282,17 @@ class FakeEngine:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         data = buffer.getvalue()
         if self._store is not None:
-            files = encrypted({ADAPTER_FILE: data, **_peft_files(adapter.w)}, age_recipients)
+            files = encrypted({ADAPTER_FILE: data, **peft_files(adapter.w)}, age_recipients)
             write_checkpoint_sync(self._store, key, files, {"kind": kind})
         else:
             self.files[key] = data
         return len(data)
 
-    def _load(self, key: str) -> _Adapter:
+    def _load(self, key: str) -> Adapter:
         if self._store is not None:
             files = read_checkpoint_sync(self._store, key)[1]
             if ADAPTER_FILE not in files:
-                return _Adapter(w=_weights_of(load_safetensors(files[PEFT_FILE])))
+                return Adapter(w=weights_of(load_safetensors(files[PEFT_FILE])))
             data = files[ADAPTER_FILE]
         elif key in self.files:
             data = self.files[key]
@@ -311,7 +303,7 @@ class FakeEngine:
         except Exception as error:  # numpy and zipfile raise what they like for damaged files
             raise CorruptedCheckpoint(f"The files of {key} are damaged: {error}") from error
         step = int(arrays.pop("step"))
-        return _Adapter(**arrays, step=step)
+        return Adapter(**arrays, step=step)
 
     # ---- training
 
@@ -322,7 +314,7 @@ class FakeEngine:
             if slot >= 0:
                 adapter = self._adapter(slot)
                 row_inputs = {name: array[row] for name, array in inputs.items()}
-                logprobs[row], losses[row], grad = _row_loss(adapter.w, row_inputs)
+                logprobs[row], losses[row], grad = row_loss(adapter.w, row_inputs)
                 if not command.forward_only:
                     adapter.grad += grad
         return Trained(), [logprobs, losses]
@@ -379,7 +371,7 @@ class FakeEngine:
 
     def load_peft(self, slot: int, data: bytes, without: Sequence[str] = ()) -> None:
         """Fill a sampler slot from a PEFT file, without tensors whose names have one of these parts."""
-        self._samplers[slot] = _Adapter(w=_weights_of(load_safetensors(data), without))
+        self._samplers[slot] = Adapter(w=weights_of(load_safetensors(data), without))
 
     def _decode(self, sequence: _Sequence, decode_steps: int) -> str | None:
         """Append up to `decode_steps` tokens; the reason, when one of them was the last."""
@@ -389,7 +381,7 @@ class FakeEngine:
                 return "length"
             token = self._next_token(sequence)
             sequence.tokens.append(token)
-            if token in spec.stop_token_ids or _ends_with(sequence.tokens, spec.stop_strings):
+            if token in spec.stop_token_ids or ends_with(sequence.tokens, spec.stop_strings):
                 return "stop"
         return "length" if len(sequence.tokens) >= spec.max_tokens else None
 
@@ -397,7 +389,7 @@ class FakeEngine:
         spec = sequence.spec
         previous = sequence.tokens[-1] if sequence.tokens else int(sequence.prompt[-1])
         random = (spec.seed, spec.sample_index, len(sequence.tokens)) if spec.temperature > 0 else ()
-        return _hash_of(previous, int(np.argmax(self._weights(spec))), *random) % self._vocab_size
+        return hash_of(previous, int(np.argmax(self._weights(spec))), *random) % self._vocab_size
 
     def _weights(self, spec: SequenceSpec) -> np.ndarray:
         if spec.sampler_slot == BASE_SLOT:
@@ -414,7 +406,7 @@ class FakeEngine:
         spec, w = sequence.spec, self._weights(sequence.spec)
         tokens = np.array(sequence.tokens, np.int32)
         before = np.concatenate([sequence.prompt[-1:], tokens[:-1]]) if len(tokens) else tokens
-        indices = {"tokens": add(tokens), "logprobs": add(_logprobs(w, before, tokens))}
+        indices = {"tokens": add(tokens), "logprobs": add(pair_logprobs(w, before, tokens))}
         if spec.topk_logprobs:
             ids, values = self._topk(w, before, spec.topk_logprobs)
             indices |= {"topk_token_ids": add(ids), "topk_logprobs": add(values)}
@@ -434,7 +426,7 @@ class FakeEngine:
     def _topk(self, w: np.ndarray, before: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best tokens after each of `before`: int32 and float32 [T, k], best first."""
         vocabulary = np.arange(self._vocab_size, dtype=np.int32)
-        values = np.stack([_logprobs(w, np.full_like(vocabulary, token), vocabulary) for token in before]) \
+        values = np.stack([pair_logprobs(w, np.full_like(vocabulary, token), vocabulary) for token in before]) \
             if len(before) else np.zeros((0, self._vocab_size), np.float32)  # fmt: skip
         ids = np.argsort(-values, axis=1, kind="stable")[:, :k].astype(np.int32)
         return ids, np.take_along_axis(values, ids, axis=1)
@@ -446,7 +438,7 @@ class FakeEngine:
         found: dict[str, np.ndarray] = {}
         if scores.logprobs:
             logprobs = np.full(len(prompt), np.nan, np.float32)
-            logprobs[first:] = _logprobs(w, prompt[first - 1 : -1], prompt[first:])
+            logprobs[first:] = pair_logprobs(w, prompt[first - 1 : -1], prompt[first:])
             found["prompt_logprobs"] = logprobs
         if scores.topk:
             ids = np.zeros((len(prompt), scores.topk), np.int32)
@@ -454,100 +446,12 @@ class FakeEngine:
             ids[first:], values[first:] = self._topk(w, prompt[first - 1 : -1], scores.topk)
             found |= {"prompt_topk_token_ids": ids, "prompt_topk_logprobs": values}
         if targets is not None:
-            values = _logprobs(w, np.repeat(prompt[:-1, None], targets.shape[1], axis=1), targets)
+            values = pair_logprobs(w, np.repeat(prompt[:-1, None], targets.shape[1], axis=1), targets)
             found["target_logprobs"] = np.where(targets >= 0, values, np.float32(0.0))
         if scores.alt_tokens_k:
             ids, values = self._topk(w, prompt[:-1], scores.alt_tokens_k)
             found |= {"alt_token_ids": ids, "alt_logprobs": values}
         return found
-
-
-# ---- adapters as files
-
-
-def _peft_files(w: np.ndarray) -> dict[str, bytes]:
-    """As an engine of somebody else would read them."""
-    config = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": None}
-    return {PEFT_FILE: save_safetensors({FEATURES_TENSOR: w}), "adapter_config.json": json.dumps(config).encode()}
-
-
-def _weights_of(tensors: Mapping[str, np.ndarray], without: Sequence[str] = ()) -> np.ndarray:
-    """An adapter's FEATURES numbers: its own, or of any other adapter a mixture in which every tensor shows."""
-    w = np.zeros(FEATURES, np.float32)
-    for name, tensor in sorted(tensors.items()):
-        if not any(part in name for part in without):
-            w += tensor if name == FEATURES_TENSOR else np.resize(np.tanh(tensor.ravel()), FEATURES) / len(tensors)
-    return w
-
-
-# ---- the mathematics
-
-
-def _base(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """b(previous, token) in [-2, 2): a hash that is the same on every machine."""
-    mixed = (before.astype(np.uint32) * np.uint32(2654435761)) ^ (tokens.astype(np.uint32) * np.uint32(2246822519))
-    mixed ^= mixed >> np.uint32(15)
-    mixed *= np.uint32(2654435761)
-    return ((mixed >> np.uint32(8)).astype(np.float32) / np.float32(2**24) - np.float32(0.5)) * np.float32(4)
-
-
-def _logprobs(w: np.ndarray, before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """log sigmoid(b + w[class]), float32 in the shape of `tokens`."""
-    return (-np.logaddexp(np.float32(0), -(_base(before, tokens) + w[tokens % FEATURES]))).astype(np.float32)
-
-
-@np.errstate(invalid="ignore", over="ignore")  # a tenant's NaN and infinity are its own affair
-def _row_loss(w: np.ndarray, row: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(logprobs [L, K], losses [L], gradient of w [FEATURES]) of one packed row."""
-    used = row["segment_ids"] > 0  # [L]
-    targets = row["target_tokens"]  # [L, K]
-    before = np.repeat(row["tokens"][:, None], targets.shape[1], axis=1)
-    logprobs = np.where(used[:, None], _logprobs(w, before, targets), np.float32(0.0))
-    cross_entropy = (row["loss_fn"] == LOSS_FNS.index("cross_entropy"))[:, None]
-    ratio = np.exp(np.minimum(logprobs - row["logprobs"][:, None], np.float32(20.0)))
-    advantages = row["advantages"][:, None]
-    # Every loss but the first is the policy gradient here: -ratio · advantage.
-    terms = np.where(cross_entropy, -row["weights"] * logprobs, -ratio * advantages * (row["weights"] != 0))
-    slopes = np.where(cross_entropy, -row["weights"], -ratio * advantages * (row["weights"] != 0))  # d term / d logprob
-    terms, slopes = np.where(used[:, None], terms, 0.0), np.where(used[:, None], slopes, 0.0)
-    slopes = slopes * (1.0 - np.exp(logprobs))  # d log sigmoid(x) / dx = 1 - sigmoid(x)
-    grad = np.bincount((targets % FEATURES).ravel(), weights=slopes.ravel(), minlength=FEATURES)
-    return logprobs, terms.sum(axis=1).astype(np.float32), grad.astype(np.float32)
-
-
-def _optim_step(adapter: _Adapter, adam: AdamParams) -> Result:
-    """torch.optim.AdamW on the adapter's numbers."""
-    grad = adapter.grad.copy()
-    adapter.grad[:] = 0.0
-    norm = float(np.linalg.norm(grad.astype(np.float64)))
-    if not np.isfinite(norm):
-        raise NonFiniteGradients()
-    if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
-        grad *= np.float32(adam.grad_clip_norm / norm)
-    adapter.step += 1
-    adapter.m = np.float32(adam.beta1) * adapter.m + np.float32(1 - adam.beta1) * grad
-    adapter.v = np.float32(adam.beta2) * adapter.v + np.float32(1 - adam.beta2) * grad * grad
-    m_hat = adapter.m / np.float32(1 - adam.beta1**adapter.step)
-    v_hat = adapter.v / np.float32(1 - adam.beta2**adapter.step)
-    step = m_hat / (np.sqrt(v_hat) + np.float32(adam.eps)) + np.float32(adam.weight_decay) * adapter.w
-    adapter.w = (adapter.w - np.float32(adam.learning_rate) * step).astype(np.float32)
-    return Stepped(metrics={"grad_norm": norm}, step=adapter.step)
-
-
-def _hash_of(*numbers: int) -> int:
-    state = 0xCBF29CE484222325
-    for number in numbers:
-        state = ((state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 29
-    return state >> 16
-
-
-def _ends_with(tokens: Sequence[int], stop_strings: Sequence[str]) -> bool:
-    """Here, a token below 256 is the character with that number; others are none."""
-    if not stop_strings:
-        return False
-    text = "".join(chr(token) for token in tokens if token < 256)
-    return tokens[-1] < 256 and any(text.endswith(stop) for stop in stop_strings)
 
 
 def _is_due(faults: Faults) -> bool:
