@@ -96,6 +96,14 @@ def test_kill_9_in_the_middle_of_64_samples(served):
     results = [client.result(promise) for promise in asked]
     assert all(len(result["sequences"][0]["tokens"]) == 128 for result in results)
     assert "this worker leaves" in server.log() and "Traceback" not in server.log()
+
+
+def test_it_is_taken_back_when_it_is_there_again(served):
+    """Of the test before, whose vLLM is dead."""
+    server, vllm, client = served
     vllm.start()
     vllm.wait_ready()
-    wait_until(lambda: is_trusted(server, 2), 120)
+    wait_until(lambda: is_trusted(server, 2), 200)
+    before = vllm.log.read_text().count("POST /v1/completions")
+    check(client, client.base)
+    assert vllm.log.read_text().count("POST /v1/completions") == before + 1
