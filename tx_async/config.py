@@ -122,6 +122,22 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Weight of training against sampling when both have work."""
     sample_share: float = 1.0
 
+    tenant_sessions_max: int = 10_000
+    """Sessions of one API key; more are answered 429. Old ones are forgotten after `session_retention_s`."""
+    tenant_models_max: int = 10_000
+    """Training runs of one API key; more are answered 429."""
+    tenant_samplers_max: int = 100_000
+    """Sampling sessions of one API key; more are answered 429."""
+    tenant_records_bytes_max: int = 32 * 2**20
+    """Bytes of all of these of one API key, metadata included; more are answered 429."""
+    user_metadata_bytes_max: int = 64 * 1024
+    """Bytes of one `user_metadata`; more are answered 400."""
+    text_bytes_max: int = 1024
+    """Bytes of one tag, `display_name`, `sdk_version`, `project_id` or reason; a longer one is answered 400."""
+    tags_max: int = 64
+    """Tags of one session; more are answered 400."""
+    heartbeat_timeout_s: int = 60
+    """A client without heartbeat or poll for so long will not fetch its samples: they are cancelled."""
     session_timeout_s: int = 600
     """A session without heartbeat for so long has ended: its queued samples are cancelled."""
     result_retention_s: int = 24 * 3600

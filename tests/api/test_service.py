@@ -1,5 +1,7 @@
 """Set-up calls, sessions and health."""
 
+import pytest
+
 
 async def test_healthz_says_what_it_waits_for_until_a_request_could_run(connect, scheduler):
     async with connect(None) as anyone:
@@ -63,3 +65,19 @@ async def test_the_key_describes_itself_as_the_cli_reads_it(client):
     key = (await client.get("/api/v1/auth/apikey/me")).json()
     assert isinstance(key["key_id"], int) and {"name", "note"} <= key.keys()
     assert "email" in key["details"]["user_details"] and "name" in key["details"]["org_details"]
+
+
+@pytest.mark.parametrize("field", ["sdk_version", "project_id", "display_name", "tags"])
+async def test_every_text_of_a_session_has_a_limit_with_a_name(client, field):
+    for size, status in ((1024, 200), (1025, 400)):
+        value = ["x" * size] if field == "tags" else "x" * size
+        answer = await client.post("/api/v1/create_session", json={field: value})
+        assert answer.status_code == status
+        assert status == 200 or "text_bytes_max" in answer.json()["detail"]
+
+
+async def test_a_session_has_so_many_tags_and_so_much_metadata(client):
+    answer = await client.post("/api/v1/create_session", json={"tags": ["a"] * 65})
+    assert answer.status_code == 400 and "tags_max" in answer.json()["detail"]
+    answer = await client.post("/api/v1/create_session", json={"user_metadata": {"a": "x" * 65_536}})
+    assert answer.status_code == 400 and "user_metadata_bytes_max" in answer.json()["detail"]

@@ -24,7 +24,7 @@ async def create_model(call: Call, request: tinker.CreateModelRequest) -> tinker
         model_seq_id=request.model_seq_id,
         base_model=base_model,
         lora=validation.adapter(lora, call.scheduler.base_model),
-        user_metadata=validation.metadata(request.user_metadata),
+        user_metadata=validation.metadata(request.user_metadata, call.api.config.user_metadata_bytes_max),
     )
     return future(await call.scheduler.submit(call.owner, operation), model_id)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.responses import Response
 
 from tx_async.api import validation
@@ -35,15 +37,16 @@ async def client_dynamic_config(call: Call) -> tinker.ClientDynamicConfigRespons
 
 
 async def create_session(call: Call, request: tinker.CreateSessionRequest) -> tinker.CreateSessionResponse:
+    config, text = call.api.config, partial(validation.text, bytes_max=call.api.config.text_bytes_max)
     session = SessionRecord(
         session_id=new_id("s"),
         owner=call.owner,
         created_at=call.api.clock.now(),
-        tags=tuple(request.tags or ()),
-        user_metadata=validation.metadata(request.user_metadata),
-        sdk_version=request.sdk_version or "",
-        project_id=request.project_id,
-        display_name=request.display_name,
+        tags=validation.tags(request.tags, config.tags_max, config.text_bytes_max),
+        user_metadata=validation.metadata(request.user_metadata, call.api.config.user_metadata_bytes_max),
+        sdk_version=text("sdk_version", request.sdk_version) or "",
+        project_id=text("project_id", request.project_id),
+        display_name=text("display_name", request.display_name),
     )
     await call.scheduler.create_session(session)
     return tinker.CreateSessionResponse(type="create_session", session_id=session.session_id)
@@ -55,7 +58,8 @@ async def session_heartbeat(call: Call, request: tinker.SessionHeartbeatRequest)
 
 
 async def finish_session(call: Call, request: tinker.FinishSessionRequest) -> tinker.Accepted:
-    await call.scheduler.finish_session(call.owner, call.path("session_id"), request.reason.type, request.detail)
+    detail = validation.text("detail", request.detail, call.api.config.text_bytes_max)
+    await call.scheduler.finish_session(call.owner, call.path("session_id"), request.reason.type, detail)
     return tinker.Accepted()
 
 

@@ -7,6 +7,7 @@ from datetime import datetime
 
 import msgspec
 
+from tx_async.api import validation
 from tx_async.api.context import Call
 from tx_async.api.ownership import owned
 from tx_async.api.rest import access_scope, paginate, text_metadata, timestamp
@@ -38,7 +39,8 @@ async def list_sessions(call: Call) -> tinker.SessionsResponse:
 
 async def assign_session_project(call: Call, request: tinker.AssignProjectRequest) -> tinker.Accepted:
     session = _own_session(call)
-    await call.scheduler.update_session(call.owner, msgspec.structs.replace(session, project_id=request.project_id))
+    project_id = validation.text("project_id", request.project_id, call.api.config.text_bytes_max)
+    await call.scheduler.update_session(call.owner, msgspec.structs.replace(session, project_id=project_id))
     return tinker.Accepted()
 
 

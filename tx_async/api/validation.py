@@ -21,7 +21,6 @@ from tx_async.wire.worker import AdamParams, AdapterConfig
 
 TTL_SECONDS_MIN = 3600
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
-METADATA_BYTES_MAX = 64 * 1024
 STOPS_MAX = 256
 SPAN_MAX = 2**31 - 1
 STOP_STRING_CHARACTERS_MAX = 1024
@@ -304,7 +303,7 @@ def tinker_path(path: str) -> str:
     return path
 
 
-def metadata(value: dict[str, Any] | None) -> dict[str, Any]:
+def metadata(value: dict[str, Any] | None, bytes_max: int) -> dict[str, Any]:
     """Anything that can be stored and given back."""
     try:
         size = len(msgspec.msgpack.encode(value or {}))
@@ -312,9 +311,25 @@ def metadata(value: dict[str, Any] | None) -> dict[str, Any]:
         raise InvalidRequest(
             "user_metadata holds a number beyond 64 bits, or text that is not valid Unicode."
         ) from None
-    if size > METADATA_BYTES_MAX:
-        raise InvalidRequest(f"user_metadata takes {size} bytes; allowed are {METADATA_BYTES_MAX}.")
+    if size > bytes_max:
+        raise InvalidRequest(f"user_metadata takes {size} bytes; allowed are {bytes_max} (`user_metadata_bytes_max`).")
     return value or {}
+
+
+def text(field: str, value: str | None, bytes_max: int) -> str | None:
+    """What is kept as it is, and shown again."""
+    size = len((value or "").encode("utf-8", "surrogatepass"))
+    if size > bytes_max:
+        raise InvalidRequest(f"{field} takes {size} bytes; allowed are {bytes_max} (`text_bytes_max`).")
+    return value
+
+
+def tags(values: list[str] | None, tags_max: int, bytes_max: int) -> tuple[str, ...]:
+    if len(values or ()) > tags_max:
+        raise InvalidRequest(f"tags has {len(values or ())} entries; allowed are {tags_max} (`tags_max`).")
+    for value in values or ():
+        text("tags", value, bytes_max)
+    return tuple(values or ())
 
 
 # ---- sampling

@@ -73,11 +73,14 @@ async def _destination(call: Call, request: tinker.CopyWeightsRequest) -> tuple[
         ).session_id, request.model_seq_id
     if request.destination_project_id is None:
         raise InvalidRequest("copy_weights needs session_id and model_seq_id, or destination_project_id.")
+    project_id = validation.text(
+        "destination_project_id", request.destination_project_id, call.api.config.text_bytes_max
+    )
     session = SessionRecord(
         session_id=_session_of_copy(call),
         owner=call.owner,
         created_at=call.api.clock.now(),
-        project_id=request.destination_project_id,
+        project_id=project_id,
     )
     if session.session_id not in call.scheduler.sessions:
         await call.scheduler.create_session(session)
@@ -105,7 +108,7 @@ def _save_weights(call: Call, request: tinker.SaveWeightsRequest) -> operations.
         name=validation.checkpoint_name(request.path),
         ttl_seconds=validation.ttl_seconds(request.ttl_seconds),
         overwrite=request.overwrite,
-        user_metadata=validation.metadata(request.user_metadata),
+        user_metadata=validation.metadata(request.user_metadata, call.api.config.user_metadata_bytes_max),
     )
 
 
@@ -120,7 +123,7 @@ def _save_weights_for_sampler(call: Call, request: tinker.SaveWeightsForSamplerR
         sampling_session_seq_id=request.sampling_session_seq_id,
         inflight=request.kind == "inflight",
         ttl_seconds=validation.ttl_seconds(request.ttl_seconds),
-        user_metadata=validation.metadata(request.user_metadata),
+        user_metadata=validation.metadata(request.user_metadata, call.api.config.user_metadata_bytes_max),
     )
 
 
@@ -156,5 +159,5 @@ def _create_from_checkpoint(call: Call, request: tinker.LoadWeightsRequest) -> o
         model_seq_id=request.model_seq_id,
         path=validation.tinker_path(request.path),
         optimizer=request.optimizer,
-        user_metadata=validation.metadata(request.user_metadata),
+        user_metadata=validation.metadata(request.user_metadata, call.api.config.user_metadata_bytes_max),
     )

@@ -84,6 +84,8 @@ class Assets:
         copied_path = f"tinker://{model_id}/{source.kind}/{source.name}"
         if existing := self.catalog.checkpoints.get(copied_path):
             return self._checkpoint(owner, existing.path)
+        if (run := self.catalog.models.get(model_id)) and run.status != "copy":
+            raise Conflict(f"{model_id} is a training run: a copy would take its place. Use the next sequence number.")
         now = self.clock.now()
         model = ModelRecord(
             model_id=model_id,

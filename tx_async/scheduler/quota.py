@@ -9,7 +9,15 @@ from msgspec import Struct
 
 from tx_async.config import ServerConfig
 from tx_async.errors import Overloaded
-from tx_async.wire.records import RequestRecord
+from tx_async.scheduler.core.holdings import Holdings
+from tx_async.wire.records import (
+    ModelRecord,
+    RequestRecord,
+    SamplerRecord,
+    SessionRecord,
+    encode_record,
+    type_of,
+)
 
 UNSHARED_REQUESTS = 4
 """So many requests a key may have in any queue that has room."""
@@ -83,6 +91,21 @@ class Quota:
             raise Overloaded(
                 "This key has too many samples queued (`tenant_queued_samples_max`). Try again in a moment."
             )
+
+    def check_record(self, holdings: Holdings, record: SessionRecord | ModelRecord | SamplerRecord) -> None:
+        """Raises `Overloaded` when its owner has made as many as a key may have."""
+        self.check_number(holdings, record.owner, type_of(record))
+        bytes_max = self.config.tenant_records_bytes_max
+        if holdings.num_bytes[record.owner] + len(encode_record(record)) > bytes_max:
+            raise Overloaded(
+                f"The sessions, models and samplers of this key take {bytes_max} bytes, as many as they may "
+                "(`tenant_records_bytes_max`)."
+            )
+
+    def check_number(self, holdings: Holdings, owner: str, table: str) -> None:
+        limit = f"tenant_{table}s_max"
+        if holdings.numbers[owner, table] >= getattr(self.config, limit):
+            raise Overloaded(f"This key has {getattr(self.config, limit)} {table}s, as many as it may (`{limit}`).")
 
     def take(self, request: RequestRecord) -> None:
         share = Share(request.owner, request.body_bytes, len(request.sample_sequence_ids))

@@ -37,6 +37,7 @@ from tx_async.scheduler.sessions import Sessions
 from tx_async.scheduler.statistics import SchedulerStatistics
 from tx_async.scheduler.submissions import Submissions, session_of
 from tx_async.scheduler.waiters import Waiters
+from tx_async.wire import ids
 from tx_async.wire.facts import CommandEnded, WorkerFact
 from tx_async.wire.operations import Encoded, Operation
 from tx_async.wire.records import (
@@ -98,7 +99,7 @@ class Scheduler:
         self._submissions = Submissions(self.state, self.quota)
         self._acceptance = Acceptance(self._submissions, journal, self.performer, self.clock)
         self._assets = Assets(self.catalog, base_model.name, self.performer, self.clock)
-        self._sessions = Sessions(self.catalog, journal, self.performer, self.clock, config.session_timeout_s)
+        self._sessions = Sessions(self.catalog, journal, self.performer, self.clock, self._timeout_of)
         self._recovery = RecoveryProgress()
         self._is_stopping = False
 
@@ -201,6 +202,7 @@ class Scheduler:
 
     async def create_session(self, session: SessionRecord) -> SessionRecord:
         self._refuse_when_stopping()
+        self.quota.check_record(self.catalog.holdings, session)
         return await self._sessions.create(session)
 
     def heartbeat(self, owner: str, session_id: str) -> None:
@@ -220,6 +222,8 @@ class Scheduler:
         self._refuse_when_stopping()
         session = self._sessions.find(owner, session_id)
         self._sessions.seen(session)
+        if ids.sampler_id(session_id, sampling_session_seq_id) not in self.catalog.samplers:
+            self.quota.check_number(self.catalog.holdings, owner, "sampler")
         return await self._assets.create_sampler(session, sampling_session_seq_id, base_model, model_path)
 
     async def join_sampler(self, owner: str, sampler_id: str) -> int:
@@ -250,6 +254,7 @@ class Scheduler:
         request = self.catalog.requests.get(request_id)
         if request is None or request.owner != owner:
             raise ResultGone()
+        self._heard_of_client(request)
         if request_id not in self.catalog.results and not await self.waiters.wait(request_id, timeout_s):
             return self._still_pending(request_id)
         if result := self.payloads.get(request_id):
@@ -257,6 +262,20 @@ class Scheduler:
         with suppress(NotFound):
             return await self.journal.read_result(request_id)
         raise ResultGone()
+
+    def _heard_of_client(self, request: RequestRecord) -> None:
+        """Who polls is there, whether it sends heartbeats or not."""
+        subject = self.catalog.samplers.get(request.subject) or self.catalog.models.get(request.subject)
+        session = self.catalog.sessions.get(subject.session_id) if subject else None
+        if session is not None and session.status == "active":
+            self._sessions.seen(session)
+
+    def _timeout_of(self) -> Callable[[str], float]:
+        """Nobody will fetch the samples of a client that was killed: they end when some heartbeats are missing."""
+        sampling = {job.flow[1] for job in self.state.sampling.jobs.values()}
+        longest = self.config.session_timeout_s
+        shortest = min(self.config.heartbeat_timeout_s, longest)
+        return lambda session_id: shortest if session_id in sampling else longest
 
     def _publish(self, result: ResultRecord) -> None:
         """It is durable: whoever waits for it may see it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from msgspec.structs import replace
 
 from tx_async.clock import Clock
@@ -12,14 +14,18 @@ from tx_async.scheduler.core.facts import SessionChanged, SessionCreated, Sessio
 from tx_async.scheduler.performer import Performer
 from tx_async.wire.records import Put, SessionRecord
 
+TimeoutOf = Callable[[], Callable[[str], float]]
+"""Asked once for each look at all sessions."""
+
 
 class Sessions:
-    def __init__(self, catalog: Catalog, journal: Journal, performer: Performer, clock: Clock, timeout_s: float):
+    def __init__(self, catalog: Catalog, journal: Journal, performer: Performer, clock: Clock, timeout_of: TimeoutOf):
+        """timeout_of: seconds of silence after which a session has ended."""
         self.catalog = catalog
         self.journal = journal
         self.performer = performer
         self.clock = clock
-        self.timeout_s = timeout_s
+        self._timeout_of = timeout_of
         #: session_id -> when it was last heard of (monotonic)
         self._last_seen = {s.session_id: clock.monotonic() for s in catalog.sessions.values()}
 
@@ -49,12 +55,12 @@ class Sessions:
 
     def expire(self) -> None:
         """Silent ones have ended, until they are heard of again."""
-        now = self.clock.monotonic()
+        now, timeout_of = self.clock.monotonic(), self._timeout_of()
         for session_id, seen in list(self._last_seen.items()):
             session = self.catalog.sessions.get(session_id)
             if session is None:
                 del self._last_seen[session_id]
-            elif session.status == "active" and now - seen > self.timeout_s:
+            elif session.status == "active" and now - seen > timeout_of(session_id):
                 self.performer.handle(SessionEnded(session_id, "expired", session.detail))
 
     async def finish(self, owner: str, session_id: str, status: str, detail: str | None) -> None:

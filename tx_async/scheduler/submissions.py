@@ -102,6 +102,8 @@ class Submissions:
         request = self._new_request(owner, operation, digest, len(body), now)
         self.quota.check(request)
         submission = Submission(self._audited(self._accepted(request, operation, now), now), body)
+        if submission.accepted.model is not None:
+            self.quota.check_record(self.catalog.holdings, submission.accepted.model)
         self.quota.take(request)
         self._coming[key] = submission
         return submission

@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, OtherBase, UnknownCheckpoint
+from tx_async.scheduler.core.holdings import Holdings
 from tx_async.scheduler.core.recorded import RecordedSequences
 from tx_async.wire.records import (
     AuditRecord,
@@ -43,6 +44,7 @@ class Catalog:
         self.sessions: dict[str, SessionRecord] = {}
         self.models: dict[str, ModelRecord] = {}
         self.samplers: dict[str, SamplerRecord] = {}
+        self.holdings = Holdings()
         #: by tinker:// path
         self.checkpoints: dict[str, CheckpointRecord] = {}
         self.recordings = RecordedSequences()
@@ -87,6 +89,7 @@ class Catalog:
         table = self._table_of(type_of(record))
         self._release(table.get(record.key))
         table[record.key] = record
+        self.holdings.put(record)
         self.references.update(files_of(record))
         if isinstance(record, RequestRecord):
             self.request_ids[record.subject, record.seq_id] = record.request_id
@@ -100,6 +103,7 @@ class Catalog:
             return
         record = self._table_of(change.table).pop(change.key, None)
         self._release(record)
+        self.holdings.forget(record)
         if isinstance(record, RequestRecord):
             key = (record.subject, record.seq_id)
             if self.request_ids.get(key) == record.request_id:
