@@ -168,7 +168,7 @@ async def test_a_worker_attaches_works_and_leaves(server):
     assert server.router.waiting_for() == ["worker w0.0: loading weights 40 %"]
     dealer.ready(INFO)
     ready = await server.event(WorkerReady)
-    assert ready == WorkerReady("w0", INFO, frozenset({"train", "sample"}))
+    assert ready == WorkerReady("w0", INFO, frozenset({"train", "sample", "score"}))
     assert server.router.waiting_for() == []
 
     number = server.router.send("w0", ReleaseAdapter(slot=3), [BIG, SMALL])
