@@ -2,6 +2,9 @@
 
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -88,3 +91,39 @@ def test_a_page_from_elsewhere_cannot_use_a_keyless_server(tiny_qwen3, tmp_path)
         body = {"tags": [], "user_metadata": {}}
         assert httpx.post(create, json=body, headers={"origin": "https://evil.example"}).status_code == 403
         assert httpx.post(create, content=b'{"tags": []}', headers={"content-type": "text/plain"}).status_code == 200
+
+
+def test_ctrl_c_with_open_polls_prints_no_traceback(tiny_qwen3, tmp_path):
+    """Polls are cut, the worker leaves in order, and the log says only what happened."""
+    with serving(tmp_path, tiny_qwen3) as server:
+        _, session = server.post("/api/v1/create_session", tags=[])
+        model = {"session_id": session["session_id"], "model_seq_id": 0, "base_model": str(tiny_qwen3)}
+        _, created = server.post("/api/v1/create_model", **model, lora_config={"rank": 8})
+        # Its predecessors never come, so its result does not either.
+        _, promise = server.post("/api/v1/save_weights", model_id=created["model_id"], seq_id=5, path="one")
+        with ThreadPoolExecutor(5) as threads:
+            polls = [threads.submit(poll, server.base_url, promise["request_id"]) for _ in range(5)]
+            wait_until(lambda: b"scheduler_polls_waiting 5" in httpx.get(f"{server.base_url}/metrics").content)
+            assert server.stop() == 0
+        assert not [end.result() for end in polls if end.result() in (200, 400, 404, 410)], "none has a result"
+    log = server.log()
+    assert "Traceback" not in log and "is lost" not in log and "ERROR" not in log, log
+
+
+def poll(base_url: str, request_id: str) -> int:
+    """The status; 0 when the connection was cut."""
+    headers = {"x-api-key": "tml-dummy"}
+    try:
+        answer = httpx.post(
+            f"{base_url}/api/v1/retrieve_future", json={"request_id": request_id}, headers=headers, timeout=30
+        )
+    except httpx.HTTPError:
+        return 0
+    return answer.status_code
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
