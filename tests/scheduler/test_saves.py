@@ -327,3 +327,11 @@ def test_an_export_may_leave_the_unembedding_out(stage: Stage):
     (command,) = [command for command in stage.executed if isinstance(command, SaveAdapter)]
     assert command.config.train_attn and not command.config.train_unembed
     assert stage.catalog.checkpoints[f"tinker://{model}/external_weights/out"].lora == command.config
+
+
+def test_a_save_that_storage_does_not_take_is_counted(stage: Stage):
+    model = stage.model()
+    stage.storage.is_down = True
+    save = stage.save(model, 1, "a")
+    stage.run()
+    assert stage.error(save) and stage.state.training.num_failed_saves == 1

@@ -52,7 +52,7 @@ def test_a_run_that_was_just_evicted_comes_back_before_its_snapshot_is_durable()
     Reference(stage).check()
 
 
-def test_the_snapshot_of_an_eviction_fails_and_the_run_repeats_what_it_held():
+def test_the_snapshot_of_an_eviction_fails_and_the_run_repeats_what_it_held(caplog):
     stage = Stage(info=msgspec.structs.replace(INFO, num_training_slots=1))
     first, second = stage.model(), stage.model()
     stage.train(first, 1)
@@ -61,6 +61,7 @@ def test_the_snapshot_of_an_eviction_fails_and_the_run_repeats_what_it_held():
     stage.train(second, 1)
     stage.run()
     assert not stage.lane(first).pending_snapshots
+    assert stage.state.training.num_failed_snapshots == 2 and f"A snapshot of {first} failed" in caplog.text
     stage.storage.is_down = False
     stage.train(first, 1, first_seq_id=3)
     stage.run()

@@ -192,6 +192,8 @@ class Scheduler:
             workers_ready=len(state.workers),
             operations_to_replay=state.training.runs.num_replays,
             commands_in_flight=sum(len(worker.in_flight) for worker in state.workers.values()),
+            saves_failed=state.training.num_failed_saves,
+            snapshots_failed=state.training.num_failed_snapshots,
             train_tokens=state.training.micro_batches.num_tokens,
             sample_tokens=state.sampling.num_tokens,
             train_ms=state.busy_ms["train"],

@@ -26,6 +26,10 @@ class SchedulerStatistics(Struct, frozen=True, kw_only=True):
     """Training operations that run again after a restart or the loss of a worker."""
     commands_in_flight: Gauge
     """Commands that no worker has answered yet."""
+    saves_failed: Counter
+    """Checkpoints that were not saved; the log says why."""
+    snapshots_failed: Counter
+    """Snapshots of runs that were not taken, and are tried again; the log says why."""
     train_tokens: Counter
     """Tokens of sequences that forward and forward_backward went through, again when they were replayed."""
     sample_tokens: Counter

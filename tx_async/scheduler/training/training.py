@@ -6,6 +6,7 @@ never leaves the device idle; answers are matched to the run of the step that as
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ from tx_async.wire.operations import (
 from tx_async.wire.records import RequestRecord
 from tx_async.wire.worker import CommandFailed, CommandFinished, Saved, Stepped
 from tx_async.wire.worker import OptimStep as OptimStepCommand
+
+_log = logging.getLogger(__name__)
 
 SESSION_LEVEL = 2
 """Of a flow: its first two parts say which session it is."""
@@ -70,6 +73,8 @@ class Training:
         self.micro_batches = MicroBatches(self.runs, decisions, self.fair)
         #: saves that are answered while their base, or steps that they contain, are not; with size or failure
         self._held_saves: list[tuple[StepSent, int | TxError]] = []
+        #: for an operator
+        self.num_failed_saves = self.num_failed_snapshots = 0
         #: no operation begins any more; those that are half on the device still end
         self.is_draining = False
 
@@ -253,6 +258,8 @@ class Training:
             case BaseSent():
                 self.slots.failed(answer, failure)
             case SnapshotSent():
+                self.num_failed_snapshots += 1
+                _log.warning("A snapshot of %s failed and is tried again: %s", answer.lane.model_id, failure.message)
                 self.snapshots.failed(answer)
 
     def settle(self) -> None:
@@ -294,6 +301,7 @@ class Training:
         lane, step = sent.lane, sent.step
         match step.operation:
             case SaveWeights():
+                self.num_failed_saves += 1
                 self._end_save(sent, error)
             case OptimStep() if error.category == "user":
                 self.runs.fail(step, error, had_effect=True)  # NaN gradients: cleared, weights as before
