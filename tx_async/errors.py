@@ -211,6 +211,10 @@ class StorageError(ServerError):
     status = 503
 
 
+class JournalUnusable(ConfigError, StorageError):
+    """The journal cannot be opened: its database is not there, refuses this user, is damaged or cannot be written."""
+
+
 class ContentLost(StorageError):
     """What was stored is gone or damaged: trying again will not help."""
 

@@ -29,7 +29,7 @@ from tx_async import logs
 from tx_async.api.gate import Gate
 from tx_async.api.owner import is_loopback
 from tx_async.config import ServerConfig
-from tx_async.errors import ConfigError
+from tx_async.errors import ConfigError, TxError
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class _Server:
         self.is_signalled = False
         #: why the app's lifespan ended by itself; None while it is well
         self.failure: BaseException | None = None
+        self.has_started = False
 
     async def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -118,10 +119,17 @@ class _Server:
         if scope["type"] != "lifespan":
             await self.app(scope, receive, send)
             return
+
+        async def watched_send(message: Any) -> None:
+            self.has_started = self.has_started or message["type"] == "lifespan.startup.complete"
+            await send(message)
+
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, watched_send)
         except BaseException as error:
             self.failure = _innermost(error)
+            if not self.has_started:
+                self.failure = _as_operators_own(self.failure)
             if not isinstance(self.failure, ConfigError | asyncio.CancelledError):
                 logger.critical("the server stops: %r", self.failure)
             raise
@@ -139,12 +147,23 @@ def _innermost(error: BaseException) -> BaseException:
     """Task groups and hypercorn wrap what went wrong: the operator wants the error itself."""
     while True:
         match error:
-            case BaseExceptionGroup(exceptions=[inner]):
-                error = inner
+            case BaseExceptionGroup(exceptions=[first, *_]):
+                told = error.subgroup(ConfigError)  # of several, the one that says what to change
+                error = told.exceptions[0] if told else first
             case LifespanFailureError(__context__=BaseException() as inner):
                 error = inner
             case _:
                 return error
+
+
+def _as_operators_own(error: BaseException) -> BaseException:
+    """Whatever keeps a server from starting and is said in our own words, or by the system, is the operator's to
+    change: one line, exit code 2."""
+    if isinstance(error, TxError) and not isinstance(error, ConfigError):
+        return ConfigError(error.message)
+    if isinstance(error, OSError):
+        return ConfigError(f"The server cannot start: {error}.")
+    return error
 
 
 def _hypercorn_settings(config: ServerConfig) -> HypercornConfig:

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 from msgspec import Struct
 
-from tx_async.errors import LeaseHeld, Overloaded, StorageError
+from tx_async.errors import JournalUnusable, LeaseHeld, Overloaded, StorageError
 from tx_async.metrics import Counter, Gauge
 from tx_async.wire.records import Change, Put, Record, ResultRecord
 
@@ -145,12 +146,17 @@ class Journal:
         )
 
     async def open(self) -> list[Record]:
-        """Migrate, take the lease, and return every live record: what the server's state is a fold over."""
-        await self._driver.open()
+        """Migrate, take the lease, and return every live record: what the server's state is a fold over. Raises
+        `LeaseHeld`, `JournalUnusable`."""
         try:
+            await self._driver.open()
             records = await self._driver.load()
-        except BaseException:
+        except BaseException as error:
             await self._driver.close()
+            if isinstance(error, StorageError) and not isinstance(error, JournalUnusable):
+                raise JournalUnusable(_one_line(error.message)) from error
+            if isinstance(error, msgspec.DecodeError):
+                raise JournalUnusable(f"{self._driver!r} holds a record that cannot be read: {error}") from error
             raise
         self._closed_because = None
         self._writer = asyncio.create_task(self._write_for_ever(), name="journal")
@@ -299,6 +305,10 @@ class Journal:
             self._waiting_changes + len(commit.changes) > self._waiting_changes_max
             or self._waiting_bytes + commit.num_bytes > self._waiting_bytes_max
         )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _num_bytes(change: Change) -> int:
