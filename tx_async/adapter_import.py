@@ -1,7 +1,8 @@
-"""PEFT adapters made elsewhere become checkpoints: what a running server and one that stands still do alike.
+"""Adapters made elsewhere become checkpoints: what a running server and one that stands still do alike.
 
-The adapter is checked and converted in a process of its own (`models/import_adapter.py`), its files are stored, then
-the records are written: a session, a run that cannot be trained, and its one checkpoint.
+What another server of ours has saved is taken as it is, after a check of every hash. A PEFT adapter is checked and
+converted in a process of its own (`models/import_adapter.py`). The files are stored, then the records are written: a
+session, a run that cannot be trained, and its one checkpoint.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
+from tx_async import own_checkpoint
 from tx_async.errors import InvalidRequest
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.storage.checkpoint_files import write_checkpoint
@@ -31,6 +34,8 @@ KIND = "weights"
 class Converted(Struct, frozen=True):
     files: dict[str, Path]
     lora: AdapterConfig
+    kind: Literal["weights", "sampler_weights", "external_weights"] = KIND
+    metadata: dict[str, Any] = {}
 
 
 class Imported(Struct, frozen=True):
@@ -42,8 +47,30 @@ class Imported(Struct, frozen=True):
 
 
 @asynccontextmanager
-async def converted(folder: Path, base: BaseModelInfo) -> AsyncIterator[Converted]:
+async def converted(folder: Path, base: BaseModelInfo, is_trusted: bool = False) -> AsyncIterator[Converted]:
     """The adapter in `folder` as this server's files, while the context is open. Raises `InvalidRequest`: why not."""
+    if own_checkpoint.is_own(folder):
+        own = await asyncio.to_thread(own_checkpoint.read, folder, base)
+        if not is_trusted:
+            async with _from_peft(folder, base) as same:
+                _check_same(own.lora, same.lora)
+        yield Converted(own.files, own.lora, own.kind, own.metadata)
+    else:
+        async with _from_peft(folder, base) as adapter:
+            yield adapter
+
+
+def _check_same(told: AdapterConfig, found: AdapterConfig) -> None:
+    """metadata.json is the client's word; the tensors are what the engine will read."""
+    for field in ("rank", "train_attn", "train_mlp", "train_unembed"):
+        if getattr(told, field) != getattr(found, field):
+            raise InvalidRequest(
+                f"metadata.json says {field} {getattr(told, field)}; the adapter's is {getattr(found, field)}."
+            )
+
+
+@asynccontextmanager
+async def _from_peft(folder: Path, base: BaseModelInfo) -> AsyncIterator[Converted]:
     with tempfile.TemporaryDirectory(prefix="tx-import-") as out:
         command = [
             *(sys.executable, "-m", "tx_async.models.import_adapter", "--base", base.path, "--adapter", str(folder)),
@@ -61,11 +88,20 @@ async def converted(folder: Path, base: BaseModelInfo) -> AsyncIterator[Converte
         yield Converted(files, msgspec.json.decode(lines[-1], type=AdapterConfig))
 
 
-async def store(adapter: Converted, store: Store, base: BaseModelInfo, owner: str, name: str, now: float) -> Imported:
-    """Make the files durable. The caller makes the records so, afterwards. Raises `StorageError`."""
+async def store(
+    adapter: Converted,
+    store: Store,
+    base: BaseModelInfo,
+    owner: str,
+    name: str,
+    now: float,
+    model_id: str = "",
+) -> Imported:
+    """Make the files durable. The caller makes the records so, afterwards. `model_id`: of the run, a new one unless
+    given. Raises `StorageError`."""
     session = SessionRecord(session_id=ids.new_id("s"), owner=owner, created_at=now, tags=("import",))
     model = ModelRecord(
-        model_id=ids.model_id(session.session_id, 0),
+        model_id=model_id or ids.model_id(session.session_id, 0),
         session_id=session.session_id,
         owner=owner,
         base_model=base.name,
@@ -75,11 +111,10 @@ async def store(adapter: Converted, store: Store, base: BaseModelInfo, owner: st
         last_request_at=now,
         status="copy",
     )
-    key = f"{model.model_id}/{KIND}/{name}~0"
-    metadata = {
-        "kind": "training",
+    kind = adapter.kind
+    key = f"{model.model_id}/{kind}/{name}~0"
+    metadata = (adapter.metadata or {"kind": "training", "step": 0}) | {
         "adapter": msgspec.to_builtins(adapter.lora),
-        "step": 0,
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
         "model_id": model.model_id,
@@ -87,10 +122,10 @@ async def store(adapter: Converted, store: Store, base: BaseModelInfo, owner: st
     }
     manifest = await write_checkpoint(store, key, adapter.files, metadata)
     checkpoint = CheckpointRecord(
-        path=f"tinker://{model.model_id}/{KIND}/{name}",
+        path=f"tinker://{model.model_id}/{kind}/{name}",
         model_id=model.model_id,
         owner=owner,
-        kind=KIND,
+        kind=kind,
         name=name,
         storage_key=key,
         base_model=base.name,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tx_async import __version__, cli_checkpoints, compatibility, config
+from tx_async import __version__, cli_backup, cli_checkpoints, compatibility, config
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.field_docs import field_docs
@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     _add_migrate(commands)
     cli_checkpoints.add_import(commands, _add_config_flags, _load_config)
     cli_checkpoints.add_checkpoints(commands)
+    cli_backup.add(commands, _add_config_flags, _load_config)
     _add_keys(commands)
     _add_doctor(commands)
     _add_deploy(commands)

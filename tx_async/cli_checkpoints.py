@@ -17,12 +17,17 @@ def add_import(
 ) -> None:
     command = commands.add_parser(
         "import",
-        help="make a checkpoint of a PEFT adapter made elsewhere, and print its tinker:// path",
+        help="make checkpoints of a PEFT adapter, or of what another server has saved, and print their tinker:// paths",
         description="Into a running server (--base-url), or into the data of one that stands still (--data-dir and "
-        "--base-model). The adapter is checked: base, modules, rank, alpha, dtype.",
+        "--base-model). A PEFT adapter is checked: base, modules, rank, alpha, dtype. Checkpoints of another server "
+        "with the same base (a folder or archive of one, or a storage with many) are checked against their hashes.",
     )
-    command.add_argument("adapter", metavar="PEFT_DIR", type=Path, help="folder with adapter_config.json")
-    command.add_argument("--as", dest="name", metavar="NAME", required=True, help="name of the checkpoint")
+    command.add_argument(
+        "adapter", metavar="FOLDER_OR_ARCHIVE", type=Path, help="with adapter_config.json, or our metadata.json"
+    )
+    command.add_argument(
+        "--as", dest="name", metavar="NAME", default="", help="name of the checkpoint [ours keep theirs]"
+    )
     _add_server(command)
     add_settings(command)
     command.set_defaults(run=lambda args: _import(args, load_config))
@@ -39,10 +44,10 @@ def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace]
     from tx_async import import_command
 
     if args.base_url:
-        path = import_command.over_http(args.adapter, args.name, args.base_url, args.api_key)
+        paths = import_command.over_http(args.adapter, args.name, args.base_url, args.api_key)
     else:
-        path = asyncio.run(import_command.into_data(args.adapter, args.name, load_config(args), args.api_key))
-    print(path)
+        paths = asyncio.run(import_command.into_data(args.adapter, args.name, load_config(args), args.api_key))
+    print("\n".join(paths))
     return 0
 
 

@@ -11,17 +11,21 @@ from tx_async import adapter_import
 from tx_async.api import validation
 from tx_async.api.context import Call
 from tx_async.errors import BodyTooLarge, InvalidRequest
+from tx_async.storage.checkpoint_files import METADATA
 from tx_async.storage.store import Store
 from tx_async.wire import tinker
 
 UPLOAD_BYTES_MAX = 16 * 2**30
+FILES_MAX = 16
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 async def import_adapter(call: Call) -> tinker.ImportAdapterResponse:
-    """The body is a tar of a PEFT adapter's two files; it goes to disk as it comes."""
+    """The body is a tar of a PEFT adapter's two files, or of a checkpoint of another server; it goes to disk as it
+    comes."""
     name = validation.checkpoint_name(call.request.query_params.get("name", ""))
-    store = Store(call.api.config.resolved_checkpoints_base)
+    files = call.api.files
+    store = files if isinstance(files, Store) else Store(call.api.config.resolved_checkpoints_base)
     with tempfile.TemporaryDirectory(prefix="tx-upload-") as scratch:
         folder = Path(scratch)
         await _receive(call, folder / "upload.tar")
@@ -44,10 +48,20 @@ async def _receive(call: Call, path: Path) -> None:
             await asyncio.to_thread(file.write, piece)
 
 
+def _names(tar: tarfile.TarFile) -> tuple[str, ...]:
+    """A checkpoint of ours has `metadata.json` and what that names; of others only the two files count."""
+    found = tuple(member.name for member in tar.getmembers())
+    if METADATA not in found:
+        return FILES
+    if len(found) > FILES_MAX or any("/" in name or name.startswith(".") for name in found):
+        raise InvalidRequest(f"A checkpoint is at most {FILES_MAX} files without folders.")
+    return found
+
+
 def _unpack(upload: Path, folder: Path) -> None:
     try:
         with tarfile.open(upload) as tar:
-            for name in FILES:
+            for name in _names(tar):
                 if (member := tar.extractfile(name)) is None:
                     raise InvalidRequest(f"{name} in the uploaded tar is no file.")
                 with (folder / name).open("wb") as out:

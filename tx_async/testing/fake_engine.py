@@ -245,8 +245,8 @@ class FakeEngine:
                 loaded = self._load(key)
                 self._training[slot] = loaded if optimizer else Adapter(w=loaded.w)
                 return Loaded(step=self._training[slot].step), []
-            case SaveAdapter(slot=slot, key=key, kind=kind, age_recipients=recipients):
-                return Saved(size_bytes=self._save(self._adapter(slot), key, kind, recipients)), []
+            case SaveAdapter(slot=slot):
+                return Saved(size_bytes=self._save(self._adapter(slot), command)), []
             case LoadSampler(sampler_slot=slot, key=key):
                 self._samplers.pop(slot, None)
                 self._samplers[slot] = self._load(key)
@@ -272,7 +272,8 @@ class FakeEngine:
 
     # ---- checkpoints
 
-    def _save(self, adapter: Adapter, key: str, kind: str, age_recipients: Sequence[str]) -> int:
+    def _save(self, adapter: Adapter, command: SaveAdapter) -> int:
+        key, kind = command.key, command.kind
         arrays = {"w": adapter.w, "step": np.int64(adapter.step)}
         if kind in ("training", "snapshot"):
             arrays |= {"m": adapter.m, "v": adapter.v}
@@ -282,8 +283,9 @@ class FakeEngine:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         data = buffer.getvalue()
         if self._store is not None:
-            files = encrypted({ADAPTER_FILE: data, **peft_files(adapter.w)}, age_recipients)
-            write_checkpoint_sync(self._store, key, files, {"kind": kind})
+            files = encrypted({ADAPTER_FILE: data, **peft_files(adapter.w)}, command.age_recipients)
+            told = {"kind": kind, "adapter": msgspec.to_builtins(command.config), "step": adapter.step}
+            write_checkpoint_sync(self._store, key, files, command.metadata | told)
         else:
             self.files[key] = data
         return len(data)

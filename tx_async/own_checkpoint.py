@@ -1,0 +1,133 @@
+"""Checkpoints that a server of ours has written, found again as folders or archives: what they hold and whether it is
+whole, for a server with the same base model.
+
+A folder with `metadata.json` is one; a storage, or a part of it, holds many. Snapshots of runs stay where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tx_async.errors import ConfigError, CorruptedCheckpoint, InvalidRequest
+from tx_async.scheduler.interface import BaseModelInfo
+from tx_async.storage.checkpoint_files import METADATA, Manifest, decode_manifest, file_info
+from tx_async.wire.worker import AdapterConfig
+
+ADAPTER = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+KINDS = {"training": "weights", "sampler": "sampler_weights", "external": "external_weights"}
+"""The kind in metadata.json -> the kind of the checkpoint's record."""
+
+
+class OwnCheckpoint(Struct, frozen=True):
+    files: dict[str, Path]
+    """All but metadata.json."""
+    metadata: dict[str, Any]
+    lora: AdapterConfig
+
+    @property
+    def kind(self) -> Any:
+        return KINDS[self.metadata["kind"]]
+
+
+def is_own(folder: Path) -> bool:
+    return (folder / METADATA).is_file()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Path]:
+    """The folder itself, or an archive's content while the context is open. Raises `ConfigError`."""
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="tx-import-") as scratch:
+        try:
+            with tarfile.open(path) as tar:
+                tar.extractall(scratch, filter="data")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            why = str(error).partition("\n")[0]
+            raise ConfigError(f"{path} is neither a folder nor a tar archive: {why}") from error
+        yield Path(scratch)
+
+
+def checkpoints_below(folder: Path) -> list[Path]:
+    """Folders of our checkpoints: this one, or all below it; none for what others have made."""
+    if is_own(folder):
+        return [folder]
+    found = (path.parent for path in folder.rglob(METADATA) if not _is_hidden(path.relative_to(folder)))
+    return sorted(path for path in found if _kind_of(path) in KINDS)
+
+
+def read(folder: Path, base: BaseModelInfo) -> OwnCheckpoint:
+    """Raises `CorruptedCheckpoint` naming what is damaged, `InvalidRequest` where it cannot be used here."""
+    manifest = decode_manifest(str(folder), (folder / METADATA).read_bytes())
+    metadata = manifest.metadata
+    if metadata.get("kind") not in KINDS:
+        raise InvalidRequest(f"{folder} holds a {metadata.get('kind')!r}, which is no checkpoint of its own.")
+    _check_base(folder, metadata, base)
+    files = {name: folder / name for name in manifest.files}
+    _check_files(folder, manifest)
+    try:
+        lora = msgspec.convert(metadata["adapter"], AdapterConfig)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise CorruptedCheckpoint(f"{folder} is damaged: {METADATA} says nothing of its adapter ({error}).") from error
+    if OPTIMIZER in files:
+        _check_moments(folder)
+    return OwnCheckpoint(files, metadata, lora)
+
+
+def _check_base(folder: Path, metadata: dict[str, Any], base: BaseModelInfo) -> None:
+    """By fingerprint; a checkpoint from before there were any by name."""
+    theirs, name = metadata.get("base_fingerprint"), metadata.get("base_model")
+    if theirs and base.fingerprint and theirs != base.fingerprint:
+        raise InvalidRequest(
+            f"{folder} belongs to the base model {name} (fingerprint {theirs}), not to {base.name} "
+            f"(fingerprint {base.fingerprint})."
+        )
+    if not theirs and name not in (base.name, *base.aliases):
+        raise InvalidRequest(f"{folder} belongs to the base model {name}, not to {base.name}.")
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for name, info in manifest.files.items():
+        if "/" in name or not (folder / name).is_file():
+            raise CorruptedCheckpoint(f"{folder} is damaged: {name} is missing.")
+        if file_info(folder / name) != info:
+            raise CorruptedCheckpoint(f"{folder} is damaged: {name} does not match its recorded hash.")
+
+
+def _check_moments(folder: Path) -> None:
+    """The optimizer's state has the adapter's own shapes: it is read into the same slot."""
+    weights, moments = _shapes(folder / ADAPTER), _shapes(folder / OPTIMIZER)
+    expected = {f"{moment}.{name}": shape for name, shape in weights.items() for moment in "mv"}
+    if moments != expected:
+        raise CorruptedCheckpoint(f"{folder} is damaged: {OPTIMIZER} does not belong to {ADAPTER}.")
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise CorruptedCheckpoint(f"{path} cannot be read: {error}") from error
+
+
+def _kind_of(folder: Path) -> object:
+    try:
+        return json.loads((folder / METADATA).read_text())["metadata"]["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
