@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tx_async import base_model
 from tx_async.models.families import FAMILIES
+from tx_async.text_config import text_config
 
 
 def test_the_server_knows_the_classes_that_workers_do():
@@ -15,3 +16,26 @@ def test_the_server_knows_the_classes_that_workers_do():
 def test_the_table_of_models_has_a_row_for_every_class():
     page = (Path(__file__).parents[2] / "schemas" / "models.md").read_text()
     assert set(re.findall(r"`(\w+(?:ForCausalLM|ForConditionalGeneration))`", page)) == set(FAMILIES)
+
+
+SEES = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "eos_token_id": [1, 106],
+    "tie_word_embeddings": True,
+    "quantization_config": {"quant_method": "fp8"},
+    "vision_config": {"hidden_size": 1},
+    "text_config": {"architectures": ["Gemma3ForCausalLM"], "vocab_size": 7, "tie_word_embeddings": False},
+}
+
+
+def test_of_a_folder_that_sees_sizes_are_the_texts_and_the_rest_is_the_folders():
+    found = text_config(SEES)
+    assert (found["vocab_size"], found["architectures"]) == (7, ["Gemma3ForConditionalGeneration"])
+    assert (found["eos_token_id"], found["tie_word_embeddings"]) == ([1, 106], True)
+    assert found["quantization_config"] == {"quant_method": "fp8"} and "vision_config" not in found
+    own_eos = SEES | {"text_config": SEES["text_config"] | {"eos_token_id": 5}}
+    assert text_config(own_eos)["eos_token_id"] == 5
+
+
+def test_a_text_models_config_is_its_own():
+    assert text_config({"vocab_size": 3}) == {"vocab_size": 3}

@@ -34,6 +34,39 @@ def test_an_exported_adapter_imports_as_it_was(case):
     jax.tree.map(np.testing.assert_array_equal, imported, adapter)
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_modules_named_as_in_a_folder_that_sees_are_the_text_models(prefix):
+    model = of_family("qwen3_5")
+    adapter = parity.random_adapter(model, CONFIG)
+    tensors, settings = to_peft(model, adapter, CONFIG)
+    renamed = {name.replace(".model.model.layers.", f".model.{prefix}layers."): x for name, x in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    jax.tree.map(np.testing.assert_array_equal, from_peft(model, renamed, settings)[0], adapter)
+
+
+def test_the_experts_of_gpt_oss_leave_as_two_parameters_a_layer():
+    model, config = of_family("gpt_oss"), AdapterConfig(rank=2, train_attn=False, train_unembed=False)
+    tensors, settings = to_peft(model, parity.random_adapter(model, config), config)
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if ".layers.0." in name}
+    assert shapes == {
+        f"{experts}.base_layer.lora_A.weight": (8 * 4, 64),
+        f"{experts}.base_layer.lora_B.weight": (2 * 32, 8 * 4),
+        f"{experts}.lora_A.weight": (8 * 2, 32),
+        f"{experts}.lora_B.weight": (64, 8 * 2),
+    }
+    assert settings["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert settings["target_modules"] == [] and settings["rank_pattern"] == {"mlp.experts.gate_up_proj": 4}
+
+
+def test_groups_that_a_loader_fuses_leave_whole():
+    """vLLM dies of half a group."""
+    model, config = of_family("qwen3_5"), AdapterConfig(rank=2, train_mlp=False, train_unembed=False)
+    tensors, _ = to_peft(model, parity.random_adapter(model, config), config)
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors if "linear_attn" in name}
+    assert modules == {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
+
+
 def test_untrained_groups_are_neither_exported_nor_imported():
     model, config = of_family("qwen3"), AdapterConfig(rank=2, train_mlp=False, train_unembed=False)
     tensors, peft_config = to_peft(model, parity.random_adapter(model, config), config)

@@ -103,6 +103,7 @@ class ExternalEngine:
         """Wait for the engine, for as long as it takes, and try it. Raises `ConfigError` for one that cannot serve
         here."""
         self._subject = read_subject(self.base_model, self.settings.allow_unproven)
+        self.adapters.sees = self._subject.sees
         self._call(self._attach(progress))()
 
     async def _attach(self, progress: ReportProgress) -> None:

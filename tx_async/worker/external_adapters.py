@@ -23,6 +23,7 @@ from tx_async.storage.store import Store
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "tx-"
+TEXT_LAYERS, LAYERS_BESIDE_VISION = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
 
 
 class AdapterFolder:
@@ -32,6 +33,8 @@ class AdapterFolder:
         """Raises `ConfigError` when the folder cannot be made."""
         self.store = store
         self.folder = Path(folder).expanduser().absolute()
+        #: the base model's folder also sees: its text model's modules have other names there
+        self.sees = False
         self.owner = _digest(f"{store.base} {worker_name}", 4)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,7 @@ class AdapterFolder:
         config = json.loads(files[ADAPTER_CONFIG]) | {"base_model_name_or_path": base_model}
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir()
-        self._write(incoming / ADAPTER, files[ADAPTER])
+        self._write(incoming / ADAPTER, beside_vision(files[ADAPTER]) if self.sees else files[ADAPTER])
         self._write(incoming / ADAPTER_CONFIG, json.dumps(config).encode())
         incoming.chmod(self._mode)
         shutil.rmtree(target, ignore_errors=True)
@@ -88,3 +91,15 @@ class AdapterFolder:
 
 def _digest(text: str, num_bytes: int) -> str:
     return hashlib.blake2b(text.encode(), digest_size=num_bytes).hexdigest()
+
+
+def beside_vision(adapter: bytes) -> bytes:
+    """The same weights by the names that a folder that sees has: by those of its text model alone, vLLM ignores them
+    without a word."""
+    from safetensors.numpy import load, save
+
+    def renamed(name: str) -> str:
+        tail = name.removeprefix(TEXT_LAYERS)
+        return name if tail == name else LAYERS_BESIDE_VISION + tail
+
+    return save({renamed(name): tensor for name, tensor in load(adapter).items()}, {"format": "pt"})

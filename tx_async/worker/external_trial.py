@@ -51,6 +51,8 @@ class Subject:
     is_latent: bool
     """Multi-head latent attention: engines absorb its projections, adapters of which then do nothing."""
     is_recurrent: bool
+    sees: bool = False
+    """The text model is part of a folder with a vision tower."""
 
     @property
     def tolerance(self) -> float:
@@ -86,7 +88,8 @@ def read_subject(base_model: str) -> Subject:
         model=model,
         has_experts=any(target.num_experts for target in targets),
         is_latent=bool(text.get("kv_lora_rank")),
-        is_recurrent=any("linear" in kind for kind in text.get("layer_types") or ()),
+        is_recurrent=model.state_layers > 0,
+        sees="text_config" in config,
     )
 
 
