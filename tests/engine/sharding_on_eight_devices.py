@@ -23,6 +23,7 @@ from tx_async.engine.adapter_slots import TrainingState, zeros
 from tx_async.engine.batch import row_batch
 from tx_async.engine.mesh import adapter_shardings
 from tx_async.engine.optimizer import Adam, optim_step
+from tx_async.engine.platform import current
 from tx_async.engine.sharding import make_mesh, param_shardings
 from tx_async.layers import grouped
 from tx_async.layers.block import Run
@@ -76,7 +77,7 @@ def step(model: Decoder, params: Params) -> tuple[dict[str, np.ndarray], str]:
 
     def run(params: Params, state: TrainingState, batch: Any, adam: Adam):
         gradients, logprobs, _ = train.forward_backward(
-            model, CONFIG.rank, False, params, state.weights, state.gradients, batch
+            current(), model, CONFIG.rank, False, params, state.weights, state.gradients, batch
         )
         state, outcome = optim_step(state._replace(gradients=gradients), jnp.int32(0), adam)
         return gradients, logprobs, state, outcome.grad_norm
