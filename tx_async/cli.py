@@ -443,7 +443,7 @@ def _add_schemas(commands: Any) -> None:
 def _schemas(args: argparse.Namespace) -> int:
     from tx_async.schemas import run
 
-    return run(check=args.check)
+    return run(check=args.check, commands=command_docs())
 
 
 if __name__ == "__main__":

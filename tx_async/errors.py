@@ -131,10 +131,6 @@ class CorruptedModel(UserError):
     """This training run cannot continue: none of its snapshots can be read. Load one of its checkpoints instead."""
 
 
-class RunLost(ServerError):
-    """The training run's state was lost in a restart. Create the model again from its last checkpoint."""
-
-
 class OtherBase(UserError):
     """This belongs to another base model than the one that is served here. It is kept, and works again when a server
     has that base."""

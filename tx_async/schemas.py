@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,17 @@ REFERENCES = "#/$defs/{name}"
 TABLE = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def run(check: bool) -> int:
-    """Write what is stale, or with `check` only name it; 1 when something was stale and still is."""
+Rows = Sequence[tuple[str, str, str]]
+
+
+def run(check: bool, commands: Rows) -> int:
+    """Write what is stale, or with `check` only name it; 1 when something was stale and still is.
+
+    commands: what the command line says of each of its commands: name, what it does, its flags.
+    """
     if not (ROOT / "schemas").is_dir() or not (ROOT / "README.md").exists():
         raise ConfigError(f"{ROOT} is no checkout of tx_async: only there are generated files to write.")
-    stale = stale_files()
+    stale = stale_files(commands)
     for path, content in stale.items():
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,17 +49,18 @@ def run(check: bool) -> int:
     return 1 if check and stale else 0
 
 
-def stale_files() -> dict[Path, str]:
+def stale_files(commands: Rows) -> dict[Path, str]:
     """Path -> what it should hold, of the files that hold something else."""
-    return {path: content for path, content in generated_files().items() if _read(path) != content}
+    return {path: content for path, content in generated_files(commands).items() if _read(path) != content}
 
 
-def generated_files() -> dict[Path, str]:
+def generated_files(commands: Rows) -> dict[Path, str]:
+    tables = {**TABLES, "commands": lambda: _table(("command", "what it does", "flags"), commands)}
     return {
         ROOT / "schemas/worker/messages.json": _json(worker_schema()),
         ROOT / "schemas/worker/examples.json": _json(worker_examples()),
         ROOT / "schemas/openapi.json": openapi.render().decode(),
-        **{path: fill_tables(path.name, path.read_text()) for path in sorted((ROOT / "schemas").glob("*.md"))},
+        **{path: fill_tables(path.name, path.read_text(), tables) for path in sorted((ROOT / "schemas").glob("*.md"))},
     }
 
 
@@ -84,12 +91,12 @@ def _example(envelope: EnvelopeToWorker | EnvelopeFromWorker) -> dict[str, Any]:
 # ---- tables of the reference pages
 
 
-def fill_tables(page: str, text: str) -> str:
+def fill_tables(page: str, text: str, tables: Mapping[str, Callable[[], str]]) -> str:
     """A page with every table anew. Raises `ConfigError` for a table that nobody knows."""
 
     def fill(match: re.Match[str]) -> str:
-        if (table := TABLES.get(match["name"])) is None:
-            raise ConfigError(f"{page} asks for an unknown table {match['name']!r}; known: {', '.join(TABLES)}.")
+        if (table := tables.get(match["name"])) is None:
+            raise ConfigError(f"{page} asks for an unknown table {match['name']!r}; known: {', '.join(tables)}.")
         return f"{match[1]}{table()}\n{match[3]}"
 
     return TABLE.sub(fill, text)
@@ -104,21 +111,14 @@ def _routes_table() -> str:
     return _table(("", "route", ""), [(row.method, f"`{row.path}`", row.summary) for row in ROUTES])
 
 
-def _commands_table() -> str:
-    from tx_async.cli import command_docs
-
-    return _table(("command", "what it does", "flags"), command_docs())
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "settings": lambda: _settings_table(ServerConfig, ""),
     "backend-config": lambda: _settings_table(EngineConfig, ""),
     "routes": _routes_table,
-    "commands": _commands_table,
 }
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.actor import running
-from tests.support.simulation import datum
+from tests.support.simulated_clients import datum
 from tx_async.errors import Conflict, Overloaded
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.scheduler import Scheduler

@@ -5,7 +5,8 @@ import pytest
 
 from tests.support.chain_engine import NAN_LOSS_TOKEN
 from tests.support.reference import Reference
-from tests.support.simulation import INFO, Sent, datum
+from tests.support.simulated_clients import datum
+from tests.support.simulation import INFO, Sent
 from tests.support.stage import POISON_TOKEN, Stage
 from tx_async.wire.operations import ForwardBackward
 from tx_async.wire.worker import TrainMicroBatch

@@ -4,7 +4,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.support.simulation import INFO, datum
+from tests.support.simulated_clients import datum
+from tests.support.simulation import INFO
 from tx_async.scheduler.training.packing import Row, pack
 from tx_async.wire.operations import ForwardBackward
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.support.actor import InProcessServer, running
 from tests.support.chain_engine import ChainEngine, Storage
-from tests.support.simulation import INFO, datum
+from tests.support.simulated_clients import datum
+from tests.support.simulation import INFO
 from tx_async.config import ServerConfig
 from tx_async.errors import (
     Conflict,

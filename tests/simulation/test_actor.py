@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.actor import InProcessServer, running
 from tests.support.chain_engine import Adapter, Storage
-from tests.support.simulation import datum
+from tests.support.simulated_clients import datum
 from tx_async.errors import NotReady, Overloaded, StorageError
 from tx_async.testing.memory_journal import Fault, MemoryDisk
 from tx_async.wire.operations import CreateModel, ForwardBackward, Operation, OptimStep

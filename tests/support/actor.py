@@ -12,7 +12,8 @@ import anyio
 import numpy as np
 
 from tests.support.chain_engine import ChainEngine, Storage
-from tests.support.simulation import BASE, INFO
+from tests.support.simulated_clients import BASE
+from tests.support.simulation import INFO
 from tx_async.config import ServerConfig
 from tx_async.errors import NotReady, TxError
 from tx_async.journal.journal import Journal

@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 
 from tests.support.chain_engine import Adapter, reference_rows, reference_sample
-from tests.support.simulation import BASE, World
+from tests.support.simulated_clients import BASE
+from tests.support.simulation import World
 from tx_async.scheduler.core.state import seed_of
 from tx_async.scheduler.training.lanes import REPLAYED_KINDS
 from tx_async.wire import results

@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 
 from tests.support.chain_engine import Adapter
-from tests.support.simulation import BASE, INFO, POLICY, WORKER, Sent, World, datum, failed
+from tests.support.simulated_clients import BASE, datum
+from tests.support.simulation import INFO, POLICY, WORKER, Sent, World, failed
 from tx_async.scheduler.assets import new_sampler
 from tx_async.scheduler.core.facts import SamplerCreated, SessionCreated, Tick
 from tx_async.scheduler.core.policy import Policy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -112,6 +113,16 @@ class Group:
         self.next_number += 1
         self.in_flight[number] = InFlight(block, set(self.members), decided_by_first=isinstance(command, SaveAdapter))
         return number
+
+    def close(self) -> None:
+        """Give back its shared memory."""
+        for member in self.members.values():
+            if member.outbox:
+                member.outbox.close()
+                Path(member.outbox_path).unlink(missing_ok=True)
+        if self.inbox:
+            self.inbox.close()
+            Path(self.inbox.path).unlink(missing_ok=True)
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
         """What this group still lacks, one line a process."""

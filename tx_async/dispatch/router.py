@@ -14,38 +14,31 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import re
 from collections.abc import Callable, Container, Sequence
-from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
+from tx_async.dispatch import attaching
+from tx_async.dispatch.blocks import Blocks
 from tx_async.dispatch.doors import Doors, Frames, Peer
 from tx_async.dispatch.frames import (
     IN_FRAME,
-    SMALL_BLOCK_BYTES,
     Block,
     EnvelopeFromWorker,
     MalformedMessage,
     decode_from_worker,
     layout,
     pack_block,
-    read_block,
     specs_of,
 )
-from tx_async.dispatch.groups import Group, InFlight, Member, Outcome, differences_of
+from tx_async.dispatch.groups import Group, InFlight, Member, Outcome
 from tx_async.dispatch.runtime import RuntimeDirectory
-from tx_async.dispatch.security import tokens_equal
-from tx_async.dispatch.shared_memory import ArenaReader, ArenaWriter, create_arena
-from tx_async.dispatch.statistics import RouterStatistics
-from tx_async.errors import ConfigError, NotReady
+from tx_async.dispatch.statistics import RouterStatistics, statistics_of
+from tx_async.errors import NotReady
 from tx_async.wire.facts import CommandEnded, WorkerFact, WorkerLost, WorkerProgress, WorkerReady
-from tx_async.wire.tensors import TensorSpec
 from tx_async.wire.worker import (
-    PROTOCOL_VERSION,
     Command,
     CommandFailed,
     CommandFinished,
@@ -59,15 +52,12 @@ from tx_async.wire.worker import (
     Shutdown,
     StorageProbe,
     ToWorker,
-    Welcome,
     command_digest,
 )
 
 logger = logging.getLogger(__name__)
 
 GROUPS_MAX = 256
-WORKER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-LEASE_HEARTBEATS_MIN = 3
 
 
 class Router:
@@ -97,32 +87,16 @@ class Router:
         self._doors = Doors(self.handle_frames, self._fail)
         self._last_tick = 0.0
         self._failure: asyncio.Future[None] | None = None
+        self._blocks = Blocks()
         self._counts = dict.fromkeys(
-            (
-                "commands_sent", "results_received", "shared_bytes", "frame_bytes", "arena_full",
-                "malformed_messages", "workers_refused", "workers_lost",
-            ),
-            0,
-        )  # fmt: skip
+            ("commands_sent", "results_received", "malformed_messages", "workers_refused", "workers_lost"), 0
+        )
 
     def __repr__(self) -> str:
-        now = self.statistics()
-        workers = f"{now.workers_ready} ready, {now.workers_attaching} attaching, {now.workers_lost} lost"
-        commands = f"{now.commands_in_flight} in flight, {now.commands_sent} sent"
-        data = f"{now.shared_bytes} shared, {now.frame_bytes} in frames"
-        return f"<Router [Workers: {workers} | Commands: {commands} | Bytes: {data}]>"
+        return f"<Router {self.statistics()}>"
 
     def statistics(self) -> RouterStatistics:
-        groups = self._groups.values()
-        return RouterStatistics(
-            **self._counts,
-            workers_ready=sum(group.is_ready for group in groups),
-            workers_attaching=sum(not group.is_ready for group in groups),
-            commands_in_flight=sum(len(group.in_flight) for group in groups),
-            arena_used_bytes=sum(group.inbox.used_bytes for group in groups if group.inbox),
-            **self._planned_memory(),
-            compilations=sum(member.num_compilations for _, member in self._peers.values()),
-        )
+        return statistics_of(self._groups.values(), self._counts | self._blocks.counts | self._planned_memory())
 
     def _planned_memory(self) -> dict[str, float]:
         infos = [member.info for _, member in self._peers.values() if member.info]
@@ -157,11 +131,7 @@ class Router:
     async def start(self) -> None:
         """Open the doors. Raises `ConfigError` when an address cannot be bound, or would let anybody in."""
         config = self.config
-        if config.worker_lease_ms < LEASE_HEARTBEATS_MIN * config.worker_heartbeat_interval_ms:
-            raise ConfigError(
-                f"worker_lease_ms ({config.worker_lease_ms}) must be at least {LEASE_HEARTBEATS_MIN} times "
-                f"worker_heartbeat_interval_ms ({config.worker_heartbeat_interval_ms})."
-            )
+        attaching.check_lease(config)
         self._failure = asyncio.get_running_loop().create_future()
         self._runtime = self._runtime or RuntimeDirectory()
         try:
@@ -206,12 +176,12 @@ class Router:
             raise NotReady(f"Worker {worker_id} is not ready.")
         specs = specs_of(tensors)
         offsets, num_bytes = layout(specs)
-        shared = self._write_shared(group, tensors, offsets, num_bytes)
+        shared = self._blocks.write_shared(group, tensors, offsets, num_bytes)
         number = group.take_number(command, shared)
         message = NumberedCommand(
             number=number, digest=command_digest(number, command, specs), command=command, tensors=specs
         )
-        self._send_to_all(group, message, shared, tensors, offsets, num_bytes)
+        self._send_to_all(group, message, shared, tensors)
         self._counts["commands_sent"] += 1
         return number
 
@@ -226,11 +196,10 @@ class Router:
     def process_exited(self, worker_id: str, process_id: int, pid: int, reason: str) -> None:
         """The supervisor saw a worker process end: do not wait for its lease to expire."""
         self._doors.drain()
-        group = self._groups.get(worker_id)
-        member = group.members.get(process_id) if group else None
-        if group and member and member.hello.pid == pid:
+        member = self._member(worker_id, process_id)
+        if member and member.hello.pid == pid:
             level = logging.INFO if reason == "exited with code 0" else logging.WARNING
-            self._lose(group, f"process {process_id} {reason}", level)
+            self._lose(self._groups[worker_id], f"process {process_id} {reason}", level)
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
         """What workers that have begun to attach still lack, one line a process; empty when all of them are ready.
@@ -240,14 +209,16 @@ class Router:
         return [line for group in self._groups.values() if not group.is_ready for line in group.waiting_for(without)]
 
     def member_progress(self, worker_id: str, process_id: int) -> Progress | None:
-        group = self._groups.get(worker_id)
-        member = group.members.get(process_id) if group else None
+        member = self._member(worker_id, process_id)
         return member.progress if member else None
 
     def is_member_ready(self, worker_id: str, process_id: int) -> bool:
-        group = self._groups.get(worker_id)
-        member = group.members.get(process_id) if group else None
+        member = self._member(worker_id, process_id)
         return member is not None and member.info is not None
+
+    def _member(self, worker_id: str, process_id: int) -> Member | None:
+        group = self._groups.get(worker_id)
+        return group.members.get(process_id) if group else None
 
     def is_ready(self, worker_id: str) -> bool:
         group = self._groups.get(worker_id)
@@ -255,33 +226,17 @@ class Router:
 
     # ---- outwards
 
-    def _write_shared(
-        self, group: Group, tensors: Sequence[np.ndarray], offsets: Sequence[int], num_bytes: int
-    ) -> Block | None:
-        if group.inbox is None or num_bytes < SMALL_BLOCK_BYTES:
-            return None
-        block = group.inbox.write(tensors, offsets, num_bytes)
-        self._counts["shared_bytes" if block else "arena_full"] += num_bytes if block else 1
-        return block
-
     def _send_to_all(
-        self,
-        group: Group,
-        message: NumberedCommand,
-        shared: Block | None,
-        tensors: Sequence[np.ndarray],
-        offsets: Sequence[int],
-        num_bytes: int,
+        self, group: Group, message: NumberedCommand, shared: Block | None, tensors: Sequence[np.ndarray]
     ) -> None:
-        frame = None
+        frame, (offsets, num_bytes) = None, layout(message.tensors)
         for member in list(group.members.values()):
             if not tensors or (shared and member.outbox_path):
                 self._send(member, message, shared)
                 continue
             if frame is None:
                 frame = pack_block(tensors, offsets, num_bytes)
-            self._counts["frame_bytes"] += num_bytes
-            self._send(member, message, Block(IN_FRAME, num_bytes), frame)
+            self._send(member, message, self._blocks.in_frame(num_bytes), frame)
 
     def _send(
         self, member: Member, message: ToWorker, block: Block | None = None, frame: memoryview | None = None
@@ -337,13 +292,10 @@ class Router:
                 pass  # It repeats itself until it hears the answer, which is on its way.
 
     def _handle_stranger(self, peer: Peer, message: object) -> None:
-        match message:
-            case Hello() as hello:
-                self._attach(peer, hello)
-            case Goodbye():
-                pass
-            case _:
-                self._doors.post(peer, Refused("The server does not know this connection (any more): attach again."))
+        if isinstance(message, Hello):
+            self._attach(peer, message)
+        elif not isinstance(message, Goodbye):
+            self._doors.post(peer, Refused("The server does not know this connection (any more): attach again."))
 
     # ---- attaching
 
@@ -356,47 +308,25 @@ class Router:
             return
         group = self._groups.get(hello.name)
         if group is None:
-            group = self._groups[hello.name] = Group(
-                hello.name, self._num_processes(hello), hello.capabilities, hello.coordinator_address
-            )
+            group = self._groups[hello.name] = attaching.new_group(hello, self.config)
         transport, identity = peer
         member = Member(identity, transport, hello, self.clock.monotonic())  # type: ignore[arg-type]
         group.members[hello.process_id] = member
         self._peers[peer] = (group, member)
         if hello.shared_memory and transport == "ipc":
-            self._make_arenas(group, member)
+            attaching.make_arenas(group, member, self.runtime, self.config.shared_memory_bytes)
         logger.info("worker %s: %s attached over %s", group.name, member, transport)
-        self._send(member, self._welcome(group, member))
+        welcome = attaching.welcome(group, member, self.config, self.storage_probe, self.storage_id)
+        self._send(member, welcome)
 
     def _why_refused(self, peer: Peer, hello: Hello) -> str | None:
-        if hello.protocol_version != PROTOCOL_VERSION:
-            return (
-                f"This worker speaks protocol version {hello.protocol_version}, the server {PROTOCOL_VERSION}: "
-                f"install the same release of tx-async on both."
-            )
-        if peer[0] == "tcp" and not tokens_equal(hello.token, self.config.worker_token):
-            return "The token is wrong."
-        if not WORKER_NAME.fullmatch(hello.name):
-            return "A worker's name has 1 to 64 letters, digits, dots, dashes and underscores."
-        if not hello.capabilities:
-            return "This worker has no capability."
-        num_processes = self._num_processes(hello)
-        if hello.num_processes not in (0, num_processes) and "train" in hello.capabilities:
-            return (
-                f"This worker was started as one of {hello.num_processes} processes, but the server's backend_config "
-                f"says num_processes {num_processes}: leave that out, or start as many."
-            )
-        if not 0 <= hello.process_id < num_processes:
-            return f"There is no process {hello.process_id}: worker {hello.name} has {num_processes}, counted from 0."
+        if reason := attaching.why_refused(hello, self.config, is_stranger=peer[0] == "tcp"):
+            return reason
         group = self._groups.get(hello.name)
         if group is None:
             return "The server has no room for another worker." if len(self._groups) >= GROUPS_MAX else None
-        if group.num_processes != num_processes:
-            return (
-                f"Worker {hello.name} has {group.num_processes} processes; this one was started as of {num_processes}."
-            )
-        if group.capabilities != hello.capabilities:
-            return f"Worker {hello.name} has other capabilities: {', '.join(sorted(group.capabilities))}."
+        if reason := attaching.why_no_member(hello, group, self.config):
+            return reason
         return self._why_taken(group, hello)
 
     def _why_taken(self, group: Group, hello: Hello) -> str | None:
@@ -408,59 +338,12 @@ class Router:
             self._lose(group, f"{holder} is gone")
         return None
 
-    def _num_processes(self, hello: Hello) -> int:
-        """A worker that trains is the mesh; one that only samples stands for itself."""
-        if "train" not in hello.capabilities:
-            return 1
-        configured = self.config.backend_config.num_processes
-        return configured if configured > 1 else max(1, hello.num_processes)
-
-    def _make_arenas(self, group: Group, member: Member) -> None:
-        size = self.config.shared_memory_bytes
-        if size <= 0:
-            return
-        if group.inbox is None:
-            path = self.runtime.new_arena_path()
-            create_arena(path, size)
-            group.inbox = ArenaWriter(path)
-        outbox = self.runtime.new_arena_path()
-        create_arena(outbox, size)
-        member.outbox_path = str(outbox)
-        member.outbox = ArenaReader(outbox)
-
-    def _welcome(self, group: Group, member: Member) -> Welcome:
-        config, engine = self.config, self.config.backend_config
-        if not engine.compilation_cache_dir:
-            engine = msgspec.structs.replace(engine, compilation_cache_dir=config.resolved_compilation_cache_dir)
-        engine = msgspec.structs.replace(
-            engine,
-            num_processes=group.num_processes if "train" in group.capabilities else engine.num_processes,
-            coordinator_address=engine.coordinator_address or group.coordinator_address,
-        )
-        return Welcome(
-            base_model=config.base_model,
-            engine=engine,
-            checkpoints_base=config.resolved_checkpoints_base,
-            process_id=member.hello.process_id,
-            heartbeat_interval_ms=config.worker_heartbeat_interval_ms,
-            lease_ms=config.worker_lease_ms,
-            inbox=group.inbox.path if group.inbox and member.outbox_path else "",
-            outbox=member.outbox_path,
-            storage_probe=self.storage_probe,
-            storage_id=self.storage_id,
-        )
-
     def _handle_ready(self, group: Group) -> None:
         if group.is_ready or not group.all_ready:
             return
         infos = [group.members[id].info for id in range(group.num_processes)]
-        if differences := differences_of(infos):  # type: ignore[arg-type]
-            return self._lose(group, f"its processes built different engines: {differences}")
-        loaded = infos[0].base_model_digest  # type: ignore[union-attr]
-        if loaded and self.base_fingerprint and loaded != self.base_fingerprint:
-            return self._lose(
-                group, f"it loaded another base model ({loaded}) than the server's {self.base_fingerprint}"
-            )
+        if reason := attaching.why_unfit(infos, self.base_fingerprint):  # type: ignore[arg-type]
+            return self._lose(group, reason)
         group.is_ready = True
         logger.info("worker %s is ready", group.name)
         self._tell(WorkerReady(group.name, infos[0], group.capabilities))  # type: ignore[arg-type]
@@ -478,28 +361,12 @@ class Router:
         in_flight.failed[process_id] = isinstance(outcome, CommandFailed)
         if process_id == 0:
             specs = outcome.tensors if isinstance(outcome, CommandFinished) else ()
-            in_flight.tensors = self._read_tensors(member, specs, block, payload)
+            in_flight.tensors = self._blocks.read(member, specs, block, payload)
             in_flight.outcome, in_flight.outcome_block = outcome, block
         if isinstance(outcome, CommandFailed) and outcome.fatal:
             return self._fail_group(group, member, outcome)
         if in_flight.is_complete:
             self._finish(group, outcome.number, in_flight)
-
-    def _read_tensors(
-        self, member: Member, specs: Sequence[TensorSpec], block: Block | None, payload: bytes | memoryview | None
-    ) -> list[np.ndarray]:
-        if not specs:
-            return []
-        if block is None:
-            raise MalformedMessage("tensors without a block")
-        self._counts["frame_bytes" if block.offset == IN_FRAME else "shared_bytes"] += block.num_bytes
-        if block.offset == IN_FRAME:
-            if payload is None:
-                raise MalformedMessage("tensors without a frame")
-            return read_block(payload, block, specs)
-        if member.outbox is None:
-            raise MalformedMessage("tensors in an arena that does not exist")
-        return member.outbox.read(block, specs)
 
     def _finish(self, group: Group, number: int, in_flight: InFlight) -> None:
         del group.in_flight[number]
@@ -578,13 +445,4 @@ class Router:
         del self._groups[group.name]
         for member in group.members.values():
             self._peers.pop(member.peer, None)
-            if member.outbox:
-                member.outbox.close()
-                _unlink(member.outbox_path)
-        if group.inbox:
-            group.inbox.close()
-            _unlink(group.inbox.path)
-
-
-def _unlink(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
+        group.close()

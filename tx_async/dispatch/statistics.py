@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from msgspec import Struct
 
+from tx_async.dispatch.groups import Group
 from tx_async.metrics import Counter, Gauge
 
 
@@ -44,3 +47,21 @@ class RouterStatistics(Struct, frozen=True, kw_only=True):
     """Planned for keys and values of sequences and cached prefixes."""
     compilations: Gauge
     """Programs that the attached workers have compiled or loaded from the compilation cache."""
+
+    def __str__(self) -> str:
+        attached = f"{self.workers_ready:.0f} ready, {self.workers_attaching:.0f} attaching"
+        commands = f"{self.commands_in_flight:.0f} in flight, {self.commands_sent:.0f} sent"
+        data = f"{self.shared_bytes:.0f} shared, {self.frame_bytes:.0f} in frames"
+        return f"[Workers: {attached}, {self.workers_lost:.0f} lost | Commands: {commands} | Bytes: {data}]"
+
+
+def statistics_of(groups: Collection[Group], counts: Mapping[str, float]) -> RouterStatistics:
+    """counts: what the groups do not tell, by name."""
+    return RouterStatistics(
+        **counts,
+        workers_ready=sum(group.is_ready for group in groups),
+        workers_attaching=sum(not group.is_ready for group in groups),
+        commands_in_flight=sum(len(group.in_flight) for group in groups),
+        arena_used_bytes=sum(group.inbox.used_bytes for group in groups if group.inbox),
+        compilations=sum(member.num_compilations for group in groups for member in group.members.values()),
+    )

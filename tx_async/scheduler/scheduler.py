@@ -30,13 +30,13 @@ from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.interface import BaseModelInfo, StillPending
-from tx_async.scheduler.payload_cache import PayloadCache
 from tx_async.scheduler.performer import DeleteBelow, DismissWorker, ListBelow, Performer, SendCommand
+from tx_async.scheduler.polls.payload_cache import PayloadCache
+from tx_async.scheduler.polls.waiters import Waiters
 from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.sessions import Sessions
 from tx_async.scheduler.statistics import SchedulerStatistics
 from tx_async.scheduler.submissions import Submissions, session_of
-from tx_async.scheduler.waiters import Waiters
 from tx_async.wire import ids
 from tx_async.wire.facts import CommandEnded, WorkerFact
 from tx_async.wire.operations import Encoded, Operation

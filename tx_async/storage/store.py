@@ -165,15 +165,6 @@ class Store:
                 return (self._folder / key).read_bytes()
             return obstore.get(self._objects, key).bytes().to_bytes()
 
-    def get_range_sync(self, key: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start`; fewer at the end of the object."""
-        check_key(key)
-        with _errors(self, "read", key):
-            end = min(start + length, obstore.head(self._objects, key)["size"])
-            if end <= start:
-                return b""
-            return obstore.get_range(self._objects, key, start=start, end=end).to_bytes()
-
     def stream_sync(self, key: str) -> Iterator[bytes]:
         """The object in pieces of about `CHUNK_BYTES`."""
         check_key(key)
@@ -188,22 +179,6 @@ class Store:
             result = await obstore.get_async(self._objects, key)
             async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
                 yield bytes(chunk)
-
-    def download_sync(self, key: str, path: Path) -> None:
-        """Write an object to a file, in pieces."""
-        with open(path, "wb") as file:
-            for chunk in self.stream_sync(key):
-                file.write(chunk)
-
-    def exists_sync(self, key: str) -> bool:
-        check_key(key)
-        with _errors(self, "read", key):
-            try:
-                obstore.head(self._objects, key)
-            except FileNotFoundError:
-                self.confirm_sync()
-                return False
-            return True
 
     def iterate_sync(self, prefix: str = "") -> Iterator[Entry]:
         """Everything below `prefix/`, in no particular order, without holding all of it."""
@@ -223,10 +198,6 @@ class Store:
         """Everything below `prefix/`, sorted by key."""
         return sorted(self.iterate_sync(prefix), key=lambda entry: entry.key)
 
-    def size_sync(self, prefix: str = "") -> int:
-        """Bytes of everything below `prefix/`."""
-        return sum(entry.num_bytes for entry in self.iterate_sync(prefix))
-
     def remove_leftovers_sync(self, older_than_s: float) -> int:
         """Remove unfinished files and empty folders of writers that died; object stores keep none. Returns how many."""
         with _errors(self, "swept", local.INCOMING):
@@ -236,9 +207,6 @@ class Store:
 
     async def put(self, key: str, data: bytes | Path) -> None:
         await asyncio.to_thread(self.put_sync, key, data)
-
-    async def put_many(self, items: Mapping[str, bytes | Path]) -> None:
-        await asyncio.to_thread(self.put_many_sync, items)
 
     async def delete(self, key: str) -> None:
         await asyncio.to_thread(self.delete_sync, key)
@@ -252,12 +220,6 @@ class Store:
     async def get(self, key: str) -> bytes:
         return await asyncio.to_thread(self.get_sync, key)
 
-    async def get_range(self, key: str, start: int, length: int) -> bytes:
-        return await asyncio.to_thread(self.get_range_sync, key, start, length)
-
-    async def exists(self, key: str) -> bool:
-        return await asyncio.to_thread(self.exists_sync, key)
-
     async def list(self, prefix: str = "") -> list[Entry]:
         return await asyncio.to_thread(self.list_sync, prefix)
 
@@ -267,9 +229,6 @@ class Store:
 
     async def remove_leftovers(self, older_than_s: float) -> int:
         return await asyncio.to_thread(self.remove_leftovers_sync, older_than_s)
-
-    async def size(self, prefix: str = "") -> int:
-        return await asyncio.to_thread(self.size_sync, prefix)
 
 
 def _local_folder(base: str) -> Path | None:

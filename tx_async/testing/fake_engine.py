@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import collections
 import io
-import json
 import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -39,14 +36,18 @@ from tx_async.errors import (
 from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
 from tx_async.storage.store import Store
 from tx_async.testing.fake_model import (
+    CONTEXT,
     FEATURES,
     PEFT_FILE,
+    VOCAB_SIZE,
     Adapter,
+    FakeSequence,
     ends_with,
     hash_of,
     optim_step,
     pair_logprobs,
     peft_files,
+    read_base_model,
     row_loss,
     weights_of,
 )
@@ -80,8 +81,6 @@ from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
 FAULTS_VARIABLE = "FAKE_ENGINE"
 ADAPTER_FILE = "fake_adapter.npz"
-VOCAB_SIZE = 512
-CONTEXT = 1024
 ROW_LENGTHS = (32, 128, 1024)
 MICRO_BATCH_TOKENS = 1024
 NOT_SCORED = -99999.0
@@ -111,16 +110,6 @@ class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The one process of a mesh to which all this happens; -1 = each."""
 
 
-@dataclass
-class _Sequence:
-    spec: SequenceSpec
-    prompt: np.ndarray
-    targets: np.ndarray | None
-    #: prompt tokens that were prefilled
-    prefilled: int = 0
-    tokens: list[int] = field(default_factory=list)
-
-
 def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
     """The factory for `tx-async worker --engine tx_async.testing.fake_engine:create`."""
     faults = msgspec.json.decode(os.environ.get(FAULTS_VARIABLE, "{}"), type=Faults)
@@ -133,7 +122,7 @@ def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
         time.sleep(faults.load_ms / 5000)
     if faults.load_error and _is_due(faults):
         raise RuntimeError(faults.load_error)
-    vocab_size, context = _read_base_model(welcome.base_model)
+    vocab_size, context = read_base_model(welcome.base_model)
     return FakeEngine(
         welcome.engine,
         welcome.checkpoints_base,
@@ -142,14 +131,6 @@ def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
         context=context,
         faults=faults,
     )
-
-
-def _read_base_model(folder: str) -> tuple[int, int]:
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-    except OSError:
-        return VOCAB_SIZE, CONTEXT
-    return config["vocab_size"], config["max_position_embeddings"]
 
 
 class FakeEngine:
@@ -177,7 +158,7 @@ class FakeEngine:
         self._training: dict[int, Adapter] = {}
         self._samplers: dict[int, Adapter] = {}
         #: admitted, in order; the first `num_sequences_max` of them are running
-        self._sequences: collections.OrderedDict[int, _Sequence] = collections.OrderedDict()
+        self._sequences: collections.OrderedDict[int, FakeSequence] = collections.OrderedDict()
 
     def info(self) -> EngineInfo:
         lengths = self.config.train_row_lengths or tuple(
@@ -326,7 +307,7 @@ class FakeEngine:
     def _admit(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> None:
         scores = spec.prompt_scores
         targets = tensors[scores.targets].copy() if scores and scores.targets >= 0 else None
-        self._sequences[spec.sequence_id] = _Sequence(spec, tensors[spec.prompt].copy(), targets)
+        self._sequences[spec.sequence_id] = FakeSequence(spec, tensors[spec.prompt].copy(), targets)
 
     def _sample(self, decode_steps: int, prefill_tokens: int) -> Reply:
         finished: list[FinishedSequence] = []
@@ -367,7 +348,7 @@ class FakeEngine:
 
     def complete(self, spec: SequenceSpec, prompt: np.ndarray) -> tuple[FinishedSequence, list[np.ndarray]]:
         """A whole sequence at once, beside all others."""
-        sequence, tensors = _Sequence(spec, prompt, None), []
+        sequence, tensors = FakeSequence(spec, prompt, None), []
         stop_reason = self._decode(sequence, spec.max_tokens)
         return self._finish(sequence, stop_reason or "length", tensors), tensors
 
@@ -375,7 +356,7 @@ class FakeEngine:
         """Fill a sampler slot from a PEFT file, without tensors whose names have one of these parts."""
         self._samplers[slot] = Adapter(w=weights_of(load_safetensors(data), without))
 
-    def _decode(self, sequence: _Sequence, decode_steps: int) -> str | None:
+    def _decode(self, sequence: FakeSequence, decode_steps: int) -> str | None:
         """Append up to `decode_steps` tokens; the reason, when one of them was the last."""
         spec = sequence.spec
         for _ in range(decode_steps):
@@ -387,7 +368,7 @@ class FakeEngine:
                 return "stop"
         return "length" if len(sequence.tokens) >= spec.max_tokens else None
 
-    def _next_token(self, sequence: _Sequence) -> int:
+    def _next_token(self, sequence: FakeSequence) -> int:
         spec = sequence.spec
         previous = sequence.tokens[-1] if sequence.tokens else int(sequence.prompt[-1])
         random = (spec.seed, spec.sample_index, len(sequence.tokens)) if spec.temperature > 0 else ()
@@ -400,7 +381,7 @@ class FakeEngine:
             raise EngineError(f"Sampler slot {spec.sampler_slot} is empty.")
         return self._samplers[spec.sampler_slot].w
 
-    def _finish(self, sequence: _Sequence, stop_reason: str, tensors: list[np.ndarray]) -> FinishedSequence:
+    def _finish(self, sequence: FakeSequence, stop_reason: str, tensors: list[np.ndarray]) -> FinishedSequence:
         def add(array: np.ndarray) -> int:
             tensors.append(array)
             return len(tensors) - 1

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save as save_safetensors
 
 from tx_async.errors import NonFiniteGradients
-from tx_async.wire.worker import LOSS_FNS, AdamParams, Result, Stepped
+from tx_async.wire.worker import LOSS_FNS, AdamParams, Result, SequenceSpec, Stepped
 
+VOCAB_SIZE = 512
+CONTEXT = 1024
 FEATURES = 16
 PEFT_FILE = "adapter_model.safetensors"
 FEATURES_TENSOR = "base_model.model.features"
@@ -114,3 +117,21 @@ def ends_with(tokens: Sequence[int], stop_strings: Sequence[str]) -> bool:
         return False
     text = "".join(chr(token) for token in tokens if token < 256)
     return tokens[-1] < 256 and any(text.endswith(stop) for stop in stop_strings)
+
+
+@dataclass
+class FakeSequence:
+    spec: SequenceSpec
+    prompt: np.ndarray
+    targets: np.ndarray | None
+    #: prompt tokens that were prefilled
+    prefilled: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+
+def read_base_model(folder: str) -> tuple[int, int]:
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except OSError:
+        return VOCAB_SIZE, CONTEXT
+    return config["vocab_size"], config["max_position_embeddings"]

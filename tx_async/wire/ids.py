@@ -5,7 +5,6 @@ import secrets
 SessionId = str
 ModelId = str
 SamplerId = str
-RequestId = str
 
 
 def new_id(prefix: str) -> str:

@@ -43,10 +43,6 @@ class ErrorBody(Response):
 # ---- service
 
 
-class ClientConfigRequest(Request):
-    sdk_version: str | None = None
-
-
 class ClientConfigResponse(Response):
     """Flags that the SDK asks for once; the others keep the SDK's defaults."""
 
