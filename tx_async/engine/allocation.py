@@ -17,7 +17,7 @@ def on_device(make: Callable[[], Any], shardings: Any = None) -> Any:
     return jax.jit(make, out_shardings=shardings)()
 
 
-def described_on(device: jax.Device) -> Allocate:
+def described_on(device: Any) -> Allocate:
     """Shapes in the place of arrays, on `device` where no sharding says otherwise: an engine of them has every program
     that it would have there, and `bench/gpu_programs.py` compiles those without the device."""
 

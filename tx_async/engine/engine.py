@@ -140,9 +140,9 @@ class JaxEngine:
         )
         self.overlaps = self.platform.overlaps and model.mesh is None
         stream = OwnStream("sampling") if self.overlaps else SameStream()
-        lora, on = self.samplers, (self.platform, allocate, self.kernels)
+        lora, handed_in = self.samplers, (self.platform, allocate, self.kernels)
         self.sampling = SamplingEngine(
-            model, params, config, self.context, str(folder), lora.weights, lora.scale, stream, *on
+            model, params, config, self.context, str(folder), lora.weights, lora.scale, stream, *handed_in
         )
         self._programs = _programs(self)
 

@@ -13,7 +13,7 @@ Pure arithmetic on `config.json`: it runs where there is no accelerator, and no 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -207,7 +207,7 @@ class _Planner:
     def _adapted(self) -> list[Weight]:
         return [weight for weight in self.model.weights if weight.stack and weight.group]
 
-    def _pieces(self, axes: Sequence[Any]) -> int:
+    def _pieces(self, axes: Iterable[Any]) -> int:
         return math.prod(self._mesh.shape[axis] for axis in axes if axis)
 
     @cached_property

@@ -188,7 +188,8 @@ class DecodeAttention(PagedAttention):
         if not paged_kernel.fits(pools[0], self.layout.page_size):
             return super().attend(pools, layer, q, scale, v_features, window, sinks)
         first, position = layer * self.layout.num_pages, self.positions[:, 0]
-        return paged_kernel.attend(q[:, 0], *pools, self.tables, position, first, scale, window)[:, None]
+        keys, values = pools
+        return paged_kernel.attend(q[:, 0], keys, values, self.tables, position, first, scale, window)[:, None]
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)

@@ -196,7 +196,7 @@ def _largest_key(enough: Callable[[Array], Array], bits: int = KEY_BITS) -> Arra
     key: Array | int = 0
     for shift in range(-(-bits // PASS_BITS) * PASS_BITS - PASS_BITS, -1, -PASS_BITS):
         steps = [enough(jnp.asarray(key + (step << shift))) for step in range(1, 1 << PASS_BITS)]
-        key = key + (sum(step.astype(jnp.int32) for step in steps)[:, None, None] << shift)
+        key = key + (sum((step.astype(jnp.int32) for step in steps), jnp.int32(0))[:, None, None] << shift)
     return jnp.asarray(key)[:, 0, 0]
 
 

@@ -87,7 +87,7 @@ class PackedAttention:
             from tx_async.layers import flash_attention
 
             if flash_attention.fits(q, v):
-                out = flash_attention.flash_attention(q, k, v, self.positions, self.segment_ids, scale)
+                out: Any = flash_attention.flash_attention(q, k, v, self.positions, self.segment_ids, scale)
                 return out, cache
         return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window, self.block), cache
 

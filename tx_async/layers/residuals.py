@@ -6,7 +6,7 @@ keeps twice the memory, and moving it costs more than making it.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -15,9 +15,7 @@ NAME = "kept"
 KEPT_ONLY = jax.checkpoint_policies.save_only_these_names(NAME)
 """Policy of `jax.checkpoint`."""
 
-T = TypeVar("T")
 
-
-def keep(x: T) -> T:
+def keep(x: Any) -> Any:
     """Mark arrays that are worth their memory."""
     return checkpoint_name(x, NAME)

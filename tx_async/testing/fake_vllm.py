@@ -150,7 +150,7 @@ class FakeVllm:
             if not answering.done():
                 raise ConnectionResetError  # the client has closed its connection: what it asked for ends
         finally:
-            unfinished = [task for task in (answering, gone) if not task.done()]
+            unfinished: list[asyncio.Task[Any]] = [task for task in (answering, gone) if not task.done()]
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
