@@ -20,7 +20,9 @@ from pathlib import Path
 
 import msgspec
 
+from tx_async.config import ServerConfig
 from tx_async.scheduler.core.facts import Fact
+from tx_async.scheduler.quota import Quota
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
 
@@ -63,6 +65,7 @@ def throughput(num_models: int, steps: int, num_samples: int) -> dict[str, float
 def queued(depth: int) -> float:
     """Microseconds to accept one more request while `depth` others wait."""
     stage = new_stage()
+    stage.submissions.quota = Quota(ServerConfig(queued_requests_max=2 * depth + 400))  # half of it is one key's
     stage.worker = None
     stage.state.workers.clear()
     model = stage.model()

@@ -14,7 +14,7 @@ LENGTH, RANK, HIDDEN, VOCAB = 50, 3, 8, 40
 
 
 def reference(name: str, lp: np.ndarray, x: dict[str, np.ndarray], frozen_lp: np.ndarray) -> np.ndarray:
-    """Section 14 of the wire contract, position by position. frozen_lp: the values that stop-gradients see."""
+    """`schemas/tinker.md`, "Losses", position by position. frozen_lp: the values that stop-gradients see."""
     q, advantages, low, high = (x[n] for n in ("logprobs", "advantages", "clip_low_threshold", "clip_high_threshold"))
     if name == "cross_entropy":
         return -(x["weights"] * lp).sum(-1)

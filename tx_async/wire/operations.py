@@ -180,8 +180,8 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
 
 class Rejected(Struct, tag=True, frozen=True, kw_only=True):
     """A training request with an invalid content. A refused submit would burn its seq_id and leave a gap that nobody
-    fills (section 0.4 of the contract), so it is accepted, takes its place in the order, and fails there with this
-    message."""
+    fills (`schemas/tinker.md`, "Requests that cannot be refused"), so it is accepted, takes its place in the order, and
+    fails there with this message."""
 
     model_id: str
     seq_id: int

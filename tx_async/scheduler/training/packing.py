@@ -17,7 +17,7 @@ from tx_async.wire.operations import Datum, ForwardBackward, SamplerHeads
 from tx_async.wire.worker import LOSS_FNS, EngineInfo
 
 DEFAULT_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
-"""Section 14 of the wire contract: clip_low_threshold, clip_high_threshold, as bounds of the ratio itself."""
+"""`schemas/tinker.md`, "Losses": clip_low_threshold, clip_high_threshold, as bounds of the ratio itself."""
 
 
 class Segment(Struct, frozen=True, array_like=True):
