@@ -198,11 +198,13 @@ def counted(name: str, dump: Path, temporaries_mib: float, seconds: float, scann
     layers, number = (loops, 1) if is_scan else ([step], LAYERS)
     inside = sum(loop.round_trips for loop in layers) if is_scan else 0
     kernels = sum(loop.kernels for loop in layers) if is_scan else gpu_dump.kernels_of(dump, "_run_layers") // number
+    # Weights in a list are no stack; the loop that is left goes over the head's chunks, and slices positions.
+    chunked = 0 if is_scan else sum(loop.weight_copies for loop in gpu_dump.loops(step))
     return Figures(
         kernels_per_layer=kernels,
         round_trips_per_layer=inside,
         round_trips=program.round_trips - inside - len(layers) * is_scan,
-        weight_copies_per_layer=sum(loop.weight_copies for loop in layers) // number,
+        weight_copies_per_layer=(sum(loop.weight_copies for loop in layers) - chunked) // number,
         collectives_per_layer=sum(loop.collectives for loop in layers) // number,
         temporaries_mib=round(temporaries_mib, 1),
         compile_s=round(seconds, 1),
