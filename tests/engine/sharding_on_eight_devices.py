@@ -21,6 +21,7 @@ from tests.support import parity
 from tx_async.engine import train
 from tx_async.engine.adapter_slots import TrainingState, zeros
 from tx_async.engine.batch import row_batch
+from tx_async.engine.kernels import Kernels
 from tx_async.engine.mesh import adapter_shardings
 from tx_async.engine.optimizer import Adam, optim_step
 from tx_async.engine.platform import current
@@ -77,7 +78,7 @@ def step(model: Decoder, params: Params) -> tuple[dict[str, np.ndarray], str]:
 
     def run(params: Params, state: TrainingState, batch: Any, adam: Adam):
         gradients, logprobs, _ = train.forward_backward(
-            current(), model, CONFIG.rank, False, params, state.weights, state.gradients, batch
+            current(), Kernels(), model, CONFIG.rank, False, params, state.weights, state.gradients, batch
         )
         state, outcome = optim_step(state._replace(gradients=gradients), jnp.int32(0), adam)
         return gradients, logprobs, state, outcome.grad_norm

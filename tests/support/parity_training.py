@@ -22,6 +22,7 @@ from tests.support.parity import Case
 from tx_async.engine import adapter_slots, train
 from tx_async.engine.adapter_slots import TrainingState
 from tx_async.engine.batch import RowBatch, row_batch
+from tx_async.engine.kernels import Kernels
 from tx_async.engine.optimizer import Adam, optim_step
 from tx_async.engine.platform import current
 from tx_async.models.decoder import Decoder, Params
@@ -61,7 +62,7 @@ def step_program(model: Decoder) -> Any:
 
     def step(params: Params, state: TrainingState, batch: RowBatch, adam: Adam) -> tuple[TrainingState, Array]:
         gradients, _, _ = train.forward_backward(
-            current(), model, CONFIG.rank, False, params, state.weights, state.gradients, batch
+            current(), Kernels(), model, CONFIG.rank, False, params, state.weights, state.gradients, batch
         )
         state, outcome = optim_step(state._replace(gradients=gradients), jnp.int32(0), adam)
         return state, outcome.grad_norm
