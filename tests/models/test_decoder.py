@@ -110,6 +110,8 @@ def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(c
 @families
 def test_recomputation_gives_equal_gradients_and_lower_peak_memory(case, tmp_path):
     deep = case.config | {"num_hidden_layers": 8}
+    if "layer_types" in deep:
+        deep["layer_types"] = (deep["layer_types"] * 8)[:8]
     model, params = load_model(make_model(tmp_path, deep, tokenizer=False))
     tokens = jnp.asarray(parity.tokens_of(case._replace(length=64), 0, rows=4))
     lora = parity.rows_of(parity.random_adapter(model, CONFIG), CONFIG, 4)
@@ -122,7 +124,9 @@ def test_recomputation_gives_equal_gradients_and_lower_peak_memory(case, tmp_pat
 
     plain, saving = (jax.jit(partial(jax.grad(loss), remat=remat)).lower(lora).compile() for remat in (False, True))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), plain(lora).weights, saving(lora).weights)
-    assert saving.memory_analysis().temp_size_in_bytes < 0.8 * plain.memory_analysis().temp_size_in_bytes
+    # The delta rule makes its chunks' terms again in any case: there is less left to save.
+    share = 0.9 if "linear_attention" in deep.get("layer_types", ()) else 0.8
+    assert saving.memory_analysis().temp_size_in_bytes < share * plain.memory_analysis().temp_size_in_bytes
 
 
 @families

@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
         last = _exp_where(seen[:, -1:], decays[..., -1:] - decays)
         system = _dot("rhid,rhjd->rhij", k * beta[..., None], k) * pairs
         both = jnp.concatenate([v * beta[..., None], k * (beta * into)[..., None]], axis=-1)
-        solved = jax.lax.linalg.triangular_solve(system, both, left_side=True, lower=True, unit_diagonal=True)
+        solved = jnp.matmul(_unit_lower_inverse(system), both, precision="highest")
         return cls(
             u=solved[..., : v.shape[-1]],
             of_state=solved[..., v.shape[-1] :],
@@ -75,6 +75,28 @@ class Chunk(NamedTuple):
         u = self.u - _dot("rhck,rhkv->rhcv", self.of_state, state)
         out = _dot("rhck,rhkv->rhcv", self.q, state) + _dot("rhij,rhjv->rhiv", self.scores, u)
         return state * self.decay + _dot("rhck,rhcv->rhkv", self.k, u), jnp.moveaxis(out, 1, 2)
+
+
+def _unit_lower_inverse(system: Array) -> Array:
+    """[..., C, C] -> the inverse of 1 + what lies below the diagonal; the rest of `system` does not count.
+
+    By blocks, from single elements to the whole: [[A, 0], [B, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]. Products alone: a
+    library's triangular solve is a call out of the program, and on a CPU several at once have been seen to stand still.
+    """
+    size = system.shape[-1]
+    full = 1 << (size - 1).bit_length()
+    padding = [(0, 0)] * (system.ndim - 2) + [(0, full - size)] * 2
+    system = jnp.pad(system, padding)
+    inverse = jnp.ones((*system.shape[:-1], 1, 1), system.dtype)  # [..., blocks, s, s]
+    while (s := inverse.shape[-1]) < full:
+        number = full // (2 * s)
+        blocks = system.reshape(*system.shape[:-2], number, 2 * s, number, 2 * s)
+        below = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)[..., s:, :s]
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -jnp.matmul(jnp.matmul(second, below, precision="highest"), first, precision="highest")
+        top = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], -1)], -2)
+    return inverse[..., 0, :size, :size]
 
 
 def packed(x: Inputs, segments: Array) -> Array:

@@ -166,8 +166,13 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     only."""
     from tx_async.models.load import from_config
 
-    shapes = {name: weight.hf_shape for weight in from_config(config).weights for name in weight.hf_names}
-    return {name: _random_tensor(name, shape, seed) for name, shape in sorted(shapes.items())}
+    model = from_config(config)
+    shapes = {name: weight.hf_shape for weight in model.weights for name in weight.hf_names}
+    tensors = {name: _random_tensor(name, shape, seed) for name, shape in sorted(shapes.items())}
+    for name in tensors:
+        if model.norm.adds_one and name.endswith("norm.weight") and "linear_attn" not in name:
+            tensors[name] -= 1  # the factor is 1 + w
+    return tensors
 
 
 def as_on_the_hub(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
