@@ -151,11 +151,13 @@ def test_a_row_has_the_same_bits_beside_other_tenants_and_beside_nan(case, tmp_p
 
 
 BF16_MEAN_BOUND = {"qwen3": 0.015, "llama": 0.015, "qwen3_moe_sparse_step": 0.08, "deepseek": 0.08}
-BF16_MEAN_BOUND |= {"phi3": 0.015, "gemma3": 0.015, "qwen3_5": 0.015, "gpt_oss": 0.08}
+BF16_MEAN_BOUND |= {"phi3": 0.015, "gemma3": 0.015, "qwen3_5": 0.04, "gpt_oss": 0.12}
 BF16_BOUND = 0.1
 """|Δ log-probability| in nats against fp32 of the same weights, as the README states it. Six seeds of the tiny random
 models measure means of 0.009 to 0.012 and at most 0.065 without experts; means of 0.015 to 0.058 with them, where a
-router's near tie may fall the other way."""
+router's near tie may fall the other way. Where the delta rule's output is near 0 its norm amplifies rounding: means of
+0.028 to 0.032, and at most 0.35. gpt-oss: means of 0.067 to 0.091; why it is above other experts is not known."""
+BF16_BOUND_RECURRENT = 0.5
 
 
 @families
@@ -171,4 +173,5 @@ def test_bf16_log_probabilities_stay_near_fp32(case, tmp_path):
             logprobs[dtype] = np.take_along_axis(scores, np.asarray(tokens)[:, 1:, None], axis=-1)
         error = np.abs(logprobs["bfloat16"] - logprobs["float32"])
         assert error.mean() < BF16_MEAN_BOUND[case.name]
-        assert error.max() < BF16_BOUND or "num_experts_per_tok" in case.config
+        bound = BF16_BOUND_RECURRENT if model.state_layers else BF16_BOUND
+        assert error.max() < bound or "num_experts_per_tok" in case.config
