@@ -151,7 +151,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     audit_events_max: int = 10_000
     """Events that the audit log keeps; beyond that the oldest go."""
     stability_head_tokens: int = 64
-    """Tokens that are recorded with each sampled one where a client asks for it (`record_stability_info`), 1 to 128."""
+    """Tokens that are recorded with each sampled one where a client asks for it (`record_stability_info`), 1 to 127."""
     stability_retention_s: int = 24 * 3600
     """Recorded sequences, since they were last sampled or trained on."""
     stability_bytes_max: int = 4 * 2**30

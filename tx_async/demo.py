@@ -150,19 +150,9 @@ def prompt_of(english: str) -> str:
 
 def datum_of(tokenizer: Any, english: str, pig_latin: str) -> tinker.Datum:
     """Learn the completion only: the prompt's tokens have weight 0."""
-    import tinker
+    from tx_async.examples import common
 
-    prompt = tokenizer.encode(prompt_of(english), add_special_tokens=True)
-    completion = tokenizer.encode(f" {pig_latin}\n\n", add_special_tokens=False)
-    tokens = prompt + completion
-    weights = [0] * len(prompt) + [1] * len(completion)
-    return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": tinker.TensorData(data=tokens[1:], dtype="int64"),
-            "weights": tinker.TensorData(data=[float(weight) for weight in weights[1:]], dtype="float32"),
-        },
-    )
+    return common.datum_of(tokenizer, prompt_of(english), f" {pig_latin}\n\n")
 
 
 def train(

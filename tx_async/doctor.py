@@ -21,7 +21,7 @@ from tx_async import base_model, health
 from tx_async.config import ServerConfig
 from tx_async.engine.devices import GPU_BYTES, usable
 from tx_async.errors import ConfigError, TxError
-from tx_async.health import Finding
+from tx_async.health import Finding, size
 from tx_async.serve import check_exposure
 
 JAX_S = 120
@@ -43,7 +43,7 @@ def run_plan(config: ServerConfig, device: str, devices: int) -> int:
     devices: 0 = as many as the parallel sizes in backend_config ask for. Raises `ConfigError`, `BaseModelError`.
     """
     planned, wanted = _plan(config, device), _devices_of(config)
-    print(f"{device}, {devices or wanted} × {GPU_BYTES[device] / 2**30:.1f} GiB; each device:")
+    print(f"{device}, {devices or wanted} × {size(GPU_BYTES[device])}; each device:")
     print("\n".join(planned.lines()))
     if devices and wanted > devices:
         print(f"backend_config asks for {wanted} devices, there are {devices}: lower its parallel sizes.")
@@ -124,11 +124,9 @@ def _shared_memory(config: ServerConfig) -> Finding:
     needed = 2 * config.shared_memory_bytes * max(1, config.local_workers)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
-        text = (
-            f"{_size(free)} free, up to {_size(needed)} wanted: enlarge {SHARED_MEMORY}, or lower shared_memory_bytes"
-        )
+        text = f"{size(free)} free, up to {size(needed)} wanted: enlarge {SHARED_MEMORY}, or lower shared_memory_bytes"
         return Finding("problem", text)
-    return Finding("ok", f"{_size(free)} free in {SHARED_MEMORY}, up to {_size(needed)} wanted")
+    return Finding("ok", f"{size(free)} free in {SHARED_MEMORY}, up to {size(needed)} wanted")
 
 
 def _disk(config: ServerConfig) -> Finding:
@@ -138,7 +136,7 @@ def _disk(config: ServerConfig) -> Finding:
     if not os.access(folder, os.W_OK):
         return Finding("problem", f"{config.data_path} (data_dir) cannot be written by this user")
     free = shutil.disk_usage(folder).free
-    text = f"{_size(free)} free for {config.data_path} (data_dir)"
+    text = f"{size(free)} free for {config.data_path} (data_dir)"
     return Finding("ok" if free >= DISK_BYTES_MIN else "warning", text)
 
 
@@ -215,7 +213,3 @@ def _storage(config: ServerConfig) -> Finding:
 
 def _memory(_: ServerConfig) -> Finding:
     return health.memory()
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"

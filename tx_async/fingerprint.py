@@ -18,7 +18,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from tx_async import model_folder
 from tx_async.errors import BaseModelError
+from tx_async.models import tensor_files
 
 SAMPLE_BYTES = 4 * 2**10
 """Of each tensor's beginning, middle and end; a tensor of at most three times as many bytes is read whole."""
@@ -65,7 +67,7 @@ class _Tensor(Struct, frozen=True):
 def fingerprint(folder: Path) -> str:
     """Hex digits that two folders share exactly when they are the same base model; "" while the folder holds no
     weights. Raises `BaseModelError` for files that cannot be read."""
-    config = _read_json(folder / "config.json")
+    config = model_folder.read_config(folder)
     tensors = sorted(_tensors(folder), key=lambda tensor: tensor.name)
     if not tensors:
         return ""
@@ -102,24 +104,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> Iterator[_Tensor]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    for name in names:
-        if (folder / name).exists():
-            yield from _tensors_of(folder / name)
-
-
-def _tensors_of(path: Path) -> Iterator[_Tensor]:
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                yield _Tensor(path, name, tensor["dtype"], tuple(tensor["shape"]), 8 + size + begin, end - begin)
-    except (OSError, OverflowError, MemoryError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(f"{path} cannot be read as a safetensors file: {error}") from error
+    for name in model_folder.weight_files(folder):
+        path = folder / name
+        if path.exists():
+            header, start = tensor_files.read_header(path)
+            for tensor, entry in header.items():
+                begin, end = entry.data_offsets
+                yield _Tensor(path, tensor, entry.dtype, entry.shape, start + begin, end - begin)
 
 
 def _sample(tensor: _Tensor) -> bytes:
@@ -138,13 +129,3 @@ def _read(tensor: _Tensor, start: int, length: int) -> bytes:
             os.close(descriptor)
     except OSError as error:
         raise BaseModelError(f"{tensor.path} cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise BaseModelError(f"{path} is no JSON object.")
-    return value

@@ -17,13 +17,12 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from tx_async.errors import ConfigError, CorruptedCheckpoint, InvalidRequest
+from tx_async.errors import BaseModelError, ConfigError, CorruptedCheckpoint, InvalidRequest
+from tx_async.models import tensor_files
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.storage.checkpoint_files import METADATA, Manifest, decode_manifest, file_info
+from tx_async.storage.checkpoint_files import ADAPTER, METADATA, OPTIMIZER, Manifest, decode_manifest, file_info
 from tx_async.wire.worker import AdapterConfig
 
-ADAPTER = "adapter_model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 KINDS = {"training": "weights", "sampler": "sampler_weights", "external": "external_weights"}
 """The kind in metadata.json -> the kind of the checkpoint's record."""
 
@@ -113,13 +112,12 @@ def _check_moments(folder: Path) -> None:
         raise CorruptedCheckpoint(f"{folder} is damaged: {OPTIMIZER} does not belong to {ADAPTER}.")
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise CorruptedCheckpoint(f"{path} cannot be read: {error}") from error
+        header, _ = tensor_files.read_header(path)
+    except BaseModelError as error:
+        raise CorruptedCheckpoint(error.message) from error
+    return {name: tensor.shape for name, tensor in header.items()}
 
 
 def _kind_of(folder: Path) -> object:

@@ -3,30 +3,11 @@
 from pathlib import Path
 
 import tinker
-from tinker.types import PromptProvenanceSpan, SampledProvenanceSpan
 
 from tests.support.durability import kill_server, serving
+from tests.support.recorded import datum_of
 
 PROMPT = [1, 2, 3]
-
-
-def datum_of(sequence) -> tinker.Datum:
-    tokens, before, length = PROMPT + list(sequence.tokens), len(PROMPT) - 1, len(sequence.tokens)
-    inputs = {
-        "target_tokens": tinker.TensorData(data=tokens[1:], dtype="int64"),
-        "advantages": tinker.TensorData(data=[0.0] * before + [1.0] * length, dtype="float32"),
-    }
-    name = sequence.sequence_id
-    return tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs).with_provenance(
-        model_input=[
-            PromptProvenanceSpan(sequence_id=name, length=len(PROMPT)),
-            SampledProvenanceSpan(sequence_id=name, length=length - 1),
-        ],
-        loss_fn_inputs=[
-            PromptProvenanceSpan(sequence_id=name, offset=1, length=before),
-            SampledProvenanceSpan(sequence_id=name, length=length),
-        ],
-    )
 
 
 def test_a_batch_trains_on_sequences_that_were_sampled_before_a_crash(tiny_qwen3: Path, tmp_path: Path):
@@ -40,7 +21,7 @@ def test_a_batch_trains_on_sequences_that_were_sampled_before_a_crash(tiny_qwen3
         params = tinker.SamplingParams(max_tokens=5, seed=5)
         (sequence,) = sampler.sample(tinker.ModelInput.from_ints(PROMPT), 1, params).result().sequences
         kill_server(server)
-        data = [datum_of(sequence)]
+        data = [datum_of(PROMPT, sequence)]
         before = trainer.forward_backward(data, "stable_reinforce").result()
         kill_server(server)
         step = trainer.optim_step(tinker.AdamParams(learning_rate=0.1)).result()

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import tinker
-from tinker.types import PromptProvenanceSpan, SampledProvenanceSpan
+
+from tests.support import recorded
 
 PROMPT = [65, 66, 67, 68]
 PARAMS = tinker.SamplingParams(max_tokens=6, temperature=1.0, seed=3, stop=[])
@@ -20,33 +21,9 @@ def sampled(trainer, params=PARAMS, num_samples=2):
     return response.sequences
 
 
-def datum_of(sequence, advantage=1.0, sequence_id=None, on_prompt=0.0, spans=True):
-    """As tinker-cookbook makes it: targets are the tokens from the second one on."""
-    tokens = PROMPT + list(sequence.tokens)
-    before = len(PROMPT) - 1
-    datum = tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": tinker.TensorData(data=tokens[1:], dtype="int64"),
-            "logprobs": tinker.TensorData(data=[0.0] * before + list(sequence.logprobs), dtype="float32"),
-            "advantages": tinker.TensorData(
-                data=[on_prompt] * before + [advantage] * len(sequence.tokens), dtype="float32"
-            ),
-        },
-    )
-    if not spans:
-        return datum
-    name, length = sequence_id or sequence.sequence_id, len(sequence.tokens)
-    return datum.with_provenance(
-        model_input=[
-            PromptProvenanceSpan(sequence_id=name, length=len(PROMPT)),
-            SampledProvenanceSpan(sequence_id=name, length=length - 1),
-        ],
-        loss_fn_inputs=[
-            PromptProvenanceSpan(sequence_id=name, offset=1, length=before),
-            SampledProvenanceSpan(sequence_id=name, length=length),
-        ],
-    )
+def datum_of(sequence, advantage=1.0, sequence_id="", on_prompt=0.0, spans=True):
+    datum = recorded.datum_of(PROMPT, sequence, advantage, on_prompt, sequence_id)
+    return datum if spans else tinker.Datum(model_input=datum.model_input, loss_fn_inputs=datum.loss_fn_inputs)
 
 
 def train(trainer, data, **config):

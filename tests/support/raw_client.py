@@ -1,21 +1,20 @@
-"""A client of plain JSON: it sends what the SDK would, one request at a time, and never pauses."""
+"""A tenant who trains and samples in plain JSON: it counts what the SDK would count, and everything must succeed."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
+from tests.support import clients
 from tx_async.testing.server import Server
 
 RESULT_S = 240.0
 
 
-class Client:
+class Client(clients.Client):
     def __init__(self, server: Server, model: Path | str):
-        self.server = server
+        super().__init__(server)
         self.model = str(model)
-        self.session = self.post("create_session", tags=[], sdk_version="0")["session_id"]
         self.num_samples = self.num_samplers = self.num_runs = 0
         #: training run -> its last seq_id
         self.seq_ids: dict[str, int] = {}
@@ -26,20 +25,16 @@ class Client:
         assert status == 200, answer
         return answer
 
-    def result(self, promise: dict[str, Any]) -> Any:
-        deadline = time.monotonic() + RESULT_S
-        while time.monotonic() < deadline:
-            status, answer = self.server.post("/api/v1/retrieve_future", timeout_s=60, request_id=promise["request_id"])
-            if status == 200:
-                assert "error" not in answer, answer
-                return answer
-        raise AssertionError("it never ended")
+    def outcome(self, promise: dict[str, Any]) -> Any:
+        answer = self.result(promise["request_id"], RESULT_S)
+        assert "error" not in answer and "detail" not in answer, answer
+        return answer
 
     # ---- sampling
 
     def sampler(self, **weights: str) -> str:
         self.num_samplers += 1
-        body = {"session_id": self.session, "sampling_session_seq_id": self.num_samplers}
+        body = {"session_id": self.session_id, "sampling_session_seq_id": self.num_samplers}
         return self.post("create_sampling_session", **body, **weights)["sampling_session_id"]
 
     def ask(
@@ -54,14 +49,14 @@ class Client:
 
     def run(self, rank: int = 4, **groups: bool) -> str:
         self.num_runs += 1
-        ids = {"session_id": self.session, "base_model": self.model, "model_seq_id": self.num_runs}
-        run = self.result(self.post("create_model", lora_config={"rank": rank, **groups}, **ids))["model_id"]
+        ids = {"session_id": self.session_id, "base_model": self.model, "model_seq_id": self.num_runs}
+        run = self.outcome(self.post("create_model", lora_config={"rank": rank, **groups}, **ids))["model_id"]
         self.seq_ids[run] = 0
         return run
 
     def _of_run(self, route: str, run: str, /, **body: Any) -> Any:
         self.seq_ids[run] += 1
-        return self.result(self.post(route, model_id=run, seq_id=self.seq_ids[run], **body))
+        return self.outcome(self.post(route, model_id=run, seq_id=self.seq_ids[run], **body))
 
     def train(self, run: str, ids: list[int], learning_rate: float = 0.02) -> None:
         """One step towards predicting these tokens."""

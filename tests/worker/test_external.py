@@ -13,8 +13,7 @@ from tx_async.errors import BaseModelError, ConfigError, EngineGone
 from tx_async.storage.checkpoint_files import write_checkpoint_sync
 from tx_async.storage.store import Store
 from tx_async.testing.fake_engine import FakeEngine
-from tx_async.testing.fake_vllm import FakeVllm
-from tx_async.testing.models import make_qwen3, make_qwen3_moe
+from tx_async.testing.models import make_qwen3_moe
 from tx_async.wire.worker import (
     BASE_SLOT,
     AdapterConfig,
@@ -35,17 +34,6 @@ from tx_async.worker.vllm_http import VllmHttp, completion_request, seed_of
 
 QUANTUM = SampleQuantum(decode_steps=8, prefill_tokens=64)
 HASTY = HealthSettings(interval_s=0.05, silence_s=0.4, stall_s=0.6)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_qwen3(tmp_path_factory.mktemp("base") / "model", tokenizer=False)
-
-
-@pytest.fixture
-def vllm(model):
-    with FakeVllm(str(model)) as server:
-        yield server
 
 
 @pytest.fixture

@@ -9,23 +9,10 @@ from tests.support.raw_client import Client
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.testing.dispatch import running_dispatch
-from tx_async.testing.fake_vllm import FakeVllm
-from tx_async.testing.models import make_qwen3
 from tx_async.wire.facts import WorkerLost
 from tx_async.worker.supervisor import external_engines
 
 ATTACHED_AGAIN_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_qwen3(tmp_path_factory.mktemp("base") / "model", tokenizer=False)
-
-
-@pytest.fixture
-def vllm(model):
-    with FakeVllm(str(model)) as server:
-        yield server
 
 
 @pytest.fixture
@@ -49,7 +36,7 @@ def test_samples_outlive_vllm_and_go_to_it_again_when_it_is_back(server, vllm, m
     promises = [client.ask(client.base) for _ in range(64)]
     wait_until(lambda: vllm.num_completions > 8)
     vllm.die()
-    results = [client.result(promise) for promise in promises]
+    results = [client.outcome(promise) for promise in promises]
     assert all(len(result["sequences"][0]["tokens"]) == 20 for result in results)
     assert "this worker leaves" in server.log() and "Traceback" not in server.log()
     before = vllm.num_completions
@@ -58,7 +45,7 @@ def test_samples_outlive_vllm_and_go_to_it_again_when_it_is_back(server, vllm, m
     wait_until(lambda: vllm.num_completions > before and is_trusted(server, times=2))
     assert time.monotonic() - returned < ATTACHED_AGAIN_S
     before = vllm.num_completions
-    assert len(client.result(client.ask(client.base))["sequences"][0]["tokens"]) == 20
+    assert len(client.outcome(client.ask(client.base))["sequences"][0]["tokens"]) == 20
     assert vllm.num_completions == before + 1
 
 
@@ -66,10 +53,10 @@ def test_an_adapter_is_sampled_by_vllm_and_its_prompts_are_scored_here(server, v
     client = Client(server, model)
     sampler = client.save(client.run(), "v1")
     before = vllm.num_completions
-    sequence = client.result(client.ask(sampler, max_tokens=8))["sequences"][0]
+    sequence = client.outcome(client.ask(sampler, max_tokens=8))["sequences"][0]
     assert vllm.num_completions == before + 1 and len(vllm.adapters) == 1
     text = (1, 2, 3, *sequence["tokens"])
-    scored = client.result(client.ask(sampler, text, max_tokens=1, prompt_logprobs=True))["prompt_logprobs"]
+    scored = client.outcome(client.ask(sampler, text, max_tokens=1, prompt_logprobs=True))["prompt_logprobs"]
     assert vllm.num_completions == before + 1
     assert scored[3:] == pytest.approx(sequence["logprobs"], abs=1e-5)
 
@@ -85,7 +72,7 @@ def test_a_vllm_that_computes_something_else_is_refused_with_the_reason(vllm, mo
     with serving(tmp_path / "data", model, external_inference_url=vllm.url) as server:
         wait_until(lambda: reason in server.log())
         client = Client(server, model)
-        assert len(client.result(client.ask(client.base))["sequences"][0]["tokens"]) == 20
+        assert len(client.outcome(client.ask(client.base))["sequences"][0]["tokens"]) == 20
 
 
 async def test_a_worker_whose_vllm_is_gone_says_so_in_one_line(vllm, model, tmp_path, capfd):

@@ -48,9 +48,9 @@ def is_trusted(server, times):
 
 def check(client, sampler, temperature=0.0):
     """What vLLM sampled is, to our own worker, as likely as it says; and the likeliest where it was greedy."""
-    sequence = client.result(client.ask(sampler, PROMPT, 16, temperature))["sequences"][0]
+    sequence = client.outcome(client.ask(sampler, PROMPT, 16, temperature))["sequences"][0]
     scores = {"prompt_logprobs": True, "topk_prompt_logprobs": 1}
-    scored = client.result(client.ask(sampler, PROMPT + sequence["tokens"], 1, **scores))
+    scored = client.outcome(client.ask(sampler, PROMPT + sequence["tokens"], 1, **scores))
     ours = np.array(scored["prompt_logprobs"][len(PROMPT) :])
     difference = np.abs(ours - np.array(sequence["logprobs"])).max()
     assert difference <= TOLERANCE
@@ -85,7 +85,7 @@ def test_twelve_versions_take_turns_on_four_slots(served):
         client.train(run, tokens_of(step))
         samplers.append(client.save(run, f"v{step}"))
     asked = [client.ask(sampler, PROMPT, 16, num_samples=2) for sampler in samplers]
-    assert all(len(client.result(promise)["sequences"]) == 2 for promise in asked)
+    assert all(len(client.outcome(promise)["sequences"]) == 2 for promise in asked)
     assert max(check(client, sampler) for sampler in samplers[::4]) <= TOLERANCE
 
 
@@ -93,7 +93,7 @@ def test_kill_9_in_the_middle_of_64_samples(served):
     server, vllm, client = served
     asked = [client.ask(client.base, PROMPT, 128) for _ in range(64)]
     vllm.kill()
-    results = [client.result(promise) for promise in asked]
+    results = [client.outcome(promise) for promise in asked]
     assert all(len(result["sequences"][0]["tokens"]) == 128 for result in results)
     assert "this worker leaves" in server.log() and "Traceback" not in server.log()
 

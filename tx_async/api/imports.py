@@ -11,13 +11,13 @@ from tx_async import adapter_import
 from tx_async.api import validation
 from tx_async.api.context import Call
 from tx_async.errors import BodyTooLarge, InvalidRequest
-from tx_async.storage.checkpoint_files import METADATA
+from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG, METADATA
 from tx_async.storage.store import Store
 from tx_async.wire import tinker
 
 UPLOAD_BYTES_MAX = 16 * 2**30
 FILES_MAX = 16
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+FILES = (ADAPTER_CONFIG, ADAPTER)
 
 
 async def import_adapter(call: Call) -> tinker.ImportAdapterResponse:

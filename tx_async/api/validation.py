@@ -17,7 +17,7 @@ from tx_async.errors import InvalidRequest
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.wire.operations import HEAD_TOKENS_MAX, Datum, ForwardBackward, Provenance, ProvenanceSpan, Sample
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import AdamParams, AdapterConfig
+from tx_async.wire.worker import CLIP_THRESHOLDS, AdamParams, AdapterConfig
 
 TTL_SECONDS_MIN = 3600
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
@@ -48,15 +48,18 @@ class LossSpec(Struct, frozen=True):
 _POLICY: dict[str, float | None] = {"logprobs": None, "advantages": None}
 _CLIPS = frozenset({"clip_low_threshold", "clip_high_threshold"})
 
+
+def _thresholds(loss: str) -> dict[str, float | None]:
+    return dict(zip(("clip_low_threshold", "clip_high_threshold"), CLIP_THRESHOLDS[loss], strict=True))
+
+
 LOSSES: dict[str, LossSpec] = {
     "cross_entropy": LossSpec({"weights": 1.0}),
     "importance_sampling": LossSpec(_POLICY),
-    "ppo": LossSpec(_POLICY, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, _CLIPS),
-    "cispo": LossSpec(_POLICY, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, _CLIPS),
+    "ppo": LossSpec(_POLICY, _thresholds("ppo"), _CLIPS),
+    "cispo": LossSpec(_POLICY, _thresholds("cispo"), _CLIPS),
     "dro": LossSpec(_POLICY, {"beta": None}),
-    "gspo": LossSpec(
-        _POLICY, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, _CLIPS | {"sequence_ratio_mask"}
-    ),
+    "gspo": LossSpec(_POLICY, _thresholds("gspo"), _CLIPS | {"sequence_ratio_mask"}),
     "stable_reinforce": LossSpec({"advantages": None}, {"kl_coeff": 0.0}, frozenset({"logprobs"})),
 }
 

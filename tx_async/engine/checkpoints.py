@@ -30,15 +30,18 @@ from tx_async.age import encrypted
 from tx_async.engine.adapter_slots import HostWeights, pad, trim
 from tx_async.errors import CorruptedCheckpoint, InvalidRequest
 from tx_async.models.peft import from_peft, to_peft
-from tx_async.storage.checkpoint_files import read_checkpoint_sync, write_checkpoint_sync
+from tx_async.storage.checkpoint_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    OPTIMIZER,
+    read_checkpoint_sync,
+    write_checkpoint_sync,
+)
 from tx_async.storage.keys import check_key
 from tx_async.storage.store import Store
 from tx_async.wire.worker import AdapterConfig
 
 CACHE_BYTES_MAX = 2 * 2**30
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-OPTIMIZER = "optimizer.safetensors"
 GRADIENTS = "gradients.safetensors"
 README = "README.md"
 TIED_NOTE = """# This adapter adapts a tied unembedding

@@ -15,15 +15,13 @@ from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.sampler import TOPK_MAX
 from tx_async.engine.sequences import Sample, Segment
 from tx_async.engine.state_slots import NULL_SLOT
-from tx_async.wire.worker import BASE_SLOT
+from tx_async.wire.worker import BASE_SLOT, INT32_MAX
 
 SCORE_ROWS = 128
 """Prompt positions that one scoring call handles."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows of a decode call."""
 PREFILL_ROWS = (4, 16, 64)
-INT32_MAX = 2**31 - 1
-"""A top_k beyond it is beyond every vocabulary, and so no limit either."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,8 @@ import numpy as np
 
 from tx_async.engine.sampler import TOPK_MAX
 from tx_async.errors import InvalidRequest
+from tx_async.wire.results import EMPTY_LOGPROB
 from tx_async.wire.worker import PromptScores
-
-EMPTY_LOGPROB = -99999.0
-"""With token 0: the sentinel of a cell that holds nothing."""
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tx_async.wire.worker import GREEDY_BELOW
+
 SEGMENTS = 128
 TOPK_MAX = 128
 """Most candidates that are reported per position."""
 KEY_BITS = 30
 """Weights are at most 1.0, whose bits are 0x3f800000."""
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy."""
 
 
 class Choices(NamedTuple):

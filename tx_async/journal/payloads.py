@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tx_async.durable import sync_folder
 from tx_async.errors import ContentLost, StorageError
 from tx_async.journal.transaction import checksum
 from tx_async.private import make_folder, opener
@@ -101,15 +102,6 @@ class Payloads:
         orphans = [entry.name for entry in os.scandir(self._folder) if entry.name not in live]
         self._remove(orphans)
         return len(orphans)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _result(outcome: bytes | BaseException) -> bytes:

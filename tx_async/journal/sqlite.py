@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 import aiosqlite
 
+from tx_async.durable import sync_folder
 from tx_async.errors import ContentLost, StorageError
 from tx_async.journal import migrate
 from tx_async.journal.lease import Fence, FileLock, Files, Holder
-from tx_async.journal.payloads import BODY_INLINE_BYTES_MAX, Payloads, sync_folder
+from tx_async.journal.payloads import BODY_INLINE_BYTES_MAX, Payloads
 from tx_async.journal.transaction import TableChanges, Transaction, checksum, read_result, verify
 from tx_async.private import make_folder, opener
 from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, decode_record

@@ -17,10 +17,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from tx_async.layers.attention import MASKED
 from tx_async.layers.residuals import keep
 
 BLOCK = 64
-MASKED = -1e30
 
 
 class _Row(NamedTuple):
@@ -151,6 +151,15 @@ def _seen(positions_ref: Any, segments_ref: Any, queries: Array, keys: Array) ->
     return same & (positions_ref[_block(queries)][:, None] >= positions_ref[_block(keys)][None, :])
 
 
+def _gradients_of_scores(
+    seen: Array, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, scale: float
+) -> tuple[Array, Array]:
+    """Of a block of queries and one of keys: the weights again, and what the scores' gradients are. [queries, keys]"""
+    scores = jnp.where(seen, plgpu.dot(q, k.T) * scale, MASKED)
+    weights = jnp.exp(scores - lse[:, None])
+    return weights, weights * (plgpu.dot(dout, v.T) - delta[:, None]) * scale
+
+
 def _forward_kernel(
     q_ref: Any,
     k_ref: Any,
@@ -202,9 +211,8 @@ def _dq_kernel(
     def add(step: Array, dq: Array) -> Array:
         j = i - step
         k, v = k_ref[_block(j), :], v_ref[_block(j), :]
-        scores = jnp.where(_seen(positions_ref, segments_ref, i, j), plgpu.dot(q, k.T) * scale, MASKED)
-        weights = jnp.exp(scores - lse[:, None])
-        dscores = weights * (plgpu.dot(dout, v.T) - delta[:, None]) * scale
+        seen = _seen(positions_ref, segments_ref, i, j)
+        _, dscores = _gradients_of_scores(seen, q, k, v, dout, lse, delta, scale)
         return dq + plgpu.dot(dscores.astype(k.dtype), k)
 
     dq = jax.lax.fori_loop(0, i - first_ref[0] + 1, add, jnp.zeros(q.shape, jnp.float32))
@@ -233,9 +241,8 @@ def _dkv_kernel(
         dk, dv = so_far
         q, dout = q_ref[_block(i), :], dout_ref[_block(i), :]
         lse, delta = lse_ref[_block(i)], delta_ref[_block(i)]
-        scores = jnp.where(_seen(positions_ref, segments_ref, i, j), plgpu.dot(q, k.T) * scale, MASKED)
-        weights = jnp.exp(scores - lse[:, None])
-        dscores = weights * (plgpu.dot(dout, v.T) - delta[:, None]) * scale
+        seen = _seen(positions_ref, segments_ref, i, j)
+        weights, dscores = _gradients_of_scores(seen, q, k, v, dout, lse, delta, scale)
         dk = dk + plgpu.dot(dscores.astype(q.dtype).T, q)
         return dk, dv + plgpu.dot(weights.astype(dout.dtype).T, dout)
 

@@ -24,9 +24,8 @@ from tx_async.models.decoder import Decoder
 from tx_async.models.load import from_config, read_config
 from tx_async.models.peft import from_peft, to_peft
 from tx_async.names import is_hub_name
+from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 from tx_async.wire.worker import AdapterConfig
-
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def convert(

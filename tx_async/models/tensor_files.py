@@ -72,7 +72,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 def open_file(path: Path) -> Iterator[StoredTensor]:
     """Every tensor of one file. Raises `BaseModelError` where it is not whole."""
-    header, start = _read_header(path)
+    header, start = read_header(path)
     end = start
     for name, entry in header.items():
         if entry.dtype not in DTYPES:
@@ -87,14 +87,29 @@ def open_file(path: Path) -> Iterator[StoredTensor]:
         raise BaseModelError(f"{path} is truncated: {path.stat().st_size} bytes, its header announces {end}.")
 
 
-class _Entry(Struct):
+class Entry(Struct):
+    """What a header says of a tensor."""
+
     dtype: str
     shape: tuple[Annotated[int, Meta(ge=0)], ...]
     data_offsets: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
 
 
-def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
-    """-> (tensors by name, where their bytes begin)."""
+def read_header(path: Path) -> tuple[dict[str, Entry], int]:
+    """-> (tensors by name, where their bytes begin). Raises `BaseModelError`."""
+    try:
+        content = _header_of(path)
+    except OSError as error:
+        raise BaseModelError(f"{path} cannot be read: {error}") from error
+    try:
+        header: dict[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
+        header.pop("__metadata__", None)
+        return msgspec.convert(header, dict[str, Entry]), 8 + len(content)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError) as error:
+        raise BaseModelError(f"{path} is no safetensors file: {error}") from error
+
+
+def _header_of(path: Path) -> bytes:
     with path.open("rb") as file:
         head = file.read(64)
         model_folder.check_no_pointer(path, head)
@@ -102,10 +117,4 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
         if len(head) < 8 or size > path.stat().st_size - 8:
             raise BaseModelError(f"{path} is truncated or no safetensors file.")
         file.seek(8)
-        content = file.read(size)
-    try:
-        header: dict[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
-        header.pop("__metadata__", None)
-        return msgspec.convert(header, dict[str, _Entry]), 8 + size
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError) as error:
-        raise BaseModelError(f"{path} is no safetensors file: {error}") from error
+        return file.read(size)

@@ -66,20 +66,22 @@ class Acceptance:
         assert isinstance(operation, ForwardBackward)
         try:
             needed = self.submissions.recordings_of(operation)
-            found = {sequence_id: await self._recording(sequence_id) for sequence_id in needed}
+            bodies = await asyncio.gather(*map(self._recording, needed))
+            found = dict(zip(needed, bodies, strict=True))
             complete = await asyncio.to_thread(_complete, submission, operation, found)
         except InvalidRequest as error:
             return submission.rejected(error.message)
         self.performer.handle(RecordingsUsed(tuple(needed)))
         return complete
 
-    async def _recording(self, sequence_id: str) -> recordings.Recording:
+    async def _recording(self, sequence_id: str) -> bytes:
         try:
-            return recordings.decode(await self.journal.read_body(recording_key(sequence_id)))
+            return await self.journal.read_body(recording_key(sequence_id))
         except ContentLost as error:
             raise InvalidRequest(f"The record of the sequence {sequence_id} is lost: {error}") from error
 
 
-def _complete(submission: Submission, operation: ForwardBackward, found: dict[str, recordings.Recording]) -> Submission:
+def _complete(submission: Submission, operation: ForwardBackward, bodies: dict[str, bytes]) -> Submission:
     """Megabytes: on a thread."""
+    found = {sequence_id: recordings.decode(body) for sequence_id, body in bodies.items()}
     return submission.with_operation(recordings.with_heads(operation, found))

@@ -27,6 +27,10 @@ from tx_async.errors import CorruptedCheckpoint, InvalidRequest, NotFound, Stora
 from tx_async.storage.store import Entry, Store
 
 METADATA = "metadata.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""An adapter's files, as PEFT calls them."""
+OPTIMIZER = "optimizer.safetensors"
+"""Its optimizer's moments."""
 FORMAT = 1
 
 

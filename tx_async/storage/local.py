@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tx_async.durable import sync_folder
 from tx_async.private import FILE_MODE, FOLDER_MODE, make_folder, opener
 
 INCOMING = ".incoming"
@@ -58,15 +59,6 @@ def sync_file(path: Path) -> None:
         os.fchmod(file.fileno(), FILE_MODE)
         os.fsync(file.fileno())
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, data: bytes | Path) -> None:

@@ -20,6 +20,7 @@ import obstore
 from msgspec import Struct
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from tx_async.durable import sync_folder
 from tx_async.errors import ConfigError, NotFound, StorageError
 from tx_async.private import make_folder
 from tx_async.storage import local
@@ -267,7 +268,7 @@ def _errors(store: Store, verb: str, what: str) -> Iterator[None]:
 def _sync_if_there(folder: Path) -> None:
     """The last deletion in a folder removes the folder."""
     if os.path.isdir(folder):
-        local.sync_folder(folder)
+        sync_folder(folder)
 
 
 def _first_line(error: Exception) -> str:

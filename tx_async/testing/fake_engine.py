@@ -51,6 +51,7 @@ from tx_async.testing.fake_model import (
     row_loss,
     weights_of,
 )
+from tx_async.wire.results import EMPTY_LOGPROB
 from tx_async.wire.worker import (
     BASE_SLOT,
     TRAIN_TENSORS,
@@ -83,7 +84,6 @@ FAULTS_VARIABLE = "FAKE_ENGINE"
 ADAPTER_FILE = "fake_adapter.npz"
 ROW_LENGTHS = (32, 128, 1024)
 MICRO_BATCH_TOKENS = 1024
-NOT_SCORED = -99999.0
 
 
 class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -425,7 +425,7 @@ class FakeEngine:
             found["prompt_logprobs"] = logprobs
         if scores.topk:
             ids = np.zeros((len(prompt), scores.topk), np.int32)
-            values = np.full((len(prompt), scores.topk), NOT_SCORED, np.float32)
+            values = np.full((len(prompt), scores.topk), EMPTY_LOGPROB, np.float32)
             ids[first:], values[first:] = self._topk(w, prompt[first - 1 : -1], scores.topk)
             found |= {"prompt_topk_token_ids": ids, "prompt_topk_logprobs": values}
         if targets is not None:

@@ -323,6 +323,11 @@ TRAIN_TENSORS = (
 LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
 
 
+CLIP_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
+"""What is taken where a request has none: `schemas/tinker.md`, "Losses". (clip_low_threshold, clip_high_threshold), as
+bounds of the ratio itself."""
+
+
 class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
     """Apply the gradients accumulated in a slot since its last optim_step, then clear them. Result: `Stepped`.
 
@@ -369,6 +374,12 @@ class PromptScores(Struct, frozen=True, kw_only=True):
     """Index in the command's tensors of an int32 [P-1, K] array of candidate tokens (-1 = none; cells of -1 give
     0.0)."""
     alt_tokens_k: int = 0
+
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy."""
+INT32_MAX = 2**31 - 1
+"""What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
 
 
 class SequenceSpec(Struct, frozen=True, kw_only=True):

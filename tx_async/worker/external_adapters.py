@@ -17,11 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tx_async.errors import ConfigError, CorruptedCheckpoint
-from tx_async.storage.checkpoint_files import read_checkpoint_sync
+from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG, read_checkpoint_sync
 from tx_async.storage.store import Store
 
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "tx-"
 TEXT_LAYERS, LAYERS_BESIDE_VISION = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
 

@@ -19,11 +19,10 @@ from safetensors.numpy import save as save_safetensors
 
 from tx_async import hub
 from tx_async.errors import ConfigError
-from tx_async.storage.checkpoint_files import write_checkpoint_sync
+from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG, write_checkpoint_sync
 from tx_async.storage.store import Store
 from tx_async.wire.worker import BASE_SLOT, LORA_ALPHA, AdapterConfig, SequenceSpec, TrialSequence
 from tx_async.worker.dialect import Dialect, Prompt
-from tx_async.worker.external_adapters import ADAPTER, ADAPTER_CONFIG
 
 FOLDER = "external-trials"
 TOLERANCE = 1e-4

@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from tx_async.wire.worker import SamplingLimits, SequenceSpec
+from tx_async.wire.results import EMPTY_LOGPROB
+from tx_async.wire.worker import GREEDY_BELOW, SamplingLimits, SequenceSpec
 from tx_async.worker.dialect import Completion, Prompt, Rejected, Served, Unreachable
 
 TESTED_VERSION = "0.32"
-GREEDY_BELOW = 1e-5
 TEMPERATURE_MIN = 0.01
 """vLLM raises smaller ones to this without a word."""
 TEMPERATURE_MAX = 2.0
@@ -32,7 +32,6 @@ ANSWER_S = 20.0
 """For everything but loads and samples, which take as long as they take: the watch notices when nothing moves."""
 MESSAGE_CHARACTERS_MAX = 300
 COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
-NOT_SCORED = -99999.0
 
 
 # One line for every request would be all that a worker's log shows.
@@ -225,7 +224,7 @@ def _topk(positions: Sequence[dict[str, float]], k: int) -> tuple[np.ndarray, np
     if not k:
         return None, None
     ids = np.zeros((len(positions), k), np.int32)
-    values = np.full((len(positions), k), NOT_SCORED, np.float32)
+    values = np.full((len(positions), k), EMPTY_LOGPROB, np.float32)
     for row, candidates in enumerate(positions):
         best = sorted((-logprob, int(token.removeprefix("token_id:"))) for token, logprob in candidates.items())[:k]
         ids[row, : len(best)] = [token for _, token in best]

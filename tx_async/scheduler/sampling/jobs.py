@@ -16,10 +16,8 @@ from tx_async.wire.operations import Sample
 from tx_async.wire.records import RequestRecord
 from tx_async.wire.results import PromptAltTokens, SampledSequence, SampleResult, TopkLogprobs
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import FinishedSequence, PromptScores, SequenceSpec
+from tx_async.wire.worker import INT32_MAX, FinishedSequence, PromptScores, SequenceSpec
 
-INT32_MAX = 2**31 - 1
-"""What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
 BASE_NAMESPACE = "base"
 """Prefix-cache namespace of the base model without an adapter."""
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from tx_async.scheduler.core.fairness import Flow
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.sampling.jobs import SampleJob
+from tx_async.wire.worker import GREEDY_BELOW
 
-GREEDY_BELOW = 1e-5
 SPREAD = 4
 """A version stays with the engine that has it while that one is ahead of the least busy by at most one in so many of
 its places."""

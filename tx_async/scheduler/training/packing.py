@@ -14,10 +14,7 @@ from msgspec import Struct
 
 from tx_async.scheduler.training.placement import Placement, round_up
 from tx_async.wire.operations import Datum, ForwardBackward, SamplerHeads
-from tx_async.wire.worker import LOSS_FNS, EngineInfo
-
-DEFAULT_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
-"""`schemas/tinker.md`, "Losses": clip_low_threshold, clip_high_threshold, as bounds of the ratio itself."""
+from tx_async.wire.worker import CLIP_THRESHOLDS, LOSS_FNS, EngineInfo
 
 
 class Segment(Struct, frozen=True, array_like=True):
@@ -101,7 +98,7 @@ def _fill_segment(at: dict[str, np.ndarray], operation: ForwardBackward, datum: 
     at["weights"][:, : targets.shape[1]] = weights
     if datum.heads:
         _fill_heads(at, datum.heads)
-    low, high = DEFAULT_THRESHOLDS.get(operation.loss_fn, (0.0, 0.0))
+    low, high = CLIP_THRESHOLDS.get(operation.loss_fn, (0.0, 0.0))
     defaults = {
         "clip_low_threshold": config.get("clip_low_threshold", low),
         "clip_high_threshold": config.get("clip_high_threshold", high),
