@@ -1,48 +1,78 @@
-"""The actor: a bounded mailbox and one consumer task.
+"""What an actor is in this project: the one owner of some live state, for as long as the server runs.
 
-A subclass implements `handle_batch`, which gets everything that arrived since it last looked, so that one decision,
-one write and one fsync can serve many messages. A full mailbox makes `post` raise `Overloaded`; nothing grows without
-a limit.
+- Nobody else writes its state. Others call its plain methods on the event loop's thread. These never await, so no
+  decision is ever seen half made: they tell it a fact (`Scheduler.tell`, `Performer.handle`) or leave work in its inbox
+  (`Journal.append`, `Outbox.post`).
+- `run` is its one task, started and cancelled by `running`. It raises when an invariant is broken or the actor can
+  never go on; that ends every other actor, and with them the process. The journal brings the process back.
+
+| actor | owns | what arrives | what its task does |
+| --- | --- | --- | --- |
+| `scheduler` | the live state of requests, models, sessions and workers | facts of workers, calls of the API | ticks |
+| `performer` | instructions that are being carried out | facts, handled one at a time | runs the outbox |
+| `outbox` | what is decided and not yet durable | `Append`, `Finish` and `DeleteFiles` | commits them in order |
+| `journal` | commits that are not durable | changes | fails when the lease is lost |
+| `router` | workers' connections and their open commands | frames from sockets | watches leases |
+| `supervisor` | local worker processes | their exits | starts them again |
+| `identity` | which storage and base model belong to the journal | what workers have loaded | waits for the storage |
+
+Five of them are started by `app.py`. The scheduler starts the performer, and the performer starts the outbox.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Protocol, TypeVar
 
-from tx_async.errors import Overloaded
+import anyio
+from anyio.abc import TaskGroup
 
 Message = TypeVar("Message")
 
 
-class Mailbox(Generic[Message]):
-    """A bounded queue whose consumer takes everything at once."""
+class Actor(Protocol):
+    name: str
+    """As tasks, metrics and log lines call it."""
 
-    def __init__(self, messages_max: int):
-        self.messages_max = messages_max
-        #: waiting messages, oldest first
-        self._messages: deque[Message] = deque()
-        self._arrived = asyncio.Event()
+    async def run(self) -> None:
+        """Until cancelled. Raises what it cannot go on after."""
+        ...
 
-    def __len__(self) -> int:
-        return len(self._messages)
+
+class Inbox(deque[Message]):
+    """What waits for its one consumer, oldest first. Its owner bounds it: by refusing new work, or because every
+    message follows from work that was accepted within bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = asyncio.Event()
+        self._is_closed = False
 
     def post(self, message: Message) -> None:
-        """Deliver now, from the event loop's own thread."""
-        if len(self._messages) >= self.messages_max:
-            raise Overloaded()
-        self._messages.append(message)
-        self._arrived.set()
+        self.append(message)
+        self._changed.set()
 
-    async def take(self, batch_max: int | None = None) -> list[Message]:
-        """Wait for at least one message and take all of them (at most `batch_max`)."""
-        while not self._messages:
-            self._arrived.clear()
-            await self._arrived.wait()
-        if batch_max is None or len(self._messages) <= batch_max:
-            batch = list(self._messages)
-            self._messages.clear()
-        else:
-            batch = [self._messages.popleft() for _ in range(batch_max)]
-        return batch
+    def close(self) -> None:
+        """Nothing more will be posted."""
+        self._is_closed = True
+        self._changed.set()
+
+    async def wait(self) -> bool:
+        """Until something is there: true. False once it is empty and closed."""
+        while not self and not self._is_closed:
+            self._changed.clear()
+            await self._changed.wait()
+        return bool(self)
+
+
+@asynccontextmanager
+async def running(*actors: Actor) -> AsyncIterator[TaskGroup]:
+    """All of them run while the context is open. When one fails, the others are cancelled and the context raises."""
+    async with anyio.create_task_group() as group:
+        for actor in actors:
+            group.start_soon(actor.run, name=actor.name)
+        yield group
+        group.cancel_scope.cancel()

@@ -26,6 +26,7 @@ from starlette.routing import Route
 
 from tx_async import base_model as base_models
 from tx_async import config as configuration
+from tx_async.actor import running as actors_running
 from tx_async.api.audit import follow_keys
 from tx_async.api.errors import error_response
 from tx_async.api.gate import Gate, GateMiddleware
@@ -56,7 +57,7 @@ WORKERS_STOP_S = 2.0
 _log = logging.getLogger(__name__)
 
 
-class Actor(Protocol):
+class Observed(Protocol):
     def statistics(self) -> Struct:
         """Of `Counter` and `Gauge` fields."""
         ...
@@ -70,11 +71,11 @@ class Server:
         self._engine = engine
         self.scheduler: Scheduler | None = None
         self.identity: Identity | None = None
-        #: by name; `running` has made them
-        self._actors: dict[str, Actor] = {}
+        #: the actors that count what they do, by name; `running` has made them
+        self._observed: dict[str, Observed] = {}
 
     def statistics(self) -> dict[str, Struct]:
-        return {name: actor.statistics() for name, actor in self._actors.items()}
+        return {name: actor.statistics() for name, actor in self._observed.items()}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Scheduler]:
@@ -119,16 +120,13 @@ class Server:
                 worker_status=supervisor.waiting_for,
                 storage_status=identity.waiting_for,
             )
-            self._actors = {"scheduler": scheduler, "journal": journal, "router": router, "supervisor": supervisor}
-            async with anyio.create_task_group() as actors:
-                for actor in (scheduler.run, router.run, supervisor.run, journal.supervise, identity.run):
-                    actors.start_soon(actor, name=actor.__qualname__)
-                actors.start_soon(sweep_for_ever, store, lambda: scheduler.models)
+            self._observed = {actor.name: actor for actor in (scheduler, journal, router, supervisor)}
+            async with actors_running(scheduler, router, supervisor, journal, identity) as group:
+                group.start_soon(sweep_for_ever, store, lambda: scheduler.models)
                 yield scheduler
                 deadline = time.monotonic() + config.shutdown_ms / 1000
                 await scheduler.stop(config.shutdown_ms / 1000 - WORKERS_STOP_S)
                 await supervisor.stop(max(WORKERS_STOP_S, deadline - time.monotonic()))
-                actors.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
                 await router.stop()

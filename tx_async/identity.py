@@ -70,6 +70,8 @@ class Identity:
     """The journal's identity while a server runs. It changes with `settle`, `run` and `base_loaded`, and each change is
     committed."""
 
+    name = "identity"
+
     def __init__(self, config: ServerConfig, base: BaseModelInfo, journal: Journal, records: Sequence[Record]):
         """Raises `ConfigError` for a storage that cannot be."""
         self._adopt = config.adopt

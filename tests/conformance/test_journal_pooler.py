@@ -64,7 +64,7 @@ async def test_server_whose_lock_was_lost_stops_at_its_next_commit(postgres_url:
     await old.commit(put("before"))
     await first._writer.execute("SELECT pg_advisory_unlock_all()")  # type: ignore[union-attr]
     new = await opened(PostgresDriver(postgres_url))
-    stopped = asyncio.create_task(old.supervise())
+    stopped = asyncio.create_task(old.run())
     with pytest.raises(LeaseHeld, match="in use by process"):
         await old.commit(put("too late"))
     assert isinstance(await raised_by(stopped), LeaseHeld)
@@ -79,7 +79,7 @@ async def test_idle_server_whose_lock_was_lost_stops_within_seconds(postgres_url
     old = await opened(first)
     await first._writer.execute("SELECT pg_advisory_unlock_all()")  # type: ignore[union-attr]
     new = await opened(PostgresDriver(postgres_url))
-    assert isinstance(await raised_by(asyncio.create_task(old.supervise())), LeaseHeld)
+    assert isinstance(await raised_by(asyncio.create_task(old.run())), LeaseHeld)
     await old.close()
     await new.close()
 
@@ -199,7 +199,7 @@ async def test_second_server_behind_a_pooler_is_refused_while_the_first_lives(
 ):
     monkeypatch.setattr(postgres, "LEASE_ROW_S", 3.0)
     first = await opened(PostgresDriver(pooled_url, renew_s=0.2))
-    supervised = asyncio.create_task(first.supervise())
+    supervised = asyncio.create_task(first.run())
     with pytest.raises(LeaseHeld, match="in use by process"):
         await PostgresDriver(pooled_url, renew_s=0.2).open()
     await first.commit(put("still"))

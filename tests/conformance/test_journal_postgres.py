@@ -120,7 +120,7 @@ async def test_server_that_was_replaced_stops(postgres_url: str, monkeypatch: py
     journal = Journal(first)
     await journal.open()
     await journal.commit(put("first"))
-    supervisor = asyncio.create_task(journal.supervise())
+    supervisor = asyncio.create_task(journal.run())
     with monkeypatch.context() as patch:
         patch.setattr(first, "_reconnect_in_background", lambda: None)  # the network is still cut for the first one
         await end_sessions(postgres_url)
@@ -141,7 +141,7 @@ async def test_server_whose_lease_is_taken_learns_of_it_without_writing(postgres
     """A second server waits for the lock and gets it the moment the first one's session is cut."""
     first = Journal(PostgresDriver(postgres_url))
     await first.open()
-    supervisor = asyncio.create_task(first.supervise())
+    supervisor = asyncio.create_task(first.run())
     second = PostgresDriver(postgres_url, lease_wait_s=1.0)
     waiting = asyncio.create_task(second.open())
     await asyncio.sleep(0.1)

@@ -190,7 +190,7 @@ async def test_lost_lease_ends_the_supervisor_and_refuses_everything(driver: Mem
     """Another server has taken over after a long partition. This one must stop, and must not write on the way out."""
     journal = Journal(driver)
     await journal.open()
-    supervisor = asyncio.create_task(journal.supervise())
+    supervisor = asyncio.create_task(journal.run())
     await journal.commit(put("mine"))
     assert not supervisor.done()
     driver.steal(Holder(instance="x", host="elsewhere", pid=7, since=0.0))
@@ -208,7 +208,7 @@ async def test_lost_lease_ends_the_supervisor_and_refuses_everything(driver: Mem
 async def test_supervisor_ends_quietly_with_close(driver: MemoryJournal):
     journal = Journal(driver)
     await journal.open()
-    supervisor = asyncio.create_task(journal.supervise())
+    supervisor = asyncio.create_task(journal.run())
     await journal.commit(put("a"))
     await journal.close()
     await supervisor

@@ -392,7 +392,7 @@ async def test_file_that_is_taken_away_is_noticed_within_seconds(path: Path, wha
     journal = Journal(driver)
     await journal.open()
     await journal.commit([Put(session("a"))])
-    stopped = asyncio.create_task(journal.supervise())
+    stopped = asyncio.create_task(journal.run())
     taken = path.with_name(path.name + "-wal") if what == "log deleted" else path
     if what == "replaced":
         shutil.copy(path, path.with_name("copy"))
@@ -410,7 +410,7 @@ async def test_looks_at_a_busy_journal_raise_no_alarm(path: Path):
     driver = SqliteDriver(path, look_s=0.001)
     journal = Journal(driver)
     await journal.open()
-    supervised = asyncio.create_task(journal.supervise())
+    supervised = asyncio.create_task(journal.run())
     for i in range(100):
         await journal.commit([Put(session(f"s{i}"))])
     assert not supervised.done()

@@ -373,7 +373,7 @@ async def test_a_journal_that_another_server_has_taken_over_ends_this_one():
     with pytest.raises(BaseExceptionGroup) as failure:
         async with anyio.create_task_group() as group:
             group.start_soon(server.scheduler.run)
-            group.start_soon(server.journal.supervise)
+            group.start_soon(server.journal.run)
             await with_model(server)
             server.driver.steal(Holder.this_process())
             await anyio.sleep(5)

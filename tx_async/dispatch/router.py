@@ -63,6 +63,8 @@ GROUPS_MAX = 256
 class Router:
     """See the module. `start`, then `run` in a task of the server's group, then `stop`."""
 
+    name = "router"
+
     def __init__(
         self,
         config: ServerConfig,

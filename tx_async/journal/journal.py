@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 from msgspec import Struct
 
+from tx_async.actor import Inbox
 from tx_async.errors import JournalUnusable, LeaseHeld, Overloaded, StorageError
 from tx_async.metrics import Counter, Gauge
 from tx_async.wire.records import Change, Put, Record, ResultRecord
@@ -100,6 +100,8 @@ class _Commit(Struct, frozen=True, eq=False):
 class Journal:
     """The mutable state is the queue of commits that are not durable yet, in the order in which they were appended."""
 
+    name = "journal"
+
     def __init__(
         self,
         driver: Driver,
@@ -115,8 +117,7 @@ class Journal:
         self._waiting_bytes_max = waiting_bytes_max
         self._waiting_changes_max = waiting_changes_max
         #: appended and not yet taken into a transaction, oldest first
-        self._queue: deque[_Commit] = deque()
-        self._arrived = asyncio.Event()
+        self._queue: Inbox[_Commit] = Inbox()
         self._writer: asyncio.Task[None] | None = None
         #: set once: why nothing can be committed any more
         self._closed_because: Exception | None = StorageError("The journal is not open.")
@@ -162,10 +163,8 @@ class Journal:
         self._writer = asyncio.create_task(self._write_for_ever(), name="journal")
         return records
 
-    async def supervise(self) -> None:
-        """Runs until `close`; raises when the journal can never commit again (`LeaseHeld`), so that the server
-        stops.
-        """
+    async def run(self) -> None:
+        """Until `close`. Raises `LeaseHeld` when the journal can never commit again."""
         assert self._writer is not None, "open the journal first"
         lost = asyncio.create_task(self._driver.lost())
         try:
@@ -195,10 +194,9 @@ class Journal:
             raise Overloaded(
                 "The journal's queue is full: the disk is slower than the requests. Try again in a moment."
             )
-        self._queue.append(commit)
+        self._queue.post(commit)
         self._waiting_changes += len(commit.changes)
         self._waiting_bytes += commit.num_bytes
-        self._arrived.set()
         return durable
 
     async def commit(self, changes: Sequence[Change], *, may_refuse: bool = True) -> None:
@@ -222,19 +220,14 @@ class Journal:
         if self._closed_because is None:
             self._closed_because = StorageError("The journal is closed.")
         if self._writer is not None:
-            self._arrived.set()
+            self._queue.close()
             await asyncio.gather(self._writer, return_exceptions=True)
         await self._driver.close()
 
     # ---- the one consumer
 
     async def _write_for_ever(self) -> None:
-        while True:
-            while not self._queue:
-                if self._closed_because is not None:
-                    return
-                self._arrived.clear()
-                await self._arrived.wait()
+        while await self._queue.wait():
             batch = self._take()
             try:
                 await self._write(batch)

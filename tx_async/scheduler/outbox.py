@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 
 from msgspec import Struct
 
+from tx_async.actor import Inbox
 from tx_async.errors import StorageError
 from tx_async.journal.journal import Journal
 from tx_async.scheduler.core.instructions import Append, DeleteFiles, Finish
@@ -35,20 +35,20 @@ class _Entry(Struct, eq=False):
 
 
 class Outbox:
+    name = "outbox"
+
     def __init__(self, journal: Journal, show: Callable[[Item], None]):
         """`show` is called when an item, and everything before it, is durable."""
         self.journal = journal
         self.show = show
         #: decided, not visible yet; oldest first
-        self._entries: deque[_Entry] = deque()
-        self._arrived = asyncio.Event()
+        self._entries: Inbox[_Entry] = Inbox()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def post(self, item: Item) -> None:
-        self._entries.append(_Entry(item))
-        self._arrived.set()
+        self._entries.post(_Entry(item))
 
     async def flush(self) -> None:
         """Wait until everything that was posted so far is visible."""
@@ -58,10 +58,7 @@ class Outbox:
             await asyncio.shield(newest.visible)  # others may wait for the same
 
     async def run(self) -> None:
-        while True:
-            while not self._entries:
-                self._arrived.clear()
-                await self._arrived.wait()
+        while await self._entries.wait():
             batch = self._next_batch()
             changes = [change for entry in batch for change in changes_of(entry.item)]
             await self._commit_surely(changes, batch[0].item.cause)

@@ -53,6 +53,8 @@ ListBelow = Callable[[str], Awaitable[Sequence[str]]]
 class Performer:
     """Everything that the state does to the world goes through here, and everything that it hears of."""
 
+    name = "performer"
+
     def __init__(
         self,
         state: SchedulerState,

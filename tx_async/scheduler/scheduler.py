@@ -17,6 +17,7 @@ from typing import Any
 
 import anyio
 
+from tx_async.actor import running
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.errors import NotFound, NotReady, ResultGone
@@ -59,6 +60,8 @@ _log = logging.getLogger(__name__)
 
 class Scheduler:
     """Implements `interface.SchedulerApi`."""
+
+    name = "scheduler"
 
     def __init__(
         self,
@@ -111,9 +114,8 @@ class Scheduler:
     async def run(self) -> None:
         """Recover, then serve until cancelled. A broken invariant ends it, and with it the process."""
         self._recover()
-        async with anyio.create_task_group() as group:
-            group.start_soon(self.performer.run)
-            group.start_soon(self._tick_for_ever)
+        async with running(self.performer):
+            await self._tick_for_ever()
 
     def _recover(self) -> None:
         for request in self.catalog.requests.values():

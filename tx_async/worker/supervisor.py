@@ -219,6 +219,8 @@ class SupervisorStatistics(Struct, frozen=True):
 class Supervisor:
     """The server's own worker processes. Worker i is process i mod `num_processes` of group w⌊i / num_processes⌋."""
 
+    name = "supervisor"
+
     def __init__(self, config: ServerConfig, router: Router, *, engine: str = DEFAULT_ENGINE):
         """`router` must have been started: the processes get its address."""
         self._router = router
