@@ -148,9 +148,9 @@ def pgbouncer(folder: Path, sockets: Path, mode: str = "transaction") -> Iterato
     for path in (folder, *folder.parents[:2], settings):
         with contextlib.suppress(PermissionError):
             os.chmod(path, 0o755)
-    as_owner = {"user": owner} if os.geteuid() == 0 and pwd.getpwuid(os.geteuid()).pw_name != owner else {}
+    user = owner if os.geteuid() == 0 and pwd.getpwuid(os.geteuid()).pw_name != owner else None
     with (folder / "pgbouncer.log").open("wb") as log:
-        process = subprocess.Popen([str(PGBOUNCER), str(settings)], stdout=log, stderr=log, cwd="/", **as_owner)
+        process = subprocess.Popen([str(PGBOUNCER), str(settings)], stdout=log, stderr=log, cwd="/", user=user)
     try:
         yield port
     finally:
