@@ -15,7 +15,15 @@ from msgspec import Struct
 
 from tx_async.errors import InvalidRequest
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.wire.operations import HEAD_TOKENS_MAX, Datum, ForwardBackward, Provenance, ProvenanceSpan, Sample
+from tx_async.wire.operations import (
+    HEAD_TOKENS_MAX,
+    LOGIT_BIAS_MAX,
+    Datum,
+    ForwardBackward,
+    Provenance,
+    ProvenanceSpan,
+    Sample,
+)
 from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import CLIP_THRESHOLDS, AdamParams, AdapterConfig
 
@@ -378,6 +386,31 @@ def _check_sampling_params(operation: Sample, model: BaseModelInfo) -> None:
         raise InvalidRequest(f"top_p is {operation.top_p}; it must lie in (0, 1].")
     if operation.top_k != -1 and operation.top_k < 1:
         raise InvalidRequest(f"top_k is {operation.top_k}; it must be at least 1, or -1 for no limit.")
+    if not 0 <= operation.min_p <= 1:
+        raise InvalidRequest(f"min_p is {operation.min_p}; it must lie in [0, 1].")
+    _check_shaping(operation, model)
+
+
+def _check_shaping(operation: Sample, model: BaseModelInfo) -> None:
+    """What changes the logits that are drawn from."""
+    for field in ("presence_penalty", "frequency_penalty"):
+        if not -2 <= (value := getattr(operation, field)) <= 2:
+            raise InvalidRequest(f"{field} is {value}; it must lie in [-2, 2].")
+    if not (math.isfinite(operation.repetition_penalty) and operation.repetition_penalty > 0):
+        raise InvalidRequest(f"repetition_penalty is {operation.repetition_penalty}; it must be finite and above 0.")
+    _check_range("min_tokens", operation.min_tokens, 0, operation.max_tokens or model.max_context_length)
+    biased = [token for token, _ in operation.logit_bias]
+    if len(biased) > LOGIT_BIAS_MAX or len(set(biased)) < len(biased):
+        raise InvalidRequest(f"logit_bias has {len(biased)} entries; it takes {LOGIT_BIAS_MAX}, each token once.")
+    for token, bias in operation.logit_bias:
+        if not 0 <= token < model.vocab_size:
+            raise InvalidRequest(
+                f"logit_bias has the token {token}; the vocabulary of {model.name} is 0 to {model.vocab_size - 1}."
+            )
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(f"logit_bias of token {token} is {bias}; it must lie in [-100, 100].")
+    if operation.record_stability_info and (operation.min_p or operation.shapes_logits):
+        raise InvalidRequest("record_stability_info goes with no min_p, penalties, logit_bias or min_tokens.")
 
 
 def _check_stops(operation: Sample, model: BaseModelInfo) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
-from tx_async.wire.operations import Encoded, Operation
+from tx_async.wire.operations import Encoded, Operation, Sample
 from tx_async.wire.records import (
     AuditRecord,
     CheckpointRecord,
@@ -17,6 +17,7 @@ from tx_async.wire.records import (
     SamplerRecord,
     SessionRecord,
 )
+from tx_async.wire.results import TopkLogprobs
 
 QueueState = Literal["active", "paused_capacity", "paused_rate_limit"]
 
@@ -26,6 +27,25 @@ class StillPending(Struct, frozen=True):
 
     queue_state: QueueState = "active"
     queue_state_reason: str | None = None
+
+
+class LivePiece(Struct, frozen=True, kw_only=True):
+    """What one quantum brought for one sample of a live request."""
+
+    index: int
+    """Which of the samples."""
+    tokens: bytes
+    """int32 [T]; may be empty on a sample's last piece. Of a stop string, the token that completes it is there."""
+    logprobs: bytes
+    """float32 [T], of the model itself: before temperature, penalties and filters."""
+    topk: TopkLogprobs | None = None
+    """Of length T, where `topk_sample_logprobs` asks for it."""
+    stop_reason: Literal["stop", "length"] | None = None
+    """Set on a sample's last piece."""
+    cached_tokens: int = 0
+    """Of the prompt, from the prefix cache; on a sample's last piece."""
+    prompt: dict[str, Any] = {}
+    """Fields of `SampleResult` that concern the prompt, where they were asked for; on the last piece of sample 0."""
 
 
 class BaseModelInfo(Struct, frozen=True, kw_only=True):
@@ -120,6 +140,18 @@ class SchedulerApi(Protocol):
 
     async def cancel(self, owner: str, request_id: str) -> None:
         """Samples only; training is never cancelled. Unknown ids are fine."""
+        ...
+
+    def sample_live(
+        self, owner: str, operation: Sample, model_path: str | None = None
+    ) -> AsyncGenerator[LivePiece, None]:
+        """Sample for somebody who waits, piece by piece as quanta end; use it within `contextlib.aclosing`.
+
+        `model_path` is a checkpoint of any kind, None the base model. Nothing of it is journaled: a crash ends it.
+        Closing the generator ends what still runs within a quantum. Raises before the first piece: `UnknownCheckpoint`
+        (an unknown or foreign one), `OtherBase`, `InvalidRequest`, `Overloaded`, `NotReady`; later a `TxError` whose
+        message says to try again.
+        """
         ...
 
     async def update_checkpoint(self, owner: str, checkpoint: CheckpointRecord) -> None:

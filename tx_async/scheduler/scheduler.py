@@ -11,7 +11,7 @@ Order of things on disk, and what a crash leaves:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -30,7 +30,7 @@ from tx_async.scheduler.core.facts import EventNoted, RequestCancelled, Tick
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
-from tx_async.scheduler.interface import BaseModelInfo, StillPending
+from tx_async.scheduler.interface import BaseModelInfo, LivePiece, StillPending
 from tx_async.scheduler.performer import DeleteBelow, DismissWorker, ListBelow, Performer, SendCommand
 from tx_async.scheduler.polls.payload_cache import PayloadCache
 from tx_async.scheduler.polls.waiters import Waiters
@@ -40,7 +40,7 @@ from tx_async.scheduler.statistics import SchedulerStatistics
 from tx_async.scheduler.submissions import Submissions, session_of
 from tx_async.wire import ids
 from tx_async.wire.facts import CommandEnded, WorkerFact
-from tx_async.wire.operations import Encoded, Operation
+from tx_async.wire.operations import Encoded, Operation, Sample
 from tx_async.wire.records import (
     AuditRecord,
     CheckpointRecord,
@@ -298,6 +298,12 @@ class Scheduler:
         request = self.catalog.requests.get(request_id)
         if request is not None and request.owner == owner:
             self.performer.handle(RequestCancelled(request_id))
+
+    async def sample_live(
+        self, owner: str, operation: Sample, model_path: str | None = None
+    ) -> AsyncGenerator[LivePiece, None]:
+        raise NotReady("Live samples are not served yet.")
+        yield
 
     def _refuse_when_stopping(self) -> None:
         if self._is_stopping:

@@ -4,8 +4,9 @@ idempotency, `seq_id` order, long polls). Its results are those of `fake_results
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,9 +28,10 @@ from tx_async.errors import (
     UnknownSession,
     UserError,
 )
-from tx_async.scheduler.interface import BaseModelInfo, StillPending
+from tx_async.scheduler.interface import BaseModelInfo, LivePiece, StillPending
 from tx_async.scheduler.polls.waiters import Waiters
 from tx_async.storage.checkpoint_files import Manifest, encode_manifest, file_info
+from tx_async.testing.fake_live import FakeLive
 from tx_async.testing.fake_results import forward_backward, sample
 from tx_async.wire import ids, operations, results
 from tx_async.wire.operations import Operation
@@ -110,6 +112,8 @@ class FakeScheduler:
         """Refuse every submit with 429."""
         self.held = False
         """Run nothing: every future stays pending until `release`."""
+        self.live = FakeLive()
+        """Live samples: what they say, and what was asked."""
         self._clock = clock or SystemClock()
         self._waiters = Waiters()
         self.audits: dict[str, AuditRecord] = {}
@@ -260,6 +264,19 @@ class FakeScheduler:
 
     async def cancel(self, owner: str, request_id: str) -> None:
         self.cancelled.append(request_id)
+
+    async def sample_live(
+        self, owner: str, operation: operations.Sample, model_path: str | None = None
+    ) -> AsyncGenerator[LivePiece, None]:
+        if self.missing:
+            raise NotReady()
+        if self.overloaded:
+            raise Overloaded()
+        if model_path is not None:
+            self._readable(owner, model_path)
+        async with contextlib.aclosing(self.live.stream(operation, model_path, self.base_model.vocab_size)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     # ---- checkpoints
 

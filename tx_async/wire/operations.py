@@ -138,8 +138,13 @@ class UnloadModel(Struct, tag=True, frozen=True, kw_only=True):
     model_id: str
 
 
+LOGIT_BIAS_MAX = 1024
+"""Tokens of one `logit_bias`."""
+
+
 class Sample(Struct, tag=True, frozen=True, kw_only=True):
-    """`sampling_session_id` names the weights: base model, checkpoint or snapshot, fixed when it was created."""
+    """`sampling_session_id` names the weights: base model, checkpoint or snapshot, fixed when it was created. A live
+    request (`SchedulerApi.sample_live`) names them itself, and has "" and the number 0."""
 
     sampling_session_id: str
     seq_id: int
@@ -166,6 +171,29 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     prompt_alt_tokens_k: int = 0
     record_stability_info: bool = False
     """Keep for each sampled token what stable_reinforce needs of it."""
+    min_p: float = 0.0
+    """Only tokens of at least this share of the likeliest one's probability are drawn, after the temperature."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has already."""
+    frequency_penalty: float = 0.0
+    """The same, for each time that it has them."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the prompt or the answer has: divided by it where they are positive, else multiplied."""
+    min_tokens: int = 0
+    """No stop token or stop string ends an answer that is shorter."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), each token once."""
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether it draws from other logits than the model's."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.min_tokens
+            or self.logit_bias
+        )
 
     @property
     def scores_prompt(self) -> bool:
