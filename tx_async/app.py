@@ -39,9 +39,11 @@ from tx_async.errors import StorageError, UserError
 from tx_async.health import Health
 from tx_async.identity import Identity
 from tx_async.journal.factory import open_journal
+from tx_async.journal.marks import map_marks
 from tx_async.metrics import CONTENT_TYPE, render
 from tx_async.names import tokenizer_id
 from tx_async.private import close_data, private_umask
+from tx_async.scheduler.core import marks
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
@@ -119,6 +121,7 @@ class Server:
                 dismiss=router.dismiss,
                 worker_status=supervisor.waiting_for,
                 storage_status=identity.waiting_for,
+                marks=marks.ReplayMarks(map_marks(config.data_path, identity.record.journal_id, marks.NUM_BYTES)),
             )
             self._observed = {actor.name: actor for actor in (scheduler, journal, router, supervisor)}
             async with actors_running(scheduler, router, supervisor, journal, identity) as group:

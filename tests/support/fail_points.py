@@ -16,6 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from tx_async.scheduler.training.lanes import Step
+from tx_async.scheduler.training.micro_batches import MicroBatches
+from tx_async.wire.worker import EngineInfo
+
 VARIABLE = "FAIL_POINTS"
 
 SERVER_POINTS = {
@@ -41,8 +45,25 @@ WORKER_POINTS = {
 NAMES = [f"{when}_{name}" for name in SERVER_POINTS | WORKER_POINTS for when in ("before", "after")]
 
 
+POISON_VARIABLE = "POISON_LENGTH"
+"""A request whose first datum has so many tokens kills the server whenever it is to be packed."""
+
+
+def poison(length: int) -> None:
+    prepare = MicroBatches.prepare
+
+    def deadly(self: MicroBatches, step: Step, info: EngineInfo) -> None:
+        if len(step.operation.data[0].tokens) == 4 * length:  # type: ignore[union-attr]
+            os.kill(os.getpid(), signal.SIGKILL)
+        prepare(self, step, info)
+
+    MicroBatches.prepare = deadly
+
+
 def install() -> None:
     """Arm the fail points that the environment names."""
+    if POISON_VARIABLE in os.environ:
+        poison(int(os.environ[POISON_VARIABLE]))
     for spec in filter(None, os.environ.get(VARIABLE, "").split(",")):
         name, count, file = spec.split(":")
         if not Path(file).exists():

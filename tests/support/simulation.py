@@ -39,6 +39,7 @@ from tx_async.scheduler.core.instructions import (
     Publish,
     Send,
 )
+from tx_async.scheduler.core.marks import NUM_BYTES, ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.outbox import changes_of
@@ -122,6 +123,8 @@ class World(Clients):
         self.fault_rate = fault_rate
         self.now = 1_000.0
         self.disk = MemoryDisk()
+        #: outlives the server
+        self.marks = bytearray(NUM_BYTES)
         self.storage = Storage()
         self.worker: SimulatedWorker | None = None
         #: commits that are not durable yet, oldest first: changes, and what happens when they are
@@ -167,7 +170,7 @@ class World(Clients):
     def _start_server(self) -> None:
         rows = [decode_record(row) for table in self.disk.tables.values() for row in table.values()]
         self.catalog = Catalog(rows)
-        self.state = SchedulerState(self.catalog, BASE, self.policy, self.now)
+        self.state = SchedulerState(self.catalog, BASE, self.policy, self.now, ReplayMarks(self.marks))
         self.quota = Quota(CONFIG)
         self.submissions = Submissions(self.state, self.quota, self._new_id)
         for request in self.catalog.requests.values():

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
+import anyio
 import msgspec
 import numpy as np
 
@@ -30,6 +31,7 @@ from tx_async.scheduler.core.instructions import (
     Publish,
     Send,
 )
+from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.outbox import Item, Outbox
 from tx_async.wire import operations
@@ -66,6 +68,7 @@ class Performer:
         delete_files: DeleteBelow,
         list_files: ListBelow,
         dismiss: DismissWorker = lambda worker_id, reason: None,
+        marks: ReplayMarks,
     ):
         """`publish` is called with each result when it is durable."""
         self.state = state
@@ -77,16 +80,24 @@ class Performer:
         self._delete_files = delete_files
         self._list_files = list_files
         self._dismiss = dismiss
+        self._marks = marks
         #: facts that arrived while one was being handled
         self._facts: deque[Fact] = deque()
         self._is_handling = False
         self._reading = asyncio.Semaphore(BODIES_READ_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
+        #: what a task of its own has died of
+        self._broken: BaseException | None = None
+        self._is_broken = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled; then nothing that was begun goes on."""
+        """Until cancelled; then nothing that was begun goes on. A broken invariant in any of it ends it, too."""
         try:
-            await self.outbox.run()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self.outbox.run)
+                await self._is_broken.wait()
+                assert self._broken is not None
+                raise self._broken
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -96,6 +107,15 @@ class Performer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Whoever waits for it waits for a fact, which would never come if its error were lost."""
+        self.spawn(coroutine).add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self._broken = error
+            self._is_broken.set()
 
     # ---- facts in
 
@@ -134,9 +154,9 @@ class Performer:
                 case Dismiss():
                     self._dismiss(instruction.worker_id, instruction.reason)
                 case FetchBody():
-                    self.spawn(self._fetch_body(instruction))
+                    self._begin(self._fetch_body(instruction))
                 case ListFiles():
-                    self.spawn(self._list(instruction))
+                    self._begin(self._list(instruction))
                 case _:
                     self.outbox.post(instruction)
 
@@ -152,7 +172,9 @@ class Performer:
         request_id, operation, message = instruction.request_id, None, ""
         try:
             async with self._reading:
-                operation = operations.decode(await self._read_body(request_id))
+                body = await self._read_body(request_id)
+            with self._marks.of("read", request_id):
+                operation = operations.decode(body)
         except (ContentLost, msgspec.DecodeError) as error:
             message = str(error)
             _log.error("%s: the body of request %s is lost: %s", instruction.cause, request_id, error)
@@ -184,7 +206,7 @@ class Performer:
             case Finish(result=result):
                 self.handle(ResultDurable(result))
             case DeleteFiles():
-                self.spawn(self._delete(item))
+                self._begin(self._delete(item))
 
     async def _delete(self, instruction: DeleteFiles) -> None:
         try:

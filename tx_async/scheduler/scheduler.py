@@ -27,6 +27,7 @@ from tx_async.scheduler.acceptance import Acceptance
 from tx_async.scheduler.assets import Assets
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.facts import EventNoted, RequestCancelled, Tick
+from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
@@ -77,7 +78,9 @@ class Scheduler:
         worker_status: Callable[[], list[str]],
         storage_status: Callable[[], list[str]] = list,
         clock: Clock | None = None,
+        marks: ReplayMarks | None = None,
     ):
+        marks = marks or ReplayMarks()
         self.config = config
         self.base_model = base_model
         self.journal = journal
@@ -85,7 +88,7 @@ class Scheduler:
         self._worker_status = worker_status
         self._storage_status = storage_status
         self.catalog = Catalog(records)
-        self.state = SchedulerState(self.catalog, base_model, policy_of(config), self.clock.now())
+        self.state = SchedulerState(self.catalog, base_model, policy_of(config), self.clock.now(), marks)
         self.waiters = Waiters()
         self.payloads = PayloadCache(config.result_cache_bytes)
         self.quota = Quota(config)
@@ -98,6 +101,7 @@ class Scheduler:
             delete_files=delete_files,
             list_files=list_files,
             dismiss=dismiss,
+            marks=marks,
         )
         self._submissions = Submissions(self.state, self.quota)
         self._acceptance = Acceptance(self._submissions, journal, self.performer, self.clock)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import logging
 
-from tx_async.errors import Conflict
+from tx_async.errors import Conflict, ServerError
+from tx_async.scheduler.core.marks import DEATHS_MAX, ReplayMarks
 from tx_async.scheduler.training.lanes import FORWARD, REPLAYED_KINDS, Lane
 from tx_async.scheduler.training.training import Training
 from tx_async.wire.operations import CreateModel, Sample, UnloadModel
-from tx_async.wire.records import Delete, RequestRecord
+from tx_async.wire.records import Delete, DropBody, RequestRecord
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class RecoveryProgress:
             self._began, self._most = None, 0
 
 
-def restore(training: Training) -> list[RequestRecord]:
+def restore(training: Training, marks: ReplayMarks) -> list[RequestRecord]:
     """Lanes from the catalog. Returns the samples that are unfinished."""
     catalog = training.decisions.catalog
     for model in catalog.models.values():
@@ -48,14 +49,40 @@ def restore(training: Training) -> list[RequestRecord]:
             # Its commit was reported as failed, and the client tried again: the second one counts.
             training.decisions.append(Delete("request", request.request_id))
         elif request.kind == Sample.__name__:
-            samples += [] if is_finished else [request]
-        elif request.kind != CreateModel.__name__:
-            _restore_operation(training, request, is_finished)
+            samples += [] if is_finished or _is_set_aside(training, request, marks) else [request]
+        elif request.kind != CreateModel.__name__ and not _is_set_aside(training, request, marks, is_finished):
+            with marks.of("restore", request.request_id):
+                _restore_operation(training, request, is_finished)
     for lane in list(training.runs.lanes.values()):
         _refuse_latecomers(training, lane)
         training.runs.lose_state(lane)
         training.runs.littered[lane.model_id] = training.decisions.now
     return samples
+
+
+def _is_set_aside(training: Training, request: RequestRecord, marks: ReplayMarks, is_finished: bool = False) -> bool:
+    """It has ended the server too often to be touched again: it fails alone, and its run goes on without it. One whose
+    effect was reported takes its run with it, because nothing else has that effect."""
+    if request.request_id != marks.poisoned or request.skipped:
+        return False
+    lane = training.runs.lanes.get(request.subject)
+    _log.error(
+        "Request %s (%s, seq_id %d of %s) has ended the server %d times while it was replayed: it is set aside.",
+        *(request.request_id, request.kind, request.seq_id, request.subject, DEATHS_MAX),
+    )
+    error = ServerError(
+        f"seq_id {request.seq_id} of {request.subject} ended the server {DEATHS_MAX} times while it was replayed after "
+        "a restart, and was set aside."
+    )
+    step = training.runs.step(request, finished=is_finished)
+    if not is_finished:
+        if lane is not None and marks.may_take_its_place and request.kind != UnloadModel.__name__:
+            lane.add(step)  # what comes after it need not wait for it
+        training.runs.fail(step, error)
+        training.decisions.append(DropBody(request.request_id))
+    elif lane is not None and request.seq_id > lane.base_seq_id and step.needs_replay:
+        training.runs.corrupt(lane, error)
+    return True
 
 
 def _restore_operation(training: Training, request: RequestRecord, is_finished: bool) -> None:

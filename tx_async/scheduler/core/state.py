@@ -28,6 +28,7 @@ from tx_async.scheduler.core.facts import (
     Tick,
 )
 from tx_async.scheduler.core.instructions import Instruction
+from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import restore
 from tx_async.scheduler.core.registry import Registry
@@ -47,15 +48,24 @@ from tx_async.wire.worker import CommandFailed, CommandFinished
 
 
 class SchedulerState:
-    def __init__(self, catalog: Catalog, base_model: BaseModelInfo, policy: Policy, now: float = 0.0):
+    def __init__(
+        self,
+        catalog: Catalog,
+        base_model: BaseModelInfo,
+        policy: Policy,
+        now: float = 0.0,
+        marks: ReplayMarks | None = None,
+    ):
         self.catalog = catalog
+        #: what a life that ends now would have died of
+        self.marks = marks or ReplayMarks()
         self.base_model = base_model
         self.policy = policy
         self.decisions = Decisions(catalog, now)
         self.decisions.audit.events_max = policy.audit_events_max
         #: attached and ready workers, in order of attachment
         self.workers: dict[str, WorkerState] = {}
-        self.training = Training(self.decisions, policy, self.workers)
+        self.training = Training(self.decisions, policy, self.workers, self.marks)
         self.sampling = Sampling(self.decisions, policy, self.workers)
         #: why no worker can take a sample request, by its id
         self.stranded = Stranded(self.sampling)
@@ -80,7 +90,7 @@ class SchedulerState:
     def restore(self) -> list[Instruction]:
         """Take up what the journal holds: called once, before the first fact."""
         self.decisions.cause = "restart"
-        for request in restore(self.training):
+        for request in restore(self.training, self.marks):
             self.restoring.add(request.request_id)
             self.decisions.fetch_body(request.request_id)
         return self.decisions.take()
@@ -252,7 +262,8 @@ class SchedulerState:
             return
         self.restoring.discard(request.request_id)
         if isinstance(fact.operation, Sample):
-            self._accept_sample(request, fact.operation)
+            with self.marks.of("run", request.request_id):
+                self._accept_sample(request, fact.operation)
         else:
             self.decisions.fail(request, error, DropBody(request.request_id))
 

@@ -45,6 +45,8 @@ class Step(Struct, eq=False):
     finished: bool = False
     """Its result was reported."""
     fetching: bool = False
+    is_from_journal: bool = False
+    """`operation` was read from there: it runs again, or a restart has come before its first time."""
     num_failures: int = 0
     """Times in a row that it was running when a worker died or the engine failed."""
     failed_in_company: bool = False
@@ -109,6 +111,7 @@ class Step(Struct, eq=False):
 
     def body_loaded(self, operation: Operation | None) -> None:
         self.fetching = False
+        self.is_from_journal = True
         self.operation = operation
 
     def out_of_reach(self) -> Outage:

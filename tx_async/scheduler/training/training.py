@@ -16,6 +16,7 @@ from msgspec import Struct
 from tx_async.errors import Conflict, InvalidRequest, TxError, UserError
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue, Flow
+from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
@@ -62,9 +63,12 @@ TrainingAnswer = RowsSent | StepSent | BaseSent | SnapshotSent
 
 
 class Training:
-    def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
+    def __init__(
+        self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState], marks: ReplayMarks | None = None
+    ):
         self.decisions = decisions
         self.policy = policy
+        self.marks = marks or ReplayMarks()
         self.fair = FairQueue()
         self.runs = Runs(decisions, policy, workers)
         self.snapshots = Snapshots(self.runs, decisions)
@@ -166,7 +170,7 @@ class Training:
             try:
                 if not self._is_admitted(worker, lane, step):
                     break
-                is_sent = self._send(worker, lane, step)
+                is_sent = self._send_marked(worker, lane, step)
             except TxError as error:
                 if step.finished:
                     self.runs.refuse(lane, error)
@@ -196,6 +200,13 @@ class Training:
         if step.runs_alone:
             worker.reserved_for = step
         return not step.runs_alone or step.num_outstanding > 0 or worker.num_quanta == 0
+
+    def _send_marked(self, worker: WorkerState, lane: Lane, step: Step) -> bool:
+        """`_send`; what came from the journal may be what the last life has died of."""
+        if not step.is_from_journal:
+            return self._send(worker, lane, step)
+        with self.marks.of("run", step.request_id):
+            return self._send(worker, lane, step)
 
     def _send(self, worker: WorkerState, lane: Lane, step: Step) -> bool:
         """True when a micro-batch was sent. Raises `TxError` when the operation cannot run."""
