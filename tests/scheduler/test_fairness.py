@@ -1,12 +1,13 @@
 import itertools
+import random
 from collections import Counter
 
-from tx_async.scheduler.core.fairness import FairQueue, Shares
+from tx_async.scheduler.core.fairness import FairQueue, Shares, prefixes_of
 
 
 def test_who_was_served_least_is_next():
     fair = FairQueue()
-    served = {("a",): 0, ("b",): 0}
+    served: dict[tuple[str, ...], int] = {("a",): 0, ("b",): 0}
     for _ in range(300):
         flow = fair.order([("a",), ("b",)])[0]
         tokens = 30 if flow == ("a",) else 10
@@ -69,6 +70,48 @@ def test_some_of_the_flows_are_ranked_without_forgetting_the_others():
         fair.charge(flow, tokens)
     assert fair.ranked(flows[:2]) == [flows[1], flows[0]]
     assert fair.order(flows) == [flows[1], flows[2], flows[0]]
+
+
+class Definition:
+    """What the tree of `FairQueue` computes, said directly: charges by prefix, ranks as lists."""
+
+    def __init__(self):
+        self.charged: dict[tuple[str, ...], float] = {}
+
+    def order(self, busy: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        prefixes = dict.fromkeys(prefix for flow in busy for prefix in prefixes_of(flow))
+        charged = {}
+        for prefix in prefixes:
+            siblings = [other for other in prefixes if other[:-1] == prefix[:-1]]
+            level = min((self.charged[other] for other in siblings if other in self.charged), default=0.0)
+            charged[prefix] = self.charged.get(prefix, level) - level
+        self.charged = charged
+        return self.ranked(busy)
+
+    def ranked(self, flows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        places = list(dict.fromkeys(prefix for flow in flows for prefix in prefixes_of(flow)))
+        return sorted(flows, key=lambda flow: [(self.charged.get(p, 0.0), places.index(p)) for p in prefixes_of(flow)])
+
+    def charge(self, flow: tuple[str, ...], tokens: float) -> None:
+        for prefix in prefixes_of(flow):
+            if prefix in self.charged:
+                self.charged[prefix] += tokens
+
+
+def test_the_tree_decides_as_the_definition_does():
+    flows = [(key, f"{key}{s}", f"{key}{s}{run}") for key in "abc" for s in range(3) for run in range(2)]
+    for seed in range(20):
+        draw, fair, definition = random.Random(seed), FairQueue(), Definition()
+        for _ in range(40):
+            busy = draw.sample(flows, draw.randint(0, 9))
+            assert fair.order(busy) == definition.order(busy)
+            some = draw.sample(flows, 4)
+            assert fair.ranked(some) == definition.ranked(some)
+            for flow in draw.sample(flows, 3):
+                tokens = draw.choice([1, 10, 10, 0.3])
+                fair.charge(flow, tokens)
+                definition.charge(flow, tokens)
+                assert fair.charged(flow) == definition.charged.get(flow, 0.0)
 
 
 def turns_of(shares: Shares[str], num_turns: int, cost_ms: float) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
@@ -10,11 +12,60 @@ Flow = tuple[str, ...]
 """Whose work it is, from the outside in: (API key, session, run). What is fair is decided level by level."""
 
 QUANTUM_MS_MAX = 2000.0
+PREFIXES_KEPT = 4096
+"""Flows whose prefixes need not be cut again in each quantum."""
 
 
-def prefixes_of(flow: Flow) -> list[Flow]:
+@lru_cache(PREFIXES_KEPT)
+def prefixes_of(flow: Flow) -> tuple[Flow, ...]:
     """The key, its session, its run."""
-    return [flow[:depth] for depth in range(1, len(flow) + 1)]
+    return tuple(flow[:depth] for depth in range(1, len(flow) + 1))
+
+
+class _Node:
+    """A prefix of flows: a key, a session of it, a run of that."""
+
+    __slots__ = ("before", "charged", "children", "flow")
+
+    def __init__(self):
+        #: tokens, on a scale shared by the children of one parent; None until the first `settle` levels it with them
+        self.charged: float | None = None
+        #: by name, in the order in which this turn's flows came
+        self.children: dict[str, _Node] = {}
+        #: those of the turn before that have not come again
+        self.before: dict[str, _Node] = {}
+        #: the flow that ends here, if one does
+        self.flow: Flow | None = None
+
+    def begin(self) -> None:
+        """A turn: who has work is about to be said."""
+        self.before, self.children, self.flow = self.children, {}, None
+
+    def enter(self, name: str) -> _Node:
+        """The child's first flow of this turn."""
+        child = self.children[name] = self.before.pop(name, None) or _Node()
+        child.begin()
+        return child
+
+    def settle(self, ordered: list[Flow]) -> None:
+        """All have been said: level the children, and add their flows, least served first."""
+        self.before = {}
+        children = list(self.children.values())
+        if len(children) == 1:  # as most sessions have one run
+            children[0].charged = 0.0
+        else:
+            level = min((child.charged for child in children if child.charged is not None), default=0.0)
+            for child in children:
+                child.charged = 0.0 if child.charged is None else child.charged - level
+            children.sort(key=_charged)
+        for child in children:
+            if child.flow is not None:
+                ordered.append(child.flow)
+            if child.children:
+                child.settle(ordered)
+
+
+_charged = operator.attrgetter("charged")
 
 
 class FairQueue:
@@ -26,43 +77,56 @@ class FairQueue:
     """
 
     def __init__(self):
-        #: every prefix of a busy flow -> tokens charged to it, on a scale shared by the children of one parent
-        self._charged: dict[Flow, float] = {}
+        #: above all keys; below it every prefix of a flow of the last `order`
+        self._root = _Node()
 
     def order(self, busy: Iterable[Flow]) -> list[Flow]:
-        """The flows that have work, least served first. Flows that have none are forgotten."""
-        busy = list(busy)
-        children: dict[Flow, dict[Flow, None]] = {}
+        """The flows that have work, each once, least served first. Flows that have none are forgotten; siblings that
+        were served alike stay in their order."""
+        self._root.begin()
         for flow in busy:
-            for prefix in prefixes_of(flow):
-                children.setdefault(prefix[:-1], {})[prefix] = None
-        charged: dict[Flow, float] = {}
-        for siblings in children.values():
-            level = min((self._charged[child] for child in siblings if child in self._charged), default=0.0)
-            charged.update((child, self._charged.get(child, level) - level) for child in siblings)
-        self._charged = charged
-        return self.ranked(busy)
+            node = self._root
+            for name in flow:
+                node = node.children.get(name) or node.enter(name)
+            node.flow = flow
+        ordered: list[Flow] = []
+        self._root.settle(ordered)
+        return ordered
 
     def ranked(self, flows: Iterable[Flow]) -> list[Flow]:
         """Some of the flows of the last `order`, in its order; siblings that were served alike stay in theirs."""
-        flows = list(flows)
         places: dict[Flow, int] = {}
-        for flow in flows:
-            for prefix in prefixes_of(flow):
-                places.setdefault(prefix, len(places))
 
         def rank(flow: Flow) -> list[tuple[float, int]]:
-            return [(self.charged(prefix), places[prefix]) for prefix in prefixes_of(flow)]
+            prefixes, nodes = prefixes_of(flow), self._nodes(flow)
+            charged = [node.charged or 0.0 for node in nodes] + [0.0] * (len(flow) - len(nodes))
+            return [
+                (charge, places.setdefault(prefix, len(places)))
+                for charge, prefix in zip(charged, prefixes, strict=True)
+            ]
 
         return sorted(flows, key=rank)
 
     def charged(self, flow: Flow) -> float:
-        return self._charged.get(flow, 0.0)
+        nodes = self._nodes(flow)
+        return (nodes[-1].charged or 0.0) if len(nodes) == len(flow) else 0.0
 
     def charge(self, flow: Flow, tokens: float) -> None:
-        for prefix in prefixes_of(flow):
-            if prefix in self._charged:
-                self._charged[prefix] += tokens
+        for node in self._nodes(flow):
+            if node.charged is not None:
+                node.charged += tokens
+
+    def _nodes(self, flow: Flow) -> list[_Node]:
+        """Of its prefixes, as far as they are known."""
+        nodes: list[_Node] = []
+        children = self._root.children
+        for name in flow:
+            node = children.get(name)
+            if node is None:
+                break
+            nodes.append(node)
+            children = node.children
+        return nodes
 
 
 class Shares(Generic[Key]):
