@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tx_async import __version__, cli_backup, cli_checkpoints, compatibility, config
+from tx_async import __version__, cli_backup, cli_checkpoints, cli_keys, cli_runs, compatibility, config
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.field_docs import field_docs
@@ -59,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     cli_checkpoints.add_import(commands, _add_config_flags, _load_config)
     cli_checkpoints.add_checkpoints(commands)
     cli_backup.add(commands, _add_config_flags, _load_config)
-    _add_keys(commands)
+    cli_keys.add(commands)
+    cli_runs.add(commands)
     _add_doctor(commands)
     _add_deploy(commands)
     _add_schemas(commands)
@@ -300,71 +300,6 @@ async def _migrate_journal(settings: ServerConfig) -> int:
     records = await journal.open()
     await journal.close()
     print(f"The journal has the newest schema and holds {len(records)} records.")
-    return 0
-
-
-# ---- keys
-
-
-def _add_keys(commands: Any) -> None:
-    command = commands.add_parser(
-        "keys", help="API keys: add, list, revoke", description="Edit the file of hashed API keys."
-    )
-    command.add_argument(
-        "--file",
-        default=os.environ.get("TX_API_KEYS_FILE", ""),
-        help="the server's api_keys_file [TX_API_KEYS_FILE, or api_keys in the data directory]",
-    )
-    actions = command.add_subparsers(metavar="ACTION", required=True)
-    add = actions.add_parser("add", help="make a key and print it, once")
-    add.add_argument("name", help="whose key it is")
-    add.add_argument(
-        "--role", choices=("user", "admin"), default="user",
-        help="admin: also metrics from other machines, all runs, the whole audit log [user]",
-    )  # fmt: skip
-    add.add_argument(
-        "--expires", default="", metavar="WHEN", help="90d, 12h, 2027-01-01, or 2027-01-01T12:00:00Z [never]"
-    )
-    add.set_defaults(run=_keys_add)
-    actions.add_parser("list", help="id, name, role and expiry of every key").set_defaults(run=_keys_list)
-    revoke = actions.add_parser("revoke", help="remove a key; a running server refuses it from then on")
-    revoke.add_argument("name", help="name or id")
-    revoke.set_defaults(run=_keys_revoke)
-
-
-def _keys_file(args: argparse.Namespace) -> Path:
-    return Path(args.file).expanduser() if args.file else ServerConfig().data_path / "api_keys"
-
-
-def _keys_add(args: argparse.Namespace) -> int:
-    from tx_async import keys
-
-    path = _keys_file(args)
-    expires_at = keys.parse_expiry(args.expires, time.time()) if args.expires else None
-    print(keys.add(path, args.name, args.role, expires_at))
-    print(
-        f"This key is shown once; its hash is in {path}. A server with --api-keys-file {path} takes it from now on.",
-        file=sys.stderr,
-    )
-    return 0
-
-
-def _keys_list(args: argparse.Namespace) -> int:
-    from tx_async import keys
-    from tx_async.api.key_file import format_time
-
-    for key in keys.listed(_keys_file(args)):
-        expiry = f"{'expired' if key.has_expired(time.time()) else 'until'} {format_time(key.expires_at)}"
-        print(
-            "  ".join([key.key_id, key.name, *(["admin"] * (key.role == "admin")), *([expiry] * bool(key.expires_at))])
-        )
-    return 0
-
-
-def _keys_revoke(args: argparse.Namespace) -> int:
-    from tx_async import keys
-
-    print(f"Revoked: {keys.revoke(_keys_file(args), args.name)}. A running server refuses it from now on.")
     return 0
 
 

@@ -150,6 +150,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Sessions that have ended, with their training runs (not their checkpoints), since their last use."""
     audit_events_max: int = 10_000
     """Events that the audit log keeps; beyond that the oldest go."""
+    history_steps_max: int = 1_024
+    """Optimizer steps that the history of one training run keeps: of those beyond it the older ones are thinned."""
+    history_bytes_max: int = 256 * 2**20
+    """All histories of training runs; beyond that those of the longest unused runs go first."""
     stability_head_tokens: int = 64
     """Tokens that are recorded with each sampled one where a client asks for it (`record_stability_info`), 1 to 127."""
     stability_retention_s: int = 24 * 3600

@@ -16,6 +16,15 @@ def call(
     base_url: str, api_key: str, method: str, path: str, body: IO[bytes] | None = None, **headers: str
 ) -> dict[str, Any]:
     """The JSON that it answers. Raises `ConfigError`: what it says is wrong, or that it is not there."""
+    content = fetch(base_url, api_key, method, path, body, **headers)
+    try:
+        return json.loads(content or b"{}")
+    except ValueError as error:
+        raise ConfigError(f"{base_url} answers what is no JSON: is it a server of the Tinker API?") from error
+
+
+def fetch(base_url: str, api_key: str, method: str, path: str, body: IO[bytes] | None = None, **headers: str) -> bytes:
+    """What it answers, as it is. Raises `ConfigError` as `call` does."""
     if not base_url:
         raise ConfigError("Which server? Give --base-url URL.")
     if api_key:
@@ -24,7 +33,7 @@ def call(
     try:
         request = urllib.request.Request(base_url.rstrip("/") + path, body, named, method=method)
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            return json.loads(response.read() or b"{}")
+            return response.read()
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{base_url} says: {_detail(error)}") from error
     except (urllib.error.URLError, OSError, ValueError) as error:

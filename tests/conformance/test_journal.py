@@ -19,6 +19,7 @@ from tx_async.wire.records import (
     CheckpointRecord,
     Delete,
     DropBody,
+    HistoryRecord,
     ModelRecord,
     Put,
     Record,
@@ -104,6 +105,7 @@ def one_of_each() -> list[Record]:
         ),
         AuditRecord(event_id="000000000007", at=2.5, event="run.created", subject="m", owner="o", details={"rank": 8}),
         RecordedSequence(sequence_id="s:1:0", session_id="s", owner="alice", base_model="b", num_bytes=9, used_at=5.0),
+        HistoryRecord(model_id="s:train:0", number=1, columns=("loss:sum",), values=b"\0" * 8),
     ]
 
 

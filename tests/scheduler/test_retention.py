@@ -109,7 +109,7 @@ def test_what_is_unfinished_when_its_session_is_forgotten_fails(stage: Stage):
 
 
 def test_a_long_run_keeps_memory_journal_and_storage_flat():
-    stage = Stage(policy=msgspec.structs.replace(POLICY, results_kept_max=10))
+    stage = Stage(policy=msgspec.structs.replace(POLICY, results_kept_max=10, history_steps_max=16))
     models = [stage.model() for _ in range(3)]
     sizes = []
     for round_ in range(12):

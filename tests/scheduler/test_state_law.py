@@ -18,7 +18,7 @@ from tx_async.wire.operations import SaveWeights
 PACKAGE = Path(__file__).parents[2] / "tx_async"
 STATE_VERBS = {"handle", "restore", "drain"}
 """What may be called on the state from outside, besides looking."""
-READS = {"get", "values", "items", "keys", "check_turn", "find_request", "find_checkpoint", "audited"}
+READS = {"get", "values", "items", "keys", "check_turn", "find_request", "find_checkpoint", "audited", "rows"}
 
 
 def outside_the_machine() -> list[Path]:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -48,6 +48,8 @@ class Row:
     request: type[msgspec.Struct] | str | None = None
     public: bool = False
     """Needs no API key."""
+    media_types: tuple[str, ...] = ()
+    """What it may answer besides JSON."""
 
     @property
     def decodes(self) -> type[msgspec.Struct] | None:
@@ -56,7 +58,9 @@ class Row:
 
     @property
     def response(self) -> type:
-        return get_type_hints(self.handler)["return"]
+        """The struct of its JSON, where it has one."""
+        annotation = get_type_hints(self.handler)["return"]
+        return next((kind for kind in get_args(annotation) if kind is not Response), annotation)
 
 
 class Endpoint:

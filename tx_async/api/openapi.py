@@ -44,7 +44,7 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         "operationId": row.handler.__name__,
         "summary": row.summary,
         "responses": {
-            "200": {"description": "OK"} | _content(row.response, schema_of),
+            "200": {"description": "OK"} | _answer(row, schema_of),
             "default": {"description": "An error"} | _content(tinker.ErrorBody, schema_of),
         },
     }
@@ -60,6 +60,11 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
     if not row.public:
         operation["security"] = [{"apiKey": []}]
     return operation
+
+
+def _answer(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
+    content = _content(row.response, schema_of).get("content", {}) | {kind: {} for kind in row.media_types}
+    return {"content": content} if content else {}
 
 
 def _content(kind: Any, schema_of: dict[Any, Any]) -> dict[str, Any]:

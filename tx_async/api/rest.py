@@ -42,11 +42,17 @@ async def list_training_runs(call: Call) -> tinker.TrainingRunsResponse:
 
 
 async def get_training_run(call: Call) -> tinker.TrainingRun:
+    model = readable_run(call)
+    return _training_run(model, _by_run(call)[model.model_id])
+
+
+def readable_run(call: Call) -> ModelRecord:
+    """The run that the path names. Raises `UnknownTrainingRun` also for one that the caller may not read."""
     model = call.scheduler.models.get(call.path("run"))
     checkpoints, scope = _by_run(call)[call.path("run")], access_scope(call)
     if model is None or not _may_read(call, model, scope, checkpoints):
         raise UnknownTrainingRun()
-    return _training_run(model, checkpoints)
+    return model
 
 
 def _by_run(call: Call) -> defaultdict[str, list[CheckpointRecord]]:

@@ -11,6 +11,7 @@ from tx_async.api import (
     audit,
     downloads,
     futures,
+    history,
     imports,
     models,
     rest,
@@ -117,6 +118,13 @@ ROUTES = (
     # rest
     Row("GET", "/api/v1/training_runs", rest.list_training_runs, "List training runs"),
     Row("GET", "/api/v1/training_runs/{run}", rest.get_training_run, "Describe a training run"),
+    Row(
+        "GET",
+        "/api/v1/training_runs/{run}/history",
+        history.get_training_run_history,
+        "What a run's optimizer steps have reported, as JSON or CSV",
+        media_types=("text/csv",),
+    ),
     Row("GET", "/api/v1/training_runs/{run}/checkpoints", rest.list_checkpoints, "List a run's checkpoints"),
     Row("GET", "/api/v1/checkpoints", rest.list_user_checkpoints, "List all one's checkpoints"),
     Row("DELETE", _CHECKPOINT, rest.delete_checkpoint, "Delete a checkpoint"),

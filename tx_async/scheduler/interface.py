@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
@@ -94,6 +94,10 @@ class SchedulerApi(Protocol):
     @property
     def audits(self) -> Mapping[str, AuditRecord]:
         """Every tenant's and the operator's events, oldest first."""
+        ...
+
+    def history(self, model_id: str) -> Sequence[Mapping[str, float]]:
+        """A row of numbers for each optimizer step of a run, oldest first, thinned with age; empty for no run."""
         ...
 
     def note(self, event: str, subject: str, **details: Any) -> None:

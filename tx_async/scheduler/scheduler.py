@@ -27,6 +27,7 @@ from tx_async.scheduler.acceptance import Acceptance
 from tx_async.scheduler.assets import Assets
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.facts import EventNoted, RequestCancelled, Tick
+from tx_async.scheduler.core.history import HistoryRow
 from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
@@ -174,6 +175,9 @@ class Scheduler:
     @property
     def audits(self) -> dict[str, AuditRecord]:
         return self.catalog.audits
+
+    def history(self, model_id: str) -> list[HistoryRow]:
+        return self.catalog.histories.rows(model_id)
 
     def note(self, event: str, subject: str, **details: Any) -> None:
         self.performer.handle(EventNoted(event, subject, details))
@@ -333,4 +337,6 @@ def policy_of(config: ServerConfig) -> Policy:
         session_retention_s=config.session_retention_s,
         retention_interval_s=config.retention_interval_s,
         audit_events_max=config.audit_events_max,
+        history_steps_max=config.history_steps_max,
+        history_bytes_max=config.history_bytes_max,
     )

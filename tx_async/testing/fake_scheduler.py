@@ -117,6 +117,8 @@ class FakeScheduler:
         self._clock = clock or SystemClock()
         self._waiters = Waiters()
         self.audits: dict[str, AuditRecord] = {}
+        self.histories: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+        """model_id -> what `history` answers; an optim_step adds a row."""
         self._requests: dict[str, RequestRecord] = {}
         self._by_key: dict[tuple[str, int], RequestRecord] = {}
         self._results: dict[str, ResultRecord] = {}
@@ -134,6 +136,9 @@ class FakeScheduler:
 
     def waiting_for(self) -> list[str]:
         return self.missing
+
+    def history(self, model_id: str) -> list[dict[str, float]]:
+        return self.histories.get(model_id, [])
 
     # ---- sessions
 
@@ -391,6 +396,8 @@ class FakeScheduler:
             case operations.OptimStep():
                 lane = self._lanes[operation.model_id]
                 lane.steps += 1
+                history = self.histories[operation.model_id]
+                history.append({"index": float(len(history)), "step": float(lane.steps)})
                 return {"metrics": {"step": float(lane.steps)}}
             case operations.SaveWeights():
                 return self._save(owner, operation)

@@ -217,6 +217,22 @@ class RecordedSequence(Struct, tag="recording", frozen=True, kw_only=True):
         return self.sequence_id
 
 
+class HistoryRecord(Struct, tag="history", frozen=True, kw_only=True):
+    """Some optimizer steps of a training run, as rows of a table; number 0 is the one row that is being gathered for
+    the step to come."""
+
+    model_id: str
+    number: int
+    """Blocks count from 1, oldest first; all but the newest are full or thinned."""
+    columns: tuple[str, ...] = ()
+    values: bytes = b""
+    """float64 little-endian, row by row; NaN where a step has no such number."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.model_id} {self.number:06d}"
+
+
 Record = (
     SessionRecord
     | ModelRecord
@@ -227,6 +243,7 @@ Record = (
     | IdentityRecord
     | AuditRecord
     | RecordedSequence
+    | HistoryRecord
 )
 
 
@@ -241,7 +258,7 @@ class Put(Struct, tag=True, frozen=True):
 class Delete(Struct, tag=True, frozen=True):
     """Remove a record (and its body) if it is there."""
 
-    table: Literal["session", "model", "sampler", "request", "result", "checkpoint", "audit", "recording"]
+    table: Literal["session", "model", "sampler", "request", "result", "checkpoint", "audit", "recording", "history"]
     key: str
 
 
@@ -255,7 +272,18 @@ Change = Put | Delete | DropBody
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
-RECORD_TYPES = ("session", "model", "sampler", "request", "result", "checkpoint", "identity", "audit", "recording")
+RECORD_TYPES = (
+    "session",
+    "model",
+    "sampler",
+    "request",
+    "result",
+    "checkpoint",
+    "identity",
+    "audit",
+    "recording",
+    "history",
+)
 
 
 def encode_record(record: Record) -> bytes:

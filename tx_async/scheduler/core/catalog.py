@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, OtherBase, UnknownCheckpoint
+from tx_async.scheduler.core.history import Histories
 from tx_async.scheduler.core.holdings import Holdings
 from tx_async.scheduler.core.recorded import RecordedSequences
 from tx_async.wire.records import (
@@ -19,6 +20,7 @@ from tx_async.wire.records import (
     Change,
     CheckpointRecord,
     Delete,
+    HistoryRecord,
     IdentityRecord,
     ModelRecord,
     Put,
@@ -48,6 +50,7 @@ class Catalog:
         #: by tinker:// path
         self.checkpoints: dict[str, CheckpointRecord] = {}
         self.recordings = RecordedSequences()
+        self.histories = Histories()
         self.requests: dict[str, RequestRecord] = {}
         self.results: dict[str, ResultEntry] = {}
         #: (model_id or sampling_session_id, seq_id) -> request_id: what makes a submission a retry
@@ -86,6 +89,9 @@ class Catalog:
         if isinstance(record, RecordedSequence):
             self.recordings.put(record)
             return
+        if isinstance(record, HistoryRecord):
+            self.histories.put(record)
+            return
         table = self._table_of(type_of(record))
         self._release(table.get(record.key))
         table[record.key] = record
@@ -100,6 +106,9 @@ class Catalog:
             return
         if change.table == "recording":
             self.recordings.pop(change.key)
+            return
+        if change.table == "history":
+            self.histories.pop(change.key)
             return
         record = self._table_of(change.table).pop(change.key, None)
         self._release(record)

@@ -37,3 +37,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     session_retention_s: float = 30 * 24 * 3600
     retention_interval_s: float = 60.0
     audit_events_max: int = 10_000
+    history_steps_max: int = 1_024
+    """Optimizer steps that one run's history keeps."""
+    history_bytes_max: int = 256 * 2**20
+    """All histories."""

@@ -30,6 +30,7 @@ class Retention:
         self._forget_results()
         self._expire_checkpoints()
         self._forget_recordings()
+        self._forget_histories()
         for session in self._old_sessions():
             self._forget_session(session)
 
@@ -67,6 +68,16 @@ class Retention:
         old = self.catalog.recordings.unused_since(self.decisions.now - self.policy.stability_retention_s)
         self.decisions.append(*(Delete("recording", record.key) for record in old))
 
+    def _forget_histories(self) -> None:
+        """Those of the longest unused runs, until the rest fits."""
+        histories, models = self.catalog.histories, self.catalog.models
+        if histories.num_bytes <= self.policy.history_bytes_max:
+            return
+        for model_id in sorted(histories, key=lambda name: models[name].last_request_at if name in models else 0.0):
+            if histories.num_bytes <= self.policy.history_bytes_max:
+                break
+            self.decisions.append(*histories.forget(model_id))
+
     def _expire_checkpoints(self) -> None:
         now = self.decisions.now
         expired = [c for c in self.catalog.checkpoints.values() if c.expires_at is not None and c.expires_at <= now]
@@ -99,6 +110,7 @@ class Retention:
 
     def _forget_model(self, model: ModelRecord) -> None:
         """A run that has checkpoints keeps its record, which describes them."""
+        self.decisions.append(*self.catalog.histories.forget(model.model_id))
         has_checkpoints = any(c.model_id == model.model_id for c in self.catalog.checkpoints.values())
         change: Change = Delete("model", model.model_id)
         if has_checkpoints:

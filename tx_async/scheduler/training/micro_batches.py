@@ -14,6 +14,7 @@ from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.packing import Row, fill, fits, pack
+from tx_async.scheduler.training.progress import Progress
 from tx_async.scheduler.training.rollout_gap import rollout_gap
 from tx_async.scheduler.training.runs import Runs
 from tx_async.wire import results
@@ -40,10 +41,11 @@ class RowsSent(Struct, frozen=True):
 
 
 class MicroBatches:
-    def __init__(self, runs: Runs, decisions: Decisions, fair: FairQueue):
+    def __init__(self, runs: Runs, decisions: Decisions, fair: FairQueue, progress: Progress):
         self.runs = runs
         self.decisions = decisions
         self.fair = fair
+        self.progress = progress
         #: of sequences that came back, for an operator
         self.num_tokens = 0
 
@@ -158,11 +160,19 @@ class MicroBatches:
         starts again from its base, without this one."""
         datum = next((i for i, (_, loss) in sorted(step.parts.items()) if not math.isfinite(loss)), None)
         if datum is None or operation.forward_only:
-            self.runs.finish(step, "forward_backward", b"" if step.finished else _result_of(step, operation))
+            self._report(step, operation)
             return
         loss = step.parts[datum][1]
         self.runs.fail(step, NonFiniteLoss(f"datum {datum}: its loss is {loss}. {NonFiniteLoss.default_message()}"))
         self.runs.lose_state(lane)
+
+    def _report(self, step: Step, operation: ForwardBackward) -> None:
+        if step.finished:
+            self.runs.finish(step, "forward_backward", b"")
+            return
+        result = _result_of(step, operation)
+        changes = () if operation.forward_only else self.progress.trained(step, operation, result.metrics)
+        self.runs.finish(step, "forward_backward", results.encode(result), *changes)
 
     def failed(self, answer: RowsSent, failure: CommandFailed) -> None:
         """The rows may have left gradients behind, so every run among them starts again from its base; but only a
@@ -184,10 +194,10 @@ class MicroBatches:
                 self.runs.try_again(step, error)
 
 
-def _result_of(step: Step, operation: ForwardBackward) -> bytes:
+def _result_of(step: Step, operation: ForwardBackward) -> ForwardBackwardResult:
     parts = [step.parts[i] for i in range(len(operation.data))]
     losses = [loss for _, loss in parts]
     total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
     logprobs = tuple(tensor for tensor, _ in parts)
     metrics = {"loss:sum": total} | rollout_gap(operation, [tensor.numpy() for tensor in logprobs])
-    return results.encode(ForwardBackwardResult(logprobs=logprobs, metrics=metrics))
+    return ForwardBackwardResult(logprobs=logprobs, metrics=metrics)

@@ -30,6 +30,13 @@ def rollout_gap(operation: ForwardBackward, logprobs: Sequence[np.ndarray]) -> d
     }
 
 
+def num_sampled(operation: ForwardBackward) -> int:
+    """Positions that the gap is taken over."""
+    if not all("logprobs" in datum.loss_fn_inputs for datum in operation.data):
+        return 0
+    return sum(int(np.count_nonzero(_is_sampled(datum))) for datum in operation.data)
+
+
 def _gap(datum: Datum, p: np.ndarray) -> np.ndarray:
     return (datum.loss_fn_inputs["logprobs"].numpy() - p)[_is_sampled(datum)]
 

@@ -21,6 +21,7 @@ from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.micro_batches import MicroBatches, RowsSent
+from tx_async.scheduler.training.progress import Progress
 from tx_async.scheduler.training.runs import Runs
 from tx_async.scheduler.training.saves import Saves
 from tx_async.scheduler.training.snapshots import Snapshots, SnapshotSent
@@ -74,7 +75,8 @@ class Training:
         self.snapshots = Snapshots(self.runs, decisions)
         self.slots = TrainingSlots(self.runs, self.snapshots, decisions)
         self.saves = Saves(self.runs, decisions)
-        self.micro_batches = MicroBatches(self.runs, decisions, self.fair)
+        self.progress = Progress(decisions, policy)
+        self.micro_batches = MicroBatches(self.runs, decisions, self.fair, self.progress)
         #: saves that are answered while their base, or steps that they contain, are not; with size or failure
         self._held_saves: list[tuple[StepSent, int | TxError]] = []
         #: for an operator
@@ -300,13 +302,15 @@ class Training:
             case OptimStep():
                 assert isinstance(result, Stepped)
                 finite = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
-                self.runs.succeed(step, {"metrics": finite})
+                changes = () if step.finished else self.progress.stepped(step, result)
+                self.runs.succeed(step, {"metrics": finite}, *changes)
             case SaveWeights():
                 assert isinstance(result, Saved)
                 self._end_save(sent, result.size_bytes)
             case LoadWeights(path=path):
                 body = {"type": "load_weights", "path": path, "model_id": sent.lane.model_id}
-                self.runs.succeed(step, body)
+                changes = () if step.finished else self.progress.dropped(sent.lane.model_id)
+                self.runs.succeed(step, body, *changes)
 
     def _step_failed(self, sent: StepSent, error: TxError) -> None:
         lane, step = sent.lane, sent.step
@@ -315,6 +319,7 @@ class Training:
                 self.num_failed_saves += 1
                 self._end_save(sent, error)
             case OptimStep() if error.category == "user":
+                self.decisions.append(*(() if step.finished else self.progress.dropped(lane.model_id)))
                 self.runs.fail(step, error, had_effect=True)  # NaN gradients: cleared, weights as before
             case LoadWeights() if not step.finished and (error.category == "user" or self._is_given_up(step)):
                 self.runs.fail(step, error)

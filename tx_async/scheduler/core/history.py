@@ -1,0 +1,159 @@
+"""What training runs have been through: a row of numbers for each optimizer step, thinned with age.
+
+The rows of a run lie in blocks, so that a step writes a small record whatever came before it. Everything here but
+`Histories` is a pure function over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from tx_async.wire.records import Change, Delete, HistoryRecord, Put
+
+HistoryRow = dict[str, float]
+"""Name of a number -> its value. `index` counts the run's optimizer steps from 0."""
+INDEX = "index"
+GATHERING = 0
+"""Number of the record with what the step to come has so far."""
+BLOCK_ROWS = 32
+
+
+def encode_rows(model_id: str, number: int, rows: Sequence[HistoryRow]) -> HistoryRecord:
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    values = np.array([[row.get(name, np.nan) for name in columns] for row in rows], "<f8")
+    return HistoryRecord(model_id=model_id, number=number, columns=columns, values=values.tobytes())
+
+
+def decode_rows(record: HistoryRecord) -> list[HistoryRow]:
+    table = np.frombuffer(record.values, "<f8").reshape(-1, max(1, len(record.columns)))
+    return [
+        {name: value for name, value in zip(record.columns, values, strict=True) if value == value}
+        for values in table.tolist()
+    ]
+
+
+def kept(indexes: Sequence[int], steps_max: int) -> list[int]:
+    """Which steps stay, of ascending `indexes`: of many only `steps_max`. The newest half stays whole. Of what is
+    older every second step stays, or every fourth, …, so what was thinned once is thinned no further until its
+    neighbours are as thin; the first step stays always."""
+    if len(indexes) <= steps_max:
+        return list(indexes)
+    num_whole = steps_max // 2
+    older, whole = indexes[: len(indexes) - num_whole], indexes[len(indexes) - num_whole :]
+    stride = 1
+    while len(older) > steps_max - num_whole:
+        stride *= 2
+        older = [index for index in older if index % stride == 0]
+    return [*older, *whole]
+
+
+def in_blocks(model_id: str, rows: Sequence[HistoryRow]) -> list[HistoryRecord]:
+    return [
+        encode_rows(model_id, 1 + start // BLOCK_ROWS, rows[start : start + BLOCK_ROWS])
+        for start in range(0, len(rows), BLOCK_ROWS)
+    ]
+
+
+def gathered(row: Mapping[str, float], batch: Mapping[str, float], positions: int) -> HistoryRow:
+    """A row with one more forward_backward. The part behind a name's colon says how it adds up; a mean counts as many
+    times as the batch has sampled `positions`, as it does in the batch itself."""
+    known = row.get("sampled_tokens", 0.0)
+    total = {**row, "sampled_tokens": known + positions}
+    for name, value in batch.items():
+        before = row.get(name)
+        if before is None:
+            total[name] = value
+        elif name.endswith(":mean"):
+            total[name] = (before * known + value * positions) / (known + positions) if known + positions else value
+        elif name.endswith(":max"):
+            total[name] = max(before, value)
+        elif name.endswith(":min"):
+            total[name] = min(before, value)
+        elif name == "started_at":
+            total[name] = before
+        else:
+            total[name] = before + value
+    return total
+
+
+class Histories:
+    """Of all runs. The catalog has it, and changes it with the records that it is told."""
+
+    def __init__(self) -> None:
+        #: model_id -> number of a block -> its record
+        self._blocks: dict[str, dict[int, HistoryRecord]] = {}
+        self.num_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"<Histories [{len(self._blocks)} runs, {self.num_bytes} bytes]>"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def put(self, record: HistoryRecord) -> None:
+        self.pop(record.key)
+        self._blocks.setdefault(record.model_id, {})[record.number] = record
+        self.num_bytes += len(record.values)
+
+    def pop(self, key: str) -> None:
+        model_id, _, number = key.rpartition(" ")
+        record = self._blocks.get(model_id, {}).pop(int(number), None)
+        if record is None:
+            return
+        self.num_bytes -= len(record.values)
+        if not self._blocks[model_id]:
+            del self._blocks[model_id]
+
+    def rows(self, model_id: str) -> list[HistoryRow]:
+        """Oldest first."""
+        blocks = self._blocks.get(model_id, {})
+        return [row for number in sorted(blocks) if number != GATHERING for row in decode_rows(blocks[number])]
+
+    def gathering(self, model_id: str) -> HistoryRow:
+        """What the step to come has so far."""
+        record = self._blocks.get(model_id, {}).get(GATHERING)
+        return decode_rows(record)[0] if record else {}
+
+    def newest_row(self, model_id: str) -> HistoryRow | None:
+        blocks = self._blocks.get(model_id, {})
+        newest = max(blocks, default=GATHERING)
+        return decode_rows(blocks[newest])[-1] if newest != GATHERING else None
+
+    # ---- what a change of it amounts to
+
+    def gather(self, model_id: str, row: HistoryRow) -> tuple[Change, ...]:
+        return (Put(encode_rows(model_id, GATHERING, [row])),)
+
+    def drop_gathered(self, model_id: str) -> tuple[Change, ...]:
+        record = self._blocks.get(model_id, {}).get(GATHERING)
+        return (Delete("history", record.key),) if record else ()
+
+    def append(self, model_id: str, row: HistoryRow, steps_max: int) -> tuple[Change, ...]:
+        """A step has ended: its row joins the newest block, and all blocks are written anew when they are too many."""
+        blocks = self._blocks.get(model_id, {})
+        number = max(blocks, default=GATHERING)
+        rows = decode_rows(blocks[number]) if number != GATHERING else []
+        if number == GATHERING or len(rows) >= BLOCK_ROWS:
+            number, rows = number + 1, []
+        change = Put(encode_rows(model_id, number, [*rows, row]))
+        thinned = self._thin(model_id, steps_max) if not rows and number > 1 else ()
+        changes = self._renumbered(model_id, thinned, row) if thinned else (change,)
+        return (*changes, *self.drop_gathered(model_id))
+
+    def _thin(self, model_id: str, steps_max: int) -> list[HistoryRow]:
+        """The rows that stay, when there are too many; else nothing."""
+        rows = self.rows(model_id)
+        if len(rows) < steps_max:
+            return []
+        stay = set(kept([int(row[INDEX]) for row in rows], max(2, steps_max - steps_max // 4)))
+        return [row for row in rows if int(row[INDEX]) in stay]
+
+    def _renumbered(self, model_id: str, rows: Sequence[HistoryRow], row: HistoryRow) -> tuple[Change, ...]:
+        records = in_blocks(model_id, [*rows, row])
+        gone = [old.key for number, old in self._blocks[model_id].items() if number > len(records)]
+        return (*map(Put, records), *(Delete("history", key) for key in gone))
+
+    def forget(self, model_id: str) -> tuple[Change, ...]:
+        return tuple(Delete("history", record.key) for record in self._blocks.get(model_id, {}).values())

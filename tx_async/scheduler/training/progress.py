@@ -1,0 +1,79 @@
+"""A run's history: what its forward_backwards and optimizer steps have reported, as rows that join their commits.
+
+Only what is reported counts, so an operation that runs again for its effect leaves no second trace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from tx_async.scheduler.core.decisions import Decisions
+from tx_async.scheduler.core.history import INDEX, gathered
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.training.lanes import Step
+from tx_async.scheduler.training.rollout_gap import num_sampled
+from tx_async.wire.operations import Datum, ForwardBackward
+from tx_async.wire.records import Change
+from tx_async.wire.worker import Stepped
+
+METRICS_MAX = 32
+"""Names of one step; an engine of one's own may report any."""
+
+
+class Progress:
+    """Has no state of its own: the rows are in the catalog."""
+
+    def __init__(self, decisions: Decisions, policy: Policy):
+        self.decisions = decisions
+        self.policy = policy
+
+    def trained(self, step: Step, operation: ForwardBackward, metrics: Mapping[str, float]) -> tuple[Change, ...]:
+        """A forward_backward is about to be reported, and its gradients wait for an optimizer step."""
+        histories = self.decisions.catalog.histories
+        batch = {
+            "started_at": step.request.created_at,
+            "num_batches": 1.0,
+            "sequences": float(len(operation.data)),
+            "tokens": float(sum(datum.num_tokens for datum in operation.data)),
+            **_finite(metrics),
+        }
+        if (weights := _sum_of_weights(operation)) is not None:
+            batch["weights:sum"] = weights
+        row = gathered(histories.gathering(step.model_id), batch, num_sampled(operation))
+        return histories.gather(step.model_id, row)
+
+    def stepped(self, step: Step, result: Stepped) -> tuple[Change, ...]:
+        """An optimizer step is about to be reported."""
+        histories = self.decisions.catalog.histories
+        newest = histories.newest_row(step.model_id)
+        row = {"started_at": step.request.created_at, **histories.gathering(step.model_id)}
+        row = {INDEX: newest[INDEX] + 1 if newest else 0.0, **row, **_finite(result.metrics)}
+        row |= {"step": float(result.step), "finished_at": self.decisions.now}
+        return histories.append(step.model_id, row, self.policy.history_steps_max)
+
+    def dropped(self, model_id: str) -> tuple[Change, ...]:
+        """The gradients that were there belong to no step."""
+        return self.decisions.catalog.histories.drop_gathered(model_id)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    found = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    return dict(list(found.items())[:METRICS_MAX])
+
+
+def _sum_of_weights(operation: ForwardBackward) -> float | None:
+    """What `loss:sum` of cross_entropy is divided by for a mean; None for the losses that have no weights."""
+    if operation.loss_fn != "cross_entropy":
+        return None
+    return math.fsum(
+        float(np.sum(inputs["weights"].numpy(), dtype=np.float64)) if "weights" in inputs else _num_targets(datum)
+        for datum in operation.data
+        for inputs in (datum.loss_fn_inputs,)
+    )
+
+
+def _num_targets(datum: Datum) -> float:
+    return float(datum.loss_fn_inputs["target_tokens"].numpy().size)
