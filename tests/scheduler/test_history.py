@@ -1,6 +1,7 @@
 """A run's history: one row for each optimizer step that was reported, however often the server dies, and a bounded
 number of them."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import msgspec
@@ -19,7 +20,7 @@ from tx_async.scheduler.core.history import (
     gathered,
     kept,
 )
-from tx_async.wire.records import Delete, HistoryRecord, Put, decode_record
+from tx_async.wire.records import Change, Delete, HistoryRecord, Put, decode_record
 
 
 def history(stage: Stage, model: str) -> list[HistoryRow]:
@@ -91,7 +92,7 @@ def test_a_step_writes_a_small_record_whatever_came_before_it():
     for index in range(500):
         changes = histories.append("m", {"index": float(index), "loss:sum": 0.5}, steps_max=100)
         apply(histories, changes)
-        sizes.append(sum(len(change.record.values) for change in changes if isinstance(change, Put)))
+        sizes.append(sum(len(record.values) for record in records_of(changes)))
     rows = histories.rows("m")
     assert len(rows) <= 100 + BLOCK_ROWS
     assert rows[0]["index"] == 0 and rows[-1]["index"] == 499
@@ -100,13 +101,17 @@ def test_a_step_writes_a_small_record_whatever_came_before_it():
     assert histories.rows("m") == [] and histories.num_bytes == 0
 
 
-def apply(histories: Histories, changes) -> None:
+def records_of(changes: Iterable[Change]) -> list[HistoryRecord]:
+    records = [change.record for change in changes if isinstance(change, Put)]
+    return [record for record in records if isinstance(record, HistoryRecord)]
+
+
+def apply(histories: Histories, changes: Iterable[Change]) -> None:
     for change in changes:
-        if isinstance(change, Put):
-            assert isinstance(change.record, HistoryRecord)
-            histories.put(change.record)
-        elif isinstance(change, Delete):
+        if isinstance(change, Delete):
             histories.pop(change.key)
+    for record in records_of(changes):
+        histories.put(record)
 
 
 # ---- what a run leaves
