@@ -16,7 +16,7 @@ from tx_async.models.load import from_config
 from tx_async.storage.checkpoint_files import read_checkpoint_sync
 from tx_async.storage.store import Store
 from tx_async.testing.engine_bench import assert_same_bits, segment
-from tx_async.testing.models import QWEN3_TINY
+from tx_async.testing.models import QWEN3_5_MOE_TINY, QWEN3_TINY
 from tx_async.wire.worker import AdapterConfig, CreateAdapter, LoadSampler, SaveAdapter
 
 LENGTHS = (30, 25, 31, 20)
@@ -318,3 +318,10 @@ def test_an_export_for_a_tied_model_says_what_merging_gets_wrong(tmp_path, tied,
     assert ("README.md" in files) == (tied and train_unembed)
     if "README.md" in files:
         assert b"0.073" in files["README.md"] and b"exclude_unembed" in files["README.md"]
+
+
+def test_an_export_says_which_part_peft_passes_over(tmp_path):
+    model, lora = from_config(QWEN3_5_MOE_TINY), AdapterConfig(rank=2)
+    checkpoints = Checkpoints(Store(tmp_path), model, max_rank=2)
+    checkpoints.write("run/export", SavedAdapter("external", lora, parity.random_adapter(model, lora)), {})
+    assert b"passes over the experts" in read_checkpoint_sync(Store(tmp_path), "run/export")[1]["README.md"]

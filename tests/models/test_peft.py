@@ -59,6 +59,16 @@ def test_the_experts_of_gpt_oss_leave_as_two_parameters_a_layer():
     assert settings["target_modules"] == [] and settings["rank_pattern"] == {"mlp.experts.gate_up_proj": 4}
 
 
+def test_experts_that_peft_has_no_names_for_leave_one_by_one_and_nothing_as_a_parameter():
+    """vLLM reads Qwen3.5's experts so. PEFT dies of parameters beside modules, and the archive says what it ignores."""
+    model = of_family("qwen3_5_moe")
+    tensors, settings = to_peft(model, parity.random_adapter(model, CONFIG), CONFIG)
+    assert "target_parameters" not in settings and "gate_proj" in settings["target_modules"]
+    mlp = {name.split(".mlp.")[1].split(".lora_")[0] for name in tensors if ".layers.0.mlp." in name}
+    modules = [*(f"experts.{e}" for e in range(8)), "shared_expert"]
+    assert mlp == {f"{module}.{leaf}_proj" for module in modules for leaf in ("gate", "up", "down")}
+
+
 def test_groups_that_a_loader_fuses_leave_whole():
     """vLLM dies of half a group."""
     model, config = of_family("qwen3_5"), AdapterConfig(rank=2, train_mlp=False, train_unembed=False)

@@ -57,6 +57,13 @@ To merge, export without it (`"exclude_unembed": true` in the body of `save_weig
 `lm_head` has learned; or train with `train_unembed=False` from the start.
 """
 
+EXPERTS_NOTE = """# PEFT reads a part of this adapter
+
+It adapts experts, named one by one (`mlp.experts.<number>.gate_proj`): so vLLM and this server read them. PEFT has no
+such names for this model, where transformers keeps a layer's experts in two parameters: it loads the rest of the
+adapter, and passes over the experts with a warning about unexpected keys.
+"""
+
 
 @dataclass
 class SavedAdapter:
@@ -140,9 +147,13 @@ class Checkpoints:
             files[OPTIMIZER] = save_safetensors(moments)
         if adapter.gradients is not None:
             files[GRADIENTS] = save_safetensors(self._named("", adapter.gradients, adapter.config))
-        if adapter.kind == "external" and self.model.tied and adapter.config.train_unembed:
-            files[README] = TIED_NOTE.encode()
-        return files
+        notes = self._notes(adapter.config) if adapter.kind == "external" else []
+        return files | ({README: "\n".join(notes).encode()} if notes else {})
+
+    def _notes(self, config: AdapterConfig) -> list[str]:
+        """Where other programs do not compute what this one does with the adapter."""
+        is_tied, is_passed_over = self.model.tied and config.train_unembed, not self.model.peft_knows_experts
+        return [TIED_NOTE] * is_tied + [EXPERTS_NOTE] * (is_passed_over and config.train_mlp)
 
     def _named(self, prefix: str, weights: Any, config: AdapterConfig) -> dict[str, np.ndarray]:
         tensors, _ = to_peft(self.model, trim(weights, config.rank), config)

@@ -115,7 +115,12 @@ class JaxEngine:
         self.kernels = kernels or choose_kernels(self.platform, model.mesh is None)
         if planned:
             self.context = min(self.context, planned.context)
-            config = structs.replace(config, kv_cache_tokens=planned.kv_cache_tokens)
+            config = structs.replace(
+                config,
+                kv_cache_tokens=planned.kv_cache_tokens,
+                max_lora_adapters=planned.num_training_slots,
+                max_sampler_adapters=planned.num_sampler_slots,
+            )
         self.config = config
         self.targets: adapter_slots.Targets = model.lora_targets()
         #: of results: every device has them whole; None without a mesh

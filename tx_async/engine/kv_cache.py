@@ -100,8 +100,7 @@ def pool_shardings(model: CachedModel, mesh: Mesh) -> dict[str, NamedSharding]:
         return NamedSharding(mesh, PartitionSpec(None, None, None if heads % mesh.shape["tensor"] else "tensor"))
 
     def of_state(shape: tuple[int, ...], wide: bool) -> NamedSharding:
-        """The fp32 part is by heads; the convolution's is of all."""
-        axis = "tensor" if wide and shape[0] % mesh.shape["tensor"] == 0 else None
+        axis = "tensor" if _is_cut(shape, wide, mesh.shape["tensor"]) else None
         return NamedSharding(mesh, PartitionSpec(None, axis))
 
     states = {name: of_state(*state) for name, state in model.state_shapes.items()}
@@ -114,11 +113,20 @@ def token_bytes(model: CachedModel, dtype: Any) -> int:
     return model.cache_layers * features * jnp.dtype(dtype).itemsize
 
 
-def state_bytes(model: CachedModel, dtype: Any) -> int:
-    """Bytes that the recurrent state of one sequence occupies over all layers."""
-    return model.state_layers * sum(
-        int(np.prod(shape)) * (4 if wide else jnp.dtype(dtype).itemsize) for shape, wide in model.state_shapes.values()
-    )
+def state_bytes(model: CachedModel, dtype: Any, tensor: int = 1) -> int:
+    """Bytes that the recurrent state of one sequence occupies over all layers, on one device of a mesh that cuts it
+    into `tensor` pieces."""
+
+    def of(shape: tuple[int, ...], wide: bool) -> int:
+        whole = int(np.prod(shape)) * (4 if wide else jnp.dtype(dtype).itemsize)
+        return whole // tensor if _is_cut(shape, wide, tensor) else whole
+
+    return model.state_layers * sum(of(*state) for state in model.state_shapes.values())
+
+
+def _is_cut(shape: tuple[int, ...], wide: bool, tensor: int) -> bool:
+    """The fp32 part is by heads; the convolution's is of all."""
+    return wide and shape[0] % tensor == 0
 
 
 def state_slots(model: CachedModel, dtype: Any, config: EngineConfig, cache_bytes: int) -> tuple[int, int]:

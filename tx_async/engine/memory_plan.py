@@ -39,6 +39,8 @@ HEAD_CHUNK_TOKENS = 512
 """As `head.py` cuts a row."""
 CONTEXT_MIN = 512
 """A KV cache that cannot hold one sequence of this length is no use."""
+CONTEXT_USEFUL = 8192
+"""Slots give way until sequences of this length can be trained and sampled."""
 DEVICES_MAX = 64
 
 
@@ -66,6 +68,9 @@ class MemoryPlan:
     context: int
     """The longest sequence: what the configuration says, or what the KV cache can hold of it."""
     kv_cache_tokens: int
+    num_training_slots: int
+    num_sampler_slots: int
+    """As configured, or as many as leave room for the rest."""
     wanted_context: int = 0
     """Of the configuration and the model."""
     problem: str = ""
@@ -75,12 +80,17 @@ class MemoryPlan:
     def fits(self) -> bool:
         return not self.problem
 
+    @property
+    def longest_row(self) -> int:
+        return max((shape.length for shape in self.row_shapes), default=0)
+
     def lines(self) -> Iterator[str]:
         """A table for people: GiB of each part, and what it is for."""
         for part in (*self.parts, MemoryPart("in all", sum(part.num_bytes for part in self.parts), "")):
             yield f"{part.num_bytes / GIB:8.2f} GiB  {part.name:<15} {part.note}".rstrip()
         yield f"{self.memory / GIB:8.2f} GiB  {'usable':<15} of one device"
         shorter = f" (of {self.wanted_context}: more does not fit)" if self.context < self.wanted_context else ""
+        yield f"slots for {_adapters(self.num_training_slots)} in training and {self.num_sampler_slots} in sampling"
         yield f"context {self.context}{shorter}, KV cache {self.kv_cache_tokens} tokens"
         if self.row_shapes:
             yield "rows " + ", ".join(f"{x.rows}x{x.length}{' recomputing' * x.recomputes}" for x in self.row_shapes)
@@ -90,8 +100,26 @@ class MemoryPlan:
 
 def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:
     """memory: bytes of one device that may be used. A plan that does not fit says so in `problem`."""
-    found = _Planner(model, config, platform, memory).plan()
+    found = _with_slots_that_fit(model, config, platform, memory)
     return found if found.fits else replace(found, problem=_what_helps(model, config, platform, memory, found))
+
+
+def _with_slots_that_fit(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:
+    """Slots are a cache: with fewer of them adapters change places more often, and that is all. So where adapters are
+    large, as those of experts are, there are as many as leave room for a context that is of use."""
+    plans = [_Planner(model, fewer, platform, memory).plan() for fewer in _with_fewer_slots(config)]
+    fitting = [made for made in plans if made.fits]
+    useful = (
+        made for made in fitting if min(made.context, made.longest_row) >= min(made.wanted_context, CONTEXT_USEFUL)
+    )
+    return next(useful, (fitting or plans[-1:])[0])
+
+
+def _with_fewer_slots(config: EngineConfig) -> Iterator[EngineConfig]:
+    """As configured, then fewer of both kinds, down to one."""
+    training, samplers = config.max_lora_adapters, config.max_sampler_adapters
+    for count in range(max(training, samplers), 0, -1):
+        yield structs.replace(config, max_lora_adapters=min(training, count), max_sampler_adapters=min(samplers, count))
 
 
 # ---- what helps
@@ -100,16 +128,13 @@ def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int) 
 def _what_helps(model: Decoder, config: EngineConfig, platform: Platform, memory: int, found: MemoryPlan) -> str:
     """One line: what is lacking, and the setting to change."""
     lead = f"It does not fit: {found.problem}."
-    fewer = structs.replace(config, max_lora_adapters=1, max_sampler_adapters=1)
     setting = "expert_parallel_size" if _has_experts(model) else "tensor_parallel_size"
     for name in dict.fromkeys((setting, "tensor_parallel_size", "fully_sharded_data_parallel_size")):
         size = 2 * getattr(config, name)
         while size <= DEVICES_MAX:
-            if _Planner(model, structs.replace(config, **{name: size}), platform, memory).plan().fits:
+            if _with_slots_that_fit(model, structs.replace(config, **{name: size}), platform, memory).fits:
                 return f"{lead} Set {name} to {size} in backend_config, on as many devices."
             size *= 2
-    if _Planner(model, fewer, platform, memory).plan().fits:
-        return f"{lead} Lower max_lora_adapters or max_sampler_adapters in backend_config."
     return f"{lead} Raise {setting} and fully_sharded_data_parallel_size in backend_config, or take a smaller model."
 
 
@@ -143,7 +168,8 @@ class _Planner:
             MemoryPart("KV cache", cache, "keys and values of sequences and of cached prefixes"),
             MemoryPart("margin", MARGIN_BYTES, "fragmentation, and what the bounds have missed"),
         )
-        made = MemoryPlan(self.memory, parts, shapes, context, tokens, wanted)
+        slots = self.config.max_lora_adapters, self.config.max_sampler_adapters
+        made = MemoryPlan(self.memory, parts, shapes, context, tokens, *slots, wanted)
         return replace(made, problem=self._problem(made, left))
 
     def _problem(self, made: MemoryPlan, left: int) -> str:
@@ -172,10 +198,10 @@ class _Planner:
             MemoryPart(
                 "training slots",
                 4 * 4 * slots * adapter,
-                f"{config.max_lora_adapters} adapters of rank {rank} and one for unused rows: A, B, m, v, gradients",
+                f"{_adapters(config.max_lora_adapters)} of rank {rank} and one for unused rows: A, B, m, v, gradients",
             ),
             MemoryPart(
-                "samplers", config.max_sampler_adapters * sampler, f"{config.max_sampler_adapters} adapters: A, B"
+                "samplers", config.max_sampler_adapters * sampler, f"{_adapters(config.max_sampler_adapters)}: A, B"
             ),
             *self._recurrent_state(),
         )
@@ -183,7 +209,7 @@ class _Planner:
     def _recurrent_state(self) -> Iterator[MemoryPart]:
         if self.model.state_layers:
             running, kept = state_slots(self.model, self._dtype, self.config, self.memory // CACHE_PART)
-            size = (1 + running + kept) * state_bytes(self.model, self._dtype)
+            size = (1 + running + kept) * state_bytes(self.model, self._dtype, self._mesh.shape["tensor"])
             yield MemoryPart("recurrent state", size, f"{running} sequences that run, {kept} snapshots of prefixes")
 
     def _weight_bytes(self) -> int:
@@ -245,12 +271,16 @@ class _Planner:
 
     def _offered(self, context: int, room: int) -> tuple[RowShape, ...]:
         """Those beside which the cache still holds a sequence of that length: what is trained can be sampled."""
-        shapes = (self._row_shape(*shape) for shape in row_shapes(self.config, context, self.platform))
-        return tuple(shape for shape in shapes if shape.temporaries + self._kv_bytes(shape.length) <= room)
+        for_each = {
+            (rows, length): room - self._kv_bytes(length)
+            for rows, length in row_shapes(self.config, context, self.platform)
+        }
+        shapes = ((self._row_shape(*shape, left), left) for shape, left in for_each.items())
+        return tuple(shape for shape, left in shapes if shape.temporaries <= left)
 
-    def _row_shape(self, rows: int, length: int) -> RowShape:
+    def _row_shape(self, rows: int, length: int, room: int) -> RowShape:
         keeping = self._train_temporaries(rows, length, recomputes=False)
-        recomputes = self.config.gradient_checkpointing or keeping > self.memory // RECOMPUTE_SHARE
+        recomputes = self.config.gradient_checkpointing or keeping > min(room, self.memory // RECOMPUTE_SHARE)
         return RowShape(
             rows, length, recomputes, self._train_temporaries(rows, length, True) if recomputes else keeping
         )
@@ -336,6 +366,10 @@ def train_temporaries(
     if recomputes:
         return tokens * (layers * hidden * itemsize + 8 * inner_features) + adapters + head
     return tokens * (layers * kept_features + 2 * inner_features) * itemsize + adapters + head
+
+
+def _adapters(count: int) -> str:
+    return f"{count} adapter{'s' * (count != 1)}"
 
 
 def _gib(num_bytes: float) -> str:

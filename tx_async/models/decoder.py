@@ -48,6 +48,9 @@ class Decoder:
     prediction, a vision tower)."""
     interleaved_experts: bool = False
     """In the files a layer's experts are two parameters, gate and up side by side (gpt-oss): so PEFT knows them."""
+    peft_knows_experts: bool = True
+    """PEFT finds adapters of experts that are named one by one. Of Qwen3.5 it passes over them: it has no table for it,
+    and as parameters of a layer vLLM cannot read them."""
     mesh: Mesh | None = None
     """Where it is sharded; set by `load_model`."""
 

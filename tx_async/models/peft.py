@@ -2,7 +2,7 @@
 
 Names and shapes are those of ordinary PEFT adapters: `base_model.model.<module>.lora_A.weight` [rank, in] and
 `lora_B` [out, rank]; experts one by one (`mlp.experts.<e>.gate_proj`), which PEFT fuses itself where transformers 5
-has fused parameters.
+has fused parameters (but for `Decoder.peft_knows_experts`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def to_peft(
             tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
         modules.extend(target.hf_names)
     if not model.interleaved_experts:
-        return tensors, _peft_config(config, modules)
+        beside = _beside_experts(modules) if model.peft_knows_experts else {}
+        return tensors, _peft_config(config, modules) | beside
     settings = _peft_config(config, [module for module in modules if ".experts." not in module])
     return fused(tensors), settings | fused_settings(config.rank, int(LORA_ALPHA), config.train_mlp)
 
@@ -78,7 +79,6 @@ def _peft_config(config: AdapterConfig, modules: list[str]) -> dict[str, Any]:
         "rank_pattern": {},
         "alpha_pattern": {},
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
-        **_beside_experts(modules),
     }
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tx_async.layers import rope
@@ -25,7 +26,8 @@ def dense(config: dict[str, Any]) -> Decoder:
 
 def moe(config: dict[str, Any]) -> Decoder:
     experts = _experts(config, norm_topk_prob=True)  # this router always renormalises
-    return _decoder(config, {"": experts}, [""] * hf_config.num_layers(config), False)
+    made = _decoder(config, {"": experts}, [""] * hf_config.num_layers(config), False)
+    return replace(made, peft_knows_experts=False)
 
 
 def next_moe(config: dict[str, Any]) -> Decoder:

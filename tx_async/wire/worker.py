@@ -35,10 +35,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The backend configuration: what the engine needs besides the base model. Unknown keys are refused by name."""
 
     max_lora_adapters: int = 8
-    """Training adapters that are on the device at once; more models than this live in host memory and storage."""
+    """Training adapters that are on the device at once; more models than this live in host memory and storage. Fewer
+    where a GPU's memory does not hold so many; the plan in the log says it."""
     max_lora_rank: int = 32
     max_sampler_adapters: int = 8
-    """Sampler adapter versions that are on the device at once."""
+    """Sampler adapter versions that are on the device at once; likewise."""
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
     fully_sharded_data_parallel_size: int = 1
