@@ -286,7 +286,7 @@ def files_of(bench, key):
 def test_an_encrypted_export_is_for_its_recipients_alone(bench, forget):
     config = bench.create(0)
     train(bench, 0, 2)
-    mine, other = (pyrage.x25519.Identity.generate() for _ in range(2))
+    mine, other = (pyrage.x25519.Identity.generate() for _ in range(2))  # pyright: ignore[reportAttributeAccessIssue]
     recipients = tuple(str(identity.to_public()) for identity in (mine, other))
     bench.run(SaveAdapter(slot=0, config=config, key="run/plain", kind="external"))
     bench.run(SaveAdapter(slot=0, config=config, key="run/secret", kind="external", age_recipients=recipients))
@@ -294,7 +294,7 @@ def test_an_encrypted_export_is_for_its_recipients_alone(bench, forget):
     plain, secret = files_of(bench, "run/plain"), files_of(bench, "run/secret")
     assert set(secret) == {f"{name}.age" for name in plain}
     for name, content in plain.items():
-        assert all(pyrage.decrypt(secret[f"{name}.age"], [identity]) == content for identity in (mine, other))
+        assert all(pyrage.decrypt(secret[f"{name}.age"], [identity]) == content for identity in (mine, other))  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(InvalidRequest, match="encrypted"):
         bench.load(1, config, "run/secret", optimizer=False)
 

@@ -182,7 +182,7 @@ def save_peft(folder: Path, tensors: dict[str, np.ndarray], config: dict) -> Non
 
 def peft_gradients(reference, folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Gradients in the places of weights, saved by PEFT itself: so `from_peft` takes fused experts apart."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         for parameter in reference.parameters():
