@@ -162,6 +162,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Recorded sequences of one API key; beyond that the longest unused go first."""
     retention_interval_s: int = 60
     """Between two looks for what these limits let go."""
+    storage_patience_s: int = 600
+    """How long a save waits for storage that does not take it, and a sampler or load_state for files that it does not
+    deliver, before they fail."""
     snapshot_every_steps: int = 16
     """Optimizer steps between two snapshots of a model."""
     snapshot_every_bytes: int = 256 * 2**20

@@ -276,6 +276,26 @@ def test_a_save_that_cannot_be_written_fails_and_changes_nothing_that_a_mesh_mus
     bench.save(0, config, "run/a")
 
 
+def test_what_storage_did_not_take_is_written_later_as_it_was(bench):
+    config = bench.create(0)
+    train(bench, 0, 1)
+    expected, cached = bench.state(0), bench.engine.checkpoints._cached
+    folder = Path(bench.engine.checkpoints.store.base, "run")
+    folder.write_text("a file where a folder is needed")
+    with pytest.raises(StorageError):
+        bench.save(0, config, "run/a")
+    train(bench, 0, 1)
+    folder.unlink()
+    again = SaveAdapter(slot=0, config=config, key="run/a", kind="training", again=True)
+    bench.run(again)
+    cached.clear()
+    bench.load(2, config, "run/a")
+    assert_same_bits(bench.state(2), expected)
+    cached.clear()
+    with pytest.raises(UserError, match="not in memory any more"):
+        bench.run(again)
+
+
 # ---- exports
 
 

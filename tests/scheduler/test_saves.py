@@ -4,12 +4,12 @@ import msgspec
 import pytest
 
 from tests.support.reference import Reference
-from tests.support.simulation import INFO
+from tests.support.simulation import INFO, POLICY
 from tests.support.stage import Stage
 from tx_async.scheduler.core.facts import SamplerJoined
 from tx_async.wire.operations import SaveWeights, UnloadModel
 from tx_async.wire.records import SamplerRecord
-from tx_async.wire.worker import CreateAdapter, LoadAdapter, SaveAdapter
+from tx_async.wire.worker import CreateAdapter, LoadAdapter, SaveAdapter, TrainMicroBatch
 
 
 def path_of(model: str, name: str) -> str:
@@ -222,15 +222,101 @@ def test_a_save_does_not_count_before_the_steps_that_it_contains_are_answered(st
     assert not stage.catalog.checkpoints
 
 
-def test_storage_refuses_a_save_and_its_run_goes_on(stage: Stage):
-    model = stage.model()
+def out(stage: Stage, seconds: int) -> None:
+    """Storage is down for so long, while everything that can happen does."""
     stage.storage.is_down = True
-    save = stage.save(model, 1, "a")
+    for _ in range(seconds // 10):
+        stage.run()
+        stage.wait(10)
+
+
+def back(stage: Stage) -> None:
+    stage.storage.is_down = False
+    stage.wait(30)
     stage.run()
+
+
+def test_a_save_outlasts_an_outage_of_minutes_and_its_run_goes_on_meanwhile(stage: Stage):
+    """What is written at last is what was asked for, and nothing ran twice for it."""
+    model = stage.model()
+    stage.train(model, 1)
+    stage.storage.is_down = True
+    save = stage.save(model, 3, "a")
+    later = stage.train(model, 1, first_seq_id=4)
+    out(stage, 300)
+    assert stage.result(save) is None and not any(map(stage.error, later))
+    back(stage)
+    assert not stage.error(save)
+    assert sum(isinstance(command, TrainMicroBatch) for command in stage.executed) == 2
+    assert [command.again for command in stage.executed if isinstance(command, SaveAdapter)][:2] == [False, True]
+    Reference(stage).check()
+
+
+def test_a_save_that_is_not_in_memory_any_more_is_made_again(stage: Stage):
+    model = stage.model()
+    stage.train(model, 1)
+    save = stage.save(model, 3, "a")
+    stage.train(model, 1, first_seq_id=4)
+    out(stage, 20)
+    stage.worker.engine.kept.clear()  # type: ignore[union-attr]
+    out(stage, 60)
+    back(stage)
+    assert not stage.error(save)
+    Reference(stage).check()
+
+
+@pytest.mark.parametrize("is_worker", [True, False])
+def test_a_save_that_waits_for_storage_survives_deaths(stage: Stage, is_worker: bool):
+    model = stage.model()
+    stage.train(model, 1)
+    save = stage.save(model, 3, "a")
+    stage.train(model, 1, first_seq_id=4)
+    out(stage, 60)
+    stage.crash_worker() if is_worker else stage.crash_server()
+    stage.start_worker()
+    out(stage, 60)
+    back(stage)
+    assert not stage.error(save)
+    Reference(stage).check()
+
+
+def test_a_name_stays_taken_while_its_save_waits(stage: Stage):
+    model = stage.model()
+    save = stage.save(model, 1, "a")
+    again = stage.save(model, 2, "a")
+    out(stage, 60)
+    assert "exists already" in stage.error(again)
+    back(stage)
+    assert not stage.error(save)
+
+
+def test_a_save_fails_with_the_reason_when_storage_is_away_for_too_long(stage: Stage):
+    """The limit is a setting, and the name is free again."""
+    model = stage.model()
+    save = stage.save(model, 1, "a")
+    out(stage, 700)
+    assert "could not be written" in stage.error(save)
     stage.storage.is_down = False
     again = stage.save(model, 2, "a")
     stage.run()
-    assert "could not be written" in stage.error(save) and not stage.error(again)
+    assert not stage.error(again)
+
+
+def test_a_limit_of_none_is_an_answer_at_once():
+    stage = Stage(policy=msgspec.structs.replace(POLICY, storage_patience_s=0))
+    stage.storage.is_down = True
+    save = stage.save(stage.model(), 1, "a")
+    stage.run()
+    assert "could not be written" in stage.error(save)
+
+
+def test_a_run_that_is_unloaded_takes_its_waiting_saves_along(stage: Stage):
+    model = stage.model()
+    save = stage.save(model, 1, "a")
+    out(stage, 20)
+    stage.submit_now(UnloadModel(model_id=model))
+    back(stage)
+    assert "unloaded" in stage.error(save) and not stage.catalog.checkpoints
 
 
 def test_a_load_waits_out_an_outage_of_storage_and_the_run_waits_with_it(stage: Stage):
@@ -332,6 +418,6 @@ def test_an_export_may_leave_the_unembedding_out(stage: Stage):
 def test_a_save_that_storage_does_not_take_is_counted(stage: Stage):
     model = stage.model()
     stage.storage.is_down = True
-    save = stage.save(model, 1, "a")
+    stage.save(model, 1, "a")
     stage.run()
-    assert stage.error(save) and stage.state.training.num_failed_saves == 1
+    assert stage.state.training.num_failed_saves == 1

@@ -172,7 +172,10 @@ class ChainEngine:
             case OptimStep(slot=slot, adam=adam):
                 return self._step(slot, adam.learning_rate), []
             case SaveAdapter(slot=slot, key=key, kind=kind):
-                self.kept[key] = self._slot(slot)[1].saved(kind)
+                if not command.again:
+                    self.kept[key] = self._slot(slot)[1].saved(kind)
+                elif key not in self.kept:
+                    raise UnknownCheckpoint(f"{key} is not in memory any more.")
                 return Saved(size_bytes=1), []
             case LoadSampler(sampler_slot=slot, key=key):
                 self.samplers.pop(slot, None)
@@ -196,7 +199,6 @@ class ChainEngine:
     def finish_save(self, key: str) -> None:
         """The files are written now. Raises `StorageError`."""
         if self.storage.is_down:
-            self.kept.pop(key, None)
             raise StorageError(f"{key} could not be written.")
         self.storage.write(key, self.kept[key])
 

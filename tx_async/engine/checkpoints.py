@@ -28,7 +28,7 @@ from safetensors.numpy import save as save_safetensors
 from tx_async.age import SUFFIX as AGE_SUFFIX
 from tx_async.age import encrypted
 from tx_async.engine.adapter_slots import HostWeights, pad, trim
-from tx_async.errors import CorruptedCheckpoint, InvalidRequest
+from tx_async.errors import CorruptedCheckpoint, InvalidRequest, UnknownCheckpoint
 from tx_async.models.peft import from_peft, to_peft
 from tx_async.storage.checkpoint_files import (
     ADAPTER,
@@ -158,6 +158,13 @@ class Checkpoints:
     def _named(self, prefix: str, weights: Any, config: AdapterConfig) -> dict[str, np.ndarray]:
         tensors, _ = to_peft(self.model, trim(weights, config.rank), config)
         return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    def kept(self, key: str) -> SavedAdapter:
+        """What is in memory. Raises `UnknownCheckpoint`."""
+        with self._lock:
+            if key not in self._cached:
+                raise UnknownCheckpoint(f"The adapter {key} is not in memory any more.")
+            return self._cached[key]
 
     # ---- load
 

@@ -298,18 +298,19 @@ class JaxEngine:
         return TrainingState(saved.weights, saved.m, saved.v, gradients, saved.step)
 
     def _save_adapter(self, command: wire.SaveAdapter) -> Pending:
-        slot = np.int32(command.slot)
-        if command.kind in ("training", "snapshot"):
-            state: TrainingState = self._programs["read_state"](self.training, slot)
-            gradients = state.gradients if command.kind == "snapshot" else None
-            saved = SavedAdapter(command.kind, command.config, state.weights, state.m, state.v, gradients, state.step)
-        else:
-            weights = self._programs["read_weights"](self.training.weights, slot)
-            saved = SavedAdapter(command.kind, command.config, weights)
+        saved = self.checkpoints.kept(command.key) if command.again else self._read_slot(command)
         if not command.age_recipients:  # what is encrypted is for others, and nothing here loads it
             self.checkpoints.keep(command.key, saved)
         write = partial(self.checkpoints.write, command.key, saved, command.metadata, command.age_recipients)
         return lambda: (wire.Saved(size_bytes=write()), [])
+
+    def _read_slot(self, command: wire.SaveAdapter) -> SavedAdapter:
+        slot = np.int32(command.slot)
+        if command.kind in ("training", "snapshot"):
+            state: TrainingState = self._programs["read_state"](self.training, slot)
+            gradients = state.gradients if command.kind == "snapshot" else None
+            return SavedAdapter(command.kind, command.config, state.weights, state.m, state.v, gradients, state.step)
+        return SavedAdapter(command.kind, command.config, self._programs["read_weights"](self.training.weights, slot))
 
     def _load_sampler(self, command: wire.LoadSampler) -> Pending:
         saved = self.checkpoints.load(command.key)

@@ -326,6 +326,7 @@ def policy_of(config: ServerConfig) -> Policy:
         seq_gap_s=config.seq_gap_ms / 1000,
         chunk_gap_s=config.chunk_gap_ms / 1000,
         seq_ahead_max=config.seq_ahead_max,
+        storage_patience_s=config.storage_patience_s,
         snapshot_every_steps=config.snapshot_every_steps,
         snapshot_every_bytes=config.snapshot_every_bytes,
         snapshot_idle_s=config.snapshot_idle_s,

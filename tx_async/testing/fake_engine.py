@@ -13,15 +13,14 @@ there the faults come from the environment variable `FAKE_ENGINE` (JSON).
 from __future__ import annotations
 
 import collections
+import copy
 import io
 import os
-import signal
 import time
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 from safetensors.numpy import load as load_safetensors
 
 from tx_async.age import encrypted
@@ -51,6 +50,7 @@ from tx_async.testing.fake_model import (
     row_loss,
     weights_of,
 )
+from tx_async.testing.faults import FAULTS_VARIABLE, Faults
 from tx_async.wire.results import EMPTY_LOGPROB
 from tx_async.wire.worker import (
     BASE_SLOT,
@@ -80,34 +80,9 @@ from tx_async.wire.worker import (
 )
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
-FAULTS_VARIABLE = "FAKE_ENGINE"
 ADAPTER_FILE = "fake_adapter.npz"
 ROW_LENGTHS = (32, 128, 1024)
 MICRO_BATCH_TOKENS = 1024
-
-
-class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes wrong. `*_at` counts executed commands from 1, 0 = never; `once_file` makes a fault happen in one
-    life only."""
-
-    load_ms: float = 0.0
-    """Time that building the engine takes."""
-    command_ms: float = 0.0
-    """Time that every command takes on the "device"."""
-    load_error: str = ""
-    base_model_error: str = ""
-    stall_at: int = 0
-    stall_ms: float = 0.0
-    """The engine's thread is stuck for so long, as in a long compilation."""
-    crash_at: int = 0
-    """The process dies on the spot."""
-    error_at: int = 0
-    """An exception that is fatal."""
-    user_error_at: int = 0
-    """An error that fails one command."""
-    once_file: str = ""
-    process_id: int = -1
-    """The one process of a mesh to which all this happens; -1 = each."""
 
 
 def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
@@ -120,7 +95,7 @@ def create(welcome: Welcome, progress: ReportProgress) -> FakeEngine:
     for step in range(5):
         progress("loading weights", step, 5)
         time.sleep(faults.load_ms / 5000)
-    if faults.load_error and _is_due(faults):
+    if faults.load_error and faults.is_due():
         raise RuntimeError(faults.load_error)
     vocab_size, context = read_base_model(welcome.base_model)
     return FakeEngine(
@@ -155,6 +130,8 @@ class FakeEngine:
         self._store = Store(checkpoints_base, storage_id) if checkpoints_base else None
         #: checkpoints by key, when there is no folder for them
         self.files: dict[str, bytes] = {}
+        #: by key, what storage did not take
+        self._unwritten: dict[str, Adapter] = {}
         self._training: dict[int, Adapter] = {}
         self._samplers: dict[int, Adapter] = {}
         #: admitted, in order; the first `num_sequences_max` of them are running
@@ -190,7 +167,7 @@ class FakeEngine:
 
     def execute(self, command: Command, tensors: Sequence[np.ndarray]) -> Pending:
         self.num_commands += 1
-        self._misbehave()
+        self.faults.strike(self.num_commands)
         reply = self._run(command, tensors)
 
         def pending() -> Reply:
@@ -199,21 +176,6 @@ class FakeEngine:
             return reply
 
         return pending
-
-    def _misbehave(self) -> None:
-        faults, number = self.faults, self.num_commands
-        if number not in (faults.stall_at, faults.crash_at, faults.error_at, faults.user_error_at) or not _is_due(
-            faults
-        ):
-            return
-        if number == faults.stall_at:
-            time.sleep(faults.stall_ms / 1000)
-        if number == faults.crash_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if number == faults.error_at:
-            raise RuntimeError("the fake engine was told to fail")
-        if number == faults.user_error_at:
-            raise EngineError("the fake engine was told to fail this command")
 
     def _run(self, command: Command, tensors: Sequence[np.ndarray]) -> Reply:
         match command:
@@ -226,8 +188,9 @@ class FakeEngine:
                 loaded = self._load(key)
                 self._training[slot] = loaded if optimizer else Adapter(w=loaded.w)
                 return Loaded(step=self._training[slot].step), []
-            case SaveAdapter(slot=slot):
-                return Saved(size_bytes=self._save(self._adapter(slot), command)), []
+            case SaveAdapter(slot=slot, key=key):
+                adapter = self._unwritten_adapter(key) if command.again else self._adapter(slot)
+                return Saved(size_bytes=self._save(adapter, command)), []
             case LoadSampler(sampler_slot=slot, key=key):
                 self._samplers.pop(slot, None)
                 self._samplers[slot] = self._load(key)
@@ -253,6 +216,11 @@ class FakeEngine:
 
     # ---- checkpoints
 
+    def _unwritten_adapter(self, key: str) -> Adapter:
+        if key not in self._unwritten:
+            raise UnknownCheckpoint(f"The adapter {key} is not in memory any more.")
+        return self._unwritten[key]
+
     def _save(self, adapter: Adapter, command: SaveAdapter) -> int:
         key, kind = command.key, command.kind
         arrays = {"w": adapter.w, "step": np.int64(adapter.step)}
@@ -266,7 +234,9 @@ class FakeEngine:
         if self._store is not None:
             files = encrypted({ADAPTER_FILE: data, **peft_files(adapter.w)}, command.age_recipients)
             told = {"kind": kind, "adapter": msgspec.to_builtins(command.config), "step": adapter.step}
+            self._unwritten[key] = copy.deepcopy(adapter)
             write_checkpoint_sync(self._store, key, files, command.metadata | told)
+            del self._unwritten[key]
         else:
             self.files[key] = data
         return len(data)
@@ -435,13 +405,3 @@ class FakeEngine:
             ids, values = self._topk(w, prompt[:-1], scores.alt_tokens_k)
             found |= {"alt_token_ids": ids, "alt_logprobs": values}
         return found
-
-
-def _is_due(faults: Faults) -> bool:
-    if not faults.once_file:
-        return True
-    try:
-        os.close(os.open(faults.once_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        return False
-    return True

@@ -354,6 +354,9 @@ class SaveAdapter(Struct, tag=True, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     age_recipients: tuple[str, ...] = ()
     """Files become `NAME.age`, encrypted to these; nobody here can load them again."""
+    again: bool = False
+    """Storage did not take it the first time: write what was kept in memory under `key` then. `slot` holds something
+    else by now and is not read. What is not kept any more is an error of category "user"."""
 
 
 class LoadSampler(Struct, tag=True, frozen=True, kw_only=True):

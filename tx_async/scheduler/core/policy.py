@@ -26,7 +26,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     patience_turns: int = 32
     """Micro-batches that one session's runs on the device may go before its runs that wait for a slot."""
     storage_patience_s: float = 600.0
-    """How long something new waits for files that storage does not deliver; what repeats a run's state waits on."""
+    """How long a save, or what is new and needs files, waits for storage; what repeats a run's state waits on."""
     result_retention_s: float = 24 * 3600
     results_kept_max: int = 100_000
     """Finished requests that are remembered; beyond that the oldest go before their time."""

@@ -270,6 +270,7 @@ class SchedulerState:
     def _tick(self) -> None:
         self.training.runs.burn_gaps()
         if trainer := self._trainer():
+            self.training.save_again(trainer)
             self.training.snapshots.take_all(trainer, idle_since=self.decisions.now - self.policy.snapshot_idle_s)
         self.retention.sweep_if_due()
         self.orphans.look()

@@ -106,6 +106,14 @@ class Step(Struct, eq=False):
         self.packed = None
         self.parts = {}
 
+    def sent_alone(self) -> None:
+        """As one command."""
+        self.num_outstanding = 1
+
+    def waits_for_storage(self) -> None:
+        """Nothing of it is on the worker meanwhile."""
+        self.num_outstanding = 0
+
     def body_asked(self) -> None:
         self.fetching = True
 

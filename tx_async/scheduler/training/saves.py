@@ -40,8 +40,17 @@ class Saves:
             if not operation.overwrite:
                 raise CheckpointExists(f"{name} exists already: choose another name, or save with overwrite=True.")
         self._saving[name] = step.seq_id
+        return self._command(lane, step, operation, slot)
+
+    def command_again(self, lane: Lane, step: Step) -> SaveAdapter:
+        """Storage did not take what `command` has read: the worker has it in memory."""
+        assert isinstance(step.operation, SaveWeights)
+        return self._command(lane, step, step.operation, slot=0, again=True)
+
+    def _command(self, lane: Lane, step: Step, operation: SaveWeights, slot: int, again: bool = False) -> SaveAdapter:
         return SaveAdapter(
             slot=slot,
+            again=again,
             config=_saved_config(lane, operation),
             key=storage_key(lane, step, operation),
             kind=FILE_KINDS[operation.kind],  # type: ignore[arg-type]

@@ -54,6 +54,8 @@ class StepSent(Struct, frozen=True):
     lane: Lane
     step: Step
     attempt: int
+    is_again: bool = False
+    """Storage has refused a save before."""
 
     @property
     def is_current(self) -> bool:
@@ -79,6 +81,8 @@ class Training:
         self.micro_batches = MicroBatches(self.runs, decisions, self.fair, self.progress)
         #: saves that are answered while their base, or steps that they contain, are not; with size or failure
         self._held_saves: list[tuple[StepSent, int | TxError]] = []
+        #: saves that storage has not taken yet
+        self._waiting_saves: list[StepSent] = []
         #: for an operator
         self.num_failed_saves = self.num_failed_snapshots = 0
         #: no operation begins any more; those that are half on the device still end
@@ -246,7 +250,7 @@ class Training:
             case _:
                 raise AssertionError(f"{type(step.operation).__name__} is no training operation")
         lane.advance()
-        step.num_outstanding = 1
+        step.sent_alone()
         self.decisions.send(worker, command, StepSent(lane, step, step.attempt))
 
     # ---- answers
@@ -317,7 +321,7 @@ class Training:
         match step.operation:
             case SaveWeights():
                 self.num_failed_saves += 1
-                self._end_save(sent, error)
+                self._save_failed(sent, error)
             case OptimStep() if error.category == "user":
                 self.decisions.append(*(() if step.finished else self.progress.dropped(lane.model_id)))
                 self.runs.fail(step, error, had_effect=True)  # NaN gradients: cleared, weights as before
@@ -328,6 +332,36 @@ class Training:
                 self.runs.wait_for_storage(lane, step.out_of_reach())
             case _:
                 self.runs.try_again(step, error)
+
+    def _save_failed(self, sent: StepSent, error: TxError) -> None:
+        """What storage does not take is written again from the worker's memory, while the run goes on."""
+        lane, step, now = sent.lane, sent.step, self.decisions.now
+        outage = step.out_of_reach()
+        if error.category == "user" and sent.is_again:
+            self.runs.wait_for_storage(lane, outage)  # it is not in memory any more: made again in a replay
+            return
+        outage.failed(now)
+        if error.category == "user" or outage.has_lasted(now) >= self.policy.storage_patience_s:
+            self._end_save(sent, error)
+            return
+        _log.warning("A save of %s waits for storage, %.0f s by now: %s", lane.model_id, outage.has_lasted(now), error)
+        step.waits_for_storage()
+        self._waiting_saves.append(sent)
+
+    def save_again(self, worker: WorkerState) -> None:
+        """Saves that storage has not taken, when their pause is over."""
+        waiting, self._waiting_saves = self._waiting_saves, []
+        for sent in waiting:
+            lane, step = sent.lane, sent.step
+            if not sent.is_current or lane.model_id not in self.runs.lanes:
+                continue
+            is_due = step.outage is None or step.outage.until <= self.decisions.now
+            if not is_due or len(worker.in_flight) >= self.policy.commands_in_flight_max:
+                self._waiting_saves.append(sent)
+                continue
+            step.sent_alone()
+            command = self.saves.command_again(lane, step)
+            self.decisions.send(worker, command, StepSent(lane, step, step.attempt, is_again=True))
 
     def _is_given_up(self, step: Step) -> bool:
         """Storage has not delivered what it is to load for too long."""
