@@ -29,6 +29,13 @@ from tx_async.testing.models import (
     random_tensors,
 )
 
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}},
+}
+"""Of Kimi K2 Thinking and K2.5."""
+
 
 def equal(params, others) -> None:
     jax.tree.map(np.testing.assert_array_equal, params, others)
@@ -45,7 +52,10 @@ def equal(params, others) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' in config.json lacks 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config 'gptq int4'"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "'modelopt NVFP4'"),
+        ({"quantization_config": INT4}, "'compressed-tensors pack-quantized int4'"),
+        ({"architectures": ["KimiK25ForConditionalGeneration"]}, "KimiK25ForConditionalGeneration is not supported"),
         ({"architectures": ["LlamaForCausalLM"], "use_sliding_window": True}, "use_sliding_window True"),
         ({"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
         ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
@@ -74,6 +84,14 @@ def test_what_changes_the_numbers_and_is_not_implemented_is_refused_by_name(chan
 def test_deepseek_refuses_other_routers_by_name(change, message):
     with pytest.raises(BaseModelError, match=message):
         load.from_config(DEEPSEEK_V3_TINY | change)
+
+
+def test_a_folder_of_kimi_k2_is_read_as_deepseek_v3():
+    """Its class is DeepSeek V3's; what it brings beside is code, which is never run."""
+    kimi = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    one_group = DEEPSEEK_V3_TINY | {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
+    assert load.from_config(one_group | kimi | {"quantization_config": fp8}) == load.from_config(one_group)
 
 
 def rewrite(folder: Path, change) -> None:

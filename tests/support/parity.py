@@ -174,6 +174,7 @@ CASES = (
     Case("deepseek_halves", DEEPSEEK_V3_TINY | {"rope_interleave": False, "attention_bias": True}),
     Case("deepseek_routing", DEEPSEEK_V3_TINY | {"n_shared_experts": 2, "norm_topk_prob": False, "topk_group": 3}),
     Case("deepseek_scaling", DEEPSEEK_V3_TINY | {"routed_scaling_factor": 1.0, "first_k_dense_replace": 2}),
+    Case("kimi_k2", DEEPSEEK_V3_TINY | {"rope_scaling": _DEEPSEEK_YARN, "n_group": 1, "topk_group": 1}, 100),
     Case("glm4_moe", _GLM4_MOE),
     Case("glm4_moe_plain", _without(_GLM4_MOE, "use_qk_norm", "attention_bias", "partial_rotary_factor")),
     Case("glm4_moe_lite", DEEPSEEK_V3_TINY | _GLM),

@@ -47,9 +47,10 @@ PREFIXES = (
 )
 """(what a folder that sees puts before the names of its text model, what stands there in a text model's folder)."""
 CHUNK_BYTES = 32 * 2**20
-HUB_DOUBLES = ["original/*", "metal/*", "consolidated*"]
-"""Second copies of the weights that some folders hold beside the files of the index (gpt-oss, Mistral)."""
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model"]
+"""All but weights; of those, the files of the index alone: some folders hold a second copy beside them (gpt-oss's
+`original/`, Mistral's `consolidated*`)."""
+HUB_FOLDERS = ["*/*"]
 
 Report = Callable[[str, float, float], None]
 """(stage, bytes done, bytes in total)."""
@@ -73,7 +74,8 @@ def fetch(base_model: str | Path) -> Path:
     resumed."""
     if Path(base_model).expanduser().is_dir():
         return Path(base_model).expanduser()
-    return hub.snapshot(str(base_model), HUB_FILES, HUB_DOUBLES)
+    folder = hub.snapshot(str(base_model), HUB_FILES, HUB_FOLDERS)
+    return hub.snapshot(str(base_model), [*HUB_FILES, *model_folder.weight_files(folder)], HUB_FOLDERS)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
