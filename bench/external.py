@@ -66,7 +66,7 @@ def alone(url: str, model: str, args: argparse.Namespace, seed: int) -> float:
 
 def _spec(tokens: int, seed: int, index: int) -> SequenceSpec:
     return SequenceSpec(
-        sequence_id=0, sampler_slot=BASE_SLOT, adapter_version="", prompt=0, max_tokens=tokens, seed=seed,
+        sequence_id=0, sampler_slot=BASE_SLOT, adapter_version="", prompt_index=0, max_tokens=tokens, seed=seed,
         sample_index=index,
     )  # fmt: skip
 

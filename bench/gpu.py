@@ -274,7 +274,7 @@ class Rollouts:
                 sequence_id=i,
                 sampler_slot=BASE_SLOT,
                 adapter_version="base",
-                prompt=i,
+                prompt_index=i,
                 max_tokens=new_tokens,
                 seed=i,
             )

@@ -96,7 +96,9 @@ async def train(running: RunningDispatch, repeat: int) -> float:
 
 async def decode(running: RunningDispatch, repeat: int) -> float:
     specs = tuple(
-        SequenceSpec(sequence_id=number, sampler_slot=-1, adapter_version="", prompt=0, max_tokens=10_000, seed=number)
+        SequenceSpec(
+            sequence_id=number, sampler_slot=-1, adapter_version="", prompt_index=0, max_tokens=10_000, seed=number
+        )
         for number in (1, 2)
     )
     quantum = SampleQuantum(decode_steps=4, prefill_tokens=64)

@@ -191,14 +191,16 @@ class Bench:
 
 def empty_batch(rows, length):
     integers = ("tokens", "positions", "segment_ids", "loss_fn")
-    batch = {name: np.zeros((rows, length), np.int32 if name in integers else np.float32) for name in TRAIN_TENSORS}
+    batch: dict[str, np.ndarray] = {
+        name: np.zeros((rows, length), np.int32 if name in integers else np.float32) for name in TRAIN_TENSORS
+    }
     batch["target_tokens"] = np.zeros((rows, length, 1), np.int32)
     batch["weights"] = np.zeros((rows, length, 1), np.float32)
     return batch
 
 
 def spec(sequence_id=1, **fields):
-    values = {"sampler_slot": BASE_SLOT, "adapter_version": "", "prompt": 0, "max_tokens": 10, "temperature": 0.0}
+    values = {"sampler_slot": BASE_SLOT, "adapter_version": "", "prompt_index": 0, "max_tokens": 10, "temperature": 0.0}
     return SequenceSpec(sequence_id=sequence_id, **values | fields)
 
 
@@ -527,7 +529,7 @@ def test_a_prompt_is_scored_as_forward_scores_it(bench):
     text = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int32)
     targets = np.full((7, 2), -1, np.int32)
     targets[:, 0] = text[1:]
-    scores = PromptScores(logprobs=True, topk=3, targets=1, alt_tokens_k=2)
+    scores = PromptScores(logprobs=True, topk=3, targets_index=1, alt_tokens_k=2)
     found = bench.sample(spec(max_tokens=1, prompt_scores=scores), prompts=[text], targets=[targets])
     sequence, tensors, _ = found[1]
     bench.create(0)  # B = 0: the base model

@@ -57,7 +57,7 @@ def random_sampling(bench, rng, number):
         sequence_id=number,
         sampler_slot=int(rng.integers(-1, 2)),
         adapter_version=str(number),
-        prompt=0,
+        prompt_index=0,
         max_tokens=int(rng.integers(1, 12)),
         temperature=float(rng.random()),
         top_k=int(rng.integers(-1, 5)),

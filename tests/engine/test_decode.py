@@ -169,7 +169,7 @@ def test_two_quanta_in_flight_give_what_one_at_a_time_gives(bench):
         pending.append(bench.engine.quantum(4, 64, bench.weights, bench.scale))
         if len(pending) > 2:
             reply, tensors = pending.pop(0)()
-            outcomes |= {finished.sequence_id: tensors[finished.tokens] for finished in reply.finished}
+            outcomes |= {finished.sequence_id: tensors[finished.tokens_index] for finished in reply.finished}
     while pending:
         pending.pop(0)()
     assert all((outcomes[i] == alone.tokens).all() for i, alone in zip(ids, wanted, strict=True))
@@ -278,7 +278,7 @@ def test_prompt_scores_are_the_models(bench, length):
     prompt = prompts(1, seed=length, low=length, high=length + 1)[0]
     rng = np.random.default_rng(length)
     targets = rng.integers(-1, 320, (length - 1, 3)).astype(np.int32)
-    scores = PromptScores(logprobs=True, topk=4, targets=1, alt_tokens_k=6)
+    scores = PromptScores(logprobs=True, topk=4, targets_index=1, alt_tokens_k=6)
     outcome = bench.sample(prompt, targets=targets, sampler_slot=1, temperature=1.0, prompt_scores=scores)
     expected = bench.logprobs(prompt, 1)[:-1]
     assert np.isnan(outcome.prompt_logprobs[0])

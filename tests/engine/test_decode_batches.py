@@ -20,7 +20,9 @@ def test_calls_have_a_row_for_every_tile_and_few_to_spare():
 
 def test_a_top_k_beyond_int32_is_no_limit_and_no_overflow():
     """It is a whole number to a client, and an element of an int32 array here: the worker must not die of it."""
-    spec = SequenceSpec(sequence_id=1, sampler_slot=-1, adapter_version="base", prompt=0, max_tokens=1, top_k=2**63 - 1)
+    spec = SequenceSpec(
+        sequence_id=1, sampler_slot=-1, adapter_version="base", prompt_index=0, max_tokens=1, top_k=2**63 - 1
+    )
     sample = Sample(1, spec, ("base", b""), 1, 2, [5], PageKeys("base", 16))
     batch = decode_batch([sample], 4, CacheLayout.plan(64, 16, 64))
     assert int(batch.top_k[0]) == 2**31 - 1

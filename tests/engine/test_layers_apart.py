@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,13 +46,13 @@ def run(on, folder: Path, base: Path) -> tuple:
     bench.step(0, learning_rate=0.1)
     bench.run(SaveAdapter(slot=0, key="weights/s", kind="sampler", config=config))
     bench.run(LoadSampler(sampler_slot=1, key="weights/s"))
-    limits = ({}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0})
+    limits: tuple[dict[str, Any], ...] = ({}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 0.0})
     sequences = tuple(
         SequenceSpec(
             sequence_id=i,
             sampler_slot=1 if i % 2 else -1,
             adapter_version="s" if i % 2 else "base",
-            prompt=0,
+            prompt_index=0,
             max_tokens=4,
             seed=i,
             **limit,

@@ -16,15 +16,15 @@ def sequences(num_decoding_max: int) -> Sequences:
 
 
 def admit(line: Sequences, number: int, max_tokens: int, prompt: Sequence[int] = ()) -> Sample:
-    prompt = np.array(prompt or [number], np.int32)
-    spec = SequenceSpec(sequence_id=number, sampler_slot=-1, adapter_version="", prompt=0, max_tokens=max_tokens)
+    tokens = np.array(prompt or [number], np.int32)
+    spec = SequenceSpec(sequence_id=number, sampler_slot=-1, adapter_version="", prompt_index=0, max_tokens=max_tokens)
     sample = Sample(
         order=number,
         spec=spec,
-        prompt_key=prompt_key(spec, prompt),
-        num_prompt=len(prompt),
-        limit=len(prompt) + max_tokens,
-        tokens=prompt.tolist(),
+        prompt_key=prompt_key(spec, tokens),
+        num_prompt=len(tokens),
+        limit=len(tokens) + max_tokens,
+        tokens=tokens.tolist(),
         keys=PageKeys("", 16),
     )
     line.admit(sample)

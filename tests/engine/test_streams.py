@@ -19,12 +19,14 @@ def train_all(bench):
 
 def sample_all(bench):
     """One sequence to its end; -> (tokens, log-probabilities)."""
-    spec = SequenceSpec(sequence_id=1, sampler_slot=-1, adapter_version="", prompt=0, max_tokens=12, temperature=1.0)
+    spec = SequenceSpec(
+        sequence_id=1, sampler_slot=-1, adapter_version="", prompt_index=0, max_tokens=12, temperature=1.0
+    )
     bench.run(AdmitSequences(sequences=(spec,)), [np.arange(5, 25, dtype=np.int32)])
     while True:
         sampled, tensors = bench.run(SampleQuantum(decode_steps=4, prefill_tokens=64))
         if sampled.finished:
-            return [tensors[sampled.finished[0].tokens], tensors[sampled.finished[0].logprobs]]
+            return [tensors[sampled.finished[0].tokens_index], tensors[sampled.finished[0].logprobs_index]]
 
 
 def side_by_side(bench):

@@ -47,7 +47,7 @@ def main(welcome: str, out: str, key: str = "") -> None:
     bench = EngineBench(create(told, lambda *_: None))
     found = go_on(bench, key) if key else begin(bench)
     if told.process_id == 0:
-        np.savez(out, **found)
+        np.savez(out, allow_pickle=False, **found)
     bench.engine.close()
     multihost_utils.sync_global_devices("done")  # whoever goes first takes the others with it
     sys.stdout.flush()
@@ -101,9 +101,9 @@ def share_of_one_device(bench: EngineBench) -> np.ndarray:
 def sample(bench: EngineBench) -> Found:
     """Every feature of sampling, in more sequences than decode at once, two of which share their prompt's pages."""
     bench.run(LoadSampler(sampler_slot=1, key="run/sampler"))
-    scores = PromptScores(logprobs=True, topk=2, targets=1, alt_tokens_k=2)
+    scores = PromptScores(logprobs=True, topk=2, targets_index=1, alt_tokens_k=2)
     candidates = np.random.default_rng(3).integers(0, 320, (len(PROMPT) - 1, 2)).astype(np.int32)
-    base = {"sampler_slot": -1, "adapter_version": "", "prompt": 0, "max_tokens": 12, "seed": 7}
+    base = {"sampler_slot": -1, "adapter_version": "", "prompt_index": 0, "max_tokens": 12, "seed": 7}
     drawn = base | {"sampler_slot": 1, "adapter_version": "run/sampler"}
     specs = (
         SequenceSpec(sequence_id=1, **base, prompt_scores=scores, temperature=0.0),
@@ -120,7 +120,8 @@ def sample(bench: EngineBench) -> Found:
         assert isinstance(result, Sampled)
         for one in result.finished:
             unfinished.remove(one.sequence_id)
-            asked = {name: getattr(one, name) for name in OUTPUTS if getattr(one, name) >= 0}
+            indexes = {name: getattr(one, f"{name}_index") for name in OUTPUTS}
+            asked = {name: index for name, index in indexes.items() if index >= 0}
             found |= {f"sample {one.sequence_id} {name}": tensors[index] for name, index in asked.items()}
     return found
 

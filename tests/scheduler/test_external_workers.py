@@ -1,5 +1,7 @@
 """Workers for external engines beside our own: what goes where, whom the server trusts, and what a desertion costs."""
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tx_async.wire.operations import Sample
 from tx_async.wire.worker import (
     BASE_SLOT,
     AdmitSequences,
+    Capability,
     CommandFailed,
     CommandFinished,
     Done,
@@ -29,7 +32,7 @@ LIMITS = SamplingLimits(temperature_min=0.01, temperature_max=2.0, topk_logprobs
 EXTERNAL = msgspec.structs.replace(
     INFO, continuous=True, limits=LIMITS, num_training_slots=0, num_sequences_max=16, num_sampler_slots=2
 )
-OURS = frozenset({"train", "sample", "score"})
+OURS: frozenset[Capability] = frozenset({"train", "sample", "score"})
 TRIAL = Trial(
     key="external-trials/1",
     sequences=(
@@ -55,7 +58,7 @@ class Workers(Stage):
     def _send(self, instruction):
         self.to.setdefault(instruction.worker_id, []).append(instruction)
 
-    def attach(self, name, info=EXTERNAL, capabilities=frozenset({"sample"})):
+    def attach(self, name, info=EXTERNAL, capabilities: frozenset[Capability] = frozenset({"sample"})):
         self.to[name] = []
         self.handle(WorkerReady(name, info, capabilities))
 
@@ -71,7 +74,7 @@ class Workers(Stage):
         self.handle(CommandEnded(name, outcome, tensors))
         self.settle()
 
-    def take(self, name, kind):
+    def take(self, name, kind) -> Any:
         """The oldest command of a kind that a worker was sent; it is not looked at again."""
         found = next((sent for sent in self.to[name] if isinstance(sent.command, kind)), None)
         if found:
@@ -91,8 +94,8 @@ class Workers(Stage):
         scores = np.array([np.nan, -1.0, -1.0, -2.0], np.float32)
         finished = tuple(
             FinishedSequence(
-                sequence_id=spec.sequence_id, stop_reason="stop", tokens=0, logprobs=1,
-                prompt_logprobs=2 if spec.prompt_scores else -1,
+                sequence_id=spec.sequence_id, stop_reason="stop", tokens_index=0, logprobs_index=1,
+                prompt_logprobs_index=2 if spec.prompt_scores else -1,
             )
             for spec in specs
         )  # fmt: skip
@@ -315,7 +318,7 @@ def score(workers, difference=0.0):
         scores = np.array([np.nan, -9.0, *expected], np.float32) + np.float32(difference)
         quantum = workers.take("ours", SampleQuantum)
         finished = FinishedSequence(
-            sequence_id=spec.sequence_id, stop_reason="stop", tokens=0, logprobs=1, prompt_logprobs=2
+            sequence_id=spec.sequence_id, stop_reason="stop", tokens_index=0, logprobs_index=1, prompt_logprobs_index=2
         )
         tensors = [np.array([7], np.int32), np.array([-0.5], np.float32), scores]
         workers.answer("ours", quantum, Sampled(finished=(finished,)), tensors)

@@ -185,7 +185,7 @@ class ChainEngine:
                 for spec in specs:
                     assert spec.sequence_id not in self.sequences
                     assert spec.sampler_slot < 0 or spec.sampler_slot in self.samplers, "nothing is loaded there"
-                    self.sequences[spec.sequence_id] = (spec, tensors[spec.prompt].tobytes())
+                    self.sequences[spec.sequence_id] = (spec, tensors[spec.prompt_index].tobytes())
                     self.decoded[spec.sequence_id] = 0
                 assert len(self.sequences) <= self.info.num_sequences_max, "more sequences than the engine has room for"
             case CancelSequences(sequence_ids=ids):
@@ -256,8 +256,8 @@ class ChainEngine:
                     FinishedSequence(
                         sequence_id=sequence_id,
                         stop_reason="length",
-                        tokens=len(tensors) - 2,
-                        logprobs=len(tensors) - 1,
+                        tokens_index=len(tensors) - 2,
+                        logprobs_index=len(tensors) - 1,
                     )
                 )
                 del self.sequences[sequence_id], self.decoded[sequence_id]

@@ -78,7 +78,7 @@ class PeftSampler:
                 self.strides[slot] = stride_of(files["adapter_model.safetensors"])
                 return lambda: (wire.Loaded(step=0), [])
             case wire.AdmitSequences(sequences=specs):
-                self.waiting |= {spec.sequence_id: (spec, int(tensors[spec.prompt][-1])) for spec in specs}
+                self.waiting |= {spec.sequence_id: (spec, int(tensors[spec.prompt_index][-1])) for spec in specs}
             case wire.CancelSequences(sequence_ids=ids):
                 self.waiting = {id: one for id, one in self.waiting.items() if id not in ids}
             case wire.SampleQuantum():
@@ -96,7 +96,9 @@ class PeftSampler:
             at = len(tensors)
             tensors += [tokens.astype(np.int32), np.full(len(tokens), LOGPROB, np.float32)]
             finished.append(
-                wire.FinishedSequence(sequence_id=spec.sequence_id, stop_reason="length", tokens=at, logprobs=at + 1)
+                wire.FinishedSequence(
+                    sequence_id=spec.sequence_id, stop_reason="length", tokens_index=at, logprobs_index=at + 1
+                )
             )
         progress = tuple((spec.sequence_id, spec.max_tokens) for spec, _ in self.waiting.values())
         self.waiting.clear()

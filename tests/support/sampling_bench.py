@@ -43,19 +43,22 @@ class Outcome:
         def array(index: int) -> Any:
             return None if index < 0 else tensors[index]
 
-        self.tokens: np.ndarray = tensors[finished.tokens]
-        self.logprobs: np.ndarray = tensors[finished.logprobs]
-        self.topk_token_ids, self.topk_logprobs = array(finished.topk_token_ids), array(finished.topk_logprobs)
-        self.head_token_ids, self.head_probabilities = (
-            array(finished.head_token_ids),
-            array(finished.head_probabilities),
+        self.tokens: np.ndarray = tensors[finished.tokens_index]
+        self.logprobs: np.ndarray = tensors[finished.logprobs_index]
+        self.topk_token_ids, self.topk_logprobs = (
+            array(finished.topk_token_ids_index),
+            array(finished.topk_logprobs_index),
         )
-        self.head_is_whole = array(finished.head_is_whole)
-        self.prompt_logprobs = array(finished.prompt_logprobs)
-        self.prompt_topk_token_ids = array(finished.prompt_topk_token_ids)
-        self.prompt_topk_logprobs = array(finished.prompt_topk_logprobs)
-        self.target_logprobs = array(finished.target_logprobs)
-        self.alt_token_ids, self.alt_logprobs = array(finished.alt_token_ids), array(finished.alt_logprobs)
+        self.head_token_ids, self.head_probabilities = (
+            array(finished.head_token_ids_index),
+            array(finished.head_probabilities_index),
+        )
+        self.head_is_whole = array(finished.head_is_whole_index)
+        self.prompt_logprobs = array(finished.prompt_logprobs_index)
+        self.prompt_topk_token_ids = array(finished.prompt_topk_token_ids_index)
+        self.prompt_topk_logprobs = array(finished.prompt_topk_logprobs_index)
+        self.target_logprobs = array(finished.target_logprobs_index)
+        self.alt_token_ids, self.alt_logprobs = array(finished.alt_token_ids_index), array(finished.alt_logprobs_index)
 
     def agrees_with(self, other: Outcome) -> bool:
         """The same tokens, their log-probabilities up to rounding."""
@@ -118,7 +121,7 @@ class SamplingBench:
         self._next_id += 1
         slot = fields.get("sampler_slot", BASE_SLOT)
         defaults = {"sampler_slot": slot, "adapter_version": f"v{slot}", "max_tokens": 8, "temperature": 0.0}
-        spec = SequenceSpec(sequence_id=self._next_id, prompt=0, **defaults | fields)
+        spec = SequenceSpec(sequence_id=self._next_id, prompt_index=0, **defaults | fields)
         tensors = [np.asarray(prompt, np.int32), *([] if targets is None else [targets])]
         self.engine.admit([spec], tensors, [True] * self.config.max_sampler_adapters)
         return self._next_id

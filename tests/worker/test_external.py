@@ -76,7 +76,7 @@ def load(engine, slot, key):
 
 
 def spec(sequence_id=1, **fields):
-    values = {"sampler_slot": BASE_SLOT, "adapter_version": "", "prompt": 0, "max_tokens": 4, "seed": 1}
+    values = {"sampler_slot": BASE_SLOT, "adapter_version": "", "prompt_index": 0, "max_tokens": 4, "seed": 1}
     return SequenceSpec(sequence_id=sequence_id, **values | fields)
 
 

@@ -172,7 +172,7 @@ class SamplingEngine:
         return partial(self._wait, quantum)
 
     def _sample(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> Sample:
-        prompt = tensors[spec.prompt]
+        prompt = tensors[spec.prompt_index]
         if not 1 <= len(prompt) <= self.context - (spec.prompt_scores is None):
             raise InvalidRequest(f"A prompt of {len(prompt)} tokens does not fit a context of {self.context}.")
         tokens = prompt.tolist()
@@ -345,7 +345,9 @@ def _scoring(spec: SequenceSpec, tensors: Sequence[np.ndarray], num_prompt: int)
     wanted = spec.prompt_scores
     if wanted is None:
         return None
-    return PromptScoring(wanted, num_prompt, np.array(tensors[wanted.targets]) if wanted.targets >= 0 else None)
+    return PromptScoring(
+        wanted, num_prompt, np.array(tensors[wanted.targets_index]) if wanted.targets_index >= 0 else None
+    )
 
 
 def _prefill_progress(schedule: Schedule) -> dict[int, int]:
@@ -405,19 +407,19 @@ def _finished(sample: Sample, reason: Any, tensors: list[np.ndarray]) -> Finishe
 
     fields: dict[str, int] = {}
     if sample.spec.topk_logprobs:
-        fields["topk_token_ids"] = add(np.concatenate([ids for ids, _ in sample.topk]))
-        fields["topk_logprobs"] = add(np.concatenate([logprobs for _, logprobs in sample.topk]))
+        fields["topk_token_ids_index"] = add(np.concatenate([ids for ids, _ in sample.topk]))
+        fields["topk_logprobs_index"] = add(np.concatenate([logprobs for _, logprobs in sample.topk]))
     if sample.heads:
         ids, probabilities, is_whole = (np.concatenate(parts) for parts in zip(*sample.heads, strict=True))
-        fields["head_token_ids"], fields["head_probabilities"] = add(ids), add(probabilities)
-        fields["head_is_whole"] = add(is_whole.astype(np.int32))
+        fields["head_token_ids_index"], fields["head_probabilities_index"] = add(ids), add(probabilities)
+        fields["head_is_whole_index"] = add(is_whole.astype(np.int32))
     if sample.scoring:
-        fields |= {name: add(array) for name, array in sample.scoring.results().items()}
+        fields |= {f"{name}_index": add(array) for name, array in sample.scoring.results().items()}
     return FinishedSequence(
         sequence_id=sample.spec.sequence_id,
         stop_reason=reason,
-        tokens=add(np.array(sample.tokens[sample.num_prompt :], np.int32)),
-        logprobs=add(np.array(sample.logprobs, np.float32)),
+        tokens_index=add(np.array(sample.tokens[sample.num_prompt :], np.int32)),
+        logprobs_index=add(np.array(sample.logprobs, np.float32)),
         num_cached_tokens=sample.num_cached,
         **fields,
     )

@@ -53,7 +53,7 @@ class PromptScoring:
         return self.next >= self.num_prompt - 1
 
     def results(self) -> dict[str, np.ndarray]:
-        """What was asked for, by the names of `FinishedSequence`."""
+        """What was asked for, by the names that `FinishedSequence` has for their indexes."""
         results = {}
         if self.wanted.logprobs:
             results["prompt_logprobs"] = self.logprobs

@@ -276,8 +276,8 @@ class FakeEngine:
 
     def _admit(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> None:
         scores = spec.prompt_scores
-        targets = tensors[scores.targets].copy() if scores and scores.targets >= 0 else None
-        self._sequences[spec.sequence_id] = FakeSequence(spec, tensors[spec.prompt].copy(), targets)
+        targets = tensors[scores.targets_index].copy() if scores and scores.targets_index >= 0 else None
+        self._sequences[spec.sequence_id] = FakeSequence(spec, tensors[spec.prompt_index].copy(), targets)
 
     def _sample(self, decode_steps: int, prefill_tokens: int) -> Reply:
         finished: list[FinishedSequence] = []
@@ -359,17 +359,17 @@ class FakeEngine:
         spec, w = sequence.spec, self._weights(sequence.spec)
         tokens = np.array(sequence.tokens, np.int32)
         before = np.concatenate([sequence.prompt[-1:], tokens[:-1]]) if len(tokens) else tokens
-        indices = {"tokens": add(tokens), "logprobs": add(pair_logprobs(w, before, tokens))}
+        indices = {"tokens_index": add(tokens), "logprobs_index": add(pair_logprobs(w, before, tokens))}
         if spec.topk_logprobs:
             ids, values = self._topk(w, before, spec.topk_logprobs)
-            indices |= {"topk_token_ids": add(ids), "topk_logprobs": add(values)}
+            indices |= {"topk_token_ids_index": add(ids), "topk_logprobs_index": add(values)}
         if spec.head_tokens:
             ids, values = self._topk(w, before, spec.head_tokens)
-            indices |= {"head_token_ids": add(ids), "head_probabilities": add(np.exp(values))}
-            indices["head_is_whole"] = add(np.zeros(len(ids), np.int32))
+            indices |= {"head_token_ids_index": add(ids), "head_probabilities_index": add(np.exp(values))}
+            indices["head_is_whole_index"] = add(np.zeros(len(ids), np.int32))
         if spec.prompt_scores:
             scores = self._score_prompt(spec.prompt_scores, w, sequence.prompt, sequence.targets)
-            indices |= {name: add(array) for name, array in scores.items()}
+            indices |= {f"{name}_index": add(array) for name, array in scores.items()}
         return FinishedSequence(
             sequence_id=spec.sequence_id,
             stop_reason=stop_reason,  # type: ignore[arg-type]

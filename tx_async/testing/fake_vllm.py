@@ -246,16 +246,19 @@ class FakeVllm:
 
     def _completion(self, body: dict[str, Any], slot: int) -> Any:
         spec = SequenceSpec(
-            sequence_id=0, sampler_slot=slot, adapter_version="", prompt=0, max_tokens=body["max_tokens"],
+            sequence_id=0, sampler_slot=slot, adapter_version="", prompt_index=0, max_tokens=body["max_tokens"],
             temperature=body["temperature"], top_k=body["top_k"], top_p=body["top_p"], seed=body["seed"],
             stop_token_ids=tuple(body["stop_token_ids"]), stop_strings=tuple(body["stop"]),
             topk_logprobs=body["logprobs"],
         )  # fmt: skip
         finished, tensors = self._engine.complete(spec, np.array(body["prompt"], np.int32))
-        tokens, logprobs = tensors[finished.tokens].tolist(), (tensors[finished.logprobs] + self.off_by).tolist()
+        tokens, logprobs = (
+            tensors[finished.tokens_index].tolist(),
+            (tensors[finished.logprobs_index] + self.off_by).tolist(),
+        )
         top = [{f"token_id:{token}": logprob} for token, logprob in zip(tokens, logprobs, strict=True)]
         if body["logprobs"]:
-            ids, values = tensors[finished.topk_token_ids], tensors[finished.topk_logprobs]
+            ids, values = tensors[finished.topk_token_ids_index], tensors[finished.topk_logprobs_index]
             for row, candidates in enumerate(top):
                 candidates |= {f"token_id:{t}": float(v) for t, v in zip(ids[row], values[row], strict=True)}
         self.num_completions += 1

@@ -93,7 +93,7 @@ COMMANDS = (
                     sequence_id=1,
                     sampler_slot=0,
                     adapter_version="s-1:train:0/1",
-                    prompt=0,
+                    prompt_index=0,
                     max_tokens=20,
                     temperature=0.0,
                     stop_token_ids=(256,),
@@ -101,7 +101,7 @@ COMMANDS = (
                     prompt_scores=PromptScores(logprobs=True),
                 ),
                 SequenceSpec(
-                    sequence_id=2, sampler_slot=BASE_SLOT, adapter_version="", prompt=0, max_tokens=20, seed=1
+                    sequence_id=2, sampler_slot=BASE_SLOT, adapter_version="", prompt_index=0, max_tokens=20, seed=1
                 ),
             )
         ),
@@ -111,7 +111,11 @@ COMMANDS = (
     CommandExample(
         SampleQuantum(decode_steps=8, prefill_tokens=512),
         Sampled(
-            finished=(FinishedSequence(sequence_id=1, stop_reason="stop", tokens=0, logprobs=1, prompt_logprobs=2),),
+            finished=(
+                FinishedSequence(
+                    sequence_id=1, stop_reason="stop", tokens_index=0, logprobs_index=1, prompt_logprobs_index=2
+                ),
+            ),
             failed=((3, "server", "Sampler slot 7 is empty."),),
             progress=((1, 8), (2, 8)),
             num_running=1,

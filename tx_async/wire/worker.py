@@ -1,7 +1,8 @@
 """Server ⇄ worker: a closed world of messages.
 
 Arrays never travel inside these structs: a message that has any lists them as `tensors`, and they follow in that
-order, in shared memory or as frames. Commands of one worker group are numbered without gaps from 1 after each
+order, in shared memory or as frames. A field `NAME_index` says where among them an array lies; in bytes it is called
+`NAME`, as protocol version 1 has it. Commands of one worker group are numbered without gaps from 1 after each
 `Welcome`; every host of a mesh receives the same ones and runs them in that order. All index spaces (slots, sequence
 ids) belong to the scheduler: a worker obeys them and invents none.
 """
@@ -367,16 +368,15 @@ class LoadSampler(Struct, tag=True, frozen=True, kw_only=True):
     key: str
 
 
-class PromptScores(Struct, frozen=True, kw_only=True):
+class PromptScores(Struct, frozen=True, kw_only=True, rename={"targets_index": "targets"}):
     """What a request wants to know of its prompt besides samples."""
 
     logprobs: bool = False
     topk: int = 0
     last_n: int = 0
     """Score only the last n positions (0 = all)."""
-    targets: int = -1
-    """Index in the command's tensors of an int32 [P-1, K] array of candidate tokens (-1 = none; cells of -1 give
-    0.0)."""
+    targets_index: int = -1
+    """int32 [P-1, K]: candidate tokens (-1 = none; cells of -1 give 0.0)."""
     alt_tokens_k: int = 0
 
 
@@ -386,7 +386,7 @@ INT32_MAX = 2**31 - 1
 """What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
 
 
-class SequenceSpec(Struct, frozen=True, kw_only=True):
+class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "prompt"}):
     """One sample of one prompt."""
 
     sequence_id: int
@@ -394,8 +394,8 @@ class SequenceSpec(Struct, frozen=True, kw_only=True):
     sampler_slot: int
     adapter_version: str
     """Prefix-cache namespace: equal versions have equal weights."""
-    prompt: int
-    """Index in the command's tensors: int32 [P]. Samples of one prompt share the index."""
+    prompt_index: int
+    """int32 [P]. Samples of one prompt share the index."""
     max_tokens: int
     temperature: float = 1.0
     top_k: int = -1
@@ -480,34 +480,34 @@ class Saved(Struct, tag=True, frozen=True, kw_only=True):
     size_bytes: int
 
 
-class FinishedSequence(Struct, frozen=True, kw_only=True):
-    """A sequence that ended. Fields that say "index" name the message's tensors; -1 = not asked for."""
+class FinishedSequence(Struct, frozen=True, kw_only=True, rename=lambda name: name.removesuffix("_index")):
+    """A sequence that ended. Its arrays are named by their index in the message's tensors; -1 = not asked for."""
 
     sequence_id: int
     stop_reason: Literal["stop", "length"]
-    tokens: int
-    """Index: int32 [T], the stop token or the token that completed a stop string included."""
-    logprobs: int
-    """Index: float32 [T], log-probabilities of the untempered model."""
-    topk_token_ids: int = -1
-    topk_logprobs: int = -1
-    """Index: int32 / float32 [T, topk]."""
-    head_token_ids: int = -1
-    head_probabilities: int = -1
-    """Index: int32 / float32 [T, head_tokens]: likeliest first, after temperature, top-k and top-p."""
-    head_is_whole: int = -1
-    """Index: int32 [T]: 1 where nothing else could be drawn, because top-k, top-p or a temperature of 0 says so; 2
+    tokens_index: int
+    """int32 [T], the stop token or the token that completed a stop string included."""
+    logprobs_index: int
+    """float32 [T], log-probabilities of the untempered model."""
+    topk_token_ids_index: int = -1
+    topk_logprobs_index: int = -1
+    """int32 / float32 [T, topk]."""
+    head_token_ids_index: int = -1
+    head_probabilities_index: int = -1
+    """int32 / float32 [T, head_tokens]: likeliest first, after temperature, top-k and top-p."""
+    head_is_whole_index: int = -1
+    """int32 [T]: 1 where nothing else could be drawn, because top-k, top-p or a temperature of 0 says so; 2
     where they left more than the head holds."""
-    prompt_logprobs: int = -1
-    """Index: float32 [P], NaN at position 0 and where nothing was scored."""
-    prompt_topk_token_ids: int = -1
-    prompt_topk_logprobs: int = -1
-    """Index: int32 / float32 [P, topk], sentinels (0, -99999.0) where nothing was scored."""
-    target_logprobs: int = -1
-    """Index: float32 [P-1, K]."""
-    alt_token_ids: int = -1
-    alt_logprobs: int = -1
-    """Index: int32 / float32 [P-1, alt_tokens_k]."""
+    prompt_logprobs_index: int = -1
+    """float32 [P], NaN at position 0 and where nothing was scored."""
+    prompt_topk_token_ids_index: int = -1
+    prompt_topk_logprobs_index: int = -1
+    """int32 / float32 [P, topk], sentinels (0, -99999.0) where nothing was scored."""
+    target_logprobs_index: int = -1
+    """float32 [P-1, K]."""
+    alt_token_ids_index: int = -1
+    alt_logprobs_index: int = -1
+    """int32 / float32 [P-1, alt_tokens_k]."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
 

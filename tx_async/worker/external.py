@@ -149,8 +149,10 @@ class ExternalEngine:
             case wire.LoadSampler(sampler_slot=slot, key=key):
                 return self._call(self._load(slot, key))
             case wire.AdmitSequences(sequences=specs):
-                prompts = {index: Prompt(tensors[index]) for index in {spec.prompt for spec in specs}}
-                self._loop.call_soon_threadsafe(self._admit, [_Sequence(spec, prompts[spec.prompt]) for spec in specs])
+                prompts = {index: Prompt(tensors[index]) for index in {spec.prompt_index for spec in specs}}
+                self._loop.call_soon_threadsafe(
+                    self._admit, [_Sequence(spec, prompts[spec.prompt_index]) for spec in specs]
+                )
             case wire.CancelSequences(sequence_ids=ids):
                 self._loop.call_soon_threadsafe(self._cancel, ids)
             case wire.SampleQuantum():

@@ -171,6 +171,6 @@ async def largest(limit: int, is_allowed: Callable[[int], Awaitable[bool]]) -> i
 
 def probe_spec(topk: int = 0) -> SequenceSpec:
     return SequenceSpec(
-        sequence_id=0, sampler_slot=BASE_SLOT, adapter_version="", prompt=0, max_tokens=1, temperature=0.0,
+        sequence_id=0, sampler_slot=BASE_SLOT, adapter_version="", prompt_index=0, max_tokens=1, temperature=0.0,
         topk_logprobs=topk,
     )  # fmt: skip

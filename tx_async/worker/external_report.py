@@ -58,12 +58,14 @@ def _finished(sequence_id: int, completion: Completion, tensors: list[np.ndarray
     return FinishedSequence(
         sequence_id=sequence_id,
         stop_reason=completion.stop_reason,
-        tokens=add(completion.tokens),
-        logprobs=add(completion.logprobs),
-        topk_token_ids=add(completion.topk_token_ids),
-        topk_logprobs=add(completion.topk_logprobs),
-        head_token_ids=add(completion.head_token_ids),
-        head_probabilities=add(completion.head_probabilities),
-        head_is_whole=-1 if completion.head_token_ids is None else add(np.zeros(len(completion.tokens), np.int32)),
+        tokens_index=add(completion.tokens),
+        logprobs_index=add(completion.logprobs),
+        topk_token_ids_index=add(completion.topk_token_ids),
+        topk_logprobs_index=add(completion.topk_logprobs),
+        head_token_ids_index=add(completion.head_token_ids),
+        head_probabilities_index=add(completion.head_probabilities),
+        head_is_whole_index=-1
+        if completion.head_token_ids is None
+        else add(np.zeros(len(completion.tokens), np.int32)),
         num_cached_tokens=completion.num_cached_tokens,
     )

@@ -126,7 +126,7 @@ async def sample(dialect: Dialect, base: str, adapter: str, vocab_size: int) -> 
     for number, (name, temperature) in enumerate((name, t) for name in (base, adapter) for t in TEMPERATURES):
         prompt = np.random.default_rng([SEED, number]).integers(0, vocab_size, PROMPT_TOKENS).astype(np.int32)
         spec = SequenceSpec(
-            sequence_id=0, sampler_slot=BASE_SLOT, adapter_version="", prompt=0, max_tokens=COMPLETION_TOKENS,
+            sequence_id=0, sampler_slot=BASE_SLOT, adapter_version="", prompt_index=0, max_tokens=COMPLETION_TOKENS,
             temperature=temperature, seed=SEED,
         )  # fmt: skip
         completion = await dialect.complete(name, Prompt(prompt), spec)

@@ -91,14 +91,14 @@ class SampleJob(Struct, eq=False):
                 logprobs=op.prompt_logprobs,
                 topk=op.topk_prompt_logprobs,
                 last_n=op.prompt_logprobs_last_n,
-                targets=1 if op.target_prompt_logprobs else -1,
+                targets_index=1 if op.target_prompt_logprobs else -1,
                 alt_tokens_k=op.prompt_alt_tokens_k,
             )
         return SequenceSpec(
             sequence_id=sequence_id,
             sampler_slot=slot,
             adapter_version=self.namespace,
-            prompt=0,
+            prompt_index=0,
             max_tokens=self.max_tokens,
             temperature=op.temperature,
             top_k=min(op.top_k, INT32_MAX),
@@ -121,17 +121,17 @@ class SampleJob(Struct, eq=False):
     def collect(self, index: int, finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> None:
         """One of its samples has ended."""
         topk = None
-        if finished.topk_token_ids >= 0:
-            topk = TopkLogprobs.of(tensors[finished.topk_token_ids], tensors[finished.topk_logprobs])
+        if finished.topk_token_ids_index >= 0:
+            topk = TopkLogprobs.of(tensors[finished.topk_token_ids_index], tensors[finished.topk_logprobs_index])
         self.done[index] = SampledSequence(
-            tokens=tensors[finished.tokens].astype(np.int32).tobytes(),
-            logprobs=tensors[finished.logprobs].astype(np.float32).tobytes(),
+            tokens=tensors[finished.tokens_index].astype(np.int32).tobytes(),
+            logprobs=tensors[finished.logprobs_index].astype(np.float32).tobytes(),
             stop_reason=finished.stop_reason,
             topk=topk,
         )
         if index == 0:
             self.prompt = _prompt_fields(finished, tensors)
-        if finished.head_token_ids >= 0:
+        if finished.head_token_ids_index >= 0:
             self.recordings[index] = encode(Recording.of(self.operation.prompt, finished, tensors))
 
     def result(self) -> bytes:
@@ -146,18 +146,18 @@ class SampleJob(Struct, eq=False):
 
 def _prompt_fields(finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> dict[str, object]:
     fields: dict[str, object] = {"prompt_cache_hit_tokens": finished.num_cached_tokens}
-    if finished.prompt_logprobs >= 0:
-        fields["prompt_logprobs"] = tensors[finished.prompt_logprobs].astype(np.float32).tobytes()
-    if finished.prompt_topk_token_ids >= 0:
+    if finished.prompt_logprobs_index >= 0:
+        fields["prompt_logprobs"] = tensors[finished.prompt_logprobs_index].astype(np.float32).tobytes()
+    if finished.prompt_topk_token_ids_index >= 0:
         fields["topk_prompt_logprobs"] = TopkLogprobs.of(
-            tensors[finished.prompt_topk_token_ids], tensors[finished.prompt_topk_logprobs]
+            tensors[finished.prompt_topk_token_ids_index], tensors[finished.prompt_topk_logprobs_index]
         )
-    if finished.target_logprobs >= 0:
-        fields["target_prompt_logprobs"] = Tensor.of(tensors[finished.target_logprobs].astype(np.float32))
-    if finished.alt_token_ids >= 0:
+    if finished.target_logprobs_index >= 0:
+        fields["target_prompt_logprobs"] = Tensor.of(tensors[finished.target_logprobs_index].astype(np.float32))
+    if finished.alt_token_ids_index >= 0:
         fields["prompt_alt_tokens"] = PromptAltTokens(
-            Tensor.of(tensors[finished.alt_token_ids].astype(np.int32)),
-            Tensor.of(tensors[finished.alt_logprobs].astype(np.float32)),
+            Tensor.of(tensors[finished.alt_token_ids_index].astype(np.int32)),
+            Tensor.of(tensors[finished.alt_logprobs_index].astype(np.float32)),
         )
     return fields
 
@@ -165,6 +165,6 @@ def _prompt_fields(finished: FinishedSequence, tensors: Sequence[np.ndarray]) ->
 def renumber(spec: SequenceSpec, first_tensor: int) -> SequenceSpec:
     """The spec with its tensor indices shifted to where its tensors stand in a command with several sequences."""
     scores = spec.prompt_scores
-    if scores and scores.targets >= 0:
-        scores = msgspec.structs.replace(scores, targets=scores.targets + first_tensor)
-    return msgspec.structs.replace(spec, prompt=first_tensor, prompt_scores=scores)
+    if scores and scores.targets_index >= 0:
+        scores = msgspec.structs.replace(scores, targets_index=scores.targets_index + first_tensor)
+    return msgspec.structs.replace(spec, prompt_index=first_tensor, prompt_scores=scores)

@@ -56,13 +56,13 @@ class Recording(Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, prompt: bytes, finished: FinishedSequence, tensors: Sequence[np.ndarray]) -> Recording:
-        ids, probabilities = tensors[finished.head_token_ids], tensors[finished.head_probabilities]
+        ids, probabilities = tensors[finished.head_token_ids_index], tensors[finished.head_probabilities_index]
         return cls(
             prompt,
-            tensors[finished.tokens].astype("<i4").tobytes(),
+            tensors[finished.tokens_index].astype("<i4").tobytes(),
             ids.astype("<i4").tobytes(),
             probabilities.astype("<f4").tobytes(),
-            tensors[finished.head_is_whole].astype(np.uint8).tobytes(),
+            tensors[finished.head_is_whole_index].astype(np.uint8).tobytes(),
             ids.shape[1],
         )
 
