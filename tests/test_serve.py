@@ -1,6 +1,8 @@
 """The server as others reach it: over TLS, with keys that come and go, by names and from pages."""
 
+import os
 import shutil
+import ssl
 import subprocess
 import time
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from tests.support.durability import serving
@@ -58,9 +61,19 @@ def test_a_server_speaks_https_and_follows_its_keys(tiny_qwen3, tmp_path):
             assert status("/api/v1/training_runs", bob) == 200
             me = http.get("/api/v1/auth/apikey/me", headers={"x-api-key": bob}).json()
             assert me["name"] == "bob"
+            new_cert, new_key = make_certificate(tmp_path / "renewed")
+            os.replace(new_key, key)  # a renewal replaces one file after the other
+            assert httpx.get(f"{server.base_url}/metrics", verify=server.tls).status_code == 200
+            trusts_new = ssl.create_default_context(cafile=new_cert)
+            os.replace(new_cert, cert)
+            assert httpx.get(f"{server.base_url}/metrics", verify=trusts_new).status_code == 200
+            with pytest.raises(httpx.ConnectError, match="certificate"):
+                httpx.get(f"{server.base_url}/metrics", verify=server.tls)
+            assert status("/api/v1/training_runs", bob) == 200  # on its open connection
         with pytest.raises(httpx.HTTPError):  # no plain HTTP on the same port
             httpx.get(server.base_url.replace("https", "http") + "/api/v1/healthz")
     assert "BEGIN" not in server.log() and bob not in server.log()
+    assert "stay as they were" in server.log() and "were read again" in server.log()
     assert [key.name for key in read_keys(file).values()] == ["ops", "bob"]
 
 
@@ -79,7 +92,7 @@ def test_certificates_that_cannot_be_used_are_refused_at_start(tmp_path):
     ]
     for settings, reason in refusals:
         with pytest.raises(ConfigError, match=reason):
-            _hypercorn_settings(ServerConfig(**{name: str(path) for name, path in settings.items()}))
+            _hypercorn_settings(msgspec.convert({name: str(path) for name, path in settings.items()}, ServerConfig))
     assert _hypercorn_settings(ServerConfig(tls_cert=str(cert), tls_key=str(key))).ssl_enabled
 
 

@@ -16,7 +16,6 @@ import resource
 import signal
 import ssl
 import sys
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -30,6 +29,7 @@ from tx_async.api.gate import Gate
 from tx_async.api.owner import is_loopback
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError, TxError
+from tx_async.tls import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,18 @@ def _as_operators_own(error: BaseException) -> BaseException:
     return error
 
 
-def _hypercorn_settings(config: ServerConfig) -> HypercornConfig:
-    settings = HypercornConfig()
+class _Settings(HypercornConfig):
+    certificate: Certificate | None = None
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        context = super().create_ssl_context()
+        if context is not None and self.certificate is not None:
+            self.certificate.follow(context)
+        return context
+
+
+def _hypercorn_settings(config: ServerConfig) -> _Settings:
+    settings = _Settings()
     settings.bind = [f"{config.host}:{config.port}"]
     settings.backlog = BACKLOG
     settings.keep_alive_timeout = KEEP_ALIVE_S
@@ -184,24 +194,15 @@ def _hypercorn_settings(config: ServerConfig) -> HypercornConfig:
     return settings
 
 
-def _use_tls(settings: HypercornConfig, config: ServerConfig) -> None:
+def _use_tls(settings: _Settings, config: ServerConfig) -> None:
     """HTTP/1.1 alone: it is what every poll and its latency are measured with. Raises `ConfigError`."""
     if not config.tls_cert and not config.tls_key:
         return
     if not config.tls_cert or not config.tls_key:
         raise ConfigError("tls_cert and tls_key belong together: name the certificate's file and its key's.")
-    cert, key = str(Path(config.tls_cert).expanduser()), str(Path(config.tls_key).expanduser())
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=_no_passphrase)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise ConfigError(f"tls_cert {cert} with tls_key {key} cannot be used: {error}.") from error
-    settings.certfile, settings.keyfile = cert, key
+    settings.certificate = certificate = Certificate(config.tls_cert, config.tls_key)
+    settings.certfile, settings.keyfile = certificate.cert, certificate.key
     settings.alpn_protocols = ["http/1.1"]
-
-
-def _no_passphrase() -> str:
-    """Instead of the question on the terminal."""
-    raise ValueError("the key wants a passphrase; take it off with `openssl pkey`")
 
 
 def _bind(settings: HypercornConfig, config: ServerConfig) -> Sockets:

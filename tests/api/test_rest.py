@@ -3,9 +3,13 @@
 import io
 import tarfile
 
+import msgspec
 import pytest
 
+from tests.support.http import asgi_client
 from tx_async import errors
+from tx_async.api.owner import hash_key
+from tx_async.api.routes import create_api
 from tx_async.errors import StorageError
 from tx_async.testing.fake_scheduler import FAKE_FILES
 
@@ -135,6 +139,22 @@ async def test_a_link_is_for_the_checkpoint_that_it_was_made_for(client, connect
         assert (await anyone.get(again)).status_code == 200
 
 
+async def test_a_link_ends_with_the_key_that_asked_for_it(client, scheduler, config, url, tmp_path):
+    """It is good for an hour, and its key is revoked before: whoever has it gets nothing any more."""
+    file = tmp_path / "keys"
+    file.write_text(f"{hash_key('tml-alice')} alice\n{hash_key('tml-bob')} bob\n")
+    app = create_api(scheduler, msgspec.structs.replace(config, api_keys_file=str(file)), scheduler.files)
+    async with asgi_client(app) as anyone:
+        key = {"x-api-key": "tml-alice"}
+        link = (await anyone.get(f"{url}/external_weights_urls", headers=key)).json()["urls"]["adapter_config.json"]
+        archive = (await anyone.get(f"{url}/archive", headers=key)).headers["location"]
+        assert [(await anyone.get(each)).status_code for each in (link, archive)] == [200, 200]
+        file.write_text(f"{hash_key('tml-bob')} bob\n")
+        gone = [await anyone.get(each) for each in (link, archive)]
+        assert [response.status_code for response in gone] == [404, 404]
+        assert "API key" in gone[0].json()["detail"]
+
+
 def damage(scheduler, name, content):
     (key,) = (key for key in scheduler.files.content if key.endswith(f"/{name}"))
     if content is None:
@@ -182,7 +202,7 @@ async def test_older_sdks_are_redirected_to_a_tar(client, connect, url):
     async with connect(None) as anyone:
         packed = (await anyone.get(response.headers["location"])).content
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
-        assert {entry.name: tar.extractfile(entry).read() for entry in tar} == FAKE_FILES
+        assert {entry.name: tar.extractfile(entry).read() for entry in tar} == FAKE_FILES  # pyright: ignore[reportOptionalMemberAccess]
 
 
 # ---- sessions

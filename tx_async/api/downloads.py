@@ -14,6 +14,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from tx_async.age import SUFFIX as AGE_SUFFIX
 from tx_async.api.context import Call
 from tx_async.api.links import LINK_LIFETIME_S
+from tx_async.api.owner import hash_key
 from tx_async.api.rest import own_checkpoint, timestamp
 from tx_async.errors import CorruptedCheckpoint, NotFound, UnknownCheckpoint
 from tx_async.storage.checkpoint_files import METADATA, decode_manifest
@@ -58,13 +59,16 @@ def _permitted(call: Call) -> CheckpointRecord:
     checkpoint = call.scheduler.checkpoints.get(permission.path)
     if checkpoint is None or not permission.is_for(checkpoint):
         raise UnknownCheckpoint()
+    digests = call.api.owners.current_digests()
+    if digests is not None and permission.key_mark not in map(call.api.links.mark_of, digests):
+        raise NotFound("This download link has ended with the API key that asked for it.")
     return checkpoint
 
 
 def _link(call: Call, route: str, checkpoint: CheckpointRecord) -> tuple[str, float]:
     """(URL, when it expires)."""
     expires_at = call.api.clock.now() + LINK_LIFETIME_S
-    token = call.api.links.token(checkpoint, expires_at)
+    token = call.api.links.token(checkpoint, expires_at, hash_key(call.key or ""))
     return f"{str(call.request.base_url).rstrip('/')}/api/v1/{route}/{token}", expires_at
 
 

@@ -24,6 +24,8 @@ class Permission(msgspec.Struct, frozen=True, array_like=True):
     storage_key: str
     created_at: float
     expires_at: float
+    key_mark: bytes = b""
+    """Of the key that asked for it: it ends with that key."""
 
     def is_for(self, checkpoint: CheckpointRecord) -> bool:
         return (checkpoint.path, checkpoint.storage_key, checkpoint.created_at) == (
@@ -43,9 +45,11 @@ class Links:
     def __init__(self, secret: bytes | None = None):
         self._secret = secret or secrets.token_bytes(32)
 
-    def token(self, checkpoint: CheckpointRecord, expires_at: float) -> str:
-        """Permission to read the files of one checkpoint until `expires_at`, safe in a URL."""
-        text = _encode(Permission(checkpoint.path, checkpoint.storage_key, checkpoint.created_at, expires_at))
+    def token(self, checkpoint: CheckpointRecord, expires_at: float, key_digest: str = "") -> str:
+        """Permission to read the files of one checkpoint until `expires_at`, safe in a URL. key_digest: the hash of the
+        key that asks for it."""
+        mark = self.mark_of(key_digest)
+        text = _encode(Permission(checkpoint.path, checkpoint.storage_key, checkpoint.created_at, expires_at, mark))
         return base64.urlsafe_b64encode(self._sign(text) + text).decode().rstrip("=")
 
     def permission(self, token: str, now: float) -> Permission:
@@ -61,6 +65,10 @@ class Links:
         if permission.expires_at < now:
             raise NotFound("This download link has expired; ask for a new one.")
         return permission
+
+    def mark_of(self, key_digest: str) -> bytes:
+        """What a link may carry of a key: whoever sees the link learns nothing of the registry."""
+        return self._sign(b"key " + key_digest.encode())
 
     def _sign(self, text: bytes) -> bytes:
         return hmac.digest(self._secret, text, hashlib.sha256)[:_SIGNATURE_BYTES]

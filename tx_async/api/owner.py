@@ -77,6 +77,12 @@ class Owners:
         """What the registry says of a key; None where there is no registry."""
         return self._keys().get(hash_key(key or "")) if self._keys else None
 
+    def current_digests(self) -> list[str] | None:
+        """Hashes of the keys that count at this moment; None where every key does."""
+        if self._keys is None:
+            return None
+        return [digest for digest, key in self._keys().items() if not key.has_expired(self._now())]
+
     def names(self) -> dict[str, str]:
         """owner -> name of its key, where the registry says so."""
         return {key.owner: key.name for key in self._keys().values() if key.owner} if self._keys else {}
