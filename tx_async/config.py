@@ -121,6 +121,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     train_share: float = 1.0
     """Weight of training against sampling when both have work."""
     sample_share: float = 1.0
+    """Weight of sampling that nobody watches, likewise."""
+    live_share: float = 1.0
+    """Weight of requests that are answered token by token, likewise; its part comes on top of `sample_share` while both
+    have work."""
 
     tenant_sessions_max: int = 10_000
     """Sessions of one API key; more are answered 429. Old ones are forgotten after `session_retention_s`."""

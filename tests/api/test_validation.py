@@ -8,7 +8,8 @@ import pytest
 from tx_async.api import validation
 from tx_async.errors import InvalidRequest
 from tx_async.testing.fake_scheduler import FAKE_BASE_MODEL
-from tx_async.wire.operations import LOGIT_BIAS_MAX, Sample
+from tx_async.wire.operations import Sample
+from tx_async.wire.worker import LOGIT_BIAS_MAX
 
 
 def validated(**fields) -> Sample:

@@ -108,6 +108,8 @@ class Bench:
     engine: Engine
     #: another one, where the engine only samples
     trainer: Engine
+    #: (sequence_id, start, tokens, log-probabilities) of every piece that came while sequences ran
+    pieces: list[tuple[int, int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
 
     def run(self, command, *tensors):
         engine = self.trainer if isinstance(command, TRAINING) else self.engine
@@ -181,6 +183,10 @@ class Bench:
                 SampleQuantum(decode_steps=info.decode_steps, prefill_tokens=info.prefill_tokens)
             )
             assert isinstance(result, Sampled)
+            for piece in result.pieces:
+                assert piece.sequence_id not in finished
+                said = tensors[piece.tokens_index], tensors[piece.logprobs_index]
+                self.pieces.append((piece.sequence_id, piece.start, *said))
             for sequence in result.finished:
                 assert sequence.sequence_id not in finished
                 finished[sequence.sequence_id] = (sequence, tensors, quantum)
@@ -443,7 +449,7 @@ def test_a_sample_takes_its_quanta_and_its_length(sampler):
     found = sampler.sample(spec(max_tokens=10), prompts=[prompt()])
     sequence, tensors, num_quanta = found[1]
     assert sequence.stop_reason == "length"
-    tokens, logprobs = tensors[sequence.tokens], tensors[sequence.logprobs]
+    tokens, logprobs = tensors[sequence.tokens_index], tensors[sequence.logprobs_index]
     assert tokens.dtype == np.int32 and logprobs.dtype == np.float32
     assert len(tokens) == len(logprobs) == 10 and (logprobs <= 0).all()
     assert num_quanta >= -(-10 // sampler.engine.info().decode_steps)
@@ -451,8 +457,8 @@ def test_a_sample_takes_its_quanta_and_its_length(sampler):
 
 def test_a_stop_token_ends_a_sample_and_belongs_to_it(sampler):
     sequence, tensors, _ = sampler.sample(spec(), prompts=[prompt()])[1]
-    third = int(tensors[sequence.tokens][2])
-    expected = tensors[sequence.tokens][: list(tensors[sequence.tokens]).index(third) + 1]
+    third = int(tensors[sequence.tokens_index][2])
+    expected = tensors[sequence.tokens_index][: list(tensors[sequence.tokens_index]).index(third) + 1]
     stopped, tensors, _ = sampler.sample(spec(2, stop_token_ids=(third,)), prompts=[prompt()])[2]
     assert stopped.stop_reason == "stop"
     np.testing.assert_array_equal(tensors[stopped.tokens], expected)
@@ -461,7 +467,7 @@ def test_a_stop_token_ends_a_sample_and_belongs_to_it(sampler):
 def test_a_sample_is_a_function_of_its_seed_and_index_alone(make_sampler):
     def tokens(found, sequence_id):
         sequence, tensors, _ = found[sequence_id]
-        return tensors[sequence.tokens].tolist()
+        return tensors[sequence.tokens_index].tolist()
 
     fields = {"temperature": 1.0, "seed": 5, "max_tokens": 8}
     alone = make_sampler().sample(spec(1, **fields), prompts=[prompt()])
@@ -477,7 +483,7 @@ def test_more_sequences_than_fit_simply_wait(sampler):
     found = sampler.sample(*specs, prompts=[prompt()])
     assert set(found) == set(range(1, 12))
     for number, (sequence, tensors, _) in found.items():
-        assert len(tensors[sequence.tokens]) == 3 + number % 3
+        assert len(tensors[sequence.tokens_index]) == 3 + number % 3
 
 
 def test_cancelled_sequences_are_forgotten(sampler):
@@ -507,9 +513,9 @@ def test_sampler_and_trainer_agree(sampler):
     sampler.save(0, "run/version", "sampler")
     assert isinstance(sampler.result(LoadSampler(sampler_slot=1, key="run/version")), Loaded)
     sequence, tensors, _ = sampler.sample(spec(sampler_slot=1, adapter_version="run/version"), prompts=[prompt()])[1]
-    text = np.concatenate([prompt(), tensors[sequence.tokens]])
+    text = np.concatenate([prompt(), tensors[sequence.tokens_index]])
     logprobs = sampler.train([text], [0], forward_only=True)[0][0]
-    np.testing.assert_allclose(tensors[sequence.logprobs], logprobs[len(prompt()) - 1 :], atol=1e-3)
+    np.testing.assert_allclose(tensors[sequence.logprobs_index], logprobs[len(prompt()) - 1 :], atol=1e-3)
 
 
 def test_a_saved_version_never_changes(sampler):
@@ -535,30 +541,56 @@ def test_a_prompt_is_scored_as_forward_scores_it(bench):
     bench.create(0)  # B = 0: the base model
     expected = bench.train([text], [0], forward_only=True)[0][0]
 
-    logprobs = tensors[sequence.prompt_logprobs]
+    logprobs = tensors[sequence.prompt_logprobs_index]
     assert logprobs.shape == (8,) and np.isnan(logprobs[0])
     np.testing.assert_allclose(logprobs[1:], expected, atol=1e-3)
-    np.testing.assert_allclose(tensors[sequence.target_logprobs][:, 0], expected, atol=1e-3)
-    assert (tensors[sequence.target_logprobs][:, 1] == 0.0).all()
-    top = tensors[sequence.prompt_topk_logprobs]
+    np.testing.assert_allclose(tensors[sequence.target_logprobs_index][:, 0], expected, atol=1e-3)
+    assert (tensors[sequence.target_logprobs_index][:, 1] == 0.0).all()
+    top = tensors[sequence.prompt_topk_logprobs_index]
     assert top.shape == (8, 3) and (top[0] == -99999.0).all() and (np.diff(top[1:]) <= 0).all()
-    assert (tensors[sequence.prompt_topk_token_ids][0] == 0).all()
+    assert (tensors[sequence.prompt_topk_token_ids_index][0] == 0).all()
     assert (top[1:, 0] >= logprobs[1:] - 1e-3).all()
-    assert tensors[sequence.alt_logprobs].shape == tensors[sequence.alt_token_ids].shape == (7, 2)
+    assert tensors[sequence.alt_logprobs_index].shape == tensors[sequence.alt_token_ids_index].shape == (7, 2)
 
 
 def test_only_the_last_positions_are_scored_when_asked_so(bench):
     scores = PromptScores(logprobs=True, topk=2, last_n=2)
     sequence, tensors, _ = bench.sample(spec(max_tokens=1, prompt_scores=scores), prompts=[prompt()])[1]
-    assert np.isnan(tensors[sequence.prompt_logprobs]).tolist() == [True, True, True, False, False]
-    assert (tensors[sequence.prompt_topk_logprobs][:3] == -99999.0).all()
+    assert np.isnan(tensors[sequence.prompt_logprobs_index]).tolist() == [True, True, True, False, False]
+    assert (tensors[sequence.prompt_topk_logprobs_index][:3] == -99999.0).all()
+
+
+def test_a_watched_sequence_tells_piece_by_piece_what_it_says_in_the_end(bench):
+    finished = bench.sample(
+        spec(1, stream=True, temperature=1.0, seed=4), spec(2), spec(3, stream=True), prompts=[prompt()]
+    )
+    for sequence_id in (1, 3):
+        sequence, tensors, _ = finished[sequence_id]
+        pieces = [piece for piece in bench.pieces if piece[0] == sequence_id]
+        assert len(pieces) == 2, "ten tokens in quanta of four, the last ones with the whole"
+        told, logprobs = (np.concatenate([piece[place] for piece in pieces]) for place in (2, 3))
+        assert [start for _, start, _, _ in pieces] == [0, len(pieces[0][2])]
+        assert told.dtype == np.int32 and told.tolist() == tensors[sequence.tokens_index][: len(told)].tolist()
+        assert logprobs.tobytes() == tensors[sequence.logprobs_index][: len(told)].tobytes()
+    assert not [piece for piece in bench.pieces if piece[0] == 2]
+
+
+def test_a_sequence_that_is_watched_says_what_it_would_say_unwatched(make_sampler):
+    said = [
+        tensors[sequence.tokens_index].tolist()
+        for stream in (False, True)
+        for sequence, tensors, _ in make_sampler()
+        .sample(spec(stream=stream, temperature=1.0, seed=4), prompts=[prompt()])
+        .values()
+    ]
+    assert said[0] == said[1]
 
 
 def test_top_logprobs_of_sampled_tokens_contain_the_greedy_one(sampler):
     sequence, tensors, _ = sampler.sample(spec(topk_logprobs=4, max_tokens=5), prompts=[prompt()])[1]
-    top = tensors[sequence.topk_logprobs]
-    assert top.shape == tensors[sequence.topk_token_ids].shape == (5, 4)
-    assert (top[:, 0] >= tensors[sequence.logprobs] - 1e-6).all()
+    top = tensors[sequence.topk_logprobs_index]
+    assert top.shape == tensors[sequence.topk_token_ids_index].shape == (5, 4)
+    assert (top[:, 0] >= tensors[sequence.logprobs_index] - 1e-6).all()
 
 
 def test_commands_may_be_issued_before_earlier_ones_are_waited_for(bench):

@@ -15,9 +15,11 @@ def sequences(num_decoding_max: int) -> Sequences:
     return Sequences(PrefixCache(num_pages=2000, page_size=16, enabled=False), 64, num_decoding_max)
 
 
-def admit(line: Sequences, number: int, max_tokens: int, prompt: Sequence[int] = ()) -> Sample:
+def admit(line: Sequences, number: int, max_tokens: int, prompt: Sequence[int] = (), stream: bool = False) -> Sample:
     tokens = np.array(prompt or [number], np.int32)
-    spec = SequenceSpec(sequence_id=number, sampler_slot=-1, adapter_version="", prompt_index=0, max_tokens=max_tokens)
+    spec = SequenceSpec(
+        sequence_id=number, sampler_slot=-1, adapter_version="", prompt_index=0, max_tokens=max_tokens, stream=stream
+    )
     sample = Sample(
         order=number,
         spec=spec,
@@ -99,6 +101,36 @@ def test_the_longest_do_not_run_alone_in_the_end():
         quantum(line)
         num_quanta += 1
     assert num_quanta <= 1.1 * max(lengths.sum() / 16, lengths.max()) / STEPS
+
+
+def test_watched_ones_decode_in_every_quantum_and_leave_a_quarter_of_the_places():
+    line = sequences(num_decoding_max=8)
+    for number in range(32):
+        admit(line, number, max_tokens=256)
+    quantum(line)
+    for number in range(32, 36):
+        admit(line, number, max_tokens=64, stream=True)
+    assert all(set(quantum(line)) >= {32, 33, 34, 35} for _ in range(5))
+    for number in range(36, 50):
+        admit(line, number, max_tokens=64, stream=True)
+    turns = [quantum(line) for _ in range(6)]
+    assert all(sum(number >= 32 for number in turn) == 6 for turn in turns)
+    assert set().union(*turns) >= set(range(32, 50))
+
+
+def test_watched_ones_wait_and_prefill_before_others_and_give_way_last():
+    line = Sequences(PrefixCache(num_pages=12, page_size=16, enabled=False), 3, 3)
+    first = admit(line, 0, max_tokens=100, prompt=range(30))
+    second = admit(line, 1, max_tokens=100, prompt=range(30))
+    quantum(line)
+    admit(line, 2, max_tokens=100, prompt=range(10))
+    watched = admit(line, 3, max_tokens=100, prompt=range(10), stream=True)
+    assert [sample.spec.sequence_id for sample in line.waiting] == [3, 2]
+    while not line.schedule(STEPS, 64).num_preempted:
+        for sample in line.running:
+            sample.tokens += [0] * STEPS
+            sample.num_computed = len(sample.tokens) - 1
+    assert watched in line.running and first in line.running and second not in line.running
 
 
 def test_a_prompt_is_charged_whole_pages_of_a_quantums_prefill():

@@ -38,6 +38,7 @@ from tx_async.wire.worker import (
     SampleQuantum,
     SaveAdapter,
     Saved,
+    SequencePiece,
     SequenceSpec,
     Stepped,
     Trained,
@@ -244,24 +245,26 @@ class ChainEngine:
     def _sample(self, steps: int) -> tuple[Result, list[np.ndarray]]:
         tensors: list[np.ndarray] = []
         finished: list[FinishedSequence] = []
+        pieces: list[SequencePiece] = []
         progress: list[tuple[int, int]] = []
         for sequence_id, (spec, prompt) in list(self.sequences.items()):
+            start = self.decoded[sequence_id]
             self.decoded[sequence_id] += steps
             progress.append((sequence_id, steps))
-            if self.decoded[sequence_id] >= spec.max_tokens:
-                weights = self.base_weights if spec.sampler_slot < 0 else self.samplers[spec.sampler_slot]
-                tokens = reference_sample(weights, prompt, spec.seed, spec.sample_index, spec.max_tokens)
-                tensors += [np.array(tokens, np.int32), np.zeros(len(tokens), np.float32)]
-                finished.append(
-                    FinishedSequence(
-                        sequence_id=sequence_id,
-                        stop_reason="length",
-                        tokens_index=len(tensors) - 2,
-                        logprobs_index=len(tensors) - 1,
-                    )
-                )
+            has_ended = self.decoded[sequence_id] >= spec.max_tokens
+            if not (has_ended or spec.stream):
+                continue
+            weights = self.base_weights if spec.sampler_slot < 0 else self.samplers[spec.sampler_slot]
+            tokens = reference_sample(weights, prompt, spec.seed, spec.sample_index, spec.max_tokens)
+            tokens = tokens if has_ended else tokens[start : start + steps]
+            tensors += [np.array(tokens, np.int32), np.zeros(len(tokens), np.float32)]
+            indices = {"tokens_index": len(tensors) - 2, "logprobs_index": len(tensors) - 1}
+            if has_ended:
+                finished.append(FinishedSequence(sequence_id=sequence_id, stop_reason="length", **indices))
                 del self.sequences[sequence_id], self.decoded[sequence_id]
-        return Sampled(finished=tuple(finished), progress=tuple(progress)), tensors
+            else:
+                pieces.append(SequencePiece(sequence_id=sequence_id, start=start, **indices))
+        return Sampled(finished=tuple(finished), progress=tuple(progress), pieces=tuple(pieces)), tensors
 
 
 def _has_nan(tokens: np.ndarray, segment_ids: np.ndarray) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,9 +11,12 @@ import numpy as np
 from tests.support.chain_engine import Adapter
 from tests.support.simulated_clients import BASE, datum
 from tests.support.simulation import INFO, POLICY, WORKER, Sent, World, failed
+from tx_async.errors import TxError
 from tx_async.scheduler.assets import new_sampler
-from tx_async.scheduler.core.facts import SamplerCreated, SessionCreated, Tick
+from tx_async.scheduler.core.facts import LiveRequested, SamplerCreated, SessionCreated, Tick
+from tx_async.scheduler.core.instructions import Deliver, Instruction
 from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.interface import LivePiece
 from tx_async.scheduler.submissions import key_of
 from tx_async.scheduler.training.lanes import Lane
 from tx_async.wire import results
@@ -33,12 +37,29 @@ POISON_TOKEN = 98
 """A datum that begins with it kills the worker that trains it."""
 
 
+class Watched:
+    """What the client of a live request was told."""
+
+    def __init__(self):
+        self.pieces: list[LivePiece] = []
+        self.error: TxError | None = None
+
+    def tokens(self, index: int = 0) -> list[int]:
+        return [int(t) for p in self.pieces if p.index == index for t in np.frombuffer(p.tokens, "<i4")]
+
+    @property
+    def num_ended(self) -> int:
+        return sum(piece.stop_reason is not None for piece in self.pieces)
+
+
 class Stage(World):
     """Requests are named by what `submit` returns. `run` lets everything happen that can; `settle` only what the server
     does with its disk."""
 
     def __init__(self, info: EngineInfo = INFO, policy: Policy = POLICY, with_worker: bool = True):
         super().__init__(0, num_models=0, info=info, policy=policy, fault_rate=0.0)
+        #: what clients of live requests were told, by request
+        self.watched: dict[str, Watched] = {}
         #: commands that the worker has executed, in order
         self.executed: list[Command] = []
         if with_worker:
@@ -137,6 +158,28 @@ class Stage(World):
                 use_eos=False,
             )
         )
+
+    def watch(self, name: str = "live-1", **fields: Any) -> Watched:
+        """A live request of that name for the base model."""
+        prompt = np.array([5], np.int32).tobytes()
+        fields = {"max_tokens": 12, "use_eos": False} | fields
+        operation = Sample(sampling_session_id="", seq_id=0, prompt=prompt, **fields)
+        watched = self.watched[name] = Watched()
+        record = RequestRecord(
+            request_id=name, owner=self.owner, kind="LiveSample", subject="", seq_id=0, body_digest="", body_bytes=4,
+            created_at=self.now,
+        )  # fmt: skip
+        self.handle(LiveRequested(record, operation, None))
+        return watched
+
+    def _perform(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Deliver):
+                watched = self.watched[instruction.request_id]
+                assert watched.error is None, "told something after its end"
+                watched.pieces += instruction.pieces
+                watched.error = instruction.error
+        super()._perform(instructions)
 
     # ---- time
 

@@ -17,7 +17,6 @@ from tx_async.errors import InvalidRequest
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.wire.operations import (
     HEAD_TOKENS_MAX,
-    LOGIT_BIAS_MAX,
     Datum,
     ForwardBackward,
     Provenance,
@@ -25,7 +24,7 @@ from tx_async.wire.operations import (
     Sample,
 )
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import CLIP_THRESHOLDS, AdamParams, AdapterConfig
+from tx_async.wire.worker import CLIP_THRESHOLDS, LOGIT_BIAS_MAX, AdamParams, AdapterConfig
 
 TTL_SECONDS_MIN = 3600
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
@@ -409,7 +408,7 @@ def _check_shaping(operation: Sample, model: BaseModelInfo) -> None:
             )
         if not -100 <= bias <= 100:
             raise InvalidRequest(f"logit_bias of token {token} is {bias}; it must lie in [-100, 100].")
-    if operation.record_stability_info and (operation.min_p or operation.shapes_logits):
+    if operation.record_stability_info and operation.is_shaped:
         raise InvalidRequest("record_stability_info goes with no min_p, penalties, logit_bias or min_tokens.")
 
 

@@ -47,13 +47,14 @@ from tx_async.engine.kv_cache import (
 from tx_async.engine.platform import Platform
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
+from tx_async.engine.replies import fetch, finished_sequence, head, piece_of, store_scores
 from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
 from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
 from tx_async.errors import Category, InvalidRequest
 from tx_async.layers.lora import LoraWeights
-from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequenceSpec
+from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequencePiece, SequenceSpec
 from tx_async.worker.engine_api import Pending, Reply
 
 CACHE_BYTES = 1 << 30
@@ -244,18 +245,21 @@ class SamplingEngine:
             self._settle(self._last)
 
     def _settle(self, quantum: Quantum) -> None:
-        for pieces, arrays in quantum.scored:
-            _store_scores(pieces, Scores(*(np.asarray(array) for array in arrays)))
+        for scored, arrays in quantum.scored:
+            store_scores(scored, Scores(*(np.asarray(array) for array in arrays)))
         finished: list[FinishedSequence] = []
+        pieces: list[SequencePiece] = []
         tensors: list[np.ndarray] = []
         if quantum.decoded:
             samples, decoded = quantum.decoded
-            out = _fetch(decoded, samples)
+            out = fetch(decoded, samples)
             for row, sample in enumerate(samples):
-                reason = self._extend(sample, row, out, quantum.progress)
+                count, reason = self._extend(sample, row, out, quantum.progress)
                 if reason:
-                    finished.append(_finished(sample, reason, tensors))
+                    finished.append(finished_sequence(sample, reason, tensors))
                     self.sequences.finish(sample)
+                elif count and sample.spec.stream:
+                    pieces.append(piece_of(sample, count, tensors))
         num_decoding = self.sequences.num_decoding
         failed, self._failed = self._failed, []
         quantum.reply = (
@@ -267,12 +271,13 @@ class SamplingEngine:
                 num_waiting=len(self.sequences.running) - num_decoding + len(self.sequences.waiting),
                 num_prefilled_tokens=sum(segment.stop - segment.start for segment in quantum.schedule.prefill),
                 num_preempted=quantum.schedule.num_preempted,
+                pieces=tuple(pieces),
             ),
             tensors,
         )
 
-    def _extend(self, sample: Sample, row: int, out: Decoded, progress: dict[int, int]) -> str | None:
-        """Take a row's new tokens; -> why the sequence ends, if it does."""
+    def _extend(self, sample: Sample, row: int, out: Decoded, progress: dict[int, int]) -> tuple[int, str | None]:
+        """Take a row's new tokens; -> (how many, why the sequence ends with them, if it does)."""
         count = int(out.count[row])
         tokens = out.tokens[:count, row].tolist()
         count, reason = _ending(sample, tokens)
@@ -284,9 +289,9 @@ class SamplingEngine:
                 (np.array(out.topk_token_ids[:count, row, :k]), np.array(out.topk_logprobs[:count, row, :k]))
             )
         if k := sample.spec.head_tokens:
-            sample.heads.append(_head(out, slice(0, count), row, k))
+            sample.heads.append(head(out, slice(0, count), row, k))
         progress[sample.spec.sequence_id] = progress.get(sample.spec.sequence_id, 0) + count
-        return reason
+        return count, reason
 
     # ---- programs
 
@@ -358,26 +363,6 @@ def _prefill_progress(schedule: Schedule) -> dict[int, int]:
     return progress
 
 
-def _fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
-    """On the host; the candidates only if somebody wants them."""
-    tokens, logprobs, count = (np.asarray(array) for array in (decoded.tokens, decoded.logprobs, decoded.count))
-    decoded = decoded._replace(tokens=tokens, logprobs=logprobs, count=count)
-    wanted: list[str] = []
-    if any(sample.spec.topk_logprobs or sample.spec.head_tokens for sample in samples):
-        wanted += ["topk_token_ids", "topk_logprobs"]
-    if any(sample.spec.head_tokens for sample in samples):
-        wanted += ["head_probabilities", "head_is_whole"]
-    return decoded._replace(**{name: np.asarray(getattr(decoded, name)) for name in wanted})
-
-
-def _head(out: Decoded, steps: slice, row: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k likeliest of what was drawn from in these steps. Copies: `out` goes."""
-    probabilities = np.array(out.head_probabilities[steps, row, :k])
-    is_whole = np.array(out.head_is_whole[steps, row])
-    others = (out.head_probabilities[steps, row, k:] > 0).any(-1)
-    return np.array(out.topk_token_ids[steps, row, :k]), probabilities, np.where((is_whole == 1) & others, 2, is_whole)
-
-
 def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:
     """-> (how many of the new tokens stay, why it ends with them)."""
     stop_ids = sample.spec.stop_token_ids
@@ -390,36 +375,3 @@ def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:
     if count and tokens[count - 1] in stop_ids:
         return count, "stop"
     return count, "length" if len(sample.tokens) + count >= sample.limit else None
-
-
-def _store_scores(pieces: Sequence[Piece], scores: Scores) -> None:
-    for piece in pieces:
-        rows = slice(piece.first, piece.first + piece.count)
-        piece.scoring.store(piece.start, Scores(*(array[rows] for array in vars(scores).values())))
-
-
-def _finished(sample: Sample, reason: Any, tensors: list[np.ndarray]) -> FinishedSequence:
-    """Describe a sequence that ended, appending its arrays to the message's."""
-
-    def add(array: np.ndarray) -> int:
-        tensors.append(array)
-        return len(tensors) - 1
-
-    fields: dict[str, int] = {}
-    if sample.spec.topk_logprobs:
-        fields["topk_token_ids_index"] = add(np.concatenate([ids for ids, _ in sample.topk]))
-        fields["topk_logprobs_index"] = add(np.concatenate([logprobs for _, logprobs in sample.topk]))
-    if sample.heads:
-        ids, probabilities, is_whole = (np.concatenate(parts) for parts in zip(*sample.heads, strict=True))
-        fields["head_token_ids_index"], fields["head_probabilities_index"] = add(ids), add(probabilities)
-        fields["head_is_whole_index"] = add(is_whole.astype(np.int32))
-    if sample.scoring:
-        fields |= {f"{name}_index": add(array) for name, array in sample.scoring.results().items()}
-    return FinishedSequence(
-        sequence_id=sample.spec.sequence_id,
-        stop_reason=reason,
-        tokens_index=add(np.array(sample.tokens[sample.num_prompt :], np.int32)),
-        logprobs_index=add(np.array(sample.logprobs, np.float32)),
-        num_cached_tokens=sample.num_cached,
-        **fields,
-    )

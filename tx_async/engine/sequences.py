@@ -3,7 +3,9 @@
 Pure bookkeeping, a function of the calls and their order: no clock, no device. `schedule` decides, `decode.py`
 dispatches. A sequence waits, then is prefilled (all of its tokens but the last one, in chunks that begin at page
 boundaries), then decodes: a decode step computes the last token and samples the next. When pages run out the youngest
-running sequence goes back to the head of the queue; its tokens are kept, so it continues where it was.
+running sequence goes back to the head of the queue; its tokens are kept, so it continues where it was. Sequences that
+somebody watches (`SequenceSpec.stream`) come first wherever not all can: they are prefilled first, decode in every
+quantum, and give way last.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import filterfalse, takewhile
 
 import numpy as np
 
@@ -129,7 +132,8 @@ class Sequences:
         return sum(sample.num_to_prefill == 0 for sample in self.running)
 
     def admit(self, sample: Sample) -> None:
-        self.waiting.append(sample)
+        watched = sum(1 for _ in takewhile(_is_watched, self.waiting))
+        self.waiting.insert(watched if _is_watched(sample) else len(self.waiting), sample)
 
     def cancel(self, sequence_ids: Iterable[int]) -> None:
         ids = set(sequence_ids)
@@ -165,31 +169,40 @@ class Sequences:
         return schedule
 
     def _decoding(self) -> list[Sample]:
-        """Who decodes now. Where not all can, a quarter of the places go to those that are nearest to their end: only a
-        finished sequence is worth anything to its client. The others go by tokens left times quanta waited: a client
-        that waits for many waits for the longest, which must not be left to run alone in the end.
-        """
+        """Who decodes now. Where not all can, three quarters of the places go to those that are watched, the longest
+        unseen first, as far as there are so many."""
         self._turn += 1
         ready = [sample for sample in self.running if sample.num_to_prefill == 0]
         if len(ready) > self.num_decoding_max:
-            ready.sort(key=lambda sample: (sample.num_left, sample.order))
-            places = self.num_decoding_max // 4
-            others = sorted(
-                ready[places:],
-                key=lambda sample: (-sample.num_left * (self._turn - sample.last_turn), sample.order),
-            )
-            ready = ready[:places] + others[: self.num_decoding_max - places]
+            watched = sorted(filter(_is_watched, ready), key=lambda sample: (sample.last_turn, sample.order))
+            watched = watched[: self.num_decoding_max - self.num_decoding_max // 4]
+            others = [sample for sample in ready if sample not in watched]
+            ready = watched + self._most_urgent(others, self.num_decoding_max - len(watched))
         for sample in ready:
             sample.last_turn = self._turn
         return ready
 
+    def _most_urgent(self, ready: list[Sample], num_places: int) -> list[Sample]:
+        """A quarter of the places go to those that are nearest to their end: only a finished sequence is worth anything
+        to its client. The others go by tokens left times quanta waited: a client that waits for many waits for the
+        longest, which must not be left to run alone in the end.
+        """
+        ready.sort(key=lambda sample: (sample.num_left, sample.order))
+        near = num_places // 4
+        others = sorted(
+            ready[near:],
+            key=lambda sample: (-sample.num_left * (self._turn - sample.last_turn), sample.order),
+        )
+        return ready[:near] + others[: num_places - near]
+
     def _reserve(self, decode_steps: int, schedule: Schedule) -> None:
-        """Pages for the next tokens of everyone who runs; the youngest gives way."""
+        """Pages for the next tokens of everyone who runs; the youngest gives way, of the unwatched as long as there
+        are any."""
         for sample in list(self.running):
             if not sample.pages:  # preempted a moment ago
                 continue
             while (pages := self.cache.allocate(self._missing(sample, decode_steps))) is None:
-                victim = self.running[-1]
+                victim = next(filterfalse(_is_watched, reversed(self.running)), self.running[-1])
                 self._preempt(victim)
                 schedule.num_preempted += 1
                 if victim is sample:
@@ -203,8 +216,10 @@ class Sequences:
         self.waiting.appendleft(sample)
 
     def _continue_prefill(self, budget: int, schedule: Schedule) -> int:
-        """Prompts under way, oldest first; none takes more than half of a quantum that another one needs too."""
+        """Prompts under way, watched ones first, then the oldest; none takes more than half of a quantum that another
+        one needs too."""
         unfinished = [sample for sample in self.running if sample.num_to_prefill]
+        unfinished.sort(key=_is_watched, reverse=True)
         for sample in unfinished:
             contested = len(unfinished) > 1 or self._has_room
             budget -= self._prefill(sample, self._share(budget, contested), schedule)
@@ -355,6 +370,10 @@ class Sequences:
     def __iter__(self) -> Iterator[Sample]:
         yield from self.running
         yield from self.waiting
+
+
+def _is_watched(sample: Sample) -> bool:
+    return sample.spec.stream
 
 
 def prompt_key(spec: SequenceSpec, prompt: Sequence[int] | np.ndarray) -> PromptKey:

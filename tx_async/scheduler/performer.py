@@ -23,6 +23,7 @@ from tx_async.journal.journal import Journal
 from tx_async.scheduler.core.facts import BodyLoaded, Fact, FilesListed, ResultDurable
 from tx_async.scheduler.core.instructions import (
     DeleteFiles,
+    Deliver,
     Dismiss,
     FetchBody,
     Finish,
@@ -69,8 +70,9 @@ class Performer:
         list_files: ListBelow,
         dismiss: DismissWorker = lambda worker_id, reason: None,
         marks: ReplayMarks,
+        deliver: Callable[[Deliver], None] = lambda instruction: None,
     ):
-        """`publish` is called with each result when it is durable."""
+        """`publish` is called with each result when it is durable, `deliver` with what live requests say."""
         self.state = state
         self.journal = journal
         self.clock = clock
@@ -81,6 +83,7 @@ class Performer:
         self._list_files = list_files
         self._dismiss = dismiss
         self._marks = marks
+        self._deliver = deliver
         #: facts that arrived while one was being handled
         self._facts: deque[Fact] = deque()
         self._is_handling = False
@@ -151,6 +154,8 @@ class Performer:
                     self._perform_send(instruction)
                 case Publish(result=result):
                     self.publish(result)
+                case Deliver():
+                    self._deliver(instruction)
                 case Dismiss():
                     self._dismiss(instruction.worker_id, instruction.reason)
                 case FetchBody():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
@@ -33,6 +33,7 @@ from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.interface import BaseModelInfo, LivePiece, StillPending
+from tx_async.scheduler.live import LiveRequests
 from tx_async.scheduler.performer import DeleteBelow, DismissWorker, ListBelow, Performer, SendCommand
 from tx_async.scheduler.polls.payload_cache import PayloadCache
 from tx_async.scheduler.polls.waiters import Waiters
@@ -56,6 +57,7 @@ from tx_async.wire.records import (
 
 TICK_S = 1.0
 DRAIN_INTERVAL_S = 0.02
+STOPPING = "The server is shutting down. Try again when it is back."
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +105,9 @@ class Scheduler:
             list_files=list_files,
             dismiss=dismiss,
             marks=marks,
+            deliver=lambda instruction: self._live.deliver(instruction),
         )
+        self._live = LiveRequests(self.performer, self.quota, self.clock, self.waiting_for)
         self._submissions = Submissions(self.state, self.quota)
         self._acceptance = Acceptance(self._submissions, journal, self.performer, self.clock)
         self._assets = Assets(self.catalog, base_model.name, self.performer, self.clock)
@@ -131,6 +135,7 @@ class Scheduler:
     async def stop(self, timeout_s: float) -> None:
         """Refuse new work and snapshot what would otherwise have to be replayed, for at most `timeout_s`."""
         self._is_stopping = True
+        self._live.end_all(NotReady(STOPPING))
         with anyio.move_on_after(timeout_s):
             while True:
                 instructions, is_busy = self.state.drain(self.clock.now())
@@ -144,6 +149,7 @@ class Scheduler:
         while True:
             await anyio.sleep(TICK_S)
             self.performer.handle(Tick())
+            self._live.tick()
             self._sessions.expire()
             self._recovery.report(self.state.training.runs.num_replays, self.clock.monotonic())
             load.report(self.clock.monotonic(), self.statistics())
@@ -310,12 +316,14 @@ class Scheduler:
     async def sample_live(
         self, owner: str, operation: Sample, model_path: str | None = None
     ) -> AsyncGenerator[LivePiece, None]:
-        raise NotReady("Live samples are not served yet.")
-        yield
+        self._refuse_when_stopping()
+        async with aclosing(self._live.sample(owner, operation, model_path)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def _refuse_when_stopping(self) -> None:
         if self._is_stopping:
-            raise NotReady("The server is shutting down. Try again when it is back.")
+            raise NotReady(STOPPING)
 
 
 def policy_of(config: ServerConfig) -> Policy:
@@ -323,6 +331,7 @@ def policy_of(config: ServerConfig) -> Policy:
         quanta_in_flight_max=config.commands_in_flight_max,
         train_share=config.train_share,
         sample_share=config.sample_share,
+        live_share=config.live_share,
         seq_gap_s=config.seq_gap_ms / 1000,
         chunk_gap_s=config.chunk_gap_ms / 1000,
         seq_ahead_max=config.seq_ahead_max,

@@ -5,6 +5,7 @@ Its "model" knows two things of a token: which token precedes it, and its class 
 hash of the pair and w the adapter's FEATURES numbers, log p(token | previous) = log sigmoid(b + w[class]). That is
 little, and enough: training lowers the loss, Adam has moments, sampling agrees with `forward`, adapters differ, and a
 state that was restored wrongly is noticed. Sums are formed in row order, so results are the same bits every time.
+Of what shapes a distribution it knows `min_tokens`, and a `logit_bias` of 100 (always) or -100 (never).
 
 `Faults` makes it slow, stall, fail or die where a test wants that. `create` is the factory for worker processes;
 there the faults come from the environment variable `FAKE_ENGINE` (JSON).
@@ -41,17 +42,17 @@ from tx_async.testing.fake_model import (
     VOCAB_SIZE,
     Adapter,
     FakeSequence,
+    allowed,
     ends_with,
     hash_of,
     optim_step,
-    pair_logprobs,
     peft_files,
     read_base_model,
     row_loss,
     weights_of,
 )
+from tx_async.testing.fake_replies import FakeReply
 from tx_async.testing.faults import FAULTS_VARIABLE, Faults
-from tx_async.wire.results import EMPTY_LOGPROB
 from tx_async.wire.worker import (
     BASE_SLOT,
     TRAIN_TENSORS,
@@ -67,12 +68,12 @@ from tx_async.wire.worker import (
     Loaded,
     LoadSampler,
     OptimStep,
-    PromptScores,
     ReleaseAdapter,
     Sampled,
     SampleQuantum,
     SaveAdapter,
     Saved,
+    SequencePiece,
     SequenceSpec,
     Trained,
     TrainMicroBatch,
@@ -283,6 +284,7 @@ class FakeEngine:
         finished: list[FinishedSequence] = []
         failed: list[tuple[int, Category, str]] = []
         progress: list[tuple[int, int]] = []
+        pieces: list[SequencePiece] = []
         tensors: list[np.ndarray] = []
         running = list(self._sequences.values())[: self.config.sample_max_num_sequences]
         budget = prefill_tokens
@@ -294,17 +296,20 @@ class FakeEngine:
                 if chunk:
                     progress.append((sequence.spec.sequence_id, chunk))
                 continue
-            num_before = len(sequence.tokens)
+            start = len(sequence.tokens)
             try:
                 stop_reason = self._decode(sequence, decode_steps)
             except TxError as error:
                 del self._sequences[sequence.spec.sequence_id]
                 failed.append((sequence.spec.sequence_id, error.category, error.message))
                 continue
-            progress.append((sequence.spec.sequence_id, chunk + len(sequence.tokens) - num_before))
+            progress.append((sequence.spec.sequence_id, chunk + len(sequence.tokens) - start))
             if stop_reason:
                 del self._sequences[sequence.spec.sequence_id]
                 finished.append(self._finish(sequence, stop_reason, tensors))
+            elif sequence.spec.stream and len(sequence.tokens) > start:
+                said = FakeReply(sequence, self._weights(sequence.spec), self._vocab_size, tensors)
+                pieces.append(said.piece(start))
         num_running = sum(sequence.prefilled == len(sequence.prompt) for sequence in self._sequences.values())
         result = Sampled(
             finished=tuple(finished),
@@ -313,8 +318,12 @@ class FakeEngine:
             num_running=num_running,
             num_waiting=len(self._sequences) - num_running,
             num_prefilled_tokens=prefill_tokens - budget,
+            pieces=tuple(pieces),
         )
         return result, tensors
+
+    def _finish(self, sequence: FakeSequence, stop_reason: str, tensors: list[np.ndarray]) -> FinishedSequence:
+        return FakeReply(sequence, self._weights(sequence.spec), self._vocab_size, tensors).finished(stop_reason)
 
     def complete(self, spec: SequenceSpec, prompt: np.ndarray) -> tuple[FinishedSequence, list[np.ndarray]]:
         """A whole sequence at once, beside all others."""
@@ -332,9 +341,9 @@ class FakeEngine:
         for _ in range(decode_steps):
             if len(sequence.tokens) >= spec.max_tokens:
                 return "length"
-            token = self._next_token(sequence)
+            token = allowed(spec, len(sequence.tokens), self._next_token(sequence), self._vocab_size)
             sequence.tokens.append(token)
-            if token in spec.stop_token_ids or ends_with(sequence.tokens, spec.stop_strings):
+            if token in spec.stop_token_ids or ends_with(sequence.tokens[spec.min_tokens :], spec.stop_strings):
                 return "stop"
         return "length" if len(sequence.tokens) >= spec.max_tokens else None
 
@@ -350,58 +359,3 @@ class FakeEngine:
         if spec.sampler_slot not in self._samplers:
             raise EngineError(f"Sampler slot {spec.sampler_slot} is empty.")
         return self._samplers[spec.sampler_slot].w
-
-    def _finish(self, sequence: FakeSequence, stop_reason: str, tensors: list[np.ndarray]) -> FinishedSequence:
-        def add(array: np.ndarray) -> int:
-            tensors.append(array)
-            return len(tensors) - 1
-
-        spec, w = sequence.spec, self._weights(sequence.spec)
-        tokens = np.array(sequence.tokens, np.int32)
-        before = np.concatenate([sequence.prompt[-1:], tokens[:-1]]) if len(tokens) else tokens
-        indices = {"tokens_index": add(tokens), "logprobs_index": add(pair_logprobs(w, before, tokens))}
-        if spec.topk_logprobs:
-            ids, values = self._topk(w, before, spec.topk_logprobs)
-            indices |= {"topk_token_ids_index": add(ids), "topk_logprobs_index": add(values)}
-        if spec.head_tokens:
-            ids, values = self._topk(w, before, spec.head_tokens)
-            indices |= {"head_token_ids_index": add(ids), "head_probabilities_index": add(np.exp(values))}
-            indices["head_is_whole_index"] = add(np.zeros(len(ids), np.int32))
-        if spec.prompt_scores:
-            scores = self._score_prompt(spec.prompt_scores, w, sequence.prompt, sequence.targets)
-            indices |= {f"{name}_index": add(array) for name, array in scores.items()}
-        return FinishedSequence(
-            sequence_id=spec.sequence_id,
-            stop_reason=stop_reason,  # type: ignore[arg-type]
-            **indices,
-        )
-
-    def _topk(self, w: np.ndarray, before: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best tokens after each of `before`: int32 and float32 [T, k], best first."""
-        vocabulary = np.arange(self._vocab_size, dtype=np.int32)
-        values = np.stack([pair_logprobs(w, np.full_like(vocabulary, token), vocabulary) for token in before]) \
-            if len(before) else np.zeros((0, self._vocab_size), np.float32)  # fmt: skip
-        ids = np.argsort(-values, axis=1, kind="stable")[:, :k].astype(np.int32)
-        return ids, np.take_along_axis(values, ids, axis=1)
-
-    def _score_prompt(
-        self, scores: PromptScores, w: np.ndarray, prompt: np.ndarray, targets: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
-        first = max(1, len(prompt) - scores.last_n) if scores.last_n else 1
-        found: dict[str, np.ndarray] = {}
-        if scores.logprobs:
-            logprobs = np.full(len(prompt), np.nan, np.float32)
-            logprobs[first:] = pair_logprobs(w, prompt[first - 1 : -1], prompt[first:])
-            found["prompt_logprobs"] = logprobs
-        if scores.topk:
-            ids = np.zeros((len(prompt), scores.topk), np.int32)
-            values = np.full((len(prompt), scores.topk), EMPTY_LOGPROB, np.float32)
-            ids[first:], values[first:] = self._topk(w, prompt[first - 1 : -1], scores.topk)
-            found |= {"prompt_topk_token_ids": ids, "prompt_topk_logprobs": values}
-        if targets is not None:
-            values = pair_logprobs(w, np.repeat(prompt[:-1, None], targets.shape[1], axis=1), targets)
-            found["target_logprobs"] = np.where(targets >= 0, values, np.float32(0.0))
-        if scores.alt_tokens_k:
-            ids, values = self._topk(w, prompt[:-1], scores.alt_tokens_k)
-            found |= {"alt_token_ids": ids, "alt_logprobs": values}
-        return found

@@ -113,10 +113,23 @@ def hash_of(*numbers: int) -> int:
 
 def ends_with(tokens: Sequence[int], stop_strings: Sequence[str]) -> bool:
     """Here, a token below 256 is the character with that number; others are none."""
-    if not stop_strings:
+    if not stop_strings or not tokens:
         return False
     text = "".join(chr(token) for token in tokens if token < 256)
     return tokens[-1] < 256 and any(text.endswith(stop) for stop in stop_strings)
+
+
+def allowed(spec: SequenceSpec, num_tokens: int, token: int, vocab_size: int) -> int:
+    """The token itself, or the next one that may stand there."""
+    forced = [t for t, bias in spec.logit_bias if bias >= 100]
+    if forced:
+        return forced[0]
+    banned = {t for t, bias in spec.logit_bias if bias <= -100}
+    if num_tokens < spec.min_tokens:
+        banned |= set(spec.stop_token_ids)
+    while token in banned:
+        token = (token + 1) % vocab_size
+    return token
 
 
 @dataclass

@@ -138,10 +138,6 @@ class UnloadModel(Struct, tag=True, frozen=True, kw_only=True):
     model_id: str
 
 
-LOGIT_BIAS_MAX = 1024
-"""Tokens of one `logit_bias`."""
-
-
 class Sample(Struct, tag=True, frozen=True, kw_only=True):
     """`sampling_session_id` names the weights: base model, checkpoint or snapshot, fixed when it was created. A live
     request (`SchedulerApi.sample_live`) names them itself, and has "" and the number 0."""
@@ -185,10 +181,11 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     """(token, what is added to its logit), each token once."""
 
     @property
-    def shapes_logits(self) -> bool:
-        """Whether it draws from other logits than the model's."""
+    def is_shaped(self) -> bool:
+        """It draws from another distribution than logits, temperature, top_k and top_p give."""
         return bool(
-            self.presence_penalty
+            self.min_p
+            or self.presence_penalty
             or self.frequency_penalty
             or self.repetition_penalty != 1.0
             or self.min_tokens

@@ -386,6 +386,10 @@ INT32_MAX = 2**31 - 1
 """What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
 
 
+LOGIT_BIAS_MAX = 1024
+"""Tokens of one `logit_bias`."""
+
+
 class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "prompt"}):
     """One sample of one prompt."""
 
@@ -409,6 +413,29 @@ class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "p
     head_tokens: int = 0
     """Record with each draw this many of the likeliest tokens, and the probabilities that it drew from."""
     prompt_scores: PromptScores | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), each token once, at most LOGIT_BIAS_MAX. All of these as
+    `operations.Sample` says."""
+    stream: bool = False
+    """Somebody watches: each quantum tells what it sampled (`Sampled.pieces`), and its turn comes before that of others
+    where not all can have one."""
+
+    @property
+    def is_shaped(self) -> bool:
+        """It is drawn from another distribution than its logits, temperature, top_k and top_p give."""
+        return bool(
+            self.min_p
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.min_tokens
+            or self.logit_bias
+        )
 
 
 class AdmitSequences(Struct, tag=True, frozen=True, kw_only=True):
@@ -512,6 +539,22 @@ class FinishedSequence(Struct, frozen=True, kw_only=True, rename=lambda name: na
     """Prompt tokens that came from the prefix cache."""
 
 
+class SequencePiece(Struct, frozen=True, kw_only=True, rename=lambda name: name.removesuffix("_index")):
+    """What a quantum added to a sequence that is watched and goes on. Its arrays are named by their index in the
+    message's tensors; -1 = not asked for."""
+
+    sequence_id: int
+    start: int
+    """Tokens of the completion before these."""
+    tokens_index: int
+    """int32 [T]"""
+    logprobs_index: int
+    """float32 [T]"""
+    topk_token_ids_index: int = -1
+    topk_logprobs_index: int = -1
+    """int32 / float32 [T, topk]."""
+
+
 class Sampled(Struct, tag=True, frozen=True, kw_only=True):
     finished: tuple[FinishedSequence, ...]
     failed: tuple[tuple[int, Category, str], ...] = ()
@@ -524,6 +567,8 @@ class Sampled(Struct, tag=True, frozen=True, kw_only=True):
     """Admitted but not decoding: their prompts wait for pages or for prefill."""
     num_prefilled_tokens: int = 0
     num_preempted: int = 0
+    pieces: tuple[SequencePiece, ...] = ()
+    """Of sequences with `stream` that have not ended. An engine may send none: `finished` has everything."""
 
 
 Result = Done | Loaded | Trained | Stepped | Saved | Sampled

@@ -19,6 +19,7 @@ from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.instructions import (
     Append,
     DeleteFiles,
+    Deliver,
     Dismiss,
     FetchBody,
     Finish,
@@ -27,6 +28,7 @@ from tx_async.scheduler.core.instructions import (
     Publish,
 )
 from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.interface import LivePiece
 from tx_async.wire import results
 from tx_async.wire.records import Change, Put, RequestRecord, ResultRecord
 from tx_async.wire.results import Failure
@@ -76,6 +78,10 @@ class Decisions:
     ) -> None:
         """`answer` says what is done when the command has ended."""
         self._instructions.append(worker.send(command, answer, tensors, self.cause))
+
+    def deliver(self, request_id: str, *pieces: LivePiece, error: TxError | None = None) -> None:
+        """To whoever waits for a live request; `error` ends it."""
+        self._instructions.append(Deliver(request_id, pieces, error, self.cause))
 
     def dismiss(self, worker: WorkerState, reason: str) -> None:
         self._instructions.append(Dismiss(worker.worker_id, reason, self.cause))

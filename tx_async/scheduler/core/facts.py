@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerProgress, WorkerReady
-from tx_async.wire.operations import Operation
+from tx_async.wire.operations import Operation, Sample
 from tx_async.wire.records import (
     Change,
     CheckpointRecord,
@@ -35,6 +35,19 @@ class RequestAccepted(Struct, frozen=True):
     result: ResultRecord | None = None
     events: tuple[Change, ...] = ()
     """Changes of the audit log."""
+
+    @property
+    def cause(self) -> str:
+        return self.request.request_id
+
+
+class LiveRequested(Struct, frozen=True):
+    """Somebody waits for samples, token by token. Nothing of it is durable."""
+
+    request: RequestRecord
+    operation: Sample
+    version: str | None
+    """Storage key of the adapter; None samples the base model."""
 
     @property
     def cause(self) -> str:
@@ -227,6 +240,7 @@ RecordFact = (
 Fact = (
     RecordFact
     | RequestAccepted
+    | LiveRequested
     | RequestCancelled
     | BodyLoaded
     | SessionEnded

@@ -154,6 +154,10 @@ class Shares(Generic[Key]):
         """By more than so many of its quanta, of the least served class of the last `order`."""
         return self._used[name] > num_quanta * self._cost(name)
 
+    def weigh(self, name: Key, weight: float) -> None:
+        """From now on it has another weight."""
+        self._weights[name] = weight
+
     def charge(self, name: Key) -> None:
         """One of its quanta is sent."""
         self._used[name] += self._cost(name)

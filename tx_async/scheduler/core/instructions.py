@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import Struct
 
+from tx_async.errors import TxError
+from tx_async.scheduler.interface import LivePiece
 from tx_async.wire.records import Change, ResultRecord
 from tx_async.wire.worker import Command
 
@@ -33,6 +35,15 @@ class Publish(Struct, frozen=True):
     """A result is durable: answer whoever waits for it."""
 
     result: ResultRecord
+    cause: str = ""
+
+
+class Deliver(Struct, frozen=True):
+    """Tell whoever waits for a live request what it has said, or why it ends without all that it would say."""
+
+    request_id: str
+    pieces: tuple[LivePiece, ...] = ()
+    error: TxError | None = None
     cause: str = ""
 
 
@@ -76,4 +87,4 @@ class DeleteFiles(Struct, frozen=True):
     cause: str = ""
 
 
-Instruction = Append | Finish | Publish | Send | Dismiss | FetchBody | ListFiles | DeleteFiles
+Instruction = Append | Finish | Publish | Deliver | Send | Dismiss | FetchBody | ListFiles | DeleteFiles

@@ -13,6 +13,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     """All commands that a worker has not answered; small ones (optimizer steps, saves) count too."""
     train_share: float = 1.0
     sample_share: float = 1.0
+    live_share: float = 1.0
     seq_gap_s: float = 15.0
     chunk_gap_s: float = 60.0
     """See `Lane.gap_limit`."""

@@ -11,6 +11,7 @@ training and sampling, and all tenants, share one device.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from tx_async.errors import Cancelled, InvalidRequest, OtherBase, ServerError, UnknownCheckpoint
 from tx_async.scheduler.core.catalog import Catalog
@@ -19,6 +20,7 @@ from tx_async.scheduler.core.facts import (
     BodyLoaded,
     Fact,
     FilesListed,
+    LiveRequested,
     RecordFact,
     RequestAccepted,
     RequestCancelled,
@@ -36,6 +38,7 @@ from tx_async.scheduler.core.retention import Retention
 from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.scheduler.sampling.jobs import BASE_NAMESPACE, SampleJob
+from tx_async.scheduler.sampling.live import LIVE, LiveJob
 from tx_async.scheduler.sampling.recordings import head_tokens
 from tx_async.scheduler.sampling.sampling import Sampling, SamplingAnswer, Stranded
 from tx_async.scheduler.training.lanes import Step
@@ -127,6 +130,8 @@ class SchedulerState:
         match fact:
             case RequestAccepted():
                 self._accepted(fact)
+            case LiveRequested():
+                self._accept_live(fact)
             case RequestCancelled():
                 self._cancel(fact.request_id)
             case SessionEnded():
@@ -178,37 +183,38 @@ class SchedulerState:
 
     def _accept_sample(self, request: RequestRecord, operation: Sample) -> None:
         sampler = self.catalog.samplers.get(operation.sampling_session_id)
-        room = self.base_model.max_context_length - len(operation.prompt) // 4
         if sampler is None:
             error = UnknownCheckpoint("The sampling session of this request has ended.")
             self.decisions.fail(request, error, DropBody(request.request_id))
             return
-        if room < (not operation.scores_prompt):
-            error = InvalidRequest(
-                f"The prompt fills the model's context of {self.base_model.max_context_length} tokens."
-            )
-            self.decisions.fail(request, error, DropBody(request.request_id))
-            return
         try:
+            check_room(operation, self.base_model)
             self.catalog.check_base(sampler)
-        except OtherBase as error:
+        except (InvalidRequest, OtherBase) as error:
             self.decisions.fail(request, error, DropBody(request.request_id))
             return
+        fields = self._job_fields(request, operation, sampler.storage_key)
+        flow = (sampler.owner, sampler.session_id, sampler.sampler_id)
+        self.sampling.accept(SampleJob(flow=flow, head_tokens=head_tokens(operation, self.policy), **fields))
+
+    def _accept_live(self, fact: LiveRequested) -> None:
+        fields = self._job_fields(fact.request, fact.operation, fact.version)
+        self.sampling.accept(LiveJob(flow=(fact.request.owner, LIVE, fact.version or ""), **fields))
+
+    def _job_fields(self, request: RequestRecord, operation: Sample, version: str | None) -> dict[str, Any]:
+        room = self.base_model.max_context_length - len(operation.prompt) // 4
         eos = self.base_model.eos_token_ids if operation.use_eos else ()
-        job = SampleJob(
-            request=request,
-            operation=operation,
-            flow=(sampler.owner, sampler.session_id, sampler.sampler_id),
-            version=sampler.storage_key,
-            namespace=sampler.storage_key or BASE_NAMESPACE,
+        return {
+            "request": request,
+            "operation": operation,
+            "version": version,
+            "namespace": version or BASE_NAMESPACE,
             # A seed that nobody asked for still has to survive a restart: it is the request's own.
-            seed=operation.seed if operation.seed is not None else seed_of(request),
-            max_tokens=min(operation.max_tokens or room, room),  # 0: a full context, whose prompt is scored
-            stop_token_ids=tuple(dict.fromkeys((*operation.stop_token_ids, *eos))),
-            pending=list(range(operation.num_samples))[::-1],
-            head_tokens=head_tokens(operation, self.policy),
-        )
-        self.sampling.accept(job)
+            "seed": operation.seed if operation.seed is not None else seed_of(request),
+            "max_tokens": min(operation.max_tokens or room, room),  # 0: a full context, whose prompt is scored
+            "stop_token_ids": tuple(dict.fromkeys((*operation.stop_token_ids, *eos))),
+            "pending": list(range(operation.num_samples))[::-1],
+        }
 
     def _cancel(self, request_id: str) -> None:
         if request_id in self.restoring:
@@ -292,6 +298,7 @@ class SchedulerState:
             return samples and self.sampling.has_work(worker)
 
         self._end_reservation(worker)
+        worker.shares.weigh("sample", self.sampling.weight)
         if worker.info.continuous and samples:
             self.sampling.admit(worker)
         while any(self._issue(worker, kind) for kind in worker.shares.order(is_busy)):
@@ -319,6 +326,13 @@ class SchedulerState:
         if lane is None or lane.steps.get(step.seq_id) is not step or not worker.has_run(lane.model_id):
             return False
         return step.num_outstanding > 0 or lane.cursor == step.seq_id
+
+
+def check_room(operation: Sample, base_model: BaseModelInfo) -> None:
+    """Raises `InvalidRequest` for a prompt after which nothing can be sampled, unless it is scored."""
+    room = base_model.max_context_length - len(operation.prompt) // 4
+    if room < (not operation.scores_prompt):
+        raise InvalidRequest(f"The prompt fills the model's context of {base_model.max_context_length} tokens.")
 
 
 def seed_of(request: RequestRecord) -> int:

@@ -45,6 +45,8 @@ class SampleJob(Struct, eq=False):
     """Sample index -> the body of its `RecordedSequence`."""
     prompt: dict[str, object] = {}
     """Fields of the result that concern the prompt; sample 0 brings them."""
+    cached: dict[int, int] = {}
+    """Sample index -> tokens of its prompt that came from the prefix cache."""
     num_failures: int = 0
     """Times that a worker died, or the engine failed, while it ran some of it."""
     num_desertions: int = 0
@@ -53,6 +55,11 @@ class SampleJob(Struct, eq=False):
     """External worker -> why a sequence of this job failed there: it gets no other."""
     order: int = 0
     """Its turn among those that wait: lower came earlier."""
+
+    @property
+    def is_watched(self) -> bool:
+        """Somebody hears of its tokens while they come."""
+        return False
 
     @property
     def is_finished(self) -> bool:
@@ -110,6 +117,13 @@ class SampleJob(Struct, eq=False):
             topk_logprobs=op.topk_sample_logprobs,
             head_tokens=self.head_tokens,
             prompt_scores=scores,
+            min_p=op.min_p,
+            presence_penalty=op.presence_penalty,
+            frequency_penalty=op.frequency_penalty,
+            repetition_penalty=op.repetition_penalty,
+            min_tokens=op.min_tokens,
+            logit_bias=op.logit_bias,
+            stream=self.is_watched,
         )
 
     def tensors(self, index: int) -> list[np.ndarray]:
@@ -129,6 +143,7 @@ class SampleJob(Struct, eq=False):
             stop_reason=finished.stop_reason,
             topk=topk,
         )
+        self.cached[index] = finished.num_cached_tokens
         if index == 0:
             self.prompt = _prompt_fields(finished, tensors)
         if finished.head_token_ids_index >= 0:

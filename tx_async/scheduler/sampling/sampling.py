@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from msgspec import Struct
 
 from tx_async.errors import Cancelled, Category, ServerError, TxError
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.fairness import FairQueue, Flow, prefixes_of
+from tx_async.scheduler.core.fairness import FairQueue, Flow
 from tx_async.scheduler.core.policy import Policy
-from tx_async.scheduler.core.worker_state import Ignored, RunningSample, WorkerState, error_of
-from tx_async.scheduler.sampling.jobs import SampleJob, renumber
+from tx_async.scheduler.core.worker_state import Ignored, WorkerState, error_of
+from tx_async.scheduler.interface import LivePiece
+from tx_async.scheduler.sampling.admission import Admission, Places
+from tx_async.scheduler.sampling.jobs import SampleJob
+from tx_async.scheduler.sampling.live import LiveJob
 from tx_async.scheduler.sampling.placement import Lines, why_unable
 from tx_async.scheduler.sampling.recorder import Recorder
 from tx_async.scheduler.sampling.sampler_slots import SamplerSent, SamplerSlots
@@ -30,11 +33,7 @@ from tx_async.wire.worker import (
     Result,
     Sampled,
     SampleQuantum,
-    SequenceSpec,
 )
-
-NEWCOMERS_SHARE = 8
-"""One in so many places on the device stays free for sessions that have nothing running yet, half of them for keys."""
 
 
 class QuantumSent(Struct, frozen=True):
@@ -57,6 +56,8 @@ class Sampling:
         self.workers = workers
         #: request_id -> accepted, unfinished job
         self.jobs: dict[str, SampleJob] = {}
+        #: how many of them are live
+        self.num_live = 0
         #: of jobs with samples that wait for admission
         self.waiting = Lines(workers)
         self.fair = FairQueue()
@@ -74,6 +75,7 @@ class Sampling:
 
     def accept(self, job: SampleJob) -> None:
         self.jobs[job.request.request_id] = job
+        self.num_live += job.is_watched
         self._last_order += 1
         job.order = self._last_order
         if job.version is not None:
@@ -105,6 +107,12 @@ class Sampling:
         reasons = [f"worker {worker.worker_id}: {why_unable(worker, job, scores)}" for worker in workers]
         return "; ".join([*reasons, *(f"worker {name}: {reason}" for name, reason in self.left.items())])
 
+    @property
+    def weight(self) -> float:
+        """Against training: that of the classes that have work. They decode together, so their parts add up."""
+        unwatched = len(self.jobs) > self.num_live or not self.num_live
+        return unwatched * self.policy.sample_share + bool(self.num_live) * self.policy.live_share
+
     # ---- issuing
 
     def has_work(self, worker: WorkerState) -> bool:
@@ -132,25 +140,20 @@ class Sampling:
         return True
 
     def _admit(self, worker: WorkerState) -> None:
-        """Keys take turns, the one with the fewest running sequences first, then the sessions of a key, then what a
-        session samples from; the last places stay free for sessions and keys that have nothing running yet."""
-        room = worker.info.num_sequences_max
-        reserve = room // NEWCOMERS_SHARE
-        reserves = {1: (reserve + 1) // 2, 2: reserve}
-        running: Counter[Flow] = Counter()
-        for sample in worker.sequences.values():
-            running.update(prefixes_of(sample.job.flow))
+        """Live requests and others share the places by weight. Within each, keys take turns, the one with the fewest
+        running sequences first, then the sessions of a key, then what a session samples from; the last places stay free
+        for who has nothing running yet."""
+        places = Places(worker, self.policy)
         flows = self.fair.order(self.waiting)
         admission = Admission(worker, self.slots)
-        while flows and len(worker.sequences) < room:
-            flow = min(flows, key=lambda flow: [running[prefix] for prefix in prefixes_of(flow)])
-            may_grow = all(running[flow[:depth]] < max(1, room - kept) for depth, kept in reserves.items())
-            job = self._next_job(admission, flow) if may_grow else None
+        while flows and worker.has_room:
+            flow = min(flows, key=places.rank)
+            job = self._next_job(admission, flow) if places.may_grow(flow) else None
             if job is None or worker.reserved_for is not None:
                 flows.remove(flow)
                 continue
             self._admit_sample(admission, job)
-            running.update(prefixes_of(flow))
+            places.take(flow)
             if flow not in self.waiting:
                 flows.remove(flow)
         self._send_admission(admission)
@@ -204,13 +207,29 @@ class Sampling:
             self.num_tokens += num_tokens
             if sample := worker.sequences.get(sequence_id):
                 self.fair.charge(sample.job.flow, num_tokens)
+        for piece in outcome.result.pieces:
+            sample = worker.sequences.get(piece.sequence_id)
+            if sample is not None and isinstance(sample.job, LiveJob):
+                self._tell(sample.job, partial(sample.job.piece, sample.index, piece, tensors))
         for finished in outcome.result.finished:
             sample = worker.sequences.pop(finished.sequence_id, None)
             if sample is not None:
                 sample.job.collect(sample.index, finished, tensors)
+                if isinstance(sample.job, LiveJob):
+                    self._tell(sample.job, partial(sample.job.last_piece, sample.index))
                 if sample.job.is_finished:
                     self._succeed(sample.job, worker)
         self._failed_alone(worker, outcome.result.failed)
+
+    def _tell(self, job: LiveJob, piece: Callable[[], LivePiece | None]) -> None:
+        """To whoever waits for a live request; one that would contradict what was told ends."""
+        try:
+            news = piece()
+        except ServerError as error:
+            self.end(job, error)
+            return
+        if news is not None:
+            self.decisions.deliver(job.request.request_id, news)
 
     def _loaded(self, worker: WorkerState, version: str, result: Result) -> None:
         if isinstance(result, Loaded) and result.refused:
@@ -295,10 +314,15 @@ class Sampling:
             return
         for worker in self.workers.values():
             self._withdraw(worker, job)
-        if not isinstance(job, TrialJob):
-            self._finish(job, "error", results.encode_json(Failure.of(error)))
-        elif tried := self.workers.get(job.worker_id):
-            self.trials.failed(job, tried, error.message)
+        match job:
+            case TrialJob():
+                if tried := self.workers.get(job.worker_id):
+                    self.trials.failed(job, tried, error.message)
+            case LiveJob():
+                self._drop(job)
+                self.decisions.deliver(job.request.request_id, error=error)
+            case _:
+                self._finish(job, "error", results.encode_json(Failure.of(error)))
 
     def _end_all(self, jobs: Iterable[SampleJob], error: TxError) -> None:
         for job in list(jobs):
@@ -313,11 +337,15 @@ class Sampling:
         self._end_all((job for job in self.jobs.values() if job.flow[1] == session_id), Cancelled())
 
     def _succeed(self, job: SampleJob, worker: WorkerState) -> None:
-        if not isinstance(job, TrialJob):
-            self._finish(job, "sample", job.result())
-        elif tried := self.workers.get(job.worker_id):
-            self.trials.finished(job, tried, worker.info.dtype == "float32")
-            self.waiting.sort_again()
+        match job:
+            case TrialJob():
+                if tried := self.workers.get(job.worker_id):
+                    self.trials.finished(job, tried, worker.info.dtype == "float32")
+                    self.waiting.sort_again()
+            case LiveJob():
+                self._drop(job)
+            case _:
+                self._finish(job, "sample", job.result())
 
     def _finish(self, job: SampleJob, content, payload: bytes) -> None:
         self.waiting.remove(job)
@@ -335,6 +363,7 @@ class Sampling:
                 self._withdraw(worker, job)
             self.waiting.remove(job)
             del self.jobs[job.request.request_id]
+            self.num_live -= job.is_watched
             self._let_go_of(job.version)
 
     def _let_go_of(self, version: str | None) -> None:
@@ -355,36 +384,3 @@ class Stranded:
     def get(self, request_id: str) -> str:
         """ "" while one can."""
         return self._sampling.why_waiting(request_id)
-
-
-class Admission:
-    """One `AdmitSequences` in the making."""
-
-    def __init__(self, worker: WorkerState, slots: SamplerSlots):
-        self.worker = worker
-        self.slots = slots
-        self.specs: list[SequenceSpec] = []
-        self.tensors: list[np.ndarray] = []
-        #: versions for which no slot could be had
-        self._without_slot: set[str] = set()
-        #: the version that makes room for them: nothing more of it is admitted
-        self._leaving: str | None = None
-
-    def has_slot(self, job: SampleJob) -> bool:
-        """The job's adapter version is on the device; if not, it is asked for."""
-        version = job.version
-        if version is None:
-            return True
-        if version in self._without_slot or version == self._leaving:
-            return False
-        if self.slots.bring(self.worker, version):
-            return self.slots.is_loaded(self.worker, version)
-        self._without_slot.add(version)
-        self._leaving = self._leaving or self.slots.least_recent(self.worker)
-        return False
-
-    def add(self, job: SampleJob, index: int, sequence_id: int) -> None:
-        slot = self.slots.slot_of(self.worker, job.version)
-        self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
-        self.tensors.extend(job.tensors(index))
-        self.worker.sequences[sequence_id] = RunningSample(job, index)

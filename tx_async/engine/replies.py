@@ -1,0 +1,87 @@
+"""What a quantum says of its sequences: from the device's arrays to the structs and tensors of `Sampled`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tx_async.engine.decode_batches import Piece
+from tx_async.engine.decode_programs import Decoded
+from tx_async.engine.prompt_scores import Scores
+from tx_async.engine.sequences import Sample
+from tx_async.wire.worker import FinishedSequence, SequencePiece
+
+
+def fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
+    """On the host; the candidates only if somebody wants them."""
+    tokens, logprobs, count = (np.asarray(array) for array in (decoded.tokens, decoded.logprobs, decoded.count))
+    decoded = decoded._replace(tokens=tokens, logprobs=logprobs, count=count)
+    wanted: list[str] = []
+    if any(sample.spec.topk_logprobs or sample.spec.head_tokens for sample in samples):
+        wanted += ["topk_token_ids_index", "topk_logprobs_index"]
+    if any(sample.spec.head_tokens for sample in samples):
+        wanted += ["head_probabilities_index", "head_is_whole_index"]
+    return decoded._replace(**{name: np.asarray(getattr(decoded, name)) for name in wanted})
+
+
+def head(out: Decoded, steps: slice, row: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k likeliest of what was drawn from in these steps. Copies: `out` goes."""
+    probabilities = np.array(out.head_probabilities[steps, row, :k])
+    is_whole = np.array(out.head_is_whole[steps, row])
+    others = (out.head_probabilities[steps, row, k:] > 0).any(-1)
+    return np.array(out.topk_token_ids[steps, row, :k]), probabilities, np.where((is_whole == 1) & others, 2, is_whole)
+
+
+def store_scores(pieces: Sequence[Piece], scores: Scores) -> None:
+    for piece in pieces:
+        rows = slice(piece.first, piece.first + piece.count)
+        piece.scoring.store(piece.start, Scores(*(array[rows] for array in vars(scores).values())))
+
+
+def piece_of(sample: Sample, count: int, tensors: list[np.ndarray]) -> SequencePiece:
+    """Describe the last `count` tokens of a sequence that goes on, appending its arrays to the message's."""
+
+    def add(array: np.ndarray) -> int:
+        tensors.append(array)
+        return len(tensors) - 1
+
+    fields: dict[str, int] = {}
+    if sample.spec.topk_logprobs:
+        ids, logprobs = sample.topk[-1]
+        fields = {"topk_token_ids_index": add(ids), "topk_logprobs_index": add(logprobs)}
+    return SequencePiece(
+        sequence_id=sample.spec.sequence_id,
+        start=len(sample.logprobs) - count,
+        tokens_index=add(np.array(sample.tokens[-count:], np.int32)),
+        logprobs_index=add(np.array(sample.logprobs[-count:], np.float32)),
+        **fields,
+    )
+
+
+def finished_sequence(sample: Sample, reason: Any, tensors: list[np.ndarray]) -> FinishedSequence:
+    """Describe a sequence that ended, appending its arrays to the message's."""
+
+    def add(array: np.ndarray) -> int:
+        tensors.append(array)
+        return len(tensors) - 1
+
+    fields: dict[str, int] = {}
+    if sample.spec.topk_logprobs:
+        fields["topk_token_ids_index"] = add(np.concatenate([ids for ids, _ in sample.topk]))
+        fields["topk_logprobs_index"] = add(np.concatenate([logprobs for _, logprobs in sample.topk]))
+    if sample.heads:
+        ids, probabilities, is_whole = (np.concatenate(parts) for parts in zip(*sample.heads, strict=True))
+        fields["head_token_ids_index"], fields["head_probabilities_index"] = add(ids), add(probabilities)
+        fields["head_is_whole_index"] = add(is_whole.astype(np.int32))
+    if sample.scoring:
+        fields |= {f"{name}_index": add(array) for name, array in sample.scoring.results().items()}
+    return FinishedSequence(
+        sequence_id=sample.spec.sequence_id,
+        stop_reason=reason,
+        tokens_index=add(np.array(sample.tokens[sample.num_prompt :], np.int32)),
+        logprobs_index=add(np.array(sample.logprobs, np.float32)),
+        num_cached_tokens=sample.num_cached,
+        **fields,
+    )

@@ -1,0 +1,84 @@
+"""Who gets a worker's places for sequences, and the command that gives them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from tx_async.scheduler.core.fairness import Flow, prefixes_of
+from tx_async.scheduler.core.policy import Policy
+from tx_async.scheduler.core.worker_state import RunningSample, WorkerState
+from tx_async.scheduler.sampling.jobs import SampleJob, renumber
+from tx_async.scheduler.sampling.live import is_live
+from tx_async.scheduler.sampling.sampler_slots import SamplerSlots
+from tx_async.wire.worker import SequenceSpec
+
+NEWCOMERS_SHARE = 8
+"""One in so many places on the device stays free for sessions that have nothing running yet; half of these only keys
+that have nothing may take, and live requests the other half."""
+
+
+class Places:
+    """A worker's places for sequences: who has how many, and who may have another one."""
+
+    def __init__(self, worker: WorkerState, policy: Policy):
+        self.room = worker.info.num_sequences_max
+        newcomers = self.room // NEWCOMERS_SHARE
+        keys = (newcomers + 1) // 2
+        #: live or not -> places that all of them, a key of them and a session of them leave to others
+        self._kept = {True: (0, keys, newcomers), False: (newcomers - keys, newcomers, newcomers)}
+        self._shares = {True: policy.live_share, False: policy.sample_share}
+        #: every prefix of a flow -> sequences
+        self._running: Counter[Flow] = Counter()
+        #: live ones, others
+        self._of_class: Counter[bool] = Counter()
+        for sample in worker.sequences.values():
+            self.take(sample.job.flow)
+
+    def take(self, flow: Flow) -> None:
+        self._running.update(prefixes_of(flow))
+        self._of_class[is_live(flow)] += 1
+
+    def rank(self, flow: Flow) -> list[float]:
+        """The lowest is next."""
+        live = is_live(flow)
+        return [self._of_class[live] / self._shares[live], *(self._running[prefix] for prefix in prefixes_of(flow))]
+
+    def may_grow(self, flow: Flow) -> bool:
+        live = is_live(flow)
+        running = (self._of_class[live], self._running[flow[:1]], self._running[flow[:2]])
+        return all(count < max(1, self.room - kept) for count, kept in zip(running, self._kept[live], strict=True))
+
+
+class Admission:
+    """One `AdmitSequences` in the making."""
+
+    def __init__(self, worker: WorkerState, slots: SamplerSlots):
+        self.worker = worker
+        self.slots = slots
+        self.specs: list[SequenceSpec] = []
+        self.tensors: list[np.ndarray] = []
+        #: versions for which no slot could be had
+        self._without_slot: set[str] = set()
+        #: the version that makes room for them: nothing more of it is admitted
+        self._leaving: str | None = None
+
+    def has_slot(self, job: SampleJob) -> bool:
+        """The job's adapter version is on the device; if not, it is asked for."""
+        version = job.version
+        if version is None:
+            return True
+        if version in self._without_slot or version == self._leaving:
+            return False
+        if self.slots.bring(self.worker, version):
+            return self.slots.is_loaded(self.worker, version)
+        self._without_slot.add(version)
+        self._leaving = self._leaving or self.slots.least_recent(self.worker)
+        return False
+
+    def add(self, job: SampleJob, index: int, sequence_id: int) -> None:
+        slot = self.slots.slot_of(self.worker, job.version)
+        self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
+        self.tensors.extend(job.tensors(index))
+        self.worker.sequences[sequence_id] = RunningSample(job, index)
