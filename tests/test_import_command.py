@@ -123,12 +123,15 @@ def test_what_was_imported_at_rest_is_there_when_the_server_runs(write, tiny_qwe
         assert "use_dora" in capsys.readouterr().err
         assert cli.main(["checkpoints", "list", *url]) == 0
         assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == [second.strip(), first.strip()]
-        service = tinker.ServiceClient(base_url=server.base_url, api_key="tml-mine")
-        prompt, params = tinker.ModelInput.from_ints([1, 2, 3]), tinker.SamplingParams(max_tokens=4, temperature=0.0)
-        samplers = [service.create_sampling_client(model_path=path.strip()).result() for path in (first, second)]
-        samples = [sampler.sample(prompt, 1, params).result().sequences[0].tokens for sampler in samplers]
-        assert samples[0] == samples[1]
-        trainer = service.create_training_client_from_state(first.strip()).result()
-        assert trainer.forward_backward([DATUM], "cross_entropy").result().metrics["loss:sum"] > 0
+        with tinker.ServiceClient(base_url=server.base_url, api_key="tml-mine") as service:
+            prompt, params = (
+                tinker.ModelInput.from_ints([1, 2, 3]),
+                tinker.SamplingParams(max_tokens=4, temperature=0.0),
+            )
+            samplers = [service.create_sampling_client(model_path=path.strip()).result() for path in (first, second)]
+            samples = [sampler.sample(prompt, 1, params).result().sequences[0].tokens for sampler in samplers]
+            assert samples[0] == samples[1]
+            trainer = service.create_training_client_from_state(first.strip()).result()
+            assert trainer.forward_backward([DATUM], "cross_entropy").result().metrics["loss:sum"] > 0
         assert cli.main(["checkpoints", "delete", second.strip(), *url]) == 0
         assert capsys.readouterr().out == second

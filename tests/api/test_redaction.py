@@ -45,3 +45,9 @@ def test_the_served_models_name_stays_even_where_it_is_a_path():
 def test_an_endpoint_of_the_environment_is_hidden(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio.lab:9000")
     assert Redaction(CONFIG, "")("minio.lab:9000 does not answer") == "… does not answer"
+
+
+def test_a_base_model_that_was_served_before_is_still_named():
+    redact = Redaction(CONFIG, "/models/Qwen3-8B-Base", lambda: {"/models/Qwen3-8B"})
+    told = "run r belongs to the base model /models/Qwen3-8B; this server has /models/Qwen3-8B-Base"
+    assert redact(told + ", read from /mnt/weights") == told + ", read from …"

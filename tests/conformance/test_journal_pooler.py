@@ -12,6 +12,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -136,7 +137,8 @@ async def test_commit_whose_answer_was_lost_is_made_once(postgres_url: str):
 
 @contextlib.contextmanager
 def pgbouncer(folder: Path, sockets: Path, mode: str = "transaction") -> Iterator[int]:
-    """The port of a pooler with two sessions for each database."""
+    """The port of a pooler with two sessions for each database. It refuses to run as root, so it runs as PostgreSQL
+    does, and must be able to read `folder`, which pytest's own folders do not let it."""
     port = free_port()
     owner = sockets.owner()
     settings = folder / "pgbouncer.ini"
@@ -145,9 +147,7 @@ def pgbouncer(folder: Path, sockets: Path, mode: str = "transaction") -> Iterato
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
         f"pool_mode = {mode}\nmax_client_conn = 100\nserver_login_retry = 1\n"
     )
-    for path in (folder, *folder.parents[:2], settings):
-        with contextlib.suppress(PermissionError):
-            os.chmod(path, 0o755)
+    folder.chmod(0o755)
     user = owner if os.geteuid() == 0 and pwd.getpwuid(os.geteuid()).pw_name != owner else None
     with (folder / "pgbouncer.log").open("wb") as log:
         process = subprocess.Popen([str(PGBOUNCER), str(settings)], stdout=log, stderr=log, cwd="/", user=user)
@@ -159,12 +159,16 @@ def pgbouncer(folder: Path, sockets: Path, mode: str = "transaction") -> Iterato
 
 
 @pytest.fixture
-async def pooled_url(postgres_server, tmp_path: Path) -> AsyncIterator[str]:
+async def pooled_url(postgres_server) -> AsyncIterator[str]:
     if PGBOUNCER is None:
         pytest.skip("pgbouncer is not installed")
-    with postgres_server.new_database() as database, pgbouncer(tmp_path, postgres_server.folder) as port:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        postgres_server.new_database() as database,
+        pgbouncer(Path(name), postgres_server.folder) as port,
+    ):
         url = f"postgresql://postgres@127.0.0.1:{port}/{database}"
-        await answers(url, tmp_path)
+        await answers(url, Path(name))
         yield url
 
 

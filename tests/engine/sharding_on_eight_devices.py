@@ -138,7 +138,7 @@ def expert_rows(model: Decoder, params: Params) -> list[int]:
         return original(x, *rest)
 
     def layer(w: Any, x: jax.Array) -> jax.Array:
-        run = Run(parity.no_lora(model, len(x)), (), None, model.mesh)  # type: ignore[arg-type]
+        run = Run(parity.no_lora(model, len(x)), jnp.zeros(x.shape[:2], jnp.int32), {}, None, model.mesh)  # type: ignore[arg-type]
         return mlp(run, {name: leaf[0] for name, leaf in w.items()}, {}, x)
 
     x = np.random.default_rng(0).standard_normal((2, 64, model.hidden_size)).astype(np.float32)

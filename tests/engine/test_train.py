@@ -37,7 +37,8 @@ def plain_gradients(bench, slot, rank, data):
     """Sequence by sequence through ordinary attention and whole logits, differentiated by JAX."""
     model, params = bench.engine.model, bench.engine.params
 
-    def attend(cache, layer, q, k, v, scale, v_features=0):
+    def attend(cache, layer, q, k, v, scale, v_features=0, window=0, sinks=None):
+        assert not window and sinks is None
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
         scores = jnp.einsum("rlhd,rmhd->rhlm", q, k) * scale
         weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool)), scores, -jnp.inf))

@@ -1,13 +1,14 @@
 """What tenants are told of a failure names no path, bucket or endpoint of the server; the log and the journal do.
 
 Reasons come from libraries and other processes, so what they mention is recognised by its form, and what the settings
-name by its text. The served model's name stays, even where it is a path: clients know it.
+name by its text. Names of models that were served stay, even where they are paths: clients know them.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from tx_async.config import ServerConfig
@@ -24,21 +25,22 @@ _NAME_CHARACTERS_MIN = 3
 
 
 class Redaction:
-    def __init__(self, config: ServerConfig, model_name: str):
+    def __init__(self, config: ServerConfig, model_name: str, former_names: Callable[[], Iterable[str]] = tuple):
+        """former_names: of other base models that tenants' runs were made with."""
         self._model_name = model_name
+        self._former_names = former_names
         named = sorted(_named(config) - {"", model_name}, key=len, reverse=True)
         #: what the settings name, whole words only
         self._by_text = re.compile("|".join(rf"(?<![\w-]){re.escape(text)}(?![\w-])" for text in named) or r"(?!)")
 
     def __call__(self, text: str) -> str:
-        return self._model_name.join(map(self._hide, _split(text, self._model_name)))
+        known = sorted({self._model_name, *self._former_names()} - {""}, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
+        # Every second piece is a name that was split at.
+        return "".join(piece if number % 2 else self._hide(piece) for number, piece in enumerate(pieces))
 
     def _hide(self, text: str) -> str:
         return self._by_text.sub(HIDDEN, _BY_FORM.sub(HIDDEN, text))
-
-
-def _split(text: str, separator: str) -> list[str]:
-    return text.split(separator) if separator else [text]
 
 
 def _named(config: ServerConfig) -> set[str]:

@@ -184,7 +184,9 @@ def create_routes(
         links=links or Links(),
         health=health,
         gate=Gate(config),
-        redact=Redaction(config, scheduler.base_model.name),
+        redact=Redaction(
+            config, scheduler.base_model.name, lambda: {model.base_model for model in scheduler.models.values()}
+        ),
         tokenizer_id=tokenizer_id(
             config.tokenizer, config.base_model, config.base_model_name, scheduler.base_model.path
         )
