@@ -132,10 +132,10 @@ def expert_rows(model: Decoder, params: Params) -> list[int]:
     stack = next(stack for stack in model.stacks if isinstance(model.mlp_of(stack), MoeMlp))
     mlp, original, rows = model.mlp_of(stack), grouped._block_mlp, Counter()
 
-    def counting(x: jax.Array, *rest: Any) -> jax.Array:
+    def counting(activation: Any, x: jax.Array, *rest: Any) -> jax.Array:
         place = jax.lax.axis_index("expert") if model.mesh else 0
         jax.debug.callback(lambda place: rows.update({int(place): x.shape[0]}), place)
-        return original(x, *rest)
+        return original(activation, x, *rest)
 
     def layer(w: Any, x: jax.Array) -> jax.Array:
         run = Run(parity.no_lora(model, len(x)), jnp.zeros(x.shape[:2], jnp.int32), {}, None, model.mesh)  # type: ignore[arg-type]

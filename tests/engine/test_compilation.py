@@ -63,8 +63,9 @@ def random_sampling(bench, rng, number):
         top_k=int(rng.integers(-1, 5)),
     )
     bench.run(AdmitSequences(sequences=(spec,)), [prompt])
-    while not bench.run(SampleQuantum(decode_steps=4, prefill_tokens=64))[0].finished:
-        pass
+    sampled = None
+    while not (sampled and (sampled.finished or sampled.failed)):  # a slot that nothing was loaded into yet fails
+        sampled = bench.run(SampleQuantum(decode_steps=4, prefill_tokens=64))[0]
 
 
 def test_a_random_workload_compiles_nothing_new(make_bench, monkeypatch):
