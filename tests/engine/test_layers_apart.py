@@ -63,7 +63,7 @@ def run(on, folder: Path, base: Path) -> tuple:
     tokens: dict[int, list[int]] = {}
     for _ in range(4):
         reply, tensors = bench.run(SampleQuantum(decode_steps=4, prefill_tokens=256))
-        tokens |= {one.sequence_id: tensors[one.tokens].tolist() for one in reply.finished}
+        tokens |= {one.sequence_id: tensors[one.tokens_index].tolist() for one in reply.finished}
     bench.engine.close()
     return logprobs, gradients, tokens
 
