@@ -89,7 +89,7 @@ def resolve(base_model: str) -> Path:
         return path.resolve()
     if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") != 1:
         raise BaseModelError(f"{base_model}: there is no such folder.")
-    return hub.snapshot(base_model, ["*.json"])
+    return hub.snapshot(base_model, ["*.json", "*.jinja"])
 
 
 def check_weights(folder: Path) -> None:

@@ -22,7 +22,7 @@ from tx_async.api.routes import ROUTES, create_api
 from tx_async.config import ServerConfig
 from tx_async.testing.fake_scheduler import MemoryFiles
 from tx_async.testing.memory_journal import MemoryDisk
-from tx_async.wire import protobuf
+from tx_async.wire import protobuf, tinker
 from tx_async.wire.worker import AdmitSequences
 
 INT32 = (-(2**31) - 1, -(2**31), 2**31 - 1, 2**31, 2**32)
@@ -271,7 +271,7 @@ async def test_an_empty_tensor_may_not_have_an_axis_that_nothing_can_address(spa
 
 
 def test_every_integer_of_every_request_is_tried():
-    for row in ROUTES:
+    for row in (row for row in ROUTES if row.error is tinker.ErrorBody):  # others: compatible/test_refusals.py
         kinds = [kind for kind in (row.decodes, row.request) if isinstance(kind, type)]
         wanted = {name for kind in kinds for name in integer_fields(kind)}
         tried = {part for where in numbers_in(BODIES.get(row.path, {})) for part in where}

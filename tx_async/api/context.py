@@ -9,6 +9,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from tx_async.api.budget import Bodies, Hold
+from tx_async.api.compatible.tokenizer import TokenizerLoader
 from tx_async.api.gate import Gate
 from tx_async.api.links import Links
 from tx_async.api.owner import Owners, key_of
@@ -52,6 +53,7 @@ class Api:
     tokenizer_id: str
     """Folder or hub name that clients load the tokenizer from."""
     bodies: Bodies
+    tokenizer: TokenizerLoader
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from tx_async.api.context import Api, Call
 from tx_async.api.errors import error_response, internal_error_response, json_response
 from tx_async.api.owner import key_of, reached_at
 from tx_async.errors import TxError
+from tx_async.wire import tinker
 
 CONTROL_BODY_BYTES_MAX = 2**20
 """Limit of the bodies that carry no data."""
@@ -50,6 +51,10 @@ class Row:
     """Needs no API key."""
     media_types: tuple[str, ...] = ()
     """What it may answer besides JSON."""
+    answer: type[msgspec.Struct] | None = None
+    """What it answers, where the handler makes the response itself."""
+    error: type[msgspec.Struct] = tinker.ErrorBody
+    """What it answers when it fails."""
 
     @property
     def decodes(self) -> type[msgspec.Struct] | None:
@@ -60,7 +65,7 @@ class Row:
     def response(self) -> type:
         """The struct of its JSON, where it has one."""
         annotation = get_type_hints(self.handler)["return"]
-        return next((kind for kind in get_args(annotation) if kind is not Response), annotation)
+        return self.answer or next((kind for kind in get_args(annotation) if kind is not Response), annotation)
 
 
 class Endpoint:
@@ -81,13 +86,13 @@ class Endpoint:
         except TxError as error:
             if error.category != "user":
                 logger.warning("%s %s failed: %s", self.row.method, self.row.path, error.message)
-            response = error_response(error, self._api.redact)
+            response = error_response(error, self._api.redact, request.url.path)
         except ClientDisconnect:
             return
         except Exception:
             logger.exception("%s %s failed", self.row.method, self.row.path)
-            response = internal_error_response()
-        response.headers["x-request-id"] = request_id
+            response = internal_error_response(request.url.path)
+        response.headers["x-request-id"] = response.headers["request-id"] = request_id
         if isinstance(response, StreamingResponse):  # it listens for the client's end itself
             await response(scope, receive, send)
             await _read_to_the_end(request)

@@ -106,7 +106,7 @@ class GateMiddleware:
             try:
                 gate.check(scope)
             except Forbidden as error:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, path=scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

@@ -9,14 +9,13 @@ import msgspec
 
 from tx_async.api.endpoint import Row
 from tx_async.api.routes import ROUTES
-from tx_async.wire import tinker
 
 _REFERENCE = "#/components/schemas/{name}"
 
 
 def generate() -> dict[str, Any]:
-    structs = {kind for row in ROUTES for kind in (_request_struct(row), row.response) if _is_struct(kind)}
-    named = sorted(structs | {tinker.ErrorBody}, key=lambda kind: kind.__name__)
+    structs = {kind for row in ROUTES for kind in (_request_struct(row), row.response, row.error) if _is_struct(kind)}
+    named = sorted(structs, key=lambda kind: (kind.__name__, kind.__module__))
     schemas, components = msgspec.json.schema_components(named, ref_template=_REFERENCE)
     of = dict(zip(named, schemas, strict=True))
     paths: dict[str, Any] = {}
@@ -28,7 +27,10 @@ def generate() -> dict[str, Any]:
         "info": {"title": "tx_async", "version": "1", "description": "The Tinker API, self-hosted."},
         "components": {
             "schemas": dict(sorted(components.items())),
-            "securitySchemes": {"apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}},
+            "securitySchemes": {
+                "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "bearer": {"type": "http", "scheme": "bearer"},
+            },
         },
         "paths": dict(sorted(paths.items())),
     }
@@ -39,13 +41,21 @@ def render() -> bytes:
     return msgspec.json.format(msgspec.json.encode(generate(), order="deterministic"), indent=1) + b"\n"
 
 
+def operation_id(row: Row) -> str:
+    """The handler's name; of a route that has several paths, with what tells them apart."""
+    paths = [other.path for other in ROUTES if other.handler is row.handler]
+    if len(paths) == 1:
+        return row.handler.__name__
+    return f"{row.path.split('/')[1]}_{row.handler.__name__}"
+
+
 def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
     operation: dict[str, Any] = {
-        "operationId": row.handler.__name__,
+        "operationId": operation_id(row),
         "summary": row.summary,
         "responses": {
             "200": {"description": "OK"} | _answer(row, schema_of),
-            "default": {"description": "An error"} | _content(tinker.ErrorBody, schema_of),
+            "default": {"description": "An error"} | _content(row.error, schema_of),
         },
     }
     if parameters := re.findall(r"{(\w+)(?::path)?}", row.path):
@@ -58,7 +68,7 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
     elif struct := _request_struct(row):
         operation["requestBody"] = {"required": True} | _content(struct, schema_of)
     if not row.public:
-        operation["security"] = [{"apiKey": []}]
+        operation["security"] = [{"apiKey": []}, {"bearer": []}]
     return operation
 
 

@@ -23,6 +23,8 @@ from tx_async.api import (
     weights,
 )
 from tx_async.api.budget import Bodies
+from tx_async.api.compatible import rows as compatible
+from tx_async.api.compatible.tokenizer import TokenizerLoader
 from tx_async.api.context import Api, CheckpointFiles
 from tx_async.api.endpoint import Endpoint, Row
 from tx_async.api.errors import http_exception_response
@@ -161,6 +163,7 @@ ROUTES = (
         account.checkpoint_storage_usage,
         "Bytes that checkpoints take",
     ),
+    *compatible.ROWS,
 )
 
 
@@ -174,7 +177,7 @@ def create_routes(
     owners: Owners | None = None,
     health: Health | None = None,
 ) -> list[Route]:
-    """Everything under /api/v1. Raises `ConfigError` when the key registry cannot be read."""
+    """Everything that is served. Raises `ConfigError` when the key registry cannot be read."""
     api = Api(
         scheduler=scheduler,
         config=config,
@@ -192,6 +195,7 @@ def create_routes(
         )
         or scheduler.base_model.name,
         bodies=Bodies(config),
+        tokenizer=TokenizerLoader(scheduler.base_model.path),
     )
     return [Route(row.path, Endpoint(row, api), methods=[row.method]) for row in ROUTES]
 

@@ -1,0 +1,102 @@
+"""OpenAI's completions: prompts of four forms, echo, log-probabilities with offsets."""
+
+import numpy as np
+import pytest
+
+PATH = "/oai/api/v1/completions"
+
+
+async def one(ask, **fields) -> dict:
+    status, answer = await ask(PATH, model="fake/model", **fields)
+    assert status == 200, answer
+    assert len(answer["choices"]) == 1
+    return answer["choices"][0]
+
+
+@pytest.mark.parametrize("prompt", ["ab", ["ab"], [65, 66], [[65, 66]]])
+async def test_a_prompt_is_text_or_tokens_or_a_list_of_one_of_them(ask, says, prompt, scheduler, tokenizer):
+    says("cd")
+    choice = await one(ask, prompt=prompt, return_token_ids=True)
+    tokens = np.frombuffer(scheduler.live.operations[-1][0].prompt, "<i4").tolist()
+    assert choice["prompt_token_ids"] == tokens
+    assert tokens == (tokenizer.encode("ab", framed=True) if "ab" in (prompt, prompt[0]) else [65, 66])
+    assert (choice["text"], choice["finish_reason"]) == ("cd", "stop")
+
+
+async def test_several_prompts_are_answered_in_their_order(ask, listen):
+    fields = {"model": "fake/model", "prompt": ["a", "e", "i"], "n": 2, "max_tokens": 2}
+    _, answer = await ask(PATH, **fields)
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "bc"),
+        (1, "bc"),
+        (2, "fg"),
+        (3, "fg"),
+        (4, "jk"),
+        (5, "jk"),
+    ]
+    assert answer["usage"]["prompt_tokens"] == 3 and answer["usage"]["completion_tokens"] == 12
+    texts = dict.fromkeys(range(6), "")
+    for chunk in await listen(PATH, **fields):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == {choice["index"]: choice["text"] for choice in answer["choices"]}
+
+
+@pytest.mark.parametrize("logprobs", [0, 2])
+async def test_log_probabilities_of_the_answer(ask, says, logprobs):
+    says("xé", ends=False)
+    found = (await one(ask, prompt="ab", logprobs=logprobs, max_tokens=3))["logprobs"]
+    assert found["tokens"] == ["x", r"bytes:\xc3", r"bytes:\xa9"]
+    assert found["text_offset"] == [0, 1, 1]
+    assert found["token_logprobs"] == [-0.5, -0.5, -0.5]
+    assert found["top_logprobs"] is None if logprobs == 0 else len(found["top_logprobs"][0]) == 3
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_echo_scores_the_prompt_too(ask, max_tokens):
+    choice = await one(ask, prompt="ébc", echo=True, logprobs=1, max_tokens=max_tokens)
+    found = choice["logprobs"]
+    assert choice["text"] == "ébc" + "de"[:max_tokens]
+    assert found["tokens"] == [r"bytes:\xc3", r"bytes:\xa9", "b", "c", *"de"[:max_tokens]]
+    assert found["text_offset"] == [0, 0, 1, 2, 3, 4][: 4 + max_tokens]
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    assert all(isinstance(value, float) for value in found["token_logprobs"][1:])
+    assert all(found["tokens"][i] in cell for i, cell in enumerate(found["top_logprobs"]) if i)
+    assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize("max_tokens", [0, 2])
+async def test_a_stream_with_echo_says_the_same(ask, listen, logprobs, max_tokens):
+    fields = {"model": "fake/model", "prompt": ["ab", "d"], "echo": True, "max_tokens": max_tokens}
+    fields |= {} if logprobs is None else {"logprobs": logprobs}
+    _, answer = await ask(PATH, **fields)
+    found = [{"text": "", "tokens": [], "offsets": [], "reason": None} for _ in range(2)]
+    for chunk in await listen(PATH, **fields):
+        for choice in chunk["choices"]:
+            mine = found[choice["index"]]
+            mine["text"] += choice["text"]
+            mine["tokens"] += (choice["logprobs"] or {"tokens": []})["tokens"]
+            mine["offsets"] += (choice["logprobs"] or {"text_offset": []})["text_offset"]
+            mine["reason"] = choice["finish_reason"] or mine["reason"]
+    for mine, choice in zip(found, answer["choices"], strict=True):
+        assert (mine["text"], mine["reason"]) == (choice["text"], choice["finish_reason"])
+        if logprobs is not None:
+            assert mine["tokens"] == choice["logprobs"]["tokens"]
+            assert mine["offsets"] == choice["logprobs"]["text_offset"]
+
+
+async def test_an_echo_shows_what_was_sent_special_tokens_included(ask):
+    choice = await one(ask, prompt="a<|endoftext|>b", echo=True, max_tokens=1)
+    assert choice["text"] == "a<|endoftext|>bc"
+
+
+async def test_sixteen_tokens_where_nobody_said_how_many(ask, scheduler):
+    assert len((await one(ask, prompt="a"))["text"]) == 16
+    assert scheduler.live.operations[-1][0].max_tokens == 16
+
+
+async def test_a_prompt_that_fills_the_context_can_be_scored(ask):
+    assert len((await one(ask, prompt=[65] * 512, echo=True, logprobs=0, max_tokens=0))["logprobs"]["tokens"]) == 512
+    status, answer = await ask(PATH, model="fake/model", prompt=[65] * 512, max_tokens=1)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "prompt")

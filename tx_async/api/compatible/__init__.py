@@ -1,0 +1,1 @@
+"""OpenAI's and Anthropic's ways to talk to a checkpoint."""

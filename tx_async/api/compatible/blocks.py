@@ -1,0 +1,129 @@
+"""Anthropic's messages and tools as OpenAI's: one road to the chat template for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tx_async.api.compatible.conversation import text_of_part
+from tx_async.api.compatible.fields import InvalidField, named
+from tx_async.api.compatible.prompts import Chat
+from tx_async.wire import anthropic, openai
+
+FAILED = "Error: "
+"""Before a tool's result that has is_error."""
+_NOT_SERVED = ("image", "document", "search_result", "redacted_thinking", "server_tool_use", "web_search_tool_result")
+
+
+def chat_of(request: anthropic.CountTokensRequest) -> Chat:
+    """Raises `InvalidField` for what makes no sense, or is not served."""
+    if not request.messages:
+        raise InvalidField("messages", "there are none. Send at least one.")
+    if request.messages[0].role != "user":
+        raise InvalidField("messages[0]", "the first message must be the user's.")
+    messages = _system(request.system)
+    for i, message in enumerate(request.messages):
+        messages += _messages(message, f"messages[{i}]")
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
+    _check_tool_choice(request)
+    is_none = request.tool_choice is not None and request.tool_choice.type == "none"
+    options, required = _thinking(request.thinking)
+    continues = request.messages[-1].role == "assistant"
+    if continues and not messages[-1].content:
+        raise InvalidField("messages", "the last message must be the user's, or text for the answer to go on with.")
+    return Chat(messages, () if is_none else tools, options, required, continues)
+
+
+def _system(system: str | list[dict[str, Any]] | None) -> list[openai.ChatMessage]:
+    if not system:
+        return []
+    if isinstance(system, list):
+        system = "\n".join(text_of_part(part, f"system[{i}]") for i, part in enumerate(system))
+    return [openai.ChatMessage(role="system", content=system)]
+
+
+def _messages(message: anthropic.Message, where: str) -> list[openai.ChatMessage]:
+    """One, or for results of tools several."""
+    if isinstance(message.content, str):
+        return [openai.ChatMessage(role=message.role, content=message.content)]
+    if not message.content:
+        raise InvalidField(f"{where}.content", "it is empty.")
+    blocks = [_block(block, message.role, f"{where}.content[{i}]") for i, block in enumerate(message.content)]
+    results = [_result(block) for block in blocks if isinstance(block, anthropic.ToolResultBlock)]
+    texts = [{"type": "text", "text": block.text} for block in blocks if isinstance(block, anthropic.TextBlock)]
+    if message.role == "assistant":
+        return [_assistant(blocks, texts)]
+    return [*results, *([openai.ChatMessage(role="user", content=_one_or_all(texts))] if texts else [])]
+
+
+def _assistant(blocks: Sequence[anthropic.Block], texts: list[dict[str, Any]]) -> openai.ChatMessage:
+    calls = [
+        openai.ToolCall(id=block.id, function=openai.FunctionCall(name=block.name, arguments=block.input))
+        for block in blocks
+        if isinstance(block, anthropic.ToolUseBlock)
+    ]
+    thoughts = [block.thinking for block in blocks if isinstance(block, anthropic.ThinkingBlock)]
+    return openai.ChatMessage(
+        role="assistant",
+        content="\n".join(part["text"] for part in texts) if texts else (None if calls else ""),
+        tool_calls=calls or None,
+        reasoning_content="\n".join(thoughts) if thoughts else None,
+    )
+
+
+def _one_or_all(texts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    return texts[0]["text"] if len(texts) == 1 else texts
+
+
+def _block(block: dict[str, Any], role: str, where: str) -> anthropic.Block:
+    kind = block.get("type")
+    if kind in _NOT_SERVED:
+        raise InvalidField(where, f"{kind}: only text and tools are served here.")
+    try:
+        found = msgspec.convert(block, anthropic.Block)
+    except msgspec.ValidationError as error:
+        raise named(str(error), where) from None
+    if role == "user" and isinstance(found, anthropic.ToolUseBlock | anthropic.ThinkingBlock):
+        raise InvalidField(where, f"{kind} belongs in the assistant's messages.")
+    if role == "assistant" and isinstance(found, anthropic.ToolResultBlock):
+        raise InvalidField(where, "tool_result belongs in the user's messages.")
+    return found
+
+
+def _result(block: anthropic.ToolResultBlock) -> openai.ChatMessage:
+    content = block.content
+    if isinstance(content, list):
+        texts = [text_of_part(part, f"tool_result.content[{i}]") for i, part in enumerate(content)]
+        content = "\n".join(texts)
+    text = (FAILED if block.is_error else "") + (content or "")
+    return openai.ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=text)
+
+
+def _tool(tool: anthropic.Tool, where: str) -> dict[str, Any]:
+    if tool.type not in (None, "custom"):
+        raise InvalidField(f"{where}.type", f"{tool.type}: this server runs no tools of its own.")
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    return {"type": "function", "function": function | {"parameters": tool.input_schema}}
+
+
+def _check_tool_choice(request: anthropic.CountTokensRequest) -> None:
+    choice = request.tool_choice
+    if choice is not None and choice.type in ("any", "tool"):
+        raise InvalidField(
+            "tool_choice", "a call cannot be forced here: use auto or none, and say in a message what to call."
+        )
+    if choice is not None and choice.type == "auto" and not request.tools:
+        raise InvalidField("tool_choice", "it goes with tools only.")
+
+
+def _thinking(thinking: anthropic.Thinking | None) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:
+    """Values for the template, and which of them it must know."""
+    if thinking is None or thinking.type == "adaptive":
+        return {}, ()
+    if thinking.type == "enabled" and (thinking.budget_tokens or 0) < 1:
+        raise InvalidField("thinking.budget_tokens", "it must be at least 1.")
+    return {"enable_thinking": thinking.type == "enabled"}, (("enable_thinking", "thinking"),)

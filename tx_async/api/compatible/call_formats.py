@@ -1,0 +1,125 @@
+"""How families write calls: each function reads the inside of a block, or says that it is none."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tx_async.api.compatible.parsing import Call, Parameters
+
+
+def call_of(value: Any) -> Call | None:
+    """From {"name": …, "arguments": … or "parameters": …}."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = parsed_json(arguments)
+    return Call(value["name"], dumps(arguments)) if isinstance(arguments, dict) else None
+
+
+def _all_calls(values: list[Any]) -> list[Call] | None:
+    calls = [call for value in values if (call := call_of(value))]
+    return calls if calls and len(calls) == len(values) else None
+
+
+def read_hermes(inside: str, _parameters: Parameters) -> list[Call] | None:
+    """`{"name": …, "arguments": {…}}`"""
+    return _all_calls([parsed_json(inside)])
+
+
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+def read_functions(inside: str, parameters: Parameters) -> list[Call] | None:
+    """`<function=NAME><parameter=KEY>VALUE</parameter></function>`"""
+    if not (found := _FUNCTION.fullmatch(inside)):
+        return None
+    name = found[1].strip()
+    return [_typed_call(name, _PARAMETER.findall(found[2]), parameters)]
+
+
+_GLM = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+def read_glm(inside: str, parameters: Parameters) -> list[Call] | None:
+    """`NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>`"""
+    name = inside.partition("<arg_key>")[0].strip()
+    if not re.fullmatch(r"[\w.:-]+", name):
+        return None
+    return [_typed_call(name, _GLM.findall(inside), parameters)]
+
+
+_DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
+
+
+def read_deepseek(inside: str, _parameters: Parameters) -> list[Call] | None:
+    """`NAME<sep>{…}` (V3.1), or `function<sep>NAME` and a fenced block of JSON (V3, R1)."""
+    values = []
+    for first, second in _DEEPSEEK.findall(inside):
+        name, body = first, second
+        if fenced := re.fullmatch(r"\s*([^\n`]+)\n```json\n(.*?)\n?```\s*", second, re.DOTALL):
+            name, body = fenced[1], fenced[2]
+        values.append({"name": name.strip(), "arguments": parsed_json(body)})
+    return _all_calls(values)
+
+
+_MISTRAL = re.compile(r"\s*(?:\[TOOL_CALLS\])?([\w.-]+)(?:\[CALL_ID\][\w-]+)?(?:\[ARGS\])?(?={)")
+
+
+def read_mistral(inside: str, _parameters: Parameters) -> list[Call] | None:
+    """A JSON list of calls, or `NAME[ARGS]{…}` one after the other."""
+    if inside.lstrip().startswith("["):
+        listed = parsed_json(inside)
+        return _all_calls(listed) if isinstance(listed, list) else None
+    values, place = [], 0
+    while found := _MISTRAL.match(inside, place):
+        try:
+            arguments, place = json.JSONDecoder().raw_decode(inside, found.end())
+        except ValueError:
+            return None
+        values.append({"name": found[1], "arguments": arguments})
+    return _all_calls(values) if not inside[place:].strip() else None
+
+
+def _typed_call(name: str, pairs: list[tuple[str, str]], parameters: Parameters) -> Call:
+    """Text is text; where the tool's schema wants something else, it is JSON, if it can be."""
+    schemas = parameters.get(name, {})
+    return Call(name, dumps({key.strip(): _typed(value, schemas.get(key.strip(), {})) for key, value in pairs}))
+
+
+def _typed(value: str, schema: Mapping[str, Any]) -> Any:
+    kind = schema.get("type")
+    if kind == "string" or (kind is None and not any(key in schema for key in ("anyOf", "oneOf", "allOf", "enum"))):
+        return value
+    parsed = parsed_json(value)
+    if parsed is None and value.strip() != "null":
+        parsed = _python(value)
+    is_text = isinstance(kind, list) and "string" in kind and isinstance(parsed, int | float)
+    return value if is_text or (parsed is None and value.strip() not in ("null", "None")) else parsed
+
+
+def _python(value: str) -> Any:
+    """`True`, `['a']`: how templates write what they do not turn into JSON."""
+    try:
+        parsed = ast.literal_eval(value.strip())
+        json.dumps(parsed)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return parsed
+
+
+def parsed_json(text: str) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,92 @@
+"""One answer as it grows: its tokens, their log-probabilities, its text, and what the text means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from tx_async.api.compatible.parsing import Call, Event, Parser
+from tx_async.api.compatible.text_stream import TextStream
+from tx_async.scheduler.interface import LivePiece
+from tx_async.wire.results import EMPTY_LOGPROB, TopkLogprobs
+
+Likely = list[tuple[int, float]]
+"""(token, log-probability), likeliest first."""
+
+
+@dataclass
+class Scored:
+    """A token with its log-probability, the likeliest ones in its place, and where it begins in the text."""
+
+    token: int
+    logprob: float
+    likely: Likely
+    offset: int
+    is_prompt: bool = False
+
+
+@dataclass
+class Delta:
+    """What one piece brought to an answer."""
+
+    scored: list[Scored]
+    text: str
+    events: list[Event]
+    stop_reason: Literal["stop", "length"] | None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [entry.token for entry in self.scored]
+
+
+@dataclass
+class Choice:
+    stream: TextStream
+    parser: Parser
+    is_one_call: bool = False
+    """Only the first call counts (`parallel_tool_calls` is false)."""
+    #: calls so far
+    num_calls: int = 0
+    #: tokens so far
+    num_tokens: int = 0
+    stop_reason: Literal["stop", "length"] | None = None
+    #: tokens of the prompt that were in the cache
+    cached_tokens: int = 0
+    #: of the whole answer
+    deltas: list[Delta] = field(default_factory=list)
+
+    def feed(self, piece: LivePiece) -> Delta:
+        tokens: list[int] = np.frombuffer(piece.tokens, "<i4").tolist()
+        logprobs: list[float] = np.frombuffer(piece.logprobs, "<f4").tolist()
+        text, offsets = self.stream.feed(tokens, piece.stop_reason)
+        events = list(self.parser.feed(text))
+        if piece.stop_reason is not None:
+            events += self.parser.finish()
+            self.stop_reason, self.cached_tokens = piece.stop_reason, piece.cached_tokens
+        self.num_tokens += len(tokens)
+        likely = rows_of(piece.topk, len(tokens))
+        scored = [Scored(*entry) for entry in zip(tokens, logprobs, likely, offsets, strict=True)]
+        return Delta(scored, text, [event for event in events if self._counts(event)], piece.stop_reason)
+
+    def _counts(self, event: Event) -> bool:
+        self.num_calls += isinstance(event, Call)
+        return not (isinstance(event, Call) and self.is_one_call and self.num_calls > 1)
+
+    @property
+    def calls_tools(self) -> bool:
+        """It ended, rather than was cut off, with calls in it."""
+        return self.num_calls > 0 and self.stop_reason == "stop"
+
+
+def rows_of(topk: TopkLogprobs | None, length: int) -> Sequence[Likely]:
+    if topk is None or not topk.k:
+        return [[] for _ in range(length)]
+    ids = np.frombuffer(topk.token_ids, "<i4").reshape(-1, topk.k).tolist()
+    values = np.frombuffer(topk.logprobs, "<f4").reshape(-1, topk.k).tolist()
+    return [
+        [(token, value) for token, value in zip(*row, strict=True) if value > EMPTY_LOGPROB]
+        for row in zip(ids, values, strict=True)
+    ]

@@ -1,0 +1,100 @@
+"""Bodies of requests: fields without effect are dropped, fields that are not supported are refused by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from tx_async.api import body, measure
+from tx_async.api.context import Call
+from tx_async.config import ServerConfig
+from tx_async.errors import InvalidRequest, NotFound
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Accepted, because they change no answer: who asks, what is kept, and what is cached elsewhere."""
+WITHOUT_EFFECT_ANYWHERE = frozenset({"cache_control"})
+"""The same within messages, their parts, `system` and `tools`."""
+_NESTED = ("messages", "content", "system", "tools")
+BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN = 16 * 2**20, 64
+"""A body may be so large, or have so many bytes for each token of the context: what is larger is no prompt."""
+
+T = TypeVar("T")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
+_INVALID = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
+
+
+class InvalidField(InvalidRequest):
+    """One field of the request is invalid."""
+
+    def __init__(self, field: str, what: str, code: str | None = None):
+        super().__init__(f"{field}: {what}")
+        self.field, self.code = field, code
+
+
+class ContextExceeded(InvalidField):
+    """The prompt does not fit the context."""
+
+    def __init__(self, field: str, num_tokens: int, num_tokens_max: int):
+        what = (
+            f"the prompt has {num_tokens} tokens; the context, answer included, is {num_tokens_max}. Send less of it."
+        )
+        super().__init__(field, what, "context_length_exceeded")
+
+
+class ModelNotServed(NotFound):
+    """No model or checkpoint of that name is served here."""
+
+    field, code = "model", "model_not_found"
+
+
+async def read(call: Call, kind: type[T]) -> T:
+    """The body as a struct. Large ones are decoded in a thread."""
+    context = call.scheduler.base_model.max_context_length
+    bytes_max = max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * context)
+    content = await body.read(call.request, min(bytes_max, call.api.config.request_body_bytes_max), call.hold)
+    request = await call.hold.compute(decode, len(content), content, kind, call.api.config)
+    call.hold.release()  # what follows takes as long as the answer
+    return request
+
+
+def decode(content: bytes, kind: type[T], config: ServerConfig) -> T:
+    measure.check_values(content, config.json_values_max)
+    value = body.decode_json(content, dict[str, Any], config.json_depth_max)
+    given = {key: item for key, item in value.items() if key not in WITHOUT_EFFECT}
+    try:
+        return msgspec.convert(_plain(given), kind)
+    except msgspec.ValidationError as error:
+        raise named(str(error)) from None
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Without what has no effect anywhere. Schemas and arguments of tools are data: they stay as they are."""
+    kept = {key: item for key, item in value.items() if key not in WITHOUT_EFFECT_ANYWHERE}
+    for key in _NESTED:
+        if isinstance(items := kept.get(key), list):
+            kept[key] = [_plain(item) if isinstance(item, dict) else item for item in items]
+    return kept
+
+
+def named(what: str, where: str = "") -> InvalidField:
+    """What msgspec says, with the field's name first. where: the place of the value that was converted."""
+    if found := _UNKNOWN.fullmatch(what):
+        name = ".".join(filter(None, (where, found["path"], found["name"])))
+        return InvalidField(name, "this field is not known here, or not supported. Leave it out.")
+    found = _INVALID.fullmatch(what)
+    assert found
+    missing = re.search(r"missing required field `([^`]*)`", found["what"])
+    name = ".".join(filter(None, (where, found["path"], missing and missing[1])))
+    return InvalidField(name or "body", f"{found['what']}.")

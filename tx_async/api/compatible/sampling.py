@@ -1,0 +1,99 @@
+"""What OpenAI's fields ask of the sampler, as the operation that the SDK's samples are, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tx_async.api import validation
+from tx_async.api.compatible.fields import InvalidField
+from tx_async.api.context import Call
+from tx_async.errors import InvalidRequest
+from tx_async.wire.openai import ResponseFormat, Sampling
+from tx_async.wire.operations import Sample
+
+LOGPROBS_MAX = 20
+_RENAMED = {"num_samples": "n", "topk_sample_logprobs": "logprobs", "topk_prompt_logprobs": "logprobs"}
+"""Fields of a sample that clients know under another name."""
+
+
+def operation(call: Call, tokens: Any, request: Sampling, max_tokens: int | None, **more: Any) -> Sample:
+    """Validated. max_tokens: as asked; what the context does not hold is cut off."""
+    texts, ids = stops(request)
+    left = max(call.scheduler.base_model.max_context_length - len(tokens), 1)
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidField("max_tokens", f"it is {max_tokens}; it must be at least 1, or absent for as many as fit.")
+    sample = Sample(
+        sampling_session_id="",
+        seq_id=0,
+        prompt=np.asarray(tokens, "<i4").tobytes(),
+        num_samples=_or(request.n, 1),
+        max_tokens=min(_or(max_tokens, left), left),
+        seed=validation.seed(request.seed),
+        temperature=_or(request.temperature, 1.0),
+        top_k=-1 if request.top_k == 0 else _or(request.top_k, -1),
+        top_p=_or(request.top_p, 1.0),
+        min_p=_or(request.min_p, 0.0),
+        stop_strings=texts,
+        stop_token_ids=ids,
+        use_eos=not request.ignore_eos,
+        presence_penalty=_or(request.presence_penalty, 0.0),
+        frequency_penalty=_or(request.frequency_penalty, 0.0),
+        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        min_tokens=min(_or(request.min_tokens, 0), left),
+        logit_bias=_logit_bias(request.logit_bias),
+        **more,
+    )
+    return checked(call, sample)
+
+
+def checked(call: Call, sample: Sample) -> Sample:
+    """Raises `InvalidField`, under the names that clients know."""
+    try:
+        return validation.sample(sample, call.scheduler.base_model, call.api.config.sample_num_samples_max)
+    except InvalidRequest as error:
+        field, _, what = error.message.partition(" ")
+        name = _RENAMED.get(field, field)
+        if isinstance(error, InvalidField) or name not in Sampling.__struct_fields__:
+            raise
+        raise InvalidField(name, f"it {what}" if what.startswith(("is ", "has ")) else what) from None
+
+
+def stops(request: Sampling) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(texts, tokens) that end an answer."""
+    given = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    texts = tuple(entry for entry in given if isinstance(entry, str))
+    tokens = (*(entry for entry in given if isinstance(entry, int)), *(request.stop_token_ids or ()))
+    if "" in texts:
+        raise InvalidField("stop", "an empty text cannot end an answer.")
+    return texts, tokens
+
+
+def check_top_logprobs(field: str, value: int | None) -> int:
+    if value is not None and not 0 <= value <= LOGPROBS_MAX:
+        raise InvalidField(field, f"it is {value}; allowed are 0 to {LOGPROBS_MAX}.")
+    return value or 0
+
+
+def check_response_format(form: ResponseFormat | None) -> None:
+    if form is not None and form.type != "text":
+        raise InvalidField("response_format", f"{form.type} is not supported here; only text is.")
+
+
+def check_stream_options(request: Sampling) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise InvalidField("stream_options", "they go with stream only.")
+
+
+def _logit_bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+    found = {}
+    for token, bias in (given or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise InvalidField("logit_bias", f"{token[:40]!r} is no token id.")
+        found[int(token)] = bias
+    return tuple(found.items())
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
