@@ -461,7 +461,7 @@ def test_a_stop_token_ends_a_sample_and_belongs_to_it(sampler):
     expected = tensors[sequence.tokens_index][: list(tensors[sequence.tokens_index]).index(third) + 1]
     stopped, tensors, _ = sampler.sample(spec(2, stop_token_ids=(third,)), prompts=[prompt()])[2]
     assert stopped.stop_reason == "stop"
-    np.testing.assert_array_equal(tensors[stopped.tokens], expected)
+    np.testing.assert_array_equal(tensors[stopped.tokens_index], expected)
 
 
 def test_a_sample_is_a_function_of_its_seed_and_index_alone(make_sampler):
@@ -524,11 +524,11 @@ def test_a_saved_version_never_changes(sampler):
     sampler.result(LoadSampler(sampler_slot=0, key="run/fixed"))
     fields = {"sampler_slot": 0, "adapter_version": "run/fixed"}
     before, tensors, _ = sampler.sample(spec(1, **fields), prompts=[prompt()])[1]
-    expected = tensors[before.logprobs]
+    expected = tensors[before.logprobs_index]
     sampler.train(DATA, [0, 0, 0])
     sampler.step()
     after, tensors, _ = sampler.sample(spec(2, **fields), prompts=[prompt()])[2]
-    np.testing.assert_array_equal(tensors[after.logprobs], expected)
+    np.testing.assert_array_equal(tensors[after.logprobs_index], expected)
 
 
 def test_a_prompt_is_scored_as_forward_scores_it(bench):
