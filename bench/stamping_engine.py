@@ -11,7 +11,7 @@ import numpy as np
 
 from tx_async.testing.fake_engine import FakeEngine
 from tx_async.testing.fake_engine import create as create_fake
-from tx_async.wire.worker import Command, Stepped, Welcome
+from tx_async.wire.worker import Command, Heartbeat, Stepped, Welcome
 from tx_async.worker.engine_api import Engine, Pending, Reply, ReportProgress
 
 
@@ -21,9 +21,8 @@ class StampingEngine:
         self.close = engine.close
         self._engine = engine
 
-    @property
-    def num_compilations(self) -> int:
-        return self._engine.num_compilations
+    def vitals(self) -> Heartbeat:
+        return self._engine.vitals()
 
     def execute(self, command: Command, tensors: Sequence[np.ndarray]) -> Pending:
         pending = self._engine.execute(command, tensors)

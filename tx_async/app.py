@@ -20,27 +20,26 @@ import anyio
 from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
 from tx_async import base_model as base_models
 from tx_async import config as configuration
 from tx_async.actor import running as actors_running
 from tx_async.api.audit import follow_keys
-from tx_async.api.errors import error_response
 from tx_async.api.gate import Gate, GateMiddleware
 from tx_async.api.key_file import KeyFile
-from tx_async.api.owner import Owners, key_of, reached_at
+from tx_async.api.measured import MeasureMiddleware
+from tx_async.api.owner import Owners
 from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
 from tx_async.dispatch.router import Router
-from tx_async.errors import StorageError, UserError
+from tx_async.errors import StorageError
+from tx_async.exposition import metrics_route
 from tx_async.health import Health
 from tx_async.identity import Identity
 from tx_async.journal.factory import open_journal
 from tx_async.journal.marks import map_marks
-from tx_async.metrics import CONTENT_TYPE, render
+from tx_async.metrics import Metrics
 from tx_async.names import tokenizer_id
 from tx_async.private import close_data, private_umask
 from tx_async.scheduler.core import marks
@@ -71,13 +70,12 @@ class Server:
     def __init__(self, config: ServerConfig, engine: str = DEFAULT_ENGINE):
         self.config = config
         self._engine = engine
+        self.metrics = Metrics()
+        self.router: Router | None = None
         self.scheduler: Scheduler | None = None
         self.identity: Identity | None = None
         #: the actors that count what they do, by name; `running` has made them
-        self._observed: dict[str, Observed] = {}
-
-    def statistics(self) -> dict[str, Struct]:
-        return {name: actor.statistics() for name, actor in self._observed.items()}
+        self.observed: dict[str, Observed] = {}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Scheduler]:
@@ -97,6 +95,7 @@ class Server:
         if base_model.tokenizer_problem:
             _log.warning("Requests with stop strings will be refused: %s.", base_model.tokenizer_problem)
         journal = open_journal(config)
+        journal.took = self.metrics.commit.observe
         records = await journal.open()
         try:
             identity = self.identity = Identity(config, base_model, journal, records)
@@ -105,7 +104,7 @@ class Server:
             await journal.close()
             raise
         store = identity.store
-        router = Router(config, self._tell, await _storage_probe(store, config))
+        router = self.router = Router(config, self._tell, await _storage_probe(store, config))
         router.storage_id, router.base_fingerprint = store.storage_id, identity.base_fingerprint
         try:
             await router.start()
@@ -121,9 +120,10 @@ class Server:
                 dismiss=router.dismiss,
                 worker_status=supervisor.waiting_for,
                 storage_status=identity.waiting_for,
+                metrics=self.metrics,
                 marks=marks.ReplayMarks(map_marks(config.data_path, identity.record.journal_id, marks.NUM_BYTES)),
             )
-            self._observed = {actor.name: actor for actor in (scheduler, journal, router, supervisor)}
+            self.observed = {actor.name: actor for actor in (scheduler, journal, router, supervisor)}
             async with actors_running(scheduler, router, supervisor, journal, identity) as group:
                 group.start_soon(sweep_for_ever, store, lambda: scheduler.models)
                 yield scheduler
@@ -163,9 +163,12 @@ async def _storage_probe(store: Store, config: ServerConfig) -> StorageProbe | N
         return None
 
 
+MIDDLEWARE = [Middleware(MeasureMiddleware), Middleware(GateMiddleware)]
+
+
 def create_app(config: ServerConfig | None = None, engine: str = DEFAULT_ENGINE) -> Starlette:
     """The ASGI application. Without `config`, it is read from `TX_…` variables and TX_CONFIG when the server starts."""
-    app = Starlette(lifespan=_lifespan, exception_handlers=EXCEPTION_HANDLERS, middleware=[Middleware(GateMiddleware)])
+    app = Starlette(lifespan=_lifespan, exception_handlers=EXCEPTION_HANDLERS, middleware=MIDDLEWARE)
     app.router.redirect_slashes = False
     app.state.config = config
     app.state.engine = engine
@@ -177,6 +180,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     config = app.state.config or configuration.load()
     server = Server(config, app.state.engine)
     app.state.gate = Gate(config)
+    app.state.metrics = server.metrics
     key_file = KeyFile(config.api_keys_file) if config.api_keys_file else None
     owners = Owners(key_file.current if key_file else None)
     started = False
@@ -188,7 +192,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             store = server.identity.store
             health = Health(store, config.data_path, partial(_write_nothing, scheduler), scheduler.waiting_for)
             app.router.routes.extend(create_routes(scheduler, config, store, owners=owners, health=health))
-            app.router.routes.append(_metrics_route(server, app.state.gate, owners))
+            app.router.routes.append(_metrics_route(server, scheduler, app.state.gate, owners))
             started = True
             yield
     except BaseException as error:
@@ -204,19 +208,9 @@ async def _write_nothing(scheduler: Scheduler) -> None:
     await scheduler.journal.commit([Delete("audit", "health")])
 
 
-def _metrics_route(server: Server, gate: Gate, owners: Owners) -> Route:
-    """For a Prometheus that scrapes it: numbers of the whole server, which this machine may read without a key, and an
-    admin from everywhere."""
-
-    async def metrics(request: Request) -> Response:
-        if not gate.is_local(request.scope):
-            try:
-                owners.require_admin(key_of(request.headers), reached_at(request.scope))
-            except UserError as error:
-                return error_response(error)
-        return Response(render(server.statistics()), headers={"content-type": CONTENT_TYPE})
-
-    return Route("/metrics", metrics, methods=["GET"])
+def _metrics_route(server: Server, scheduler: Scheduler, gate: Gate, owners: Owners) -> Route:
+    assert server.router is not None
+    return metrics_route(server.config, server.observed, scheduler, server.router, server.metrics, gate, owners)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,16 +1,21 @@
-"""`GET /metrics`: what the actors count, in Prometheus's text format.
+"""`GET /metrics`: what the server counts, for Prometheus.
 
 An actor's `statistics()` returns a struct of `Counter` and `Gauge` fields. The field is the metric's only declaration,
 as its source says it: `commits: Counter` of the journal is the counter `tx_async_journal_commits_total`, the docstring
-below it is its HELP line.
+below it is its HELP line. What is no plain number (histograms, numbers by label) is declared in `Metrics`, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
+import prometheus_client
 from msgspec import Struct
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
 
 from tx_async.field_docs import field_docs
 
@@ -19,21 +24,102 @@ Counter = float
 Gauge = float
 """What is the case now."""
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PREFIX = "tx_async"
+DEVICE_KINDS = ("forward_backward", "forward", "optim_step", "save_weights", "load_weights", "sample")
+"""Requests that a device works on, as `kind` has them."""
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+COMMIT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+prometheus_client.disable_created_metrics()  # one more line for each series, which nobody reads
 
 
-def render(statistics: Mapping[str, Struct]) -> str:
-    """statistics: of each actor, by its name."""
-    return "".join(line + "\n" for actor, struct in statistics.items() for line in _lines(actor, struct))
+class Metrics:
+    """One server's. Each is fed by one owner."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        # The scheduler's watch
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a sample's acceptance until its first token was there.", SECONDS
+        )
+        self.time_per_output_token = self._histogram(
+            "time_per_output_token_seconds", "What a token of a sample took on average.", TOKEN_SECONDS
+        )
+        self.queue = self._histogram(
+            "queue_seconds", "From a request's acceptance until the first of it was sent to a worker.", SECONDS, "kind"
+        )
+        self.run = self._histogram(
+            "run_seconds", "From then until its result was known; the last token of a sample.", SECONDS, "kind"
+        )
+        self.micro_batch_fill = self._histogram(
+            "micro_batch_fill", "Tokens of a training micro-batch, as a part of the positions that it computes.", TENTHS
+        )
+        # The journal
+        self.commit = self._histogram("commit_seconds", "What it took to make a transaction durable.", COMMIT_SECONDS)
+        # The API
+        self.http_request = self._histogram(
+            "http_request_seconds",
+            "Answers over HTTP; a poll for a result that is not there yet waits, for at most long_poll_ms.",
+            SECONDS,
+            "route",
+            "status",
+        )
+        self.http_server_errors = prometheus_client.Counter(
+            f"{PREFIX}_http_server_errors", "Answers with status 500: the log says why.", registry=self.registry
+        )
+        for kind in DEVICE_KINDS:
+            self.queue.labels(kind)
+            self.run.labels(kind)
+
+    def _histogram(self, name: str, doc: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{PREFIX}_{name}", doc, labels, registry=self.registry, buckets=buckets)
 
 
-def _lines(actor: str, statistics: Struct) -> Iterator[str]:
+class Scrape:
+    """What one answer tells. The statistics are those of the moment in which it was made; the rest is read while it is
+    encoded, on whatever thread does that."""
+
+    def __init__(self, families: Iterable[Metric], metrics: Metrics):
+        self._families = list(families)
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+        yield from self._metrics.registry.collect()
+
+    def encode(self, accept: str = "") -> tuple[bytes, str]:
+        """(text, its content type): Prometheus's own format, or OpenMetrics for whoever accepts that."""
+        try:
+            encode, content_type = choose_encoder(accept)
+            return encode(self), content_type  # type: ignore[arg-type]
+        except (ValueError, TypeError):  # a version that is none
+            encode, content_type = choose_encoder("")
+            return encode(self), content_type  # type: ignore[arg-type]
+
+
+def families_of(actor: str, statistics: Struct) -> Iterator[Metric]:
+    """actor: whose they are; "" for what belongs to the server as a whole."""
     for field in _fields(type(statistics)):
-        kind = field.type.lower()
-        name = f"tx_async_{actor}_{field.name}" + ("_total" if kind == "counter" else "")
-        yield f"# HELP {name} {field.doc}"
-        yield f"# TYPE {name} {kind}"
-        yield f"{name} {getattr(statistics, field.name):.12g}"
+        name, value = "_".join(filter(None, (PREFIX, actor, field.name))), getattr(statistics, field.name)
+        family = CounterMetricFamily if field.type == "Counter" else GaugeMetricFamily
+        yield family(name, field.doc, value=value)
+
+
+def counter_by(name: str, doc: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]) -> Metric:
+    return _labelled(CounterMetricFamily(f"{PREFIX}_{name}", doc, labels=labels), values)
+
+
+def gauge_by(name: str, doc: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]) -> Metric:
+    return _labelled(GaugeMetricFamily(f"{PREFIX}_{name}", doc, labels=labels), values)
+
+
+def _labelled(family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[tuple[str, ...], float]) -> Metric:
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
 
 
 _fields = cache(field_docs)

@@ -20,7 +20,7 @@ import pytest
 from tests.support.actor import InProcessServer, running
 from tx_async.api.routes import ROUTES, create_api
 from tx_async.config import ServerConfig
-from tx_async.testing.fake_scheduler import MemoryFiles
+from tx_async.testing.memory_files import MemoryFiles
 from tx_async.testing.memory_journal import MemoryDisk
 from tx_async.wire import protobuf, tinker
 from tx_async.wire.worker import AdmitSequences
@@ -30,7 +30,7 @@ INT64 = (-(2**63) - 1, -(2**63), 2**63 - 1, 2**63)
 EDGES = (0, -1, *INT32, 2**53, *INT64, 2**64, 10**30)
 MEMORY_BYTES_MAX = 64 * 2**20
 """What thousands of requests may leave behind; one container of a client's size would be gigabytes."""
-SETTINGS = {"long_poll_ms": 5_000, "seq_gap_ms": 0, "chunk_gap_ms": 0}
+SETTINGS: dict[str, Any] = {"long_poll_ms": 5_000, "seq_gap_ms": 0, "chunk_gap_ms": 0}
 
 Path = tuple[str | int, ...]
 

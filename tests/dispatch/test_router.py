@@ -1,4 +1,5 @@
 """The router against dealers in the same process: protocol, order, leases, strangers. Real processes: tests/worker."""
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 import asyncio
 import contextlib
@@ -280,7 +281,7 @@ async def test_one_error_fails_one_command(server):
         await asyncio.to_thread(dealer.receive)
     dealer.fail(1, EngineError("not this one"))
     dealer.reply(2, Done())
-    failed = CommandFailed(number=1, category="server", message="not this one")
+    failed = CommandFailed(number=1, category="server", message="not this one", error="EngineError")
     ended = await server.event(CommandEnded)
     assert (ended.worker_id, ended.failure) == ("w0", failed)
     assert (await server.finished()).number == 2

@@ -420,4 +420,4 @@ def test_a_save_that_storage_does_not_take_is_counted(stage: Stage):
     stage.storage.is_down = True
     stage.save(model, 1, "a")
     stage.run()
-    assert stage.state.training.num_failed_saves == 1
+    assert stage.state.training.failures == {("save", "storage"): 1}

@@ -61,7 +61,9 @@ def test_the_snapshot_of_an_eviction_fails_and_the_run_repeats_what_it_held(capl
     stage.train(second, 1)
     stage.run()
     assert not stage.lane(first).pending_snapshots
-    assert stage.state.training.num_failed_snapshots == 2 and f"A snapshot of {first} failed" in caplog.text
+    assert (
+        stage.state.training.failures == {("snapshot", "storage"): 2} and f"A snapshot of {first} failed" in caplog.text
+    )
     stage.storage.is_down = False
     stage.train(first, 1, first_seq_id=3)
     stage.run()

@@ -5,8 +5,8 @@ import pytest
 
 from tests.support.simulation import INFO
 from tx_async.scheduler.core.policy import Policy
-from tx_async.scheduler.core.worker_state import Kind, WorkerState
-from tx_async.wire.worker import SampleQuantum, TrainMicroBatch
+from tx_async.scheduler.core.worker_state import Kind, WorkerState, cause_of
+from tx_async.wire.worker import CommandFailed, SampleQuantum, TrainMicroBatch
 
 QUANTA: dict[Kind, TrainMicroBatch | SampleQuantum] = {
     "train": TrainMicroBatch(slots=(0,), row_length=32, targets_per_token=1, forward_only=False),
@@ -20,7 +20,7 @@ class SideBySide:
 
     def __init__(self, **shares: float):
         info = msgspec.structs.replace(INFO, overlaps=True)
-        self.worker = WorkerState("w0", info, frozenset({"train", "sample"}), Policy(**shares))
+        self.worker = WorkerState("w0", info, frozenset({"train", "sample"}), Policy(**shares))  # type: ignore[arg-type]
         self.busy_ms: dict[Kind, float] = dict.fromkeys(COST_MS, 0.0)
         self.ends: dict[Kind, list[tuple[float, int]]] = {kind: [] for kind in COST_MS}
         self.now = 0.0
@@ -78,3 +78,18 @@ def test_who_waited_goes_on_at_once_when_the_other_has_no_more():
     before, began = both.busy_ms["sample"], both.now
     both.run(20_000, "sample")
     assert both.busy_ms["sample"] - before > 0.75 * (both.now - began)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "cause"),
+    [
+        ("StorageError", "checkpoints/a could not be written: No space left on device (os error 28)", "no_space"),
+        ("StorageError", "The storage /checkpoints is away.", "storage"),
+        ("UnknownCheckpoint", "There is no checkpoint a.", "user"),
+        ("", "ValueError: no", "engine"),
+        ("ServerError", "no", "other"),
+    ],
+)
+def test_a_failure_has_one_of_a_few_causes(error, message, cause):
+    category = "user" if cause == "user" else "server"
+    assert cause_of(CommandFailed(number=1, category=category, message=message, error=error)) == cause

@@ -63,9 +63,8 @@ class PeftSampler:
             prefill_tokens=self.context,
         )
 
-    @property
-    def num_compilations(self) -> int:
-        return 0
+    def vitals(self) -> wire.Heartbeat:
+        return wire.Heartbeat()
 
     def close(self) -> None:
         self.waiting.clear()

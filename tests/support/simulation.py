@@ -283,7 +283,7 @@ class World(Clients):
         try:
             result, tensors = self.worker.engine.execute(sent.command, sent.tensors)  # type: ignore[arg-type]
         except TxError as error:
-            self.worker.outbox.append(failed(sent, error.category, error.message))
+            self.worker.outbox.append(failed(sent, error.category, error.message, type(error).__name__))
             return
         if isinstance(sent.command, SaveAdapter):
             self.worker.saving.append(sent)
@@ -305,7 +305,7 @@ class World(Clients):
             self.worker.engine.finish_save(sent.command.key)
             self.handle(finished(sent, Saved(size_bytes=1)))
         except StorageError as error:
-            self.handle(failed(sent, error.category, error.message))
+            self.handle(failed(sent, error.category, error.message, type(error).__name__))
 
     def _check_slots(self, sent: Sent) -> None:
         """Rows are trained in the slot of their own run: its number is the second token of every datum."""
@@ -445,6 +445,6 @@ def finished(sent: Sent, result: Result, tensors: Sequence[np.ndarray] = (), ela
     return CommandEnded(WORKER, outcome, tensors)
 
 
-def failed(sent: Sent, category: str, message: str) -> CommandEnded:
-    outcome = CommandFailed(number=sent.number, category=category, message=message)  # type: ignore[arg-type]
+def failed(sent: Sent, category: str, message: str, error: str = "") -> CommandEnded:
+    outcome = CommandFailed(number=sent.number, category=category, message=message, error=error)  # type: ignore[arg-type]
     return CommandEnded(WORKER, outcome)

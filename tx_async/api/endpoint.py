@@ -81,6 +81,7 @@ class Endpoint:
         request = Request(scope, receive)
         request_id = _request_id(request)
         logs.request_id.set(request_id)
+        scope.get("tx_async.route", []).append(self.row.path)
         try:
             response = await self._respond(request)
         except TxError as error:

@@ -83,6 +83,11 @@ class Owners:
             return None
         return [digest for digest, key in self._keys().items() if not key.has_expired(self._now())]
 
+    def roles(self) -> dict[str, tuple[str, str]]:
+        """owner -> (role, id) of its key, where the registry says so."""
+        keys = self._keys().values() if self._keys else ()
+        return {key.owner: (key.role, key.key_id) for key in keys if key.owner}
+
     def names(self) -> dict[str, str]:
         """owner -> name of its key, where the registry says so."""
         return {key.owner: key.name for key in self._keys().values() if key.owner} if self._keys else {}

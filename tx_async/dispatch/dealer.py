@@ -136,7 +136,7 @@ class Dealer:
         token: str = "",
         capabilities: frozenset = frozenset({"train", "sample", "score"}),
         parent_pid: int = 0,
-        count_compilations: Callable[[], int] = lambda: 0,
+        vitals: Callable[[], Heartbeat] = Heartbeat,
         on_beat: Callable[[float], None] = lambda lease_s: None,
     ):
         """`parent_pid`: the server's, when it spawned this process; 0 when somebody else did.
@@ -144,7 +144,7 @@ class Dealer:
         `on_beat`: called on the thread at `Welcome` and every heartbeat, told the lease in seconds (before, infinity).
         """
         self.connect = connect
-        self.count_compilations = count_compilations
+        self.vitals = vitals
         self._on_beat = on_beat
         self._is_local = connect.startswith("ipc://")
         self._hello = Hello(
@@ -259,7 +259,8 @@ class Dealer:
         self._arrived.pop(number, None)
         category: Category = error.category if isinstance(error, TxError) else "server"
         text = str(error) if isinstance(error, TxError) else f"{type(error).__name__}: {error}"
-        self._post(_Outgoing(CommandFailed(number=number, category=category, message=text, fatal=fatal)))
+        name = type(error).__name__ if isinstance(error, TxError) else ""
+        self._post(_Outgoing(CommandFailed(number=number, category=category, message=text, fatal=fatal, error=name)))
 
     def goodbye(self, reason: str = "") -> None:
         self._post(_Outgoing(Goodbye(reason)))
@@ -348,7 +349,7 @@ class Dealer:
 
     def _beat(self) -> bool:
         self._on_beat(self._lease_s)
-        message = Heartbeat(num_compilations=self.count_compilations()) if self._is_attached else self._hello
+        message = self.vitals() if self._is_attached else self._hello
         return self._send(_Outgoing(message))
 
     def _send_all(self) -> bool:

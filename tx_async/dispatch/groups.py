@@ -21,6 +21,7 @@ from tx_async.wire.worker import (
     CommandFailed,
     CommandFinished,
     EngineInfo,
+    Heartbeat,
     Hello,
     Progress,
     SaveAdapter,
@@ -45,7 +46,8 @@ class Member:
     released: list[int] = field(default_factory=list)
     progress: Progress | None = None
     info: EngineInfo | None = None
-    num_compilations: int = 0
+    #: its newest heartbeat
+    vitals: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def peer(self) -> tuple[str, bytes]:

@@ -35,7 +35,7 @@ from tx_async.dispatch.frames import (
 )
 from tx_async.dispatch.groups import Group, InFlight, Member, Outcome
 from tx_async.dispatch.runtime import RuntimeDirectory
-from tx_async.dispatch.statistics import RouterStatistics, statistics_of
+from tx_async.dispatch.statistics import RouterStatistics, Totals, WorkerStatistics, statistics_of, worker_statistics_of
 from tx_async.errors import NotReady
 from tx_async.wire.facts import CommandEnded, WorkerFact, WorkerLost, WorkerProgress, WorkerReady
 from tx_async.wire.worker import (
@@ -90,6 +90,7 @@ class Router:
         self._last_tick = 0.0
         self._failure: asyncio.Future[None] | None = None
         self._blocks = Blocks()
+        self._totals = Totals()
         self._counts = dict.fromkeys(
             ("commands_sent", "results_received", "malformed_messages", "workers_refused", "workers_lost"), 0
         )
@@ -98,20 +99,11 @@ class Router:
         return f"<Router {self.statistics()}>"
 
     def statistics(self) -> RouterStatistics:
-        return statistics_of(self._groups.values(), self._counts | self._blocks.counts | self._planned_memory())
+        return statistics_of(self._groups.values(), self._counts | self._blocks.counts)
 
-    def _planned_memory(self) -> dict[str, float]:
-        infos = [member.info for _, member in self._peers.values() if member.info]
-        of = lambda *names: max(  # noqa: E731
-            (sum(part.num_bytes for part in info.memory if part.name in names) for info in infos), default=0
-        )
-        return {
-            "kernels_plain": sum(runs == "plain" for info in infos for _, runs in info.kernels),
-            "memory_weights_bytes": of("weights"),
-            "memory_slots_bytes": of("training slots", "samplers"),
-            "memory_temporaries_bytes": of("temporaries"),
-            "memory_kv_cache_bytes": of("KV cache"),
-        }
+    def worker_statistics(self) -> WorkerStatistics:
+        lease_s = self.config.worker_lease_ms / 1000
+        return worker_statistics_of(self._groups.values(), self._totals, self.clock.monotonic(), lease_s)
 
     @property
     def runtime(self) -> RuntimeDirectory:
@@ -277,8 +269,9 @@ class Router:
         group, member = known
         member.last_heard = self.clock.monotonic()
         match envelope.message:
-            case Heartbeat(num_compilations=num_compilations):
-                member.num_compilations = num_compilations
+            case Heartbeat() as vitals:
+                self._totals.hear(member.vitals, vitals)
+                member.vitals = vitals
                 self._send(member, Heartbeat())
             case CommandFinished() | CommandFailed() as outcome:
                 self._handle_outcome(group, member, outcome, envelope.block, payload)
@@ -440,6 +433,7 @@ class Router:
             self._doors.post(member.peer, Refused(f"worker {group.name} starts again: {reason}"))
         self._forget(group)
         self._counts["workers_lost"] += group.is_ready
+        self._totals.workers_lost += group.is_ready
         lost = WorkerLost(group.name, reason) if group.is_ready else WorkerProgress(group.name, reason)
         self._tell(lost)
 

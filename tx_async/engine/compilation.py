@@ -72,6 +72,7 @@ class CompilationCounter:
 
     def __init__(self) -> None:
         self.count = 0
+        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def close(self) -> None:
@@ -80,6 +81,7 @@ class CompilationCounter:
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILE_EVENT:
             self.count += 1
+            self.seconds += duration_secs
 
 
 class Program:

@@ -9,6 +9,7 @@ on another thread.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,7 +49,7 @@ from tx_async.engine.platform import Platform
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.replies import fetch, finished_sequence, head, piece_of, store_scores
-from tx_async.engine.sequences import Sample, Schedule, Sequences, prompt_key
+from tx_async.engine.sequences import Sample, Schedule, Sequences, Times, prompt_key
 from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
@@ -69,6 +70,8 @@ class Quantum:
 
     schedule: Schedule
     progress: dict[int, int]
+    began_at: float
+    """Monotonic seconds: when it was dispatched, or the one before it ended."""
     decoded: tuple[Sequence[Sample], Decoded] | None = None
     scored: list[tuple[list[Piece], tuple[Array, ...]]] = field(default_factory=list)
     reply: Reply | None = None
@@ -131,6 +134,10 @@ class SamplingEngine:
     def __repr__(self) -> str:
         return f"<SamplingEngine {self.sequences!r}>"
 
+    @property
+    def kv_cache_tokens(self) -> int:
+        return (self.layout.num_pages - 1) * self.layout.page_size
+
     def use_params(self, params: Any) -> None:
         self.params = params
         #: the same weights, where steps of few tokens want them laid out in another way
@@ -167,7 +174,7 @@ class SamplingEngine:
         with self._lock:
             self._settle_last()
             schedule = self.sequences.schedule(steps, max(prefill_tokens, self.layout.page_size))
-            quantum = Quantum(schedule, _prefill_progress(schedule))
+            quantum = Quantum(schedule, _prefill_progress(schedule), time.monotonic())
             self.stream.run(self._dispatch, quantum, steps, lora_weights, lora_scale)
             self._last = quantum
         return partial(self._wait, quantum)
@@ -188,6 +195,7 @@ class SamplingEngine:
             keys=PageKeys(spec.adapter_version, self.layout.page_size),
             stops=StopStrings(spec.stop_strings, load_decoder(self.folder), tokens) if spec.stop_strings else None,
             scoring=_scoring(spec, tensors, len(tokens)),
+            times=Times(admitted_at=time.monotonic()),
         )
 
     # ---- dispatch
@@ -253,10 +261,12 @@ class SamplingEngine:
         if quantum.decoded:
             samples, decoded = quantum.decoded
             out = fetch(decoded, samples)
+            now = time.monotonic()
             for row, sample in enumerate(samples):
+                sample.times.decoded(quantum.began_at, now)
                 count, reason = self._extend(sample, row, out, quantum.progress)
                 if reason:
-                    finished.append(finished_sequence(sample, reason, tensors))
+                    finished.append(finished_sequence(sample, reason, tensors, now))
                     self.sequences.finish(sample)
                 elif count and sample.spec.stream:
                     pieces.append(piece_of(sample, count, tensors))
@@ -272,6 +282,7 @@ class SamplingEngine:
                 num_prefilled_tokens=sum(segment.stop - segment.start for segment in quantum.schedule.prefill),
                 num_preempted=quantum.schedule.num_preempted,
                 pieces=tuple(pieces),
+                num_kv_tokens=self.sequences.cache.num_used * self.layout.page_size,
             ),
             tensors,
         )

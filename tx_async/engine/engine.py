@@ -43,7 +43,7 @@ from tx_async.models.decoder import Decoder, layers_apart
 from tx_async.models.load import fetch, load_model
 from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
-from tx_async.wire.worker import EngineConfig, EngineInfo, Welcome
+from tx_async.wire.worker import EngineConfig, EngineInfo, Heartbeat, Welcome
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
 TARGETS_PER_TOKEN = (1, 8, 32, 128)
@@ -177,6 +177,7 @@ class JaxEngine:
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
             base_model_digest=self.base_model_digest,
             dtype=str(self.params["embed"].dtype),
+            kv_cache_tokens=self.sampling.kv_cache_tokens,
         )
 
     def recomputes(self, rows: int, length: int) -> bool:
@@ -188,6 +189,15 @@ class JaxEngine:
     @property
     def num_compilations(self) -> int:
         return self._counter.count
+
+    def vitals(self) -> Heartbeat:
+        used, most = platform.device_memory()
+        return Heartbeat(
+            num_compilations=self._counter.count,
+            compile_s=self._counter.seconds,
+            device_bytes=used,
+            device_bytes_max=most,
+        )
 
     def close(self) -> None:
         self.sampling.stream.close()

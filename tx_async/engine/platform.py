@@ -6,7 +6,9 @@ are, so that programs for a device that is not there are made from the same tabl
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 
@@ -153,3 +155,14 @@ def of(name: str) -> Platform:
 def current() -> Platform:
     """Where JAX runs here. Joins no mesh and starts the backend: call it after `jax.distributed.initialize`."""
     return of(jax.default_backend())
+
+
+def device_memory() -> tuple[int, int]:
+    """(bytes in use, bytes that it can have or 0) of the first device here; of this process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats.get("bytes_in_use", 0), stats.get("bytes_limit", 0)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), 0
+    except OSError:  # no Linux
+        return 0, 0

@@ -37,13 +37,17 @@ class PrefixCache:
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     def __repr__(self) -> str:
-        used = self.num_pages - 1 - self.num_available
-        return f"<PrefixCache [Pages: {used} in use, {len(self._idle)} idle, {len(self._free)} free]>"
+        return f"<PrefixCache [Pages: {self.num_used} in use, {len(self._idle)} idle, {len(self._free)} free]>"
 
     @property
     def num_available(self) -> int:
         """Pages that `allocate` could hand out."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def num_used(self) -> int:
+        """Pages that somebody refers to."""
+        return self.num_pages - 1 - self.num_available
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one reference each, or None when there are not so many. Idle ones lose their content."""

@@ -60,7 +60,7 @@ def piece_of(sample: Sample, count: int, tensors: list[np.ndarray]) -> SequenceP
     )
 
 
-def finished_sequence(sample: Sample, reason: Any, tensors: list[np.ndarray]) -> FinishedSequence:
+def finished_sequence(sample: Sample, reason: Any, tensors: list[np.ndarray], now: float) -> FinishedSequence:
     """Describe a sequence that ended, appending its arrays to the message's."""
 
     def add(array: np.ndarray) -> int:
@@ -83,5 +83,6 @@ def finished_sequence(sample: Sample, reason: Any, tensors: list[np.ndarray]) ->
         tokens_index=add(np.array(sample.tokens[sample.num_prompt :], np.int32)),
         logprobs_index=add(np.array(sample.logprobs, np.float32)),
         num_cached_tokens=sample.num_cached,
+        times=sample.times.until(now),
         **fields,
     )

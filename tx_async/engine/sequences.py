@@ -21,9 +21,32 @@ from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.state_slots import NULL_SLOT, StateSlots
 from tx_async.engine.stops import StopStrings
-from tx_async.wire.worker import SequenceSpec
+from tx_async.wire.worker import SequenceSpec, SequenceTimes
 
 PromptKey = tuple[str, bytes]
+
+
+@dataclass
+class Times:
+    """In monotonic seconds. Nothing is decided by them: hosts of a mesh have their own."""
+
+    admitted_at: float = 0.0
+    decode_began_at: float = 0.0
+    """When the quantum began that brought its first tokens; 0 before."""
+    first_token_at: float = 0.0
+
+    def decoded(self, began_at: float, now: float) -> None:
+        """A quantum has brought tokens."""
+        if not self.first_token_at:
+            self.decode_began_at, self.first_token_at = max(began_at, self.admitted_at), now
+
+    def until(self, now: float) -> SequenceTimes:
+        """Its last token has come."""
+        return SequenceTimes(
+            decode_began=1000 * (self.decode_began_at - self.admitted_at),
+            first_token=1000 * (self.first_token_at - self.admitted_at),
+            last_token=1000 * (now - self.admitted_at),
+        )
 
 
 @dataclass(eq=False)
@@ -55,6 +78,7 @@ class Sample:
     num_cached: int = 0
     """Prompt tokens that it found in the prefix cache when it was first admitted."""
     was_admitted: bool = False
+    times: Times = field(default_factory=Times)
     logprobs: list[float] = field(default_factory=list)
     topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     heads: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)

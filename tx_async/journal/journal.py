@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -112,6 +112,8 @@ class Journal:
         waiting_changes_max: int = WAITING_CHANGES_MAX,
     ):
         self._driver = driver
+        #: told what each durable transaction took, in seconds
+        self.took: Callable[[float], None] = lambda seconds: None
         self._transaction_bytes_max = transaction_bytes_max
         self._transaction_changes_max = transaction_changes_max
         self._waiting_bytes_max = waiting_bytes_max
@@ -263,7 +265,9 @@ class Journal:
             self._commits += 1
             self._changes += sum(len(commit.changes) for commit in batch)
             self._bytes += sum(commit.num_bytes for commit in batch)
-            self._last_commit_ms = (time.perf_counter() - started) * 1_000
+            seconds = time.perf_counter() - started
+            self._last_commit_ms = seconds * 1_000
+            self.took(seconds)
             self._finish(batch)
 
     async def _write_one_by_one(self, batch: list[_Commit], error: Exception) -> None:

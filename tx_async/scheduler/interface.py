@@ -29,6 +29,35 @@ class StillPending(Struct, frozen=True):
     queue_state_reason: str | None = None
 
 
+class Passage(Struct, kw_only=True):
+    """When a request passed the stations on its way, in seconds since the epoch; 0 = not yet, or not known any more:
+    what happened before the server's start is known by the journal's two times alone."""
+
+    request_id: str
+    kind: str
+    """As the API calls it: forward_backward, optim_step, sample …"""
+    subject: str
+    """model_id or sampling_session_id."""
+    seq_id: int
+    accepted_at: float
+    """Arrived, whole and valid."""
+    durable_at: float = 0.0
+    """In the journal: it waits for its turn."""
+    begun_at: float = 0.0
+    """The first of it was sent to a worker."""
+    first_token_at: float = 0.0
+    """Of a sample."""
+    ended_at: float = 0.0
+    """All of it is back, or it has failed."""
+    published_at: float = 0.0
+    """Its result is durable: clients may see it."""
+    fetched_at: float = 0.0
+    """Its client has it."""
+    worker_id: str = ""
+    """Where it began."""
+    failed: bool = False
+
+
 class LivePiece(Struct, frozen=True, kw_only=True):
     """What one quantum brought for one sample of a live request."""
 
@@ -98,6 +127,10 @@ class SchedulerApi(Protocol):
 
     def history(self, model_id: str) -> Sequence[Mapping[str, float]]:
         """A row of numbers for each optimizer step of a run, oldest first, thinned with age; empty for no run."""
+        ...
+
+    def passages(self, session_id: str) -> list[Passage]:
+        """Of the requests of a session that are on record, oldest first."""
         ...
 
     def note(self, event: str, subject: str, **details: Any) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 from tx_async.clock import Clock
 from tx_async.errors import ContentLost, NotReady, StorageError
 from tx_async.journal.journal import Journal
-from tx_async.scheduler.core.facts import BodyLoaded, Fact, FilesListed, ResultDurable
+from tx_async.metrics import Metrics
+from tx_async.scheduler.core.facts import BodyLoaded, Fact, FilesListed, RequestAccepted, ResultDurable
 from tx_async.scheduler.core.instructions import (
     DeleteFiles,
     Deliver,
@@ -31,10 +32,12 @@ from tx_async.scheduler.core.instructions import (
     ListFiles,
     Publish,
     Send,
+    SequenceEnded,
 )
 from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.outbox import Item, Outbox
+from tx_async.scheduler.stations.watch import Watch
 from tx_async.wire import operations
 from tx_async.wire.records import ResultRecord
 from tx_async.wire.worker import Command
@@ -71,6 +74,7 @@ class Performer:
         dismiss: DismissWorker = lambda worker_id, reason: None,
         marks: ReplayMarks,
         deliver: Callable[[Deliver], None] = lambda instruction: None,
+        metrics: Metrics | None = None,
     ):
         """`publish` is called with each result when it is durable, `deliver` with what live requests say."""
         self.state = state
@@ -78,6 +82,7 @@ class Performer:
         self.clock = clock
         self.publish = publish
         self.outbox = Outbox(journal, self._show)
+        self.watch = Watch(state.catalog, clock, metrics or Metrics())
         self._send = send
         self._delete_files = delete_files
         self._list_files = list_files
@@ -135,6 +140,8 @@ class Performer:
             self._is_handling = False
 
     def _handle(self, fact: Fact) -> None:
+        if isinstance(fact, RequestAccepted):
+            self.watch.accepted(fact.request)
         instructions = self.state.handle(fact, self.clock.now())
         if instructions and _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s: %s", fact.cause, ", ".join(type(instruction).__name__ for instruction in instructions))
@@ -153,9 +160,15 @@ class Performer:
                 case Send():
                     self._perform_send(instruction)
                 case Publish(result=result):
+                    self.watch.published(result.request_id)
                     self.publish(result)
                 case Deliver():
                     self._deliver(instruction)
+                case SequenceEnded():
+                    self.watch.sequence_ended(instruction)
+                case Finish(result=result):
+                    self.watch.finished(result)
+                    self.outbox.post(instruction)
                 case Dismiss():
                     self._dismiss(instruction.worker_id, instruction.reason)
                 case FetchBody():
@@ -171,6 +184,7 @@ class Performer:
         except NotReady:
             _log.debug("%s: %s is gone, and `WorkerLost` on its way", instruction.cause, instruction.worker_id)
             return
+        self.watch.sent(instruction)
         assert number == instruction.number, f"command {instruction.number} was sent as {number}"
 
     async def _fetch_body(self, instruction: FetchBody) -> None:

@@ -22,6 +22,7 @@ from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.errors import NotFound, NotReady, ResultGone
 from tx_async.journal.journal import Journal
+from tx_async.metrics import Metrics
 from tx_async.scheduler import newsreel
 from tx_async.scheduler.acceptance import Acceptance
 from tx_async.scheduler.assets import Assets
@@ -32,14 +33,14 @@ from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
-from tx_async.scheduler.interface import BaseModelInfo, LivePiece, StillPending
+from tx_async.scheduler.interface import BaseModelInfo, LivePiece, Passage, StillPending
 from tx_async.scheduler.live import LiveRequests
 from tx_async.scheduler.performer import DeleteBelow, DismissWorker, ListBelow, Performer, SendCommand
 from tx_async.scheduler.polls.payload_cache import PayloadCache
 from tx_async.scheduler.polls.waiters import Waiters
 from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.sessions import Sessions
-from tx_async.scheduler.statistics import SchedulerStatistics
+from tx_async.scheduler.statistics import SchedulerStatistics, statistics_of
 from tx_async.scheduler.submissions import Submissions, session_of
 from tx_async.wire import ids
 from tx_async.wire.facts import CommandEnded, WorkerFact
@@ -81,6 +82,7 @@ class Scheduler:
         worker_status: Callable[[], list[str]],
         storage_status: Callable[[], list[str]] = list,
         clock: Clock | None = None,
+        metrics: Metrics | None = None,
         marks: ReplayMarks | None = None,
     ):
         marks = marks or ReplayMarks()
@@ -104,6 +106,7 @@ class Scheduler:
             delete_files=delete_files,
             list_files=list_files,
             dismiss=dismiss,
+            metrics=metrics,
             marks=marks,
             deliver=lambda instruction: self._live.deliver(instruction),
         )
@@ -130,6 +133,7 @@ class Scheduler:
         for request in self.catalog.requests.values():
             if request.request_id not in self.catalog.results:
                 self.quota.take(request)
+                self.performer.watch.recovered(request)
         self.performer.perform(self.state.restore())
 
     async def stop(self, timeout_s: float) -> None:
@@ -185,6 +189,9 @@ class Scheduler:
     def history(self, model_id: str) -> list[HistoryRow]:
         return self.catalog.histories.rows(model_id)
 
+    def passages(self, session_id: str) -> list[Passage]:
+        return self.performer.watch.passages.of_session(session_id)
+
     def note(self, event: str, subject: str, **details: Any) -> None:
         self.performer.handle(EventNoted(event, subject, details))
 
@@ -197,24 +204,7 @@ class Scheduler:
         return [*waiting, *(self._worker_status() or ["a worker: none is attached"])]
 
     def statistics(self) -> SchedulerStatistics:
-        state = self.state
-        return SchedulerStatistics(
-            sessions=len(self.catalog.sessions),
-            models=len(self.catalog.models),
-            requests_unfinished=len(self.quota),
-            results_kept=len(self.catalog.results),
-            polls_waiting=len(self.waiters),
-            samples_open=len(state.sampling.jobs),
-            workers_ready=len(state.workers),
-            operations_to_replay=state.training.runs.num_replays,
-            commands_in_flight=sum(len(worker.in_flight) for worker in state.workers.values()),
-            saves_failed=state.training.num_failed_saves,
-            snapshots_failed=state.training.num_failed_snapshots,
-            train_tokens=state.training.micro_batches.num_tokens,
-            sample_tokens=state.sampling.num_tokens,
-            train_ms=state.busy_ms["train"],
-            sample_ms=state.busy_ms["sample"],
-        )
+        return statistics_of(self.state, len(self.quota), len(self.waiters))
 
     # ---- sessions
 
@@ -275,6 +265,7 @@ class Scheduler:
         self._heard_of_client(request)
         if request_id not in self.catalog.results and not await self.waiters.wait(request_id, timeout_s):
             return self._still_pending(request_id)
+        self.performer.watch.fetched(request_id)
         if result := self.payloads.get(request_id):
             return result
         with suppress(NotFound):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tx_async.metrics import Counter, Gauge
+from tx_async.scheduler.core.state import SchedulerState
+from tx_async.scheduler.core.worker_state import CAUSES
 
 
 class SchedulerStatistics(Struct, frozen=True, kw_only=True):
@@ -38,3 +40,49 @@ class SchedulerStatistics(Struct, frozen=True, kw_only=True):
     """Time that workers spent on training micro-batches."""
     sample_ms: Counter
     """Time that workers spent on quanta of sampling."""
+
+
+class SamplingStatistics(Struct, frozen=True, kw_only=True):
+    """Of all workers that sample, for the server as a whole."""
+
+    preemptions: Counter
+    """Sequences that gave their place in the KV cache to others, and went on later."""
+    prefix_cache_lookup_tokens: Counter
+    """Tokens of the prompts of samples that have ended: all of them were looked for in the prefix cache."""
+    prefix_cache_hit_tokens: Counter
+    """Tokens of these that were found there."""
+    kv_cache_used_tokens: Gauge
+    """Room that sequences hold in KV caches."""
+    kv_cache_tokens: Gauge
+    """Room that there is in KV caches; 0 where a worker does not say so, as external engines."""
+
+
+def statistics_of(state: SchedulerState, num_unfinished: int, num_polls: int) -> SchedulerStatistics:
+    return SchedulerStatistics(
+        sessions=len(state.catalog.sessions),
+        models=len(state.catalog.models),
+        requests_unfinished=num_unfinished,
+        results_kept=len(state.catalog.results),
+        polls_waiting=num_polls,
+        samples_open=len(state.sampling.jobs),
+        workers_ready=len(state.workers),
+        operations_to_replay=state.training.runs.num_replays,
+        commands_in_flight=sum(len(worker.in_flight) for worker in state.workers.values()),
+        saves_failed=sum(state.training.failures["save", cause] for cause in CAUSES),
+        snapshots_failed=sum(state.training.failures["snapshot", cause] for cause in CAUSES),
+        train_tokens=state.training.micro_batches.num_tokens,
+        sample_tokens=state.sampling.num_tokens,
+        train_ms=state.busy_ms["train"],
+        sample_ms=state.busy_ms["sample"],
+    )
+
+
+def sampling_statistics_of(state: SchedulerState) -> SamplingStatistics:
+    workers = state.workers.values()
+    return SamplingStatistics(
+        preemptions=state.sampling.num_preempted,
+        prefix_cache_lookup_tokens=state.sampling.num_prompt_tokens,
+        prefix_cache_hit_tokens=state.sampling.num_cached_tokens,
+        kv_cache_used_tokens=sum(worker.num_kv_tokens for worker in workers),
+        kv_cache_tokens=sum(worker.info.kv_cache_tokens for worker in workers),
+    )

@@ -64,6 +64,7 @@ from tx_async.wire.worker import (
     EngineConfig,
     EngineInfo,
     FinishedSequence,
+    Heartbeat,
     LoadAdapter,
     Loaded,
     LoadSampler,
@@ -157,11 +158,11 @@ class FakeEngine:
             decode_steps=self.config.decode_steps or 8,
             prefill_tokens=self.config.prefill_chunk_tokens or 1024,
             adapter_bytes=5 * 4 * FEATURES,
+            kv_cache_tokens=self.config.sample_max_num_sequences * self._context,
         )
 
-    @property
-    def num_compilations(self) -> int:
-        return 0
+    def vitals(self) -> Heartbeat:
+        return Heartbeat()
 
     def close(self) -> None:
         self._sequences.clear()
@@ -278,7 +279,9 @@ class FakeEngine:
     def _admit(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> None:
         scores = spec.prompt_scores
         targets = tensors[scores.targets_index].copy() if scores and scores.targets_index >= 0 else None
-        self._sequences[spec.sequence_id] = FakeSequence(spec, tensors[spec.prompt_index].copy(), targets)
+        self._sequences[spec.sequence_id] = FakeSequence(
+            spec, tensors[spec.prompt_index].copy(), targets, time.monotonic()
+        )
 
     def _sample(self, decode_steps: int, prefill_tokens: int) -> Reply:
         finished: list[FinishedSequence] = []
@@ -286,6 +289,7 @@ class FakeEngine:
         progress: list[tuple[int, int]] = []
         pieces: list[SequencePiece] = []
         tensors: list[np.ndarray] = []
+        began_at = time.monotonic()
         running = list(self._sequences.values())[: self.config.sample_max_num_sequences]
         budget = prefill_tokens
         for sequence in running:
@@ -299,6 +303,7 @@ class FakeEngine:
             start = len(sequence.tokens)
             try:
                 stop_reason = self._decode(sequence, decode_steps)
+                sequence.quanta.append((began_at, time.monotonic()))
             except TxError as error:
                 del self._sequences[sequence.spec.sequence_id]
                 failed.append((sequence.spec.sequence_id, error.category, error.message))
@@ -319,6 +324,7 @@ class FakeEngine:
             num_waiting=len(self._sequences) - num_running,
             num_prefilled_tokens=prefill_tokens - budget,
             pieces=tuple(pieces),
+            num_kv_tokens=sum(len(s.prompt) + len(s.tokens) for s in self._sequences.values()),
         )
         return result, tensors
 
@@ -327,7 +333,7 @@ class FakeEngine:
 
     def complete(self, spec: SequenceSpec, prompt: np.ndarray) -> tuple[FinishedSequence, list[np.ndarray]]:
         """A whole sequence at once, beside all others."""
-        sequence, tensors = FakeSequence(spec, prompt, None), []
+        sequence, tensors = FakeSequence(spec, prompt, None, time.monotonic()), []
         stop_reason = self._decode(sequence, spec.max_tokens)
         return self._finish(sequence, stop_reason or "length", tensors), tensors
 

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save as save_safetensors
 
 from tx_async.errors import NonFiniteGradients
-from tx_async.wire.worker import LOSS_FNS, AdamParams, Result, SequenceSpec, Stepped
+from tx_async.wire.worker import LOSS_FNS, AdamParams, Result, SequenceSpec, SequenceTimes, Stepped
 
 VOCAB_SIZE = 512
 CONTEXT = 1024
@@ -137,9 +137,20 @@ class FakeSequence:
     spec: SequenceSpec
     prompt: np.ndarray
     targets: np.ndarray | None
+    #: monotonic seconds
+    admitted_at: float
     #: prompt tokens that were prefilled
     prefilled: int = 0
     tokens: list[int] = field(default_factory=list)
+    #: (when it began, when it ended) of each quantum that has brought tokens
+    quanta: list[tuple[float, float]] = field(default_factory=list)
+
+    def times(self) -> SequenceTimes | None:
+        if not self.quanta:
+            return None
+        began, first, last = self.quanta[0][0], self.quanta[0][1], self.quanta[-1][1]
+        began, first, last = (1000 * (at - self.admitted_at) for at in (began, first, last))
+        return SequenceTimes(decode_began=began, first_token=first, last_token=last)
 
 
 def read_base_model(folder: str) -> tuple[int, int]:

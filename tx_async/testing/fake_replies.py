@@ -36,6 +36,7 @@ class FakeReply:
         return FinishedSequence(
             sequence_id=spec.sequence_id,
             stop_reason=stop_reason,  # type: ignore[arg-type]
+            times=self.sequence.times(),
             **indices,
         )
 

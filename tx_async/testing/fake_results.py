@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tx_async.scheduler.interface import Passage
+from tx_async.scheduler.stations.passages import kind_of
 from tx_async.wire import operations, results
+from tx_async.wire.records import RequestRecord
 from tx_async.wire.tensors import Tensor
 
 DEFAULT_MAX_TOKENS = 4
@@ -74,3 +77,20 @@ def _target_logprobs(targets: Tensor) -> Tensor:
 def _alt_tokens(length: int, k: int) -> results.PromptAltTokens:
     token_ids = np.tile(np.arange(k, dtype=np.int32), (length, 1))
     return results.PromptAltTokens(Tensor.of(token_ids), Tensor.of(np.full((length, k), -1, np.float32)))
+
+
+def passage_of(request: RequestRecord) -> Passage:
+    """One second from station to station."""
+    at = request.created_at
+    return Passage(
+        request_id=request.request_id,
+        kind=kind_of(request.kind),
+        subject=request.subject,
+        seq_id=request.seq_id,
+        accepted_at=at,
+        durable_at=at + 1,
+        begun_at=at + 2,
+        ended_at=at + 3,
+        published_at=at + 4,
+        worker_id="w0",
+    )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,11 +28,12 @@ from tx_async.errors import (
     UnknownSession,
     UserError,
 )
-from tx_async.scheduler.interface import BaseModelInfo, LivePiece, StillPending
+from tx_async.scheduler.interface import BaseModelInfo, LivePiece, Passage, StillPending
 from tx_async.scheduler.polls.waiters import Waiters
 from tx_async.storage.checkpoint_files import Manifest, encode_manifest, file_info
 from tx_async.testing.fake_live import FakeLive
-from tx_async.testing.fake_results import forward_backward, sample
+from tx_async.testing.fake_results import forward_backward, passage_of, sample
+from tx_async.testing.memory_files import MemoryFiles
 from tx_async.wire import ids, operations, results
 from tx_async.wire.operations import Operation
 from tx_async.wire.records import (
@@ -63,25 +64,6 @@ FAKE_FILES["metadata.json"] = encode_manifest(
 """What every saved checkpoint holds."""
 
 R = TypeVar("R")
-
-
-class MemoryFile(msgspec.Struct, frozen=True):
-    key: str
-    num_bytes: int
-
-
-class MemoryFiles:
-    """Storage of checkpoint files in a dict."""
-
-    def __init__(self):
-        self.content: dict[str, bytes] = {}
-
-    async def list(self, prefix: str) -> list[MemoryFile]:
-        keys = sorted(key for key in self.content if key.startswith(f"{prefix}/"))
-        return [MemoryFile(key, len(self.content[key])) for key in keys]
-
-    async def stream(self, key: str) -> AsyncIterator[bytes]:
-        yield self.content[key]
 
 
 @dataclass
@@ -127,6 +109,11 @@ class FakeScheduler:
 
     def __repr__(self) -> str:
         return f"<FakeScheduler {len(self._requests)} requests, {len(self._results)} results>"
+
+    def passages(self, session_id: str) -> list[Passage]:
+        subjects = [*self.models.values(), *self.samplers.values()]
+        mine = {record.key for record in subjects if record.session_id == session_id}
+        return [passage_of(request) for request in self._requests.values() if request.subject in mine]
 
     def note(self, event: str, subject: str, **details: Any) -> None:
         event_id = f"{len(self.audits):012d}"

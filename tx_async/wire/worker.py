@@ -216,6 +216,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """None: every sequence that its capabilities allow."""
     trial: Trial | None = None
     """None: the engine is trusted as it is."""
+    kv_cache_tokens: int = 0
+    """Tokens that its KV cache holds; 0 = not known."""
 
 
 class Ready(Struct, tag=True, frozen=True, kw_only=True):
@@ -226,6 +228,12 @@ class Heartbeat(Struct, tag=True, frozen=True, kw_only=True):
     """Sent by each worker every `heartbeat_interval_ms`, busy or not; answered by the server with the same."""
 
     num_compilations: int = 0
+    compile_s: float = 0.0
+    """What they took."""
+    device_bytes: int = 0
+    """Memory in use on this process's first device; on a CPU the process's own."""
+    device_bytes_max: int = 0
+    """What it can have there; 0 = not known."""
 
 
 class Shutdown(Struct, tag=True, frozen=True):
@@ -507,6 +515,17 @@ class Saved(Struct, tag=True, frozen=True, kw_only=True):
     size_bytes: int
 
 
+class SequenceTimes(Struct, frozen=True, kw_only=True):
+    """In milliseconds since the worker was told of the sequence."""
+
+    decode_began: float
+    """When the quantum began that brought its first tokens."""
+    first_token: float
+    """When the first of them were there."""
+    last_token: float
+    """When all of them were."""
+
+
 class FinishedSequence(Struct, frozen=True, kw_only=True, rename=lambda name: name.removesuffix("_index")):
     """A sequence that ended. Its arrays are named by their index in the message's tensors; -1 = not asked for."""
 
@@ -537,6 +556,8 @@ class FinishedSequence(Struct, frozen=True, kw_only=True, rename=lambda name: na
     """int32 / float32 [P-1, alt_tokens_k]."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    times: SequenceTimes | None = None
+    """None: not known, as of external engines."""
 
 
 class SequencePiece(Struct, frozen=True, kw_only=True, rename=lambda name: name.removesuffix("_index")):
@@ -569,6 +590,8 @@ class Sampled(Struct, tag=True, frozen=True, kw_only=True):
     num_preempted: int = 0
     pieces: tuple[SequencePiece, ...] = ()
     """Of sequences with `stream` that have not ended. An engine may send none: `finished` has everything."""
+    num_kv_tokens: int = 0
+    """Room of the KV cache that sequences hold, in tokens; what only waits to be found again does not count."""
 
 
 Result = Done | Loaded | Trained | Stepped | Saved | Sampled
@@ -590,6 +613,8 @@ class CommandFailed(Struct, tag=True, frozen=True, kw_only=True):
     message: str
     fatal: bool = False
     """True when the engine cannot vouch for its state any longer: the worker exits and is recovered."""
+    error: str = ""
+    """Name of the error's class (`errors.py`), where it has one."""
 
 
 ToWorker = Welcome | Refused | NumberedCommand | Heartbeat | Shutdown

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from tx_async.errors import EngineGone
-from tx_async.wire.worker import Command, EngineInfo, Result
+from tx_async.wire.worker import Command, EngineInfo, Heartbeat, Result
 
 Reply = tuple[Result, list[np.ndarray]]
 """A result and its tensors, in the order that the result's docstring states."""
@@ -34,9 +34,8 @@ class Engine(Protocol):
         """
         ...
 
-    @property
-    def num_compilations(self) -> int:
-        """Programs compiled so far."""
+    def vitals(self) -> Heartbeat:
+        """What each heartbeat tells, on its thread."""
         ...
 
     def close(self) -> None: ...

@@ -59,8 +59,6 @@ class _Sequence:
 class ExternalEngine:
     """Implements `worker.engine_api.WatchedEngine` for sampling alone."""
 
-    num_compilations = 0
-
     def __init__(
         self,
         make_dialect: Callable[[], Dialect],
@@ -114,6 +112,9 @@ class ExternalEngine:
 
     def info(self) -> EngineInfo:
         return self._info
+
+    def vitals(self) -> wire.Heartbeat:
+        return wire.Heartbeat()
 
     def watch(self, on_gone: Callable[[EngineGone], None]) -> None:
         self._on_gone = on_gone

@@ -61,7 +61,7 @@ class Worker:
         if welcome.storage_probe:
             check_probe(welcome.checkpoints_base, welcome.storage_probe)
         engine = self.create_engine(welcome, self.dealer.progress)
-        self.dealer.count_compilations = lambda: engine.num_compilations
+        self.dealer.vitals = engine.vitals
         info = engine.info()
         if info.overlaps:
             self._sampling = queue.Queue(UNANSWERED_COMMANDS_MAX)

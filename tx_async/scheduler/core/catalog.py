@@ -93,8 +93,11 @@ class Catalog:
             self.histories.put(record)
             return
         table = self._table_of(type_of(record))
-        self._release(table.get(record.key))
+        before = table.get(record.key)
+        self._release(before)
         table[record.key] = record
+        if isinstance(record, CheckpointRecord):
+            self.holdings.stored(before, record)
         self.holdings.put(record)
         self.references.update(files_of(record))
         if isinstance(record, RequestRecord):
@@ -113,6 +116,7 @@ class Catalog:
         record = self._table_of(change.table).pop(change.key, None)
         self._release(record)
         self.holdings.forget(record)
+        self.holdings.stored(record, None)
         if isinstance(record, RequestRecord):
             key = (record.subject, record.seq_id)
             if self.request_ids.get(key) == record.request_id:

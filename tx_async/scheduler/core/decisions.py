@@ -8,7 +8,7 @@ which it was decided, so a crash forgets the newest decisions and never one in t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,13 +26,14 @@ from tx_async.scheduler.core.instructions import (
     Instruction,
     ListFiles,
     Publish,
+    SequenceEnded,
 )
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.interface import LivePiece
 from tx_async.wire import results
 from tx_async.wire.records import Change, Put, RequestRecord, ResultRecord
 from tx_async.wire.results import Failure
-from tx_async.wire.worker import Command
+from tx_async.wire.worker import Command, SequenceTimes
 
 if TYPE_CHECKING:
     from tx_async.scheduler.core.worker_state import Answer
@@ -75,9 +76,13 @@ class Decisions:
         command: Command,
         answer: Answer,
         tensors: Sequence[np.ndarray] = (),
+        requests: Iterable[str] = (),
     ) -> None:
-        """`answer` says what is done when the command has ended."""
-        self._instructions.append(worker.send(command, answer, tensors, self.cause))
+        """`answer` says what is done when the command has ended; `requests`, who waits for that."""
+        self._instructions.append(worker.send(command, answer, tensors, self.cause, tuple(requests)))
+
+    def sequence_ended(self, request: RequestRecord, times: SequenceTimes, num_tokens: int) -> None:
+        self._instructions.append(SequenceEnded(request, times, num_tokens, self.cause))
 
     def deliver(self, request_id: str, *pieces: LivePiece, error: TxError | None = None) -> None:
         """To whoever waits for a live request; `error` ends it."""

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tx_async.wire.records import ModelRecord, Record, SamplerRecord, SessionRecord, encode_record, type_of
+from tx_async.wire.records import (
+    CheckpointRecord,
+    ModelRecord,
+    Record,
+    SamplerRecord,
+    SessionRecord,
+    encode_record,
+    type_of,
+)
 
 KINDS = (SessionRecord, ModelRecord, SamplerRecord)
 
@@ -16,6 +24,16 @@ class Holdings:
         #: sums over them, without zeros
         self.numbers: Counter[tuple[str, str]] = Counter()
         self.num_bytes: Counter[str] = Counter()
+        #: of its checkpoints' files, without zeros
+        self.checkpoint_bytes: Counter[str] = Counter()
+
+    def stored(self, before: Record | None, after: Record | None) -> None:
+        """A checkpoint has become another one, or is new, or is gone."""
+        for record, sign in ((before, -1), (after, 1)):
+            if isinstance(record, CheckpointRecord):
+                self.checkpoint_bytes[record.owner] += sign * record.size_bytes
+                if not self.checkpoint_bytes[record.owner]:
+                    del self.checkpoint_bytes[record.owner]
 
     def put(self, record: Record) -> None:
         """A record's later versions hold no more of what its client has chosen."""

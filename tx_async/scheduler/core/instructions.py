@@ -12,8 +12,8 @@ from msgspec import Struct
 
 from tx_async.errors import TxError
 from tx_async.scheduler.interface import LivePiece
-from tx_async.wire.records import Change, ResultRecord
-from tx_async.wire.worker import Command
+from tx_async.wire.records import Change, RequestRecord, ResultRecord
+from tx_async.wire.worker import Command, SequenceTimes
 
 
 class Append(Struct, frozen=True):
@@ -55,6 +55,18 @@ class Send(Struct, frozen=True):
     command: Command
     tensors: Sequence[np.ndarray] = ()
     cause: str = ""
+    requests: tuple[str, ...] = ()
+    """Whose work it is, where that is a request that waits for its result."""
+
+
+class SequenceEnded(Struct, frozen=True):
+    """One sample of a request has come back: whoever measures is told."""
+
+    request: RequestRecord
+    times: SequenceTimes
+    """As its worker says: this process has only seen the end."""
+    num_tokens: int
+    cause: str = ""
 
 
 class Dismiss(Struct, frozen=True):
@@ -87,4 +99,4 @@ class DeleteFiles(Struct, frozen=True):
     cause: str = ""
 
 
-Instruction = Append | Finish | Publish | Deliver | Send | Dismiss | FetchBody | ListFiles | DeleteFiles
+Instruction = Append | Finish | Publish | Deliver | Send | SequenceEnded | Dismiss | FetchBody | ListFiles | DeleteFiles

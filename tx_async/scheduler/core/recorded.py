@@ -13,7 +13,7 @@ class RecordedSequences:
         #: owner -> the ids of its recordings, the longest unused first
         self._by_owner: dict[str, dict[str, None]] = {}
         #: owner -> the sum of their sizes
-        self._num_bytes: dict[str, int] = {}
+        self.num_bytes: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -25,23 +25,23 @@ class RecordedSequences:
         return self._by_id.get(sequence_id)
 
     def num_bytes_of(self, owner: str) -> int:
-        return self._num_bytes.get(owner, 0)
+        return self.num_bytes.get(owner, 0)
 
     def put(self, record: RecordedSequence) -> None:
         """New, or used once more: it is now the one that was used last."""
         self.pop(record.key)
         self._by_id[record.key] = record
         self._by_owner.setdefault(record.owner, {})[record.key] = None
-        self._num_bytes[record.owner] = self.num_bytes_of(record.owner) + record.num_bytes
+        self.num_bytes[record.owner] = self.num_bytes_of(record.owner) + record.num_bytes
 
     def pop(self, sequence_id: str) -> None:
         record = self._by_id.pop(sequence_id, None)
         if record is None:
             return
-        self._num_bytes[record.owner] -= record.num_bytes
+        self.num_bytes[record.owner] -= record.num_bytes
         del self._by_owner[record.owner][sequence_id]
         if not self._by_owner[record.owner]:
-            del self._by_owner[record.owner], self._num_bytes[record.owner]
+            del self._by_owner[record.owner], self.num_bytes[record.owner]
 
     def sort(self) -> None:
         """By last use: what was read from a journal comes in the order in which it was sampled."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from msgspec import Struct
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from tx_async.scheduler.training.training import TrainingAnswer
 
 Kind = Literal["train", "sample"]
+
+
+Cause = Literal["no_space", "storage", "user", "engine", "other"]
+"""Why a command failed, for an operator who counts."""
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+NO_SPACE = ("os error 28)", "os error 122)", "No space left", "Disk quota exceeded")
+"""How a storage that is full says so."""
 
 
 class Ignored(Struct, frozen=True):
@@ -76,6 +83,8 @@ class WorkerState:
         self.is_on_trial = info.trial is not None
         #: versions that its engine cannot take -> why; of those that open samples need
         self.refused_versions: dict[str, str] = {}
+        #: room of its KV cache that sequences hold, in tokens, as the newest quantum told
+        self.num_kv_tokens = 0
         self._last_number = 0
 
     def __repr__(self) -> str:
@@ -137,6 +146,7 @@ class WorkerState:
         answer: Answer,
         tensors: Sequence[np.ndarray] = (),
         cause: str = "",
+        requests: tuple[str, ...] = (),
     ) -> Send:
         self._last_number += 1
         kind = _kind_of(command)
@@ -144,7 +154,7 @@ class WorkerState:
         if kind:
             self.quanta[kind] += 1
             self.shares.charge(kind)
-        return Send(self.worker_id, self._last_number, command, tensors, cause)
+        return Send(self.worker_id, self._last_number, command, tensors, cause, requests)
 
     def answered(self, number: int) -> Awaited:
         """What was noted for a command, which is no longer in flight."""
@@ -152,6 +162,16 @@ class WorkerState:
         if awaited.kind:
             self.quanta[awaited.kind] -= 1
         return awaited
+
+
+def cause_of(failure: CommandFailed) -> Cause:
+    if any(sign in failure.message for sign in NO_SPACE):
+        return "no_space"
+    if failure.error in ("StorageError", "ContentLost"):
+        return "storage"
+    if failure.category == "user":
+        return "user"
+    return "engine" if failure.error in ("", "EngineError") else "other"
 
 
 def error_of(failure: CommandFailed) -> TxError:

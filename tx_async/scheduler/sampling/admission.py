@@ -59,6 +59,8 @@ class Admission:
         self.slots = slots
         self.specs: list[SequenceSpec] = []
         self.tensors: list[np.ndarray] = []
+        #: ids of the requests whose sequences these are
+        self.requests: dict[str, None] = {}
         #: versions for which no slot could be had
         self._without_slot: set[str] = set()
         #: the version that makes room for them: nothing more of it is admitted
@@ -81,4 +83,5 @@ class Admission:
         slot = self.slots.slot_of(self.worker, job.version)
         self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
         self.tensors.extend(job.tensors(index))
+        self.requests[job.request.request_id] = None
         self.worker.sequences[sequence_id] = RunningSample(job, index)

@@ -29,6 +29,7 @@ from tx_async.wire.worker import (
     CancelSequences,
     CommandFailed,
     CommandFinished,
+    FinishedSequence,
     Loaded,
     Result,
     Sampled,
@@ -68,8 +69,10 @@ class Sampling:
         self.left: dict[str, str] = {}
         #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
         self.is_draining = False
-        #: computed and sampled, for an operator
-        self.num_tokens = 0
+        #: for an operator: tokens computed and sampled, those of the prompts that came back, and of these the cached
+        self.num_tokens = self.num_prompt_tokens = self.num_cached_tokens = 0
+        #: sequences that gave their pages to others
+        self.num_preempted = 0
         self._last_sequence_id = 0
         self._last_order = 0
 
@@ -191,7 +194,8 @@ class Sampling:
         if admission.specs:
             ids = tuple(spec.sequence_id for spec in admission.specs)
             command = AdmitSequences(sequences=tuple(admission.specs))
-            self.decisions.send(admission.worker, command, AdmissionSent(ids), admission.tensors)
+            answer, requests = AdmissionSent(ids), admission.requests
+            self.decisions.send(admission.worker, command, answer, admission.tensors, requests)
 
     # ---- answers
 
@@ -203,6 +207,8 @@ class Sampling:
         if not isinstance(answer, QuantumSent):
             return
         assert isinstance(outcome.result, Sampled)
+        worker.num_kv_tokens = outcome.result.num_kv_tokens
+        self.num_preempted += outcome.result.num_preempted
         for sequence_id, num_tokens in outcome.result.progress:
             self.num_tokens += num_tokens
             if sample := worker.sequences.get(sequence_id):
@@ -214,6 +220,7 @@ class Sampling:
         for finished in outcome.result.finished:
             sample = worker.sequences.pop(finished.sequence_id, None)
             if sample is not None:
+                self._count(sample.job, finished, len(tensors[finished.tokens_index]))
                 sample.job.collect(sample.index, finished, tensors)
                 if isinstance(sample.job, LiveJob):
                     self._tell(sample.job, partial(sample.job.last_piece, sample.index))
@@ -230,6 +237,13 @@ class Sampling:
             return
         if news is not None:
             self.decisions.deliver(job.request.request_id, news)
+
+    def _count(self, job: SampleJob, finished: FinishedSequence, num_tokens: int) -> None:
+        if not isinstance(job, TrialJob):
+            self.num_prompt_tokens += len(job.operation.prompt) // 4
+            self.num_cached_tokens += finished.num_cached_tokens
+            if finished.times and num_tokens:
+                self.decisions.sequence_ended(job.request, finished.times, num_tokens)
 
     def _loaded(self, worker: WorkerState, version: str, result: Result) -> None:
         if isinstance(result, Loaded) and result.refused:

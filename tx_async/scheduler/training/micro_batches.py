@@ -82,7 +82,8 @@ class MicroBatches:
         )
         contents = [(row.step.operation, row.row) for row in rows]
         tensors = fill([*contents, *[None] * unused], length, packed.targets_per_token)  # type: ignore[list-item]
-        self.decisions.send(worker, command, RowsSent(tuple(rows)), tensors)
+        requests = dict.fromkeys(row.step.request_id for row in rows if not row.step.finished)
+        self.decisions.send(worker, command, RowsSent(tuple(rows)), tensors, requests)
 
     def _take_rows(self, lane: Lane, step: Step, length: int, room: int) -> list[RowSent]:
         """The next rows of a prepared request, while they have this length and there is room."""

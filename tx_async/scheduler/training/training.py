@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue, Flow
 from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
-from tx_async.scheduler.core.worker_state import WorkerState, error_of
+from tx_async.scheduler.core.worker_state import Cause, WorkerState, cause_of, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.micro_batches import MicroBatches, RowsSent
 from tx_async.scheduler.training.progress import Progress
@@ -83,8 +84,8 @@ class Training:
         self._held_saves: list[tuple[StepSent, int | TxError]] = []
         #: saves that storage has not taken yet
         self._waiting_saves: list[StepSent] = []
-        #: for an operator
-        self.num_failed_saves = self.num_failed_snapshots = 0
+        #: (save or snapshot, why) -> how many failed, for an operator
+        self.failures: Counter[tuple[str, Cause]] = Counter()
         #: no operation begins any more; those that are half on the device still end
         self.is_draining = False
 
@@ -251,7 +252,8 @@ class Training:
                 raise AssertionError(f"{type(step.operation).__name__} is no training operation")
         lane.advance()
         step.sent_alone()
-        self.decisions.send(worker, command, StepSent(lane, step, step.attempt))
+        requests = () if step.finished else (step.request_id,)
+        self.decisions.send(worker, command, StepSent(lane, step, step.attempt), requests=requests)
 
     # ---- answers
 
@@ -271,11 +273,11 @@ class Training:
             case RowsSent():
                 self.micro_batches.failed(answer, failure)
             case StepSent() if answer.is_current:
-                self._step_failed(answer, error_of(failure))
+                self._step_failed(answer, failure)
             case BaseSent():
                 self.slots.failed(answer, failure)
             case SnapshotSent():
-                self.num_failed_snapshots += 1
+                self.failures["snapshot", cause_of(failure)] += 1
                 _log.warning("A snapshot of %s failed and is tried again: %s", answer.lane.model_id, failure.message)
                 self.snapshots.failed(answer)
 
@@ -316,11 +318,11 @@ class Training:
                 changes = () if step.finished else self.progress.dropped(sent.lane.model_id)
                 self.runs.succeed(step, body, *changes)
 
-    def _step_failed(self, sent: StepSent, error: TxError) -> None:
-        lane, step = sent.lane, sent.step
+    def _step_failed(self, sent: StepSent, failure: CommandFailed) -> None:
+        lane, step, error = sent.lane, sent.step, error_of(failure)
         match step.operation:
             case SaveWeights():
-                self.num_failed_saves += 1
+                self.failures["save", cause_of(failure)] += 1
                 self._save_failed(sent, error)
             case OptimStep() if error.category == "user":
                 self.decisions.append(*(() if step.finished else self.progress.dropped(lane.model_id)))

@@ -1,0 +1,42 @@
+"""What each answer took, by route and status."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tx_async.metrics import Metrics
+
+ELSEWHERE = "other"
+"""Where there is no route, or the gate has refused the request."""
+
+
+class MeasureMiddleware:
+    """The app's `state.metrics` are there once it has started. Outside of the gate: what it refuses is counted, too."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        metrics: Metrics = scope["app"].state.metrics
+        began, status = time.perf_counter(), 0
+        #: the endpoint says what it is called, in whichever copy of the scope
+        scope["tx_async.route"] = route = []
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            path = route[0] if route else ELSEWHERE
+            metrics.http_request.labels(path, status or "none").observe(time.perf_counter() - began)
+            if status == 500:
+                metrics.http_server_errors.inc()

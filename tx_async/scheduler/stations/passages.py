@@ -1,0 +1,75 @@
+"""Which stations each request has passed, and when: of those that are open, and of the newest that have ended.
+
+In memory only: after a restart the journal still knows when a request was accepted and finished.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.interface import Passage
+from tx_async.wire.records import RequestRecord
+
+ENDED_MAX = 20_000
+"""Requests that have ended and are remembered."""
+
+
+class Passages:
+    def __init__(self, catalog: Catalog, ended_max: int = ENDED_MAX):
+        self._catalog = catalog
+        self._ended_max = ended_max
+        #: request_id -> its passage
+        self._known: dict[str, Passage] = {}
+        #: those that have ended, oldest first
+        self._ended: deque[str] = deque()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, request_id: str) -> Passage | None:
+        return self._known.get(request_id)
+
+    def begin(self, request: RequestRecord) -> Passage:
+        passage = self._known[request.request_id] = self._of(request)
+        return passage
+
+    def end(self, request_id: str) -> Passage | None:
+        """Its result is there: sooner or later it is forgotten. The second time it is None."""
+        passage = self._known.get(request_id)
+        if passage is None or passage.published_at:
+            return None
+        self._ended.append(request_id)
+        while len(self._ended) > self._ended_max:
+            self._known.pop(self._ended.popleft(), None)
+        return passage
+
+    def of_session(self, session_id: str) -> list[Passage]:
+        """Oldest first: of every request of the session that is on record."""
+        subjects = {record.key for record in self._of_session(session_id)}
+        requests = [request for request in self._catalog.requests.values() if request.subject in subjects]
+        return [self._known.get(request.request_id) or self._of(request) for request in requests]
+
+    def _of_session(self, session_id: str) -> Iterator:
+        for table in (self._catalog.models, self._catalog.samplers):
+            records: Iterable = table.values()
+            yield from (record for record in records if record.session_id == session_id)
+
+    def _of(self, request: RequestRecord) -> Passage:
+        """What the journal knows of it."""
+        result = self._catalog.results.get(request.request_id)
+        return Passage(
+            request_id=request.request_id,
+            kind=kind_of(request.kind),
+            subject=request.subject,
+            seq_id=request.seq_id,
+            accepted_at=request.created_at,
+            published_at=result.finished_at if result else 0.0,
+            failed=bool(result and result.failed),
+        )
+
+
+def kind_of(operation: str) -> str:
+    """`ForwardBackward` as the API calls it."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in operation).lstrip("_")

@@ -1,0 +1,87 @@
+"""Looks on while facts come in and instructions go out, and says what took how long. Nothing is decided by it.
+
+The machine has no clock: what it tells is told at the moment in which it is done, and this is who looks at the clock.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tx_async.clock import Clock
+from tx_async.metrics import DEVICE_KINDS, Metrics
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.instructions import Send, SequenceEnded
+from tx_async.scheduler.interface import Passage
+from tx_async.scheduler.stations.passages import Passages
+from tx_async.wire.records import RequestRecord, ResultRecord
+from tx_async.wire.worker import TRAIN_TENSORS, TrainMicroBatch
+
+SEGMENT_IDS = TRAIN_TENSORS.index("segment_ids")
+
+
+class Watch:
+    def __init__(self, catalog: Catalog, clock: Clock, metrics: Metrics):
+        self.passages = Passages(catalog)
+        self.metrics = metrics
+        self._clock = clock
+        #: what `clock.monotonic()` lacks to the time of day: passages never run backwards
+        self._epoch = clock.now() - clock.monotonic()
+        self._queued = {kind: metrics.queue.labels(kind) for kind in DEVICE_KINDS}
+        self._ran = {kind: metrics.run.labels(kind) for kind in DEVICE_KINDS}
+
+    @property
+    def now(self) -> float:
+        return self._epoch + self._clock.monotonic()
+
+    # ---- what it is shown, in the order of a request's way
+
+    def recovered(self, request: RequestRecord) -> None:
+        """A request of an earlier life of the server that has no result."""
+        self.passages.begin(request)
+
+    def accepted(self, request: RequestRecord) -> None:
+        """It is durable: from now on it waits for its turn."""
+        self.passages.begin(request).durable_at = self.now
+
+    def sent(self, instruction: Send) -> None:
+        if isinstance(instruction.command, TrainMicroBatch):
+            segments = instruction.tensors[SEGMENT_IDS]
+            self.metrics.micro_batch_fill.observe(np.count_nonzero(segments) / segments.size)
+        for request_id in instruction.requests:
+            passage = self.passages.get(request_id)
+            if passage is not None and not passage.begun_at:
+                self._begun(passage, instruction.worker_id)
+
+    def _begun(self, passage: Passage, worker_id: str) -> None:
+        passage.begun_at, passage.worker_id = self.now, worker_id
+        if passage.durable_at and (queued := self._queued.get(passage.kind)):
+            queued.observe(passage.begun_at - passage.durable_at)
+
+    def sequence_ended(self, instruction: SequenceEnded) -> None:
+        request, times = instruction.request, instruction.times
+        first_token_at = self.now - (times.last_token - times.first_token) / 1000
+        decode_s = (times.last_token - times.decode_began) / 1000
+        self.metrics.time_to_first_token.observe(max(0.0, first_token_at - request.created_at))
+        self.metrics.time_per_output_token.observe(decode_s / instruction.num_tokens)
+        passage = self.passages.get(request.request_id)
+        if passage is not None and not passage.first_token_at:
+            passage.first_token_at = max(first_token_at, passage.begun_at)
+
+    def finished(self, result: ResultRecord) -> None:
+        """It is decided how a request ends; that becomes durable now."""
+        passage = self.passages.get(result.request_id)
+        if passage is None:
+            return
+        passage.ended_at, passage.failed = self.now, result.content == "error"
+        if passage.begun_at and (ran := self._ran.get(passage.kind)):
+            ran.observe(passage.ended_at - passage.begun_at)
+
+    def published(self, request_id: str) -> None:
+        """Clients may see the result."""
+        if passage := self.passages.end(request_id):
+            passage.published_at = self.now
+
+    def fetched(self, request_id: str) -> None:
+        passage = self.passages.get(request_id)
+        if passage is not None and not passage.fetched_at:
+            passage.fetched_at = self.now
