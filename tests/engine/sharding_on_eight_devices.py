@@ -32,7 +32,15 @@ from tx_async.layers.moe import MoeMlp
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import load_model
 from tx_async.testing.engine_bench import micro_batch, segment
-from tx_async.testing.models import DEEPSEEK_V3_TINY, LLAMA_TINY, QWEN3_MOE_TINY, QWEN3_TINY, make_model
+from tx_async.testing.models import (
+    DEEPSEEK_V3_TINY,
+    GPT_OSS_TINY,
+    LLAMA_TINY,
+    QWEN3_5_TINY,
+    QWEN3_MOE_TINY,
+    QWEN3_TINY,
+    make_model,
+)
 from tx_async.wire.worker import AdamParams, AdapterConfig, EngineConfig
 
 SMALL = {"vocab_size": 64, "num_hidden_layers": 2}
@@ -41,6 +49,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA_TINY | SMALL | {"num_key_value_heads": 4},
     "qwen3_moe": QWEN3_MOE_TINY | SMALL,
     "deepseek": DEEPSEEK_V3_TINY | SMALL | {"first_k_dense_replace": 0},
+    "qwen3_5": QWEN3_5_TINY | SMALL | {"layer_types": ["linear_attention", "full_attention"]},
+    "gpt_oss": GPT_OSS_TINY | SMALL,
+    "phi3": parity.config_of("phi3") | SMALL,
 }
 ROWS, LENGTH, CONFIG = 8, 11, AdapterConfig(rank=4)
 """A length for which no array of the batch happens to have the shape of all experts' matrices."""

@@ -184,6 +184,11 @@ FAMILIES = tuple(case for case in CASES if case.name in _WHOLE)
 """One of each kind of layer, for what is tested of every kind: cache, gradients, adapters, greedy answers."""
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """Of the case of that name."""
+    return next(case.config for case in CASES if case.name == name)
+
+
 def tokens_of(case: Case, seed: int, rows: int = 1) -> np.ndarray:
     """int32 [rows, length]."""
     shape = (rows, case.length)

@@ -66,13 +66,14 @@ class GatedDeltaNet:
         return self.num_value_heads * self.value_dim
 
     def weights(self, stack: Stack) -> Iterator[Weight]:
-        hidden, heads = Dim(self.hidden_size, "embed"), Dim(self.num_value_heads)
-        sizes = {"qkv": self.channels, "z": self.values, "b": heads.size, "a": heads.size}
+        hidden, number, by_key = Dim(self.hidden_size, "embed"), self.num_value_heads, self.num_key_heads
+        heads, values = Dim(number, "heads"), Dim(self.values, "heads", number)
+        made = {"qkv": Dim(self.channels, "mixed"), "z": values, "b": heads, "a": heads}
         if self.interleaved:
-            sizes = {"qkvz": self.channels + self.values, "ba": 2 * heads.size}
-        for name, size in sizes.items():
-            yield from stack.linear(name, f"linear_attn.in_proj_{name}", (hidden, Dim(size)), "attn")
-        yield from stack.linear("out", "linear_attn.out_proj", (Dim(self.values), hidden), "attn")
+            made = {"qkvz": Dim(self.channels + self.values, "heads", by_key), "ba": Dim(2 * number, "heads", by_key)}
+        for name, outputs in made.items():
+            yield from stack.linear(name, f"linear_attn.in_proj_{name}", (hidden, outputs), "attn")
+        yield from stack.linear("out", "linear_attn.out_proj", (values, hidden), "attn")
         dims = (Dim(self.channels), Dim(1), Dim(self.kernel))
         yield stack.tensor("conv", "linear_attn.conv1d.weight", dims)
         yield stack.vector("dt_bias", "linear_attn.dt_bias", heads, wide=True)

@@ -66,7 +66,7 @@ class GroupedQueryAttention:
         queries = Dim(heads * self.head_dim, "heads", heads)
         keys = Dim(kv_heads * self.head_dim, "kv_heads", kv_heads)
         if self.fused:
-            together = Dim(queries.size + 2 * keys.size)
+            together = Dim(queries.size + 2 * keys.size, "mixed")
             yield from stack.linear("qkv", "self_attn.qkv_proj", (hidden, together), "attn", self.bias)
         else:
             made = Dim(2 * queries.size, "heads", heads) if self.gated else queries

@@ -33,7 +33,7 @@ class GatedMlp:
         hidden, inner = Dim(self.hidden_size, "embed"), Dim(self.intermediate_size, "mlp")
         shapes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
         if self.fused:
-            shapes = {"gate_up": (hidden, Dim(2 * self.intermediate_size)), "down": (inner, hidden)}
+            shapes = {"gate_up": (hidden, Dim(2 * self.intermediate_size, "mixed")), "down": (inner, hidden)}
         for name, dims in shapes.items():
             yield from stack.linear(f"{self.prefix}{name}", f"{self.module}.{name}_proj", dims, "mlp", self.bias)
 

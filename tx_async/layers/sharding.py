@@ -19,8 +19,10 @@ RULES: dict[str, str] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "mixed": "tensor",
 }
-"""Logical axis -> mesh axis. An axis whose units the mesh axis does not divide stays whole, as when
+"""Logical axis -> mesh axis. "mixed" is the output of several projections in one: its pieces are of one of them each,
+and what the product made is put together anew for the heads that need it. An axis whose units the mesh axis does not divide stays whole, as when
 `num_kv_heads` < tensor."""
 
 
