@@ -1,6 +1,7 @@
 """`--kills N` runs more seeds of every killing test."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.durability import Told, serving, stored, train
+from tx_async.testing.models import GPT_OSS_TINY, QWEN3_5_TINY, make_model
 from tx_async.testing.sdk import collect_connections
 
 FAKE_STEPS = 10
 JAX_STEPS = 8
 SIDE_BY_SIDE_MAX = 4
+
+long = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,9 +82,20 @@ def fake_clean(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return uninterrupted(tmp_path_factory.mktemp("fake"), tiny_qwen3, fake=True, steps=FAKE_STEPS)
 
 
+@pytest.fixture(scope="session", params=["qwen3_5", pytest.param("gpt_oss", marks=long)])
+def jax_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a real worker serves here: a hybrid keeps recurrent state beside pages; with windows, sinks and experts on
+    request."""
+    config = {
+        "qwen3_5": QWEN3_5_TINY | {"layer_types": ["linear_attention", "full_attention"]},
+        "gpt_oss": GPT_OSS_TINY,
+    }
+    return make_model(tmp_path_factory.mktemp("model"), config[request.param] | {"num_hidden_layers": 2})
+
+
 @pytest.fixture(scope="session")
-def jax_clean(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Told, dict[str, str]]:
-    return uninterrupted(tmp_path_factory.mktemp("jax"), tiny_qwen3, fake=False, steps=JAX_STEPS)
+def jax_clean(jax_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Told, dict[str, str]]:
+    return uninterrupted(tmp_path_factory.mktemp("jax"), jax_model, fake=False, steps=JAX_STEPS)
 
 
 def uninterrupted(folder: Path, model: Path, fake: bool, steps: int) -> tuple[Told, dict[str, str]]:

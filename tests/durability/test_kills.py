@@ -43,12 +43,12 @@ def test_a_run_through_kills_is_the_uninterrupted_run(
 
 
 def test_a_run_of_the_jax_engine_through_kills_is_the_uninterrupted_run(
-    jax_clean: Clean, tiny_qwen3: Path, tmp_path: Path, kill_seed: int
+    jax_clean: Clean, jax_model: Path, tmp_path: Path, kill_seed: int
 ):
     """A worker alone, then server and worker together, or the other way round."""
-    with serving(tmp_path, tiny_qwen3, fake=False, snapshot_every_steps=3) as server:
+    with serving(tmp_path, jax_model, fake=False, snapshot_every_steps=3) as server:
         with killing(server, kill_seed, ("worker", "both"), number=2, every_s=(0.3, 2.5)) as killed:
-            told = train(server.base_url, tiny_qwen3, JAX_STEPS, pace_s=0.4)
+            told = train(server.base_url, jax_model, JAX_STEPS, pace_s=0.4)
         server.wait_ready()
     assert sorted(killed) == ["both", "worker"]
     assert told == jax_clean[0]

@@ -133,7 +133,7 @@ def flat(tree: Any) -> np.ndarray:
 
 def whole_experts(model: Decoder, program: str) -> int:
     """How often an array of all experts' matrices appears in a device's program."""
-    shapes = {weight.shape[1:] for weight in model.weights if weight.num_experts}
+    shapes = {weight.shape[1:] for weight in model.weights if weight.num_experts and len(weight.dims) == 2}
     return sum(program.count(f"f32[{','.join(map(str, shape))}]") for shape in shapes)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tx_async.engine.kv_cache import NULL_PAGE
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.sequences import Sample, Sequences, prompt_key
 from tx_async.wire.worker import SequenceSpec
@@ -139,3 +140,17 @@ def test_a_prompt_is_charged_whole_pages_of_a_quantums_prefill():
         admit(line, number, max_tokens=4, prompt=[number] * 4)
     computed = len(line.schedule(STEPS, prefill_tokens=256).prefill)
     assert computed == 256 // 16
+
+
+def test_pages_that_left_every_window_are_free_again_and_a_known_prefix_is_still_found():
+    line = Sequences(PrefixCache(num_pages=40, page_size=16), 64, 8, window=32)
+    sample = admit(line, 0, max_tokens=400, prompt=range(100))
+    most = 0
+    while list(line):
+        quantum(line)
+        most = max(most, sum(page != NULL_PAGE for page in sample.pages))
+        assert sum(page != NULL_PAGE for page in sample.pages) <= 100 // 16 + 2
+    assert most == 7, "the prompt's, before its end was computed; later a window and the next tokens"
+    follower = admit(line, 1, max_tokens=4, prompt=range(100))
+    quantum(line)
+    assert follower.num_cached == 99

@@ -122,6 +122,7 @@ class SamplingEngine:
             num_states or self.num_sequences_max,
             self._batch_sizes[-1],
             StateSlots(num_states, num_snapshots),
+            model.window,
         )
         self._num_admitted = 0
         #: the newest quantum: all before it are settled

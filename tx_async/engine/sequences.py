@@ -17,6 +17,7 @@ from itertools import filterfalse, takewhile
 
 import numpy as np
 
+from tx_async.engine.kv_cache import NULL_PAGE
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.state_slots import NULL_SLOT, StateSlots
@@ -129,11 +130,17 @@ class Sequences:
     """Owner of every sequence between admission and end, and of their pages."""
 
     def __init__(
-        self, cache: PrefixCache, num_running_max: int, num_decoding_max: int, states: StateSlots | None = None
+        self,
+        cache: PrefixCache,
+        num_running_max: int,
+        num_decoding_max: int,
+        states: StateSlots | None = None,
+        window: int = 0,
     ):
         """num_decoding_max: sequences that one quantum decodes; more take turns. states: of a model with recurrent
-        layers."""
+        layers. window: tokens that the layer that sees most of them sees; 0 = all."""
         self.cache = cache
+        self.window = window
         self.states = states or StateSlots()
         self.num_running_max = num_running_max
         self.num_decoding_max = num_decoding_max
@@ -168,7 +175,7 @@ class Sequences:
     def finish(self, sample: Sample) -> None:
         """It leaves; what it computed stays findable in the prefix cache."""
         self._register(sample, min(sample.num_computed, len(sample.tokens)))
-        self.cache.release(sample.pages)
+        self.cache.release([page for page in sample.pages if page != NULL_PAGE])
         self.states.release(sample.slot)
         sample.pages, sample.slot = [], NULL_SLOT
         self.running.remove(sample)
@@ -183,6 +190,7 @@ class Sequences:
         """Decide a quantum. Afterwards `num_computed` counts what its prefill will have computed."""
         schedule = Schedule()
         self.states.begin()
+        self._leave_windows()
         self._reserve(decode_steps, schedule)
         budget = self._continue_prefill(prefill_tokens, schedule)
         if not schedule.num_preempted:
@@ -218,6 +226,19 @@ class Sequences:
             key=lambda sample: (-sample.num_left * (self._turn - sample.last_turn), sample.order),
         )
         return ready[:near] + others[: num_places - near]
+
+    def _leave_windows(self) -> None:
+        """Pages that lie before every layer's window are free again; as a part of a known prefix they can be found.
+        The null page stands in their places: what is read there is masked."""
+        if not self.window:
+            return
+        for sample in self.running:
+            count = max(0, sample.num_computed - self.window + 1) // self.cache.page_size
+            left = [page for page in sample.pages[:count] if page != NULL_PAGE]
+            if left:
+                self._register(sample, sample.num_computed)
+                self.cache.release(left)
+                sample.pages[:count] = [NULL_PAGE] * count
 
     def _reserve(self, decode_steps: int, schedule: Schedule) -> None:
         """Pages for the next tokens of everyone who runs; the youngest gives way, of the unwatched as long as there
@@ -370,7 +391,8 @@ class Sequences:
     def _register(self, sample: Sample, num_tokens: int) -> None:
         """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial one by its twins."""
         for page, key in zip(sample.pages, sample.keys.upto(sample.tokens, num_tokens), strict=False):
-            self.cache.register(page, key)
+            if page != NULL_PAGE:
+                self.cache.register(page, key)
         end = sample.num_prompt - 1
         if num_tokens == end and (key := sample.keys.tail(sample.tokens, end)):
             self.cache.register(sample.pages[end // self.cache.page_size], key)
@@ -382,7 +404,7 @@ class Sequences:
 
     def check(self) -> None:
         """Assert every invariant; tests call it after each change."""
-        self.cache.check(sample.pages for sample in self.running)
+        self.cache.check([page for page in sample.pages if page != NULL_PAGE] for sample in self.running)
         self.states.check([sample.slot for sample in self.running])
         assert len(self.running) <= self.num_running_max
         orders = [sample.order for sample in self.running]

@@ -22,8 +22,8 @@ RULES: dict[str, str] = {
     "mixed": "tensor",
 }
 """Logical axis -> mesh axis. "mixed" is the output of several projections in one: its pieces are of one of them each,
-and what the product made is put together anew for the heads that need it. An axis whose units the mesh axis does not divide stays whole, as when
-`num_kv_heads` < tensor."""
+and what the product made is put together anew for the heads that need it. An axis whose units the mesh axis does not
+divide stays whole, as when `num_kv_heads` < tensor."""
 
 
 def spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:

@@ -93,6 +93,12 @@ class Decoder:
         """Layers with pages."""
         return sum(bool(layer.mixer.keeps.pages) for layer in self.layers)
 
+    @property
+    def window(self) -> int:
+        """Tokens that the layer that sees most of them sees; 0 = one of them sees all."""
+        windows = [getattr(layer.mixer, "window", 0) for layer in self.layers if layer.mixer.keeps.pages]
+        return max(windows) if windows and all(windows) else 0
+
     def places(self, stack: Stack) -> tuple[int, ...]:
         """Where in the cache each layer of a stack has what it keeps: layers that keep the same kind of thing are
         numbered in order."""
