@@ -86,11 +86,12 @@ def fake_clean(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 def jax_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a real worker serves here: a hybrid keeps recurrent state beside pages; with windows, sinks and experts on
     request."""
-    config = {
+    longer = {"rope_scaling": GPT_OSS_TINY["rope_scaling"] | {"factor": 8.0}}
+    configs = {
         "qwen3_5": QWEN3_5_TINY | {"layer_types": ["linear_attention", "full_attention"]},
-        "gpt_oss": GPT_OSS_TINY,
+        "gpt_oss": GPT_OSS_TINY | longer,
     }
-    return make_model(tmp_path_factory.mktemp("model"), config[request.param] | {"num_hidden_layers": 2})
+    return make_model(tmp_path_factory.mktemp("model"), configs[request.param] | {"num_hidden_layers": 2})
 
 
 @pytest.fixture(scope="session")
