@@ -2,9 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import json
 import pickle
 import socket
 import threading
+import urllib.request
 
 import pytest
 import tinker
@@ -250,6 +252,16 @@ def test_a_result_that_takes_longer_than_a_poll_arrives(training, server):
 
 
 # ---- rest
+
+
+def test_a_session_s_trace_is_downloaded_without_a_key(service, rest, tmp_path):
+    sampler = service.create_sampling_client(base_model="fake/model").result()
+    sampler.sample(types.ModelInput.from_ints([1]), 1, types.SamplingParams(max_tokens=1)).result()
+    session_id = rest.list_sessions().result().sessions[0]
+    url = rest.export_session_trace(session_id).result()
+    urllib.request.urlretrieve(url, tmp_path / "session.pftrace")
+    events = json.loads((tmp_path / "session.pftrace").read_text())["traceEvents"]
+    assert any(event["name"].startswith("sample") for event in events)
 
 
 def test_runs_checkpoints_and_sessions_are_listed(training, rest):

@@ -13,27 +13,27 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from tx_async.age import SUFFIX as AGE_SUFFIX
 from tx_async.api.context import Call
-from tx_async.api.links import LINK_LIFETIME_S
+from tx_async.api.links import LINK_LIFETIME_S, Permission
 from tx_async.api.owner import hash_key
 from tx_async.api.rest import own_checkpoint, timestamp
 from tx_async.errors import CorruptedCheckpoint, NotFound, UnknownCheckpoint
 from tx_async.storage.checkpoint_files import METADATA, decode_manifest
 from tx_async.wire import tinker
-from tx_async.wire.records import CheckpointRecord
+from tx_async.wire.records import CheckpointRecord, SessionRecord
 
 _log = logging.getLogger(__name__)
 
 
 async def external_weights_urls(call: Call) -> tinker.ExternalWeightsUrlsResponse:
     checkpoint = own_checkpoint(call)
-    base, expires_at = _link(call, "external_weights", checkpoint)
+    base, expires_at = link(call, "external_weights", checkpoint)
     urls = {name: f"{base}/{name}" for name in await _files(call, checkpoint)}
     return tinker.ExternalWeightsUrlsResponse(urls=urls, expires=timestamp(expires_at))
 
 
 async def archive_url(call: Call) -> Response:
     """A redirect to the tar of a checkpoint, as SDKs up to 0.25 expect it."""
-    url, expires_at = _link(call, "archives", own_checkpoint(call))
+    url, expires_at = link(call, "archives", own_checkpoint(call))
     return RedirectResponse(url, 302, {"expires": f"{timestamp(expires_at):%a, %d %b %Y %H:%M:%S GMT}"})
 
 
@@ -55,20 +55,26 @@ async def archive(call: Call) -> Response:
 
 
 def _permitted(call: Call) -> CheckpointRecord:
-    permission = call.api.links.permission(call.path("token"), call.api.clock.now())
+    permission = permission_of(call)
     checkpoint = call.scheduler.checkpoints.get(permission.path)
     if checkpoint is None or not permission.is_for(checkpoint):
         raise UnknownCheckpoint()
-    digests = call.api.owners.current_digests()
-    if digests is not None and permission.key_mark not in map(call.api.links.mark_of, digests):
-        raise NotFound("This download link has ended with the API key that asked for it.")
     return checkpoint
 
 
-def _link(call: Call, route: str, checkpoint: CheckpointRecord) -> tuple[str, float]:
+def permission_of(call: Call) -> Permission:
+    """What the link of this call permits. Raises `NotFound`."""
+    permission = call.api.links.permission(call.path("token"), call.api.clock.now())
+    digests = call.api.owners.current_digests()
+    if digests is not None and permission.key_mark not in map(call.api.links.mark_of, digests):
+        raise NotFound("This download link has ended with the API key that asked for it.")
+    return permission
+
+
+def link(call: Call, route: str, record: CheckpointRecord | SessionRecord) -> tuple[str, float]:
     """(URL, when it expires)."""
     expires_at = call.api.clock.now() + LINK_LIFETIME_S
-    token = call.api.links.token(checkpoint, expires_at, hash_key(call.key or ""))
+    token = call.api.links.token(record, expires_at, hash_key(call.key or ""))
     return f"{str(call.request.base_url).rstrip('/')}/api/v1/{route}/{token}", expires_at
 
 

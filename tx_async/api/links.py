@@ -11,28 +11,31 @@ import secrets
 import msgspec
 
 from tx_async.errors import NotFound
-from tx_async.wire.records import CheckpointRecord
+from tx_async.wire.records import CheckpointRecord, SessionRecord
 
 LINK_LIFETIME_S = 3600
 _SIGNATURE_BYTES = 16
 
 
 class Permission(msgspec.Struct, frozen=True, array_like=True):
-    """To read the files of one checkpoint: of the one that had this name then, not of a later one."""
+    """To read the files of one checkpoint, or the trace of one session: of the one that had this name then, not of a
+    later one."""
 
     path: str
+    """Or session_id, which no path is."""
     storage_key: str
+    """ "" of a session."""
     created_at: float
     expires_at: float
     key_mark: bytes = b""
     """Of the key that asked for it: it ends with that key."""
 
-    def is_for(self, checkpoint: CheckpointRecord) -> bool:
-        return (checkpoint.path, checkpoint.storage_key, checkpoint.created_at) == (
-            self.path,
-            self.storage_key,
-            self.created_at,
-        )
+    def is_for(self, record: CheckpointRecord | SessionRecord) -> bool:
+        return _identity(record) == (self.path, self.storage_key, self.created_at)
+
+
+def _identity(record: CheckpointRecord | SessionRecord) -> tuple[str, str, float]:
+    return record.key, getattr(record, "storage_key", ""), record.created_at
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -45,11 +48,11 @@ class Links:
     def __init__(self, secret: bytes | None = None):
         self._secret = secret or secrets.token_bytes(32)
 
-    def token(self, checkpoint: CheckpointRecord, expires_at: float, key_digest: str = "") -> str:
-        """Permission to read the files of one checkpoint until `expires_at`, safe in a URL. key_digest: the hash of the
+    def token(self, record: CheckpointRecord | SessionRecord, expires_at: float, key_digest: str = "") -> str:
+        """Permission to read what belongs to a record until `expires_at`, safe in a URL. key_digest: the hash of the
         key that asks for it."""
         mark = self.mark_of(key_digest)
-        text = _encode(Permission(checkpoint.path, checkpoint.storage_key, checkpoint.created_at, expires_at, mark))
+        text = _encode(Permission(*_identity(record), expires_at, mark))
         return base64.urlsafe_b64encode(self._sign(text) + text).decode().rstrip("=")
 
     def permission(self, token: str, now: float) -> Permission:

@@ -19,6 +19,7 @@ from tx_async.api import (
     service,
     sessions,
     telemetry,
+    traces,
     training,
     weights,
 )
@@ -152,7 +153,8 @@ ROUTES = (
     Row("POST", "/api/v1/sessions/search", sessions.search_sessions, "Search sessions"),
     Row("GET", "/api/v1/sessions/{session_id}", sessions.get_session, "Describe a session"),
     Row("PUT", "/api/v1/sessions/{session_id}/project", sessions.assign_session_project, "Move a session to a project"),
-    Row("GET", "/api/v1/sessions/{session_id}/trace_export", sessions.export_session_trace, "Export a session's trace"),
+    Row("GET", "/api/v1/sessions/{session_id}/trace_export", traces.export_session_trace, "Export a session's trace"),
+    Row("GET", "/api/v1/traces/{token}", traces.session_trace, "A session's trace, by link", public=True),
     # account
     Row("GET", "/api/v1/auth/apikey/me", account.describe_api_key, "Describe the API key"),
     Row("GET", "/api/v1/audit", audit.audit_log, "Who did what to which run, checkpoint or key"),

@@ -15,7 +15,6 @@ from tx_async.errors import UnknownSession
 from tx_async.wire import tinker
 from tx_async.wire.records import SessionRecord
 
-TRACE_MESSAGE = "This server records no traces."
 FINISHED = ("success", "errored", "interrupted")
 
 
@@ -42,11 +41,6 @@ async def assign_session_project(call: Call, request: tinker.AssignProjectReques
     project_id = validation.text("project_id", request.project_id, call.api.config.text_bytes_max)
     await call.scheduler.update_session(call.owner, msgspec.structs.replace(session, project_id=project_id))
     return tinker.Accepted()
-
-
-async def export_session_trace(call: Call) -> tinker.TraceExportResponse:
-    _own_session(call)
-    return tinker.TraceExportResponse(status="failed", error=TRACE_MESSAGE)
 
 
 async def search_sessions(call: Call, request: tinker.SessionSearchRequest) -> tinker.SessionSearchResponse:
