@@ -35,7 +35,12 @@ def config() -> ServerConfig:
 @pytest.fixture
 def scheduler(chat_folder) -> FakeScheduler:
     base = msgspec.structs.replace(
-        FAKE_BASE_MODEL, path=str(chat_folder), eos_token_ids=(END,), fingerprint="0123456789abcdef", aliases=("alias",)
+        FAKE_BASE_MODEL,
+        path=str(chat_folder),
+        eos_token_ids=(END,),
+        fingerprint="0123456789abcdef",
+        aliases=("alias",),
+        max_context_length=1024,
     )
     return FakeScheduler(base)
 

@@ -164,7 +164,7 @@ async def test_what_is_asked_of_the_sampler_reaches_it(ask, scheduler):
         "use_eos": False,
         "stop_strings": ("x",),
         "stop_token_ids": (9, 11),
-        "max_tokens": 512 - len(operation.prompt) // 4,
+        "max_tokens": 1024 - len(operation.prompt) // 4,
     }
     assert {name: getattr(operation, name) for name in expected} == expected
 

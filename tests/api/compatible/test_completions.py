@@ -97,6 +97,6 @@ async def test_sixteen_tokens_where_nobody_said_how_many(ask, scheduler):
 
 
 async def test_a_prompt_that_fills_the_context_can_be_scored(ask):
-    assert len((await one(ask, prompt=[65] * 512, echo=True, logprobs=0, max_tokens=0))["logprobs"]["tokens"]) == 512
-    status, answer = await ask(PATH, model="fake/model", prompt=[65] * 512, max_tokens=1)
+    assert len((await one(ask, prompt=[65] * 1024, echo=True, logprobs=0, max_tokens=0))["logprobs"]["tokens"]) == 1024
+    status, answer = await ask(PATH, model="fake/model", prompt=[65] * 1024, max_tokens=1)
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "prompt")

@@ -55,7 +55,7 @@ def checked(call: Call, sample: Sample) -> Sample:
     except InvalidRequest as error:
         field, _, what = error.message.partition(" ")
         name = _RENAMED.get(field, field)
-        if isinstance(error, InvalidField) or name not in Sampling.__struct_fields__:
+        if isinstance(error, InvalidField) or name not in (*Sampling.__struct_fields__, "prompt"):
             raise
         raise InvalidField(name, f"it {what}" if what.startswith(("is ", "has ")) else what) from None
 
