@@ -20,9 +20,9 @@ def fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
     decoded = decoded._replace(tokens=tokens, logprobs=logprobs, count=count)
     wanted: list[str] = []
     if any(sample.spec.topk_logprobs or sample.spec.head_tokens for sample in samples):
-        wanted += ["topk_token_ids_index", "topk_logprobs_index"]
+        wanted += ["topk_token_ids", "topk_logprobs"]
     if any(sample.spec.head_tokens for sample in samples):
-        wanted += ["head_probabilities_index", "head_is_whole_index"]
+        wanted += ["head_probabilities", "head_is_whole"]
     return decoded._replace(**{name: np.asarray(getattr(decoded, name)) for name in wanted})
 
 
