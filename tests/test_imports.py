@@ -29,6 +29,7 @@ NEVER = {
     "app": DEVICE,
     "serve": DEVICE,
     "api": (*DEVICE, *SQL, "zmq", "tx_async.journal", "tx_async.dispatch", "tx_async.worker", "tx_async.engine"),
+    "dashboard": (*DEVICE, *SQL, "zmq", "tx_async.journal", "tx_async.dispatch", "tx_async.worker", "tx_async.engine"),
     "scheduler": (
         *DEVICE,
         *WEB,

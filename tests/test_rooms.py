@@ -15,7 +15,7 @@ SCHEDULER_FILES_MAX = 14
 MODULE_LINES_MAX = 450
 FUNCTION_LINES_MEDIAN_MAX = 10
 FUNCTION_LINES_NINE_IN_TEN_MAX = 20
-READMES = ("api/compatible", "dispatch", "journal", "scheduler", "storage", "worker")
+READMES = ("api/compatible", "dashboard", "dispatch", "journal", "scheduler", "storage", "worker")
 
 
 def modules() -> list[Path]:

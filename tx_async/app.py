@@ -7,6 +7,7 @@ that cannot start says why in one line and ends.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -32,6 +33,7 @@ from tx_async.api.measured import MeasureMiddleware
 from tx_async.api.owner import Owners
 from tx_async.api.routes import EXCEPTION_HANDLERS, create_routes
 from tx_async.config import ServerConfig
+from tx_async.dashboard.rates import Rates, keep
 from tx_async.dispatch.router import Router
 from tx_async.errors import StorageError
 from tx_async.exposition import metrics_route
@@ -191,10 +193,16 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
                 follow_keys(key_file, scheduler)
             store = server.identity.store
             health = Health(store, config.data_path, partial(_write_nothing, scheduler), scheduler.waiting_for)
-            app.router.routes.extend(create_routes(scheduler, config, store, owners=owners, health=health))
+            rates = Rates()
+            routes = create_routes(scheduler, config, store, owners=owners, health=health, rates=rates)
+            app.router.routes.extend(routes)
             app.router.routes.append(_metrics_route(server, scheduler, app.state.gate, owners))
             started = True
-            yield
+            reading = asyncio.create_task(keep(rates, scheduler, scheduler.clock))
+            try:
+                yield
+            finally:
+                reading.cancel()
     except BaseException as error:
         if started:
             # The ASGI server would go on without its actors: end the process, the journal brings it back.

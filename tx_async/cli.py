@@ -72,7 +72,7 @@ def command_docs() -> list[tuple[str, str, str]]:
     for name, command, summary in _commands_of(parser()):
         options = [flag for action in command._actions for flag in action.option_strings if flag.startswith("--")]
         takes_settings = set(_CONFIG_FLAGS) <= set(options)
-        hidden = {"--help", *(_CONFIG_FLAGS if takes_settings else ())}
+        hidden = {"--help", *((*_CONFIG_FLAGS, "--no-dashboard") if takes_settings else ())}
         own = [f"`{flag}`" for flag in options if flag not in hidden] + ["every setting"] * takes_settings
         docs.append((f"`tx-async {name}`", summary, ", ".join(own)))
     return docs
@@ -115,11 +115,15 @@ def _add_config_flags(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("settings (also TX_… variables and keys of the file)")
     for field in field_docs(ServerConfig):
         is_json = isinstance(field.default, msgspec.Struct)
-        shown = "" if is_json or field.default in ("", False) else f" [{field.default}]"
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.type == "bool" else {}
+        shown = "" if is_json or field.default in ("", False, None) else f" [{field.default}]"
+        is_switch = field.type.split(" ")[0] == "bool"
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
+        flag = field.name.replace("_", "-")
+        if field.default is None:
+            group.add_argument(f"--no-{flag}", dest=field.name, action="store_const", const="false", help="not that")
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            metavar="JSON" if is_json else field.type.upper(),
+            f"--{flag}",
+            metavar="JSON" if is_json else "BOOL" if is_switch else field.type.upper(),
             help=(field.doc.replace("%", "%%") + shown).strip(),
             **switch,
         )

@@ -59,6 +59,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     trusted_proxies: str = ""
     """Addresses or networks, separated by commas, of proxies whose X-Forwarded-Proto and X-Forwarded-Host are
     believed."""
+    dashboard: bool | None = None
+    """The page at `/`; by default where `host` is loopback. Where there are keys the page asks for one, and shows a
+    key's own runs; to an admin's all of them, and the server's state."""
     tls_cert: str = ""
     """PEM file with the certificate, and those between it and its root, to speak https with."""
     tls_key: str = ""

@@ -16,6 +16,8 @@ from tx_async.api.owner import Owners, key_of
 from tx_async.api.redaction import Redaction
 from tx_async.clock import Clock
 from tx_async.config import ServerConfig
+from tx_async.dashboard.news import News
+from tx_async.dashboard.viewer import Tokens
 from tx_async.health import Health
 from tx_async.scheduler.interface import SchedulerApi
 
@@ -54,6 +56,8 @@ class Api:
     """Folder or hub name that clients load the tokenizer from."""
     bodies: Bodies
     tokenizer: TokenizerLoader
+    news: News
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,9 @@ class Owners:
         keys = self._keys().values() if self._keys else ()
         return {key.owner: (key.role, key.key_id) for key in keys if key.owner}
 
+    def registered(self) -> list[Key]:
+        return list(self._keys().values()) if self._keys else []
+
     def names(self) -> dict[str, str]:
         """owner -> name of its key, where the registry says so."""
         return {key.owner: key.name for key in self._keys().values() if key.owner} if self._keys else {}

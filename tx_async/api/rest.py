@@ -173,12 +173,12 @@ def _sorted(checkpoints: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
 
 
 def paginate(call: Call, items: Sequence[T], limit_default: int) -> tuple[Sequence[T], tinker.Cursor]:
-    limit = _query_number(call, "limit", limit_default, PAGE_MAX)
-    offset = _query_number(call, "offset", 0, 2**53)
+    limit = query_number(call, "limit", limit_default, PAGE_MAX)
+    offset = query_number(call, "offset", 0, 2**53)
     return items[offset : offset + limit], tinker.Cursor(offset=offset, limit=limit, total_count=len(items))
 
 
-def _query_number(call: Call, name: str, default: int, highest: int) -> int:
+def query_number(call: Call, name: str, default: int, highest: int) -> int:
     text = call.query(name, str(default))
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
         raise InvalidRequest(f"{name} is {text[:50]!r}; it must be a whole number that is not negative.")

@@ -35,6 +35,11 @@ from tx_async.api.owner import Owners, open_owners
 from tx_async.api.redaction import Redaction
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
+from tx_async.dashboard import views as dashboard
+from tx_async.dashboard.news import News
+from tx_async.dashboard.pages import is_on, page_routes
+from tx_async.dashboard.rates import Rates
+from tx_async.dashboard.viewer import Tokens
 from tx_async.health import Health
 from tx_async.names import tokenizer_id
 from tx_async.scheduler.interface import SchedulerApi
@@ -166,6 +171,8 @@ ROUTES = (
         "Bytes that checkpoints take",
     ),
     *compatible.ROWS,
+    # the page
+    *dashboard.ROWS,
 )
 
 
@@ -178,28 +185,35 @@ def create_routes(
     links: Links | None = None,
     owners: Owners | None = None,
     health: Health | None = None,
+    rates: Rates | None = None,
 ) -> list[Route]:
     """Everything that is served. Raises `ConfigError` when the key registry cannot be read."""
+    clock, owners = clock or SystemClock(), owners or open_owners(config)
+    redact = Redaction(
+        config, scheduler.base_model.name, lambda: {model.base_model for model in scheduler.models.values()}
+    )
     api = Api(
         scheduler=scheduler,
         config=config,
-        clock=clock or SystemClock(),
+        clock=clock,
         files=files,
-        owners=owners or open_owners(config),
+        owners=owners,
         links=links or Links(),
         health=health,
         gate=Gate(config),
-        redact=Redaction(
-            config, scheduler.base_model.name, lambda: {model.base_model for model in scheduler.models.values()}
-        ),
+        redact=redact,
         tokenizer_id=tokenizer_id(
             config.tokenizer, config.base_model, config.base_model_name, scheduler.base_model.path
         )
         or scheduler.base_model.name,
         bodies=Bodies(config),
         tokenizer=TokenizerLoader(scheduler.base_model.path),
+        news=News(scheduler, clock, owners.names, redact, rates),
+        tokens=Tokens(),
     )
-    return [Route(row.path, Endpoint(row, api), methods=[row.method]) for row in ROUTES]
+    rows = [row for row in ROUTES if row not in dashboard.ROWS or is_on(config)]
+    routes = [Route(row.path, Endpoint(row, api), methods=[row.method]) for row in rows]
+    return routes + (page_routes() if is_on(config) else [])
 
 
 def create_api(

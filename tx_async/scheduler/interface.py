@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
+from tx_async.wire.dashboard import Overview, RequestView, RunView
 from tx_async.wire.operations import Encoded, Operation, Sample
 from tx_async.wire.records import (
     AuditRecord,
@@ -125,8 +126,17 @@ class SchedulerApi(Protocol):
         """Every tenant's and the operator's events, oldest first."""
         ...
 
-    def history(self, model_id: str) -> Sequence[Mapping[str, float]]:
-        """A row of numbers for each optimizer step of a run, oldest first, thinned with age; empty for no run."""
+    def history(self, model_id: str, since: int = 0) -> Sequence[Mapping[str, float]]:
+        """A row of numbers for each optimizer step of a run from this `index` on, oldest first, thinned with age; empty
+        for no run."""
+        ...
+
+    def overview(self) -> Overview: ...
+
+    def run_view(self, model: ModelRecord) -> RunView: ...
+
+    def requests_of(self, model_id: str, limit: int) -> Sequence[RequestView]:
+        """Of a run, newest first."""
         ...
 
     def passages(self, session_id: str) -> list[Passage]:

@@ -30,6 +30,7 @@ from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.facts import EventNoted, RequestCancelled, Tick
 from tx_async.scheduler.core.history import HistoryRow
 from tx_async.scheduler.core.marks import ReplayMarks
+from tx_async.scheduler.core.overview import overview, requests_of, run_view
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
@@ -43,6 +44,7 @@ from tx_async.scheduler.sessions import Sessions
 from tx_async.scheduler.statistics import SchedulerStatistics, statistics_of
 from tx_async.scheduler.submissions import Submissions, session_of
 from tx_async.wire import ids
+from tx_async.wire.dashboard import Overview, RequestView, RunView
 from tx_async.wire.facts import CommandEnded, WorkerFact
 from tx_async.wire.operations import Encoded, Operation, Sample
 from tx_async.wire.records import (
@@ -186,8 +188,17 @@ class Scheduler:
     def audits(self) -> dict[str, AuditRecord]:
         return self.catalog.audits
 
-    def history(self, model_id: str) -> list[HistoryRow]:
-        return self.catalog.histories.rows(model_id)
+    def history(self, model_id: str, since: int = 0) -> list[HistoryRow]:
+        return self.catalog.histories.rows(model_id, since)
+
+    def overview(self) -> Overview:
+        return overview(self.state, self.quota.requests.parts, self.quota.num_samples)
+
+    def run_view(self, model: ModelRecord) -> RunView:
+        return run_view(self.state, model)
+
+    def requests_of(self, model_id: str, limit: int) -> list[RequestView]:
+        return requests_of(self.state, model_id, limit)
 
     def passages(self, session_id: str) -> list[Passage]:
         return self.performer.watch.passages.of_session(session_id)

@@ -33,6 +33,7 @@ from tx_async.scheduler.polls.waiters import Waiters
 from tx_async.storage.checkpoint_files import Manifest, encode_manifest, file_info
 from tx_async.testing.fake_live import FakeLive
 from tx_async.testing.fake_results import forward_backward, passage_of, sample
+from tx_async.testing.fake_views import FakeViews
 from tx_async.testing.memory_files import MemoryFiles
 from tx_async.wire import ids, operations, results
 from tx_async.wire.operations import Operation
@@ -77,7 +78,7 @@ class _Lane:
     steps: int = 0
 
 
-class FakeScheduler:
+class FakeScheduler(FakeViews):
     def __init__(self, base_model: BaseModelInfo = FAKE_BASE_MODEL, clock: Clock | None = None):
         self.base_model = base_model
         self.files = MemoryFiles()
@@ -99,8 +100,7 @@ class FakeScheduler:
         self._clock = clock or SystemClock()
         self._waiters = Waiters()
         self.audits: dict[str, AuditRecord] = {}
-        self.histories: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
-        """model_id -> what `history` answers; an optim_step adds a row."""
+        self.histories = defaultdict(list)
         self._requests: dict[str, RequestRecord] = {}
         self._by_key: dict[tuple[str, int], RequestRecord] = {}
         self._results: dict[str, ResultRecord] = {}
@@ -123,9 +123,6 @@ class FakeScheduler:
 
     def waiting_for(self) -> list[str]:
         return self.missing
-
-    def history(self, model_id: str) -> list[dict[str, float]]:
-        return self.histories.get(model_id, [])
 
     # ---- sessions
 

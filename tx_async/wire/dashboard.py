@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
+
+Station = Literal["queued", "sent", "finished", "failed"]
+RunState = Literal["running", "queued", "idle", "unloaded", "corrupted", "copy"]
 
 
 class TrainingRunHistory(Struct, kw_only=True):
@@ -15,3 +20,89 @@ class TrainingRunHistory(Struct, kw_only=True):
     """Oldest first: `index` counts the run's optimizer steps from 0, `step` is the optimizer's own count, `started_at`
     and `finished_at` are seconds since the epoch, `tokens`, `sequences` and `num_batches` what was trained on, and the
     metrics what forward_backward and optim_step have reported, added up by the part behind the colon."""
+
+
+# ---- what the scheduler tells the page
+
+
+class WorkerView(Struct, frozen=True, kw_only=True):
+    worker_id: str
+    platform: str
+    num_devices: int
+    capabilities: tuple[str, ...]
+    commands_in_flight: int
+    sequences: int
+    sequences_max: int
+    training_slots: int
+    training_slots_max: int
+    sampler_slots: int
+    sampler_slots_max: int
+    memory: tuple[tuple[str, int, str], ...] = ()
+    """(part, bytes, note) of each device's plan; empty where none was made, as on a CPU."""
+    is_on_trial: bool = False
+
+
+class QueueView(Struct, frozen=True, kw_only=True):
+    """Unfinished requests of one key."""
+
+    owner: str
+    requests: int
+    samples: int
+
+
+class Overview(Struct, frozen=True, kw_only=True):
+    """What a scheduler does now, and has done since its start."""
+
+    workers: tuple[WorkerView, ...] = ()
+    queues: tuple[QueueView, ...] = ()
+    operations_to_replay: int = 0
+    train_tokens: float = 0.0
+    sample_tokens: float = 0.0
+    train_ms: float = 0.0
+    sample_ms: float = 0.0
+
+
+class RunView(Struct, frozen=True, kw_only=True):
+    """What a run does now."""
+
+    state: RunState
+    num_steps: int
+    """Optimizer steps."""
+    loss: float | None = None
+    """Of a token, at the newest step."""
+
+
+class RequestView(Struct, frozen=True, kw_only=True):
+    request_id: str
+    seq_id: int
+    kind: str
+    station: Station
+    accepted_at: float
+    finished_at: float | None = None
+    body_bytes: int = 0
+
+
+# ---- what the page sends and gets
+
+
+class DashboardViewer(Struct, kw_only=True):
+    name: str
+    """Of the key; empty where there are no keys."""
+    role: Literal["user", "admin"]
+    """An admin sees everything."""
+    has_key: bool
+    token: str
+    """What the page sends as `X-Dashboard-Token` with every change."""
+    version: str
+
+
+class CheckpointAction(Struct, kw_only=True):
+    path: str
+    """tinker://…"""
+    action: Literal["publish", "unpublish", "delete", "ttl", "download"] = "download"
+    ttl_seconds: int | None = None
+    """Of "ttl": from now; null = for ever."""
+
+
+class Link(Struct, kw_only=True):
+    url: str

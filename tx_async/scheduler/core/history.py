@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from tx_async.wire.records import Change, Delete, HistoryRecord, Put
@@ -32,6 +33,12 @@ def decode_rows(record: HistoryRecord) -> list[HistoryRow]:
         {name: value for name, value in zip(record.columns, values, strict=True) if value == value}
         for values in table.tolist()
     ]
+
+
+def newest_of(record: HistoryRecord) -> HistoryRow:
+    """The last row alone."""
+    width = 8 * len(record.columns)
+    return decode_rows(msgspec.structs.replace(record, values=record.values[-width:]))[0]
 
 
 def kept(indexes: Sequence[int], steps_max: int) -> list[int]:
@@ -106,10 +113,16 @@ class Histories:
         if not self._blocks[model_id]:
             del self._blocks[model_id]
 
-    def rows(self, model_id: str) -> list[HistoryRow]:
-        """Oldest first."""
+    def rows(self, model_id: str, since: int = 0) -> list[HistoryRow]:
+        """From this `index` on, oldest first; blocks of nothing but older rows are not even looked at."""
         blocks = self._blocks.get(model_id, {})
-        return [row for number in sorted(blocks) if number != GATHERING for row in decode_rows(blocks[number])]
+        found: list[list[HistoryRow]] = []
+        for number in sorted(blocks, reverse=True):
+            rows = decode_rows(blocks[number]) if number != GATHERING else []
+            found.append([row for row in rows if row[INDEX] >= since])
+            if rows and rows[0][INDEX] < since:
+                break
+        return [row for rows in reversed(found) for row in rows]
 
     def gathering(self, model_id: str) -> HistoryRow:
         """What the step to come has so far."""
@@ -119,7 +132,7 @@ class Histories:
     def newest_row(self, model_id: str) -> HistoryRow | None:
         blocks = self._blocks.get(model_id, {})
         newest = max(blocks, default=GATHERING)
-        return decode_rows(blocks[newest])[-1] if newest != GATHERING else None
+        return newest_of(blocks[newest]) if newest != GATHERING else None
 
     # ---- what a change of it amounts to
 

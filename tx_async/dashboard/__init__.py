@@ -1,0 +1,1 @@
+"""The page at `/`: see README.md."""

@@ -1,0 +1,146 @@
+"""The stream of events behind the page: the present state at once, then what changes, once a second.
+
+All pages share one look at the scheduler a second, and pages of one viewer share its bytes; nobody looks when no page
+is open. A page that reads slowly misses intermediate states and never the newest one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from tx_async.clock import Clock
+from tx_async.dashboard import picture
+from tx_async.dashboard.picture import Picture
+from tx_async.dashboard.rates import Rates, Reading
+from tx_async.dashboard.viewer import Viewer
+from tx_async.errors import Overloaded
+from tx_async.scheduler.interface import SchedulerApi
+from tx_async.wire.dashboard import Overview
+
+TICK_S = 1.0
+SILENCE_S = 15
+"""Ticks without news after which a line says that the stream lives: proxies cut what is silent."""
+RETRY_MS = 2000
+PAGES_MAX = 512
+
+
+class News:
+    def __init__(
+        self,
+        scheduler: SchedulerApi,
+        clock: Clock,
+        names: Callable[[], dict[str, str]] = dict,
+        redact: Callable[[str], str] = str,
+        rates: Rates | None = None,
+    ):
+        """names: of keys, by owner. redact: what a tenant is told of a line for operators."""
+        self.scheduler = scheduler
+        self.clock = clock
+        self.rates = rates or Rates()
+        self.num_pages = 0
+        self.num_looks = 0
+        """How often the scheduler was looked at for pages."""
+        self._names = names
+        self._redact = redact
+        #: of the present tick, by viewer
+        self._pictures: dict[Viewer, Picture] = {}
+        self._overview = Overview()
+        self._server: dict[str, Any] = {}
+        #: encoded changes of the present tick, by viewer and the picture before
+        self._changes: dict[tuple[Viewer, int], bytes] = {}
+        self._tick = asyncio.Event()
+        self._ticking: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<News [{self.num_pages} pages]>"
+
+    def check_room(self) -> None:
+        """Raises `Overloaded`."""
+        if self.num_pages >= PAGES_MAX:
+            raise Overloaded(f"{PAGES_MAX} pages are open already: close one, then load this one again.")
+
+    async def stream(self, viewer: Viewer, is_valid: Callable[[], bool]) -> AsyncIterator[bytes]:
+        """is_valid: whether the viewer's key still counts."""
+        self._join()
+        try:
+            shown, silence = self._picture(viewer), 0
+            yield b"retry: %d\n" % RETRY_MS + _event("state", msgspec.json.encode(shown))
+            while is_valid():
+                await self._tick.wait()
+                newest = self._picture(viewer)
+                news = self._change(viewer, shown, newest)
+                shown, silence = newest, 0 if news else silence + 1
+                if news or silence % SILENCE_S == 0:
+                    yield news or b": still here\n\n"
+        finally:
+            self._leave()
+
+    # ---- the clock of all pages
+
+    def _join(self) -> None:
+        self.num_pages += 1
+        if self._ticking is None:
+            self._forget()
+            self._ticking = asyncio.get_running_loop().create_task(self._tick_while_watched())
+
+    def _leave(self) -> None:
+        self.num_pages -= 1
+        if not self.num_pages and self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+
+    async def _tick_while_watched(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._forget()
+            tick, self._tick = self._tick, asyncio.Event()
+            tick.set()
+
+    def _forget(self) -> None:
+        self._pictures, self._changes, self._server = {}, {}, {}
+
+    # ---- what it shows
+
+    def _picture(self, viewer: Viewer) -> Picture:
+        if viewer not in self._pictures:
+            if not self._server:
+                self._look()
+            self._pictures[viewer] = picture.take(
+                self.scheduler, self._overview, viewer, self._names(), self._server
+            ) | {"ready": self._ready(viewer)}
+        return self._pictures[viewer]
+
+    def _look(self) -> None:
+        self.num_looks += 1
+        self._overview = overview = self.scheduler.overview()
+        reading = Reading.of(overview, self.clock.now())
+        self.rates.note(reading)
+        self._server = {
+            "workers": msgspec.to_builtins(overview.workers),
+            "hour": self.rates.hour(),
+            "shares": self.rates.shares(reading),
+        }
+
+    def _ready(self, viewer: Viewer) -> dict[str, Any]:
+        waiting = self.scheduler.waiting_for()
+        return {
+            "is_ready": not waiting,
+            "waiting_for": waiting if viewer.sees_all else [self._redact(line) for line in waiting],
+            "operations_to_replay": self._overview.operations_to_replay,
+        }
+
+    def _change(self, viewer: Viewer, before: Picture, after: Picture) -> bytes:
+        """An event, or nothing."""
+        key = (viewer, id(before))
+        if key not in self._changes:
+            changed = picture.change(before, after)
+            self._changes[key] = _event("change", msgspec.json.encode(changed)) if changed else b""
+        return self._changes[key]
+
+
+def _event(name: str, data: bytes) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), data)

@@ -1,0 +1,65 @@
+"""The page's own files, as they lie in `static/`: nothing is built, and nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tx_async.api.owner import is_loopback
+from tx_async.config import ServerConfig
+
+STATIC = Path(__file__).parent / "static"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+
+
+def is_on(config: ServerConfig) -> bool:
+    return is_loopback(config.host) if config.dashboard is None else config.dashboard
+
+
+def page_routes() -> list[Route]:
+    """`/` is the page; its files lie under `/dashboard/`, after whatever else is there."""
+    files = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
+    routes = [Route("/", _answer(files["index.html"]), methods=["GET"])]
+    return routes + [Route(f"/dashboard/{name}", _answer(path), methods=["GET"]) for name, path in files.items()]
+
+
+def _answer(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    content = path.read_bytes()
+    headers = {**HEADERS, "content-type": TYPES[path.suffix], "etag": f'"{hashlib.sha256(content).hexdigest()[:16]}"'}
+
+    async def answer(request: Request) -> Response:
+        if request.headers.get("if-none-match") == headers["etag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers)
+
+    return answer

@@ -1,0 +1,84 @@
+"""What a viewer's page shows of the present, and what has changed since an earlier one. No I/O."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from tx_async.dashboard.viewer import Viewer
+from tx_async.scheduler.interface import SchedulerApi
+from tx_async.wire.dashboard import Overview
+from tx_async.wire.records import ModelRecord
+
+RUNS_MAX = 200
+"""Most recently used runs that a page is told of; all have a page of their own."""
+Picture = dict[str, Any]
+"""Section -> its content; "runs" by id."""
+
+
+def take(
+    scheduler: SchedulerApi,
+    overview: Overview,
+    viewer: Viewer,
+    names: Mapping[str, str],
+    server: Mapping[str, Any],
+) -> Picture:
+    """names: of keys, by owner. server: sections about the whole server, which only those see who see all."""
+    queues = [queue for queue in overview.queues if viewer.sees(queue.owner)]
+    return {
+        "base_model": msgspec.to_builtins(_base_model(scheduler)),
+        "queues": [{"key": names.get(q.owner, q.owner), "requests": q.requests, "samples": q.samples} for q in queues],
+        "runs": runs(scheduler, viewer, names),
+        **(server if viewer.sees_all else {}),
+    }
+
+
+def _base_model(scheduler: SchedulerApi) -> dict[str, Any]:
+    model = scheduler.base_model
+    return {
+        "name": model.name,
+        "architecture": model.architecture,
+        "max_context_length": model.max_context_length,
+        "vocab_size": model.vocab_size,
+        "max_lora_rank": model.max_lora_rank,
+    }
+
+
+def runs(scheduler: SchedulerApi, viewer: Viewer, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    seen = (model for model in scheduler.models.values() if viewer.sees(model.owner))
+    newest = heapq.nlargest(RUNS_MAX, seen, key=lambda model: (used_at(model), model.model_id))
+    return {model.model_id: run(scheduler, model, names) for model in newest}
+
+
+def run(scheduler: SchedulerApi, model: ModelRecord, names: Mapping[str, str]) -> dict[str, Any]:
+    view = scheduler.run_view(model)
+    session = scheduler.sessions.get(model.session_id)
+    return {
+        "id": model.model_id,
+        "key": names.get(model.owner, model.owner),
+        "base_model": model.base_model,
+        "rank": model.lora.rank,
+        "state": view.state,
+        "steps": view.num_steps,
+        "loss": view.loss,
+        "created_at": model.created_at,
+        "used_at": used_at(model),
+        "name": (session.display_name or "") if session else "",
+        "tags": list(session.tags) if session else [],
+    }
+
+
+def used_at(model: ModelRecord) -> float:
+    return model.last_request_at or model.created_at
+
+
+def change(before: Picture, after: Picture) -> Picture:
+    """The sections that are another now; of runs only those that are, None for one that has gone."""
+    changed = {name: content for name, content in after.items() if name != "runs" and before.get(name) != content}
+    old, new = before["runs"], after["runs"]
+    moved = {run_id: entry for run_id, entry in new.items() if old.get(run_id) != entry}
+    moved |= dict.fromkeys(old.keys() - new.keys())
+    return changed | ({"runs": moved} if moved else {})

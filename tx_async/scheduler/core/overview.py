@@ -1,0 +1,93 @@
+"""What the machine looks like to somebody who watches: read from its state, never a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tx_async.scheduler.core.catalog import Catalog
+from tx_async.scheduler.core.history import HistoryRow
+from tx_async.scheduler.core.state import SchedulerState
+from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.training.lanes import Step
+from tx_async.wire.dashboard import Overview, QueueView, RequestView, RunState, RunView, Station, WorkerView
+from tx_async.wire.records import ModelRecord, RequestRecord
+
+
+def overview(state: SchedulerState, requests: Mapping[str, int], samples: Mapping[str, int]) -> Overview:
+    """requests, samples: unfinished ones of each key."""
+    return Overview(
+        workers=tuple(map(_worker, state.workers.values())),
+        queues=tuple(QueueView(owner=key, requests=n, samples=samples.get(key, 0)) for key, n in requests.items()),
+        operations_to_replay=state.training.runs.num_replays,
+        train_tokens=state.training.micro_batches.num_tokens,
+        sample_tokens=state.sampling.num_tokens,
+        train_ms=state.busy_ms["train"],
+        sample_ms=state.busy_ms["sample"],
+    )
+
+
+def _worker(worker: WorkerState) -> WorkerView:
+    info = worker.info
+    return WorkerView(
+        worker_id=worker.worker_id,
+        platform=info.platform,
+        num_devices=info.num_devices,
+        capabilities=tuple(sorted(worker.capabilities)),
+        commands_in_flight=len(worker.in_flight),
+        sequences=len(worker.sequences),
+        sequences_max=info.num_sequences_max,
+        training_slots=len(worker.training_slots),
+        training_slots_max=info.num_training_slots,
+        sampler_slots=len(worker.sampler_slots),
+        sampler_slots_max=info.num_sampler_slots,
+        memory=tuple((part.name, part.num_bytes, part.note) for part in info.memory),
+        is_on_trial=worker.is_on_trial,
+    )
+
+
+def run_view(state: SchedulerState, model: ModelRecord) -> RunView:
+    newest = state.catalog.histories.newest_row(model.model_id) or {}
+    return RunView(state=_state_of(state, model), num_steps=int(newest.get("index", -1)) + 1, loss=mean_loss(newest))
+
+
+def _state_of(state: SchedulerState, model: ModelRecord) -> RunState:
+    lane = state.training.runs.lanes.get(model.model_id)
+    if lane is None:
+        return model.status if model.status != "live" else "idle"
+    if any(step.num_outstanding and not step.finished for step in lane.steps.values()):
+        return "running"
+    return "queued" if any(not step.finished for step in lane.steps.values()) else "idle"
+
+
+def mean_loss(row: HistoryRow) -> float | None:
+    """Of a token: by its weight where the loss has weights."""
+    count = row.get("weights:sum", row.get("tokens", 0.0))
+    return row["loss:sum"] / count if count and "loss:sum" in row else None
+
+
+def requests_of(state: SchedulerState, model_id: str, limit: int) -> list[RequestView]:
+    """Of one run, newest first."""
+    catalog = state.catalog
+    lane = state.training.runs.lanes.get(model_id)
+    steps = lane.steps if lane else {}
+    known = [record for record in catalog.requests.values() if record.subject == model_id]
+    known.sort(key=lambda record: record.seq_id, reverse=True)
+    return [_request(catalog, record, steps) for record in known[:limit]]
+
+
+def _request(catalog: Catalog, record: RequestRecord, steps: Mapping[int, Step]) -> RequestView:
+    result, step = catalog.results.get(record.request_id), steps.get(record.seq_id)
+    station: Station = "queued"
+    if result is not None:
+        station = "failed" if result.failed else "finished"
+    elif step is not None and (step.num_outstanding or step.is_sent):
+        station = "sent"
+    return RequestView(
+        request_id=record.request_id,
+        seq_id=record.seq_id,
+        kind=record.kind,
+        station=station,
+        accepted_at=record.created_at,
+        finished_at=result.finished_at if result else None,
+        body_bytes=record.body_bytes,
+    )
