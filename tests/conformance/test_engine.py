@@ -586,6 +586,25 @@ def test_a_sequence_that_is_watched_says_what_it_would_say_unwatched(make_sample
     assert said[0] == said[1]
 
 
+def test_no_stop_token_ends_a_sample_before_its_least_length(sampler):
+    every = tuple(range(100))
+    stopped = sampler.sample(spec(stop_token_ids=every, min_tokens=6), prompts=[prompt()])[1]
+    tokens = stopped[1][stopped[0].tokens_index]
+    assert len(tokens) >= 6 and not set(every) & set(tokens[:6].tolist())
+
+
+def test_a_bias_of_100_always_draws_a_token_and_of_minus_100_never(sampler):
+    sequence, tensors, _ = sampler.sample(spec(1), prompts=[prompt()])[1]
+    plain = tensors[sequence.tokens_index].tolist()
+    found = sampler.sample(
+        spec(2, temperature=1.0, logit_bias=((60, 100.0),)),
+        spec(3, logit_bias=tuple((token, -100.0) for token in sorted(set(plain)))),
+        prompts=[prompt()],
+    )
+    forced, banned = (found[i][1][found[i][0].tokens_index].tolist() for i in (2, 3))
+    assert forced == [60] * 10 and not set(banned) & set(plain)
+
+
 def test_top_logprobs_of_sampled_tokens_contain_the_greedy_one(sampler):
     sequence, tensors, _ = sampler.sample(spec(topk_logprobs=4, max_tokens=5), prompts=[prompt()])[1]
     top = tensors[sequence.topk_logprobs_index]

@@ -50,6 +50,7 @@ from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.replies import fetch, finished_sequence, head, piece_of, store_scores
 from tx_async.engine.sequences import Sample, Schedule, Sequences, Times, prompt_key
+from tx_async.engine.shaping import check_shaping, shapes, shaping_of
 from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
@@ -184,6 +185,7 @@ class SamplingEngine:
         prompt = tensors[spec.prompt_index]
         if not 1 <= len(prompt) <= self.context - (spec.prompt_scores is None):
             raise InvalidRequest(f"A prompt of {len(prompt)} tokens does not fit a context of {self.context}.")
+        check_shaping(spec)
         tokens = prompt.tolist()
         self._num_admitted += 1
         return Sample(
@@ -234,8 +236,12 @@ class SamplingEngine:
         adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
         if self.platform.grouped_lora and not adapters.num_active:
             adapters = adapters.without_lora
-        program = self.programs[f"decode {rows}" if adapters.weights else f"decode {rows} base"]
-        decoded, self.pools = program(self.decode_params, adapters, self.pools, batch, np.int32(steps))
+        name = f"decode {rows}" if adapters.weights else f"decode {rows} base"
+        arguments = [self.decode_params, adapters, self.pools, batch, np.int32(steps)]
+        if any(sample.spec.is_shaped for sample in samples):
+            name = f"shaped {name}"
+            arguments.append(shaping_of(samples, rows, self.context))
+        decoded, self.pools = self.programs[name](*arguments)
         quantum.decoded = (samples, decoded)
 
     # ---- the host's part, once the tokens are there
@@ -318,10 +324,14 @@ class SamplingEngine:
         for rows in self._batch_sizes:
             batch = decode_batch([], rows, self.layout)
             arguments = (self.decode_params, adapters(batch.adapter), self.pools, batch, np.int32(0))
-            yield program(f"decode {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
+            shaping = shapes(rows, self.context)
+            variants = {"": arguments}
             if self.platform.grouped_lora:
-                base = (arguments[0], arguments[1].without_lora, *arguments[2:])
-                yield program(f"decode {rows} base", function, base, donate=(2,), out_shardings=and_pools)
+                variants[" base"] = (arguments[0], arguments[1].without_lora, *arguments[2:])
+            for which, variant in variants.items():
+                name, more = f"decode {rows}{which}", {"donate": (2,), "out_shardings": and_pools}
+                yield program(name, function, variant, **more)
+                yield program(f"shaped {name}", function, (*variant, shaping), **more)
 
         function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.layout.page_size
         for rows in PREFILL_ROWS:
@@ -381,9 +391,12 @@ def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:
     count = len(tokens)
     if len(stop_ids) > STOP_TOKENS_MAX:
         count = next((n for n, token in enumerate(tokens, 1) if token in stop_ids), count)
-    completed = sample.stops.feed(tokens[:count]) if sample.stops else None
-    if completed is not None:
-        return completed, "stop"
+    if sample.stops:
+        too_early = min(count, max(0, sample.spec.min_tokens - (len(sample.tokens) - sample.num_prompt)))
+        sample.stops.pass_over(tokens[:too_early])
+        completed = sample.stops.feed(tokens[too_early:count])
+        if completed is not None:
+            return too_early + completed, "stop"
     if count and tokens[count - 1] in stop_ids:
         return count, "stop"
     return count, "length" if len(sample.tokens) + count >= sample.limit else None

@@ -18,6 +18,7 @@ from tx_async.engine.kv_cache import CacheLayout, Pools
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, TileStates
 from tx_async.engine.platform import Platform
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logsumexp, sample, stream_key
+from tx_async.engine.shaping import Shaping, counted, shaped, tally
 from tx_async.layers.cpu import LowRankActive, OutFirst
 from tx_async.layers.linear import product
 from tx_async.layers.lora import LOW_RANK, LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
@@ -199,13 +200,15 @@ def decode(
     pools: Pools,
     batch: DecodeBatch,
     num_steps: Array,
+    shaping: Shaping | None = None,
     kernel: bool = False,
 ) -> tuple[Decoded, Pools]:
     """At most `num_steps` ≤ max_steps tokens for every row; ends early when every row has ended. kernel:
     attention by `paged_kernel.py`."""
     rows = batch.token.shape[0]
     lora = adapters.for_tokens(platform, batch.adapter)
-    choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index))
+    min_p = None if shaping is None else shaping.min_p
+    choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index), min_p)
     topk = min(TOPK_MAX, model.vocab_size)
     out = Decoded(
         tokens=jnp.zeros((max_steps, rows), jnp.int32),
@@ -218,15 +221,17 @@ def decode(
     )
 
     def step(state):
-        i, token, alive, pools, out = state
+        i, token, alive, pools, out, told = state
         position = batch.position + out.count
         attend = DecodeAttention(layout, batch.tables, position[:, None], alive, batch.slot, kernel)
         hidden, pools = model.forward(params, lora, token[:, None], position[:, None], attend, pools)
         logits = unembed(params, lora, hidden[:, 0])
-        drawn, logprob, lse = sample(logits, choices, position + 1, platform.fixed_passes)
+        drawn_from = None if shaping is None else shaped(logits, shaping, told, out.count)
+        drawn, logprob, lse = sample(logits, choices, position + 1, platform.fixed_passes, drawn_from)
         topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
         head, is_whole = _head(logits, topk_ids, choices, batch.any_head, platform.fixed_passes)
         token = jnp.where(alive, drawn, token)
+        told = told if shaping is None else counted(told, token, alive)
         out = Decoded(
             tokens=out.tokens.at[i].set(token),
             logprobs=out.logprobs.at[i].set(logprob),
@@ -237,13 +242,14 @@ def decode(
             head_is_whole=out.head_is_whole.at[i].set(is_whole),
         )
         stopped = jnp.any(token[:, None] == batch.stop_tokens, axis=1)
-        return i + 1, token, alive & ~stopped & (out.count < batch.remaining), pools, out
+        return i + 1, token, alive & ~stopped & (out.count < batch.remaining), pools, out, told
 
     def goes_on(state) -> Array:
         return (state[0] < num_steps) & jnp.any(state[2])
 
-    state = (jnp.int32(0), batch.token, batch.remaining > 0, pools, out)
-    _, _, _, pools, out = jax.lax.while_loop(goes_on, step, state)
+    told = () if shaping is None else tally(shaping, model.vocab_size)
+    state = (jnp.int32(0), batch.token, batch.remaining > 0, pools, out, told)
+    _, _, _, pools, out, _ = jax.lax.while_loop(goes_on, step, state)
     return out, pools
 
 

@@ -5,8 +5,8 @@ along contiguous lanes. Nothing is sorted: top-k and top-p are thresholds found 
 weights, exact to the last token, and a draw inverts the cumulative distribution in two steps, lane then segment, with
 two uniforms per row.
 
-Order as in transformers: temperature, top-k, top-p. Ties at the k-th place all stay; ties at the edge of top-p stay
-from the lowest token on, as many as p needs.
+Order as in transformers: temperature, top-k, top-p; min_p stands before top-k, as in vLLM. Ties at the k-th place all
+stay; ties at the edge of top-p stay from the lowest token on, as many as p needs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Choices(NamedTuple):
     """[B] fp32"""
     key: Array
     """[B, 2] uint32: `stream_key` of the row."""
+    min_p: Array | None = None
+    """[B] fp32; None where nobody asks for it."""
 
 
 PASS_BITS = 2
@@ -60,15 +62,21 @@ def stream_key(seed: Array, sample_index: Array) -> Array:
     return jax.vmap(one)(seed, sample_index)
 
 
-def sample(logits: Array, choices: Choices, position: Array, fixed_passes: bool = False) -> tuple[Array, Array, Array]:
+def sample(
+    logits: Array, choices: Choices, position: Array, fixed_passes: bool = False, drawn_from: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Draw the tokens that will stand at `position` [B]. fixed_passes: without loops and with one branch, taken where
     anybody wants top-k or top-p: what an accelerator would rather do than ask the host; the same tokens stay.
+    drawn_from: other logits than the model's own, to be drawn from in their place (`shaping.py`).
 
     logits fp32 [B, V] -> (tokens int32 [B], their log-probabilities in the plain model [B], the logits' logsumexp [B]).
     """
     z = _lanes(logits)
     top = z.max((1, 2))
     lse = _logsumexp(z, top)
+    if drawn_from is not None:
+        z = _lanes(drawn_from)
+        top = z.max((1, 2))
     greedy = _first_index(z == top[:, None, None])
     draws = choices.temperature >= GREEDY_BELOW
     if fixed_passes:
@@ -130,6 +138,8 @@ def draw_many(logits: Array, temperature: Array, keys: Array, k: int) -> Array:
 
 def _draw(z: Array, top: Array, greedy: Array, choices: Choices, position: Array, limit: Any) -> Array:
     weights = _weights(z, top, jnp.maximum(choices.temperature, GREEDY_BELOW))
+    if choices.min_p is not None:
+        weights = jnp.where(weights >= choices.min_p[:, None, None], weights, 0.0)  # the likeliest one's is 1
     weights = jnp.where(_kept(weights, limit(weights, choices)), weights, 0.0)
     u = jax.vmap(_uniforms)(choices.key, position)
     lane = _invert(weights.sum(1), u[:, 0])

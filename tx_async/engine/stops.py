@@ -33,19 +33,46 @@ class StopStrings:
         self._window = [int(token) for token in prompt[-CONTEXT_TOKENS:]]
         #: characters of the window's text that are the prompt's
         self._skip = len(decode(self._window).rstrip(INCOMPLETE))
+        #: tokens of the window within which no string may end
+        self._num_closed = 0
+        #: characters of their text
+        self._closed = 0
+
+    def pass_over(self, tokens: Sequence[int]) -> None:
+        """Append tokens with which no string ends the completion."""
+        if not tokens:
+            return
+        self._window.extend(tokens)
+        self._close(len(self._window))
+        self._trim()
 
     def feed(self, tokens: Sequence[int]) -> int | None:
         """Append tokens; -> how many of them it takes to complete a stop string, or None."""
+        if not tokens:
+            return None
         if self._completes(tokens):
             return next(n for n in range(1, len(tokens) + 1) if self._completes(tokens[:n]))
         self._window.extend(tokens)
-        if len(self._window) > 2 * self._reach:
-            self._window, self._skip = self._window[-self._reach :], 0
+        self._trim()
         return None
+
+    def _close(self, num_tokens: int) -> None:
+        self._num_closed = num_tokens
+        self._closed = len(self._decode(self._window[:num_tokens]).rstrip(INCOMPLETE))
+
+    def _trim(self) -> None:
+        removed = len(self._window) - self._reach
+        if removed > self._reach:
+            self._window, self._skip = self._window[removed:], 0
+            self._close(max(0, self._num_closed - removed))
 
     def _completes(self, tokens: Sequence[int]) -> bool:
         text = self._decode([*self._window, *tokens])
-        return any(text.find(string, self._skip) >= 0 for string in self._strings)
+        return any(text.find(string, self._first(string)) >= 0 for string in self._strings)
+
+    def _first(self, string: str) -> int:
+        """Where it may begin at the earliest."""
+        return max(self._skip, self._closed - len(string) + 1)
 
 
 @cache

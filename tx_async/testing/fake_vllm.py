@@ -249,7 +249,8 @@ class FakeVllm:
             sequence_id=0, sampler_slot=slot, adapter_version="", prompt_index=0, max_tokens=body["max_tokens"],
             temperature=body["temperature"], top_k=body["top_k"], top_p=body["top_p"], seed=body["seed"],
             stop_token_ids=tuple(body["stop_token_ids"]), stop_strings=tuple(body["stop"]),
-            topk_logprobs=body["logprobs"],
+            topk_logprobs=body["logprobs"], min_tokens=body["min_tokens"],
+            logit_bias=tuple((int(token), bias) for token, bias in (body["logit_bias"] or {}).items()),
         )  # fmt: skip
         finished, tensors = self._engine.complete(spec, np.array(body["prompt"], np.int32))
         tokens, logprobs = (

@@ -1,0 +1,154 @@
+"""What a request adds to its logits before they are drawn from: minimum length, bias, penalties. Data of a row.
+
+With z the logits of a step, in the order of vLLM's sampler (`vllm/v1/sample/sampler.py`), before temperature:
+
+    min_tokens           z[t] = -inf                            for stop tokens t while the answer is shorter
+    logit_bias           z[t] += bias[t]
+    repetition_penalty   z[t] = z[t] / r if z[t] > 0 else z[t] * r    for t in prompt or answer (arXiv:1909.05858)
+    frequency_penalty    z[t] -= f * count[t]                   count: how often the answer has t
+    presence_penalty     z[t] -= p * (count[t] > 0)
+
+min_p is applied after temperature (`sampler.py`): tokens stay whose probability is at least min_p times that of the
+likeliest (arXiv:2407.01082). Log-probabilities are those of z itself. A row that asks for nothing gets its z back: it
+is drawn as in the programs that know nothing of this, and a batch without any such row runs those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tx_async.engine.sequences import Sample
+from tx_async.errors import InvalidRequest
+from tx_async.wire.worker import LOGIT_BIAS_MAX, SequenceSpec
+
+HELD_BACK_MAX = 512
+"""Stop tokens of one sequence that `min_tokens` can hold back."""
+
+Data = Any
+"""numpy on its way to the device, a traced array inside a program."""
+
+
+class Shaping(NamedTuple):
+    """What B rows ask for."""
+
+    min_p: Data
+    presence: Data
+    frequency: Data
+    repetition: Data
+    """fp32 [B]"""
+    min_tokens: Data
+    num_answered: Data
+    """int32 [B]: tokens of the answer when the quantum begins."""
+    num_prompt: Data
+    """int32 [B]"""
+    text: Data
+    """int32 [B, context]: prompt and answer, then -1; all -1 where nobody counts them."""
+    bias_tokens: Data
+    """int32 [B, LOGIT_BIAS_MAX], -1 = none."""
+    bias: Data
+    held_back: Data
+    """int32 [B, HELD_BACK_MAX], -1 = none."""
+
+
+class Tally(NamedTuple):
+    """The same by token, [B, V]. What a step draws is added to the first two."""
+
+    counts: Array
+    """int32: of the answer."""
+    seen: Array
+    """bool: in prompt or answer."""
+    bias: Array
+    held_back: Array
+
+
+def check_shaping(spec: SequenceSpec) -> None:
+    """Raises `InvalidRequest` for more than the tables hold."""
+    if len(spec.logit_bias) > LOGIT_BIAS_MAX:
+        raise InvalidRequest(f"logit_bias has {len(spec.logit_bias)} entries; it takes {LOGIT_BIAS_MAX}.")
+    if spec.min_tokens and len(spec.stop_token_ids) > HELD_BACK_MAX:
+        raise InvalidRequest(f"min_tokens goes with at most {HELD_BACK_MAX} stop tokens.")
+
+
+def shaping_of(samples: Sequence[Sample], rows: int, context: int) -> Shaping:
+    specs = [sample.spec for sample in samples]
+
+    def column(values: Sequence, dtype: type, unused: float = 0) -> np.ndarray:
+        array = np.full(rows, unused, dtype)
+        array[: len(samples)] = values
+        return array
+
+    def table(lists: Sequence[Sequence[float]], width: int, dtype: type = np.int32, unused: float = -1) -> np.ndarray:
+        array = np.full((rows, width), unused, dtype)
+        for row, values in enumerate(lists):
+            array[row, : len(values)] = values
+        return array
+
+    needs_history = [
+        bool(spec.presence_penalty or spec.frequency_penalty or spec.repetition_penalty != 1.0) for spec in specs
+    ]
+    texts = [sample.tokens if needed else [] for sample, needed in zip(samples, needs_history, strict=True)]
+    return Shaping(
+        min_p=column([spec.min_p for spec in specs], np.float32),
+        presence=column([spec.presence_penalty for spec in specs], np.float32),
+        frequency=column([spec.frequency_penalty for spec in specs], np.float32),
+        repetition=column([spec.repetition_penalty for spec in specs], np.float32, 1.0),
+        min_tokens=column([spec.min_tokens for spec in specs], np.int32),
+        num_answered=column([len(sample.tokens) - sample.num_prompt for sample in samples], np.int32),
+        num_prompt=column([sample.num_prompt for sample in samples], np.int32),
+        text=table(texts, context),
+        bias_tokens=table([[token for token, _ in spec.logit_bias] for spec in specs], LOGIT_BIAS_MAX),
+        bias=table([[bias for _, bias in spec.logit_bias] for spec in specs], LOGIT_BIAS_MAX, np.float32, 0),
+        held_back=table([spec.stop_token_ids if spec.min_tokens else () for spec in specs], HELD_BACK_MAX),
+    )
+
+
+def shapes(rows: int, context: int) -> Shaping:
+    """Arrays that have the shapes of `shaping_of`'s, and take no memory."""
+    one = shaping_of([], 1, 1)._asdict()
+    wide = {name: array.shape[1:] for name, array in one.items()} | {"text": (context,)}
+    return Shaping(**{name: np.broadcast_to(array.flat[0], (rows, *wide[name])) for name, array in one.items()})
+
+
+# ---- on the device
+
+
+def tally(shaping: Shaping, vocab: int) -> Tally:
+    rows = jnp.arange(shaping.min_p.shape[0])[:, None]
+
+    def place(tokens: Array) -> Array:
+        """Where a token's cell is; none for -1."""
+        return jnp.where(tokens >= 0, tokens, vocab)
+
+    def empty(dtype: Any) -> Array:
+        return jnp.zeros((rows.shape[0], vocab), dtype)
+
+    is_answer = jnp.arange(shaping.text.shape[1]) >= shaping.num_prompt[:, None]
+    answer = jnp.where(is_answer, shaping.text, -1)
+    return Tally(
+        counts=empty(jnp.int32).at[rows, place(answer)].add(1, mode="drop"),
+        seen=empty(jnp.bool_).at[rows, place(shaping.text)].set(True, mode="drop"),
+        bias=empty(jnp.float32).at[rows, place(shaping.bias_tokens)].add(shaping.bias, mode="drop"),
+        held_back=empty(jnp.bool_).at[rows, place(shaping.held_back)].set(True, mode="drop"),
+    )
+
+
+def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array) -> Array:
+    """The logits [B, V] that are drawn from, `num_new` [B] tokens into the quantum."""
+    is_short = shaping.num_answered + num_new < shaping.min_tokens
+    z = jnp.where(is_short[:, None] & tally.held_back, -jnp.inf, logits) + tally.bias
+    repetition = shaping.repetition[:, None]
+    z = jnp.where(tally.seen, jnp.where(z > 0, z / repetition, z * repetition), z)
+    z = z - shaping.frequency[:, None] * tally.counts
+    return z - shaping.presence[:, None] * (tally.counts > 0)
+
+
+def counted(tally: Tally, tokens: Array, alive: Array) -> Tally:
+    """With the tokens [B] that a step has drawn for the rows that are alive."""
+    rows = jnp.arange(tokens.shape[0])
+    counts = tally.counts.at[rows, tokens].add(alive.astype(jnp.int32))
+    return tally._replace(counts=counts, seen=tally.seen.at[rows, tokens].max(alive))
