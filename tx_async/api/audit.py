@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
+from functools import partial
 
 from tx_async.api.context import Call
 from tx_async.api.key_file import Key, KeyFile, Keys, format_time
@@ -83,7 +84,7 @@ def _of(
 
 def follow_keys(file: KeyFile, scheduler: SchedulerApi) -> None:
     """From now on the log is told of every change; also of those that were made since the last server stopped."""
-    file.on_change = lambda before, after: _note_changes(scheduler, before, after)
+    file.on_change = partial(_note_changes, scheduler)
     known = _known_keys(scheduler.audits)
     keys = file.current()
     for key in keys.values():

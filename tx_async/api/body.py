@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio.to_thread
 import msgspec
@@ -137,7 +137,8 @@ async def _receive(request: Request, bytes_max: int, hold: Hold) -> bytes:
     announced = _content_length(request)
     if announced <= bytes_max:
         await hold.take(announced)
-    head, pieces, size = b"", [], 0
+    head, size = b"", 0
+    pieces: list[bytes] = []
     async for piece in _pieces(request, hold.bodies.timeout_s):
         size += len(piece)
         if len(head) < HEAD_BYTES:
@@ -184,5 +185,5 @@ async def _join(pieces: list[bytes], size: int) -> bytes:
 
 
 @cache
-def _decoder(kind: Any) -> msgspec.json.Decoder:
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
     return msgspec.json.Decoder(kind)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -129,7 +129,7 @@ class Bodies:
         return self.key_bytes_max - self.key_bytes_max // READING_SHARE
 
     @asynccontextmanager
-    async def hold(self, owner: str) -> AsyncIterator[Hold]:
+    async def hold(self, owner: str) -> AsyncGenerator[Hold]:
         """What one request holds is given back when it has been answered."""
         hold = Hold(self, owner)
         try:
@@ -138,7 +138,7 @@ class Bodies:
             hold.release()
 
     @asynccontextmanager
-    async def decoding(self, owner: str) -> AsyncIterator[None]:
+    async def decoding(self, owner: str) -> AsyncGenerator[None]:
         self._users[owner] += 1
         try:
             async with self._turns[owner], self._decoders:

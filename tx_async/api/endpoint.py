@@ -122,7 +122,7 @@ async def _read_to_the_end(request: Request) -> None:
     """Of a body that nobody wanted any more: the server's reader of the connection waits until what it has is taken."""
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LEFTOVERS_S):
-            while not request._stream_consumed:  # Starlette has no public name for it
+            while not request._stream_consumed:  # no public name  # pyright: ignore[reportPrivateUsage]
                 message = await request.receive()
                 if message["type"] != "http.request" or not message.get("more_body"):
                     break

@@ -74,7 +74,7 @@ Schema = dict[int, "Schema | None"]
 
 
 def _schema(descriptor: Any) -> Schema:
-    fields = {}
+    fields: Schema = {}
     for field in descriptor.fields:
         if field.message_type is not None:
             fields[field.number] = _schema(field.message_type)

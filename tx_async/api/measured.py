@@ -23,20 +23,22 @@ class MeasureMiddleware:
             await self.app(scope, receive, send)
             return
         metrics: Metrics = scope["app"].state.metrics
-        began, status = time.perf_counter(), 0
+        began = time.perf_counter()
+        statuses: list[int] = []
         #: the endpoint says what it is called, in whichever copy of the scope
-        scope["tx_async.route"] = route = []
+        route: list[str] = []
+        scope["tx_async.route"] = route
 
         async def watched(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                statuses.append(message["status"])
             await send(message)
 
         try:
             await self.app(scope, receive, watched)
         finally:
             path = route[0] if route else ELSEWHERE
+            status = statuses[0] if statuses else None
             metrics.http_request.labels(path, status or "none").observe(time.perf_counter() - began)
             if status == 500:
                 metrics.http_server_errors.inc()

@@ -63,7 +63,7 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
         ]
     if isinstance(row.request, str):
-        content = {"application/x-protobuf": {}, "application/json": {}}
+        content: dict[str, dict[str, Any]] = {"application/x-protobuf": {}, "application/json": {}}
         operation["requestBody"] = {"description": row.request, "content": content}
     elif struct := _request_struct(row):
         operation["requestBody"] = {"required": True} | _content(struct, schema_of)

@@ -89,7 +89,7 @@ def forward_backward(operation: ForwardBackward, model: BaseModelInfo) -> Forwar
 
 
 def _each(data: Sequence[Datum], function: Callable[[Datum], T]) -> tuple[T, ...]:
-    results = []
+    results: list[T] = []
     for index, datum in enumerate(data):
         try:
             results.append(function(datum))

@@ -23,6 +23,7 @@ from tx_async.journal.journal import Journal
 from tx_async.metrics import Metrics
 from tx_async.scheduler.core.facts import BodyLoaded, Fact, FilesListed, RequestAccepted, ResultDurable
 from tx_async.scheduler.core.instructions import (
+    Append,
     DeleteFiles,
     Deliver,
     Dismiss,
@@ -226,6 +227,8 @@ class Performer:
                 self.handle(ResultDurable(result))
             case DeleteFiles():
                 self._begin(self._delete(item))
+            case Append():
+                pass  # its records are in the catalog already
 
     async def _delete(self, instruction: DeleteFiles) -> None:
         try:

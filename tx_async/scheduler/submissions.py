@@ -148,7 +148,8 @@ class Submissions:
                 return self._create_model(request, operation, now)
             case CreateModelFromCheckpoint():
                 return self._create_model_from_checkpoint(request, operation, now)
-        return RequestAccepted(request, operation)
+            case _:
+                return RequestAccepted(request, operation)
 
     def _audited(self, fact: RequestAccepted, now: float) -> RequestAccepted:
         if fact.model is None:

@@ -3,8 +3,10 @@
 Run from a checkout, with grpcio-tools installed: `python -m tx_async.wire.generate_descriptor`.
 """
 
+import importlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).parents[2] / "schemas" / "tinker.proto"
 DESCRIPTOR = Path(__file__).with_name("tinker.binpb")
@@ -13,7 +15,8 @@ DESCRIPTOR = Path(__file__).with_name("tinker.binpb")
 def compile_descriptor() -> bytes:
     """The serialized FileDescriptorProto of the schema, without comments and positions."""
     from google.protobuf import descriptor_pb2
-    from grpc_tools import protoc  # type: ignore[import-not-found]
+
+    protoc: Any = importlib.import_module("grpc_tools.protoc")
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "set.binpb"

@@ -6,7 +6,7 @@ before one is made; past `api/` their fields are believed.
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -73,7 +73,7 @@ class CreateModel(Struct, tag=True, frozen=True, kw_only=True):
     model_seq_id: int
     base_model: str
     lora: AdapterConfig
-    user_metadata: dict = {}
+    user_metadata: dict[str, Any] = {}
 
 
 class CreateModelFromCheckpoint(Struct, tag=True, frozen=True, kw_only=True):
@@ -84,7 +84,7 @@ class CreateModelFromCheckpoint(Struct, tag=True, frozen=True, kw_only=True):
     model_seq_id: int
     path: str
     optimizer: bool
-    user_metadata: dict = {}
+    user_metadata: dict[str, Any] = {}
 
 
 class ForwardBackward(Struct, tag=True, frozen=True, kw_only=True):
@@ -118,7 +118,7 @@ class SaveWeights(Struct, tag=True, frozen=True, kw_only=True):
     inflight: bool = False
     ttl_seconds: int | None = None
     overwrite: bool = False
-    user_metadata: dict = {}
+    user_metadata: dict[str, Any] = {}
     age_recipients: tuple[str, ...] = ()
     """Who can read an export; () = everybody who gets the files."""
     exclude_unembed: bool = False

@@ -5,7 +5,7 @@ Fields are only ever added, with a default, so that a newer server reads an olde
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -18,7 +18,7 @@ class SessionRecord(Struct, tag="session", frozen=True, kw_only=True):
     owner: str
     created_at: float
     tags: tuple[str, ...] = ()
-    user_metadata: dict = {}
+    user_metadata: dict[str, Any] = {}
     sdk_version: str = ""
     project_id: str | None = None
     display_name: str | None = None
@@ -48,7 +48,7 @@ class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
     created_at: float
     base_fingerprint: str = ""
     """Which weights `base_model` names; "" in records from before it was kept: the journal's first base."""
-    user_metadata: dict = {}
+    user_metadata: dict[str, Any] = {}
     created_from: str | None = None
     """Storage key, for a model created from a checkpoint."""
     created_from_path: str | None = None
@@ -114,13 +114,17 @@ class RequestRecord(Struct, tag="request", frozen=True, kw_only=True):
         return self.request_id
 
 
+ResultContent = Literal["json", "sample", "forward_backward", "error"]
+"""What a result's payload is."""
+
+
 class ResultRecord(Struct, tag="result", frozen=True, kw_only=True):
     """How a request ended. `payload` is the wire form of its content type; clients may fetch it again until it
     expires."""
 
     request_id: str
     finished_at: float
-    content: Literal["json", "sample", "forward_backward", "error"]
+    content: ResultContent
     payload: bytes
 
     @property
@@ -143,7 +147,7 @@ class CheckpointRecord(Struct, tag="checkpoint", frozen=True, kw_only=True):
     created_at: float
     size_bytes: int
     public: bool = False
-    user_metadata: dict = {}
+    user_metadata: dict[str, Any] = {}
     expires_at: float | None = None
     base_fingerprint: str = ""
 
@@ -195,7 +199,7 @@ class AuditRecord(Struct, tag="audit", frozen=True, kw_only=True):
     """What it is about: a run's id, a checkpoint's tinker:// path, a key's name."""
     owner: str = ""
     """Who did it, and whose it is; "" = the server's operator."""
-    details: dict = {}
+    details: dict[str, Any] = {}
 
     @property
     def key(self) -> str:

@@ -54,6 +54,8 @@ class AuditLog:
                 )
             case Delete(table="model", key=model_id) if model := self.catalog.models.get(model_id):
                 yield self._event(now, "run.forgotten", model_id, model.owner)
+            case _:
+                pass  # nothing that an operator must be able to look up
 
     def _checkpoint_put(
         self, now: float, record: CheckpointRecord, before: CheckpointRecord | None

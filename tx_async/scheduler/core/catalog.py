@@ -181,4 +181,5 @@ def files_of(record: Record) -> tuple[str, ...]:
             return (key,)
         case RequestRecord(storage_key=key) if key:
             return (key,)
-    return ()
+        case _:
+            return ()

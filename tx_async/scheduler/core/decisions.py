@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from tx_async.scheduler.core.instructions import (
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.interface import LivePiece
 from tx_async.wire import results
-from tx_async.wire.records import Change, Put, RequestRecord, ResultRecord
+from tx_async.wire.records import Change, Put, RequestRecord, ResultContent, ResultRecord
 from tx_async.wire.results import Failure
 from tx_async.wire.worker import Command, SequenceTimes
 
@@ -122,7 +122,7 @@ class Decisions:
     def finish(
         self,
         request: RequestRecord,
-        content: Literal["json", "sample", "forward_backward", "error"],
+        content: ResultContent,
         payload: bytes,
         *changes: Change,
     ) -> None:

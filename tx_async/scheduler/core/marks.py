@@ -8,7 +8,7 @@ microsecond, with no I/O: the kernel keeps what was written into mapped memory, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Generator, MutableSequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class ReplayMarks:
         return not self._suspect.startswith("restore ")
 
     @contextmanager
-    def of(self, stage: Stage, request_id: str) -> Iterator[None]:
+    def of(self, stage: Stage, request_id: str) -> Generator[None]:
         """The body does this to the record. An error that is nobody's answer leaves the mark: it ends the process."""
         outer, mark = self._get(0), f"{stage} {request_id}"
         self._put(0, mark)

@@ -42,7 +42,7 @@ def restore(training: Training, marks: ReplayMarks) -> list[RequestRecord]:
     for model in catalog.models.values():
         if model.status == "live" and not catalog.is_of_other_base(model):
             training.runs.create(model)
-    samples = []
+    samples: list[RequestRecord] = []
     for request in list(catalog.requests.values()):
         is_finished = request.request_id in catalog.results
         if catalog.request_ids[request.subject, request.seq_id] != request.request_id:

@@ -154,6 +154,8 @@ class SchedulerState:
                 self._tick()
             case WorkerProgress():
                 pass  # nothing can run on it yet
+            case _:
+                pass  # of `handle` alone: it lets nothing run that could not run before
 
     def drain(self, now: float) -> tuple[list[Instruction], bool]:
         """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag: something is still on
@@ -319,6 +321,8 @@ class SchedulerState:
                 is_open = job.request.request_id in self.sampling.jobs
                 if not is_open or not (job.pending or worker.sequences_of(job)):
                     worker.reserved_for = None
+            case _:
+                pass  # nobody, or a suspect whose turn has not come
 
     def _is_due_on(self, worker: WorkerState, step: Step) -> bool:
         """Whether some of it is on the worker, or comes next."""

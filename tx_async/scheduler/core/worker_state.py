@@ -184,4 +184,5 @@ def _kind_of(command: Command) -> Kind | None:
             return "train"
         case SampleQuantum():
             return "sample"
-    return None
+        case _:
+            return None

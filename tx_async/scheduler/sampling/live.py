@@ -28,7 +28,7 @@ def is_live(flow: Flow) -> bool:
 
 
 class LiveJob(SampleJob, eq=False, kw_only=True):
-    told: dict[int, bytes] = msgspec.field(default_factory=dict)
+    told: dict[int, bytes] = msgspec.field(default_factory=dict[int, bytes])
     """Sample index -> the tokens of it that were told."""
 
     @property

@@ -127,7 +127,7 @@ def _problem(record: RecordedSequence | None, model: ModelRecord) -> str:
 def with_heads(operation: ForwardBackward, recordings: Mapping[str, Recording]) -> ForwardBackward:
     """The operation with the recorded heads of its sampled positions. Raises `InvalidRequest` where the recorded tokens
     are not the datum's, naming the datum and the span."""
-    data = []
+    data: list[Datum] = []
     for i, datum in enumerate(operation.data):
         try:
             data.append(_with_heads(datum, recordings))
@@ -142,7 +142,8 @@ def _with_heads(datum: Datum, recordings: Mapping[str, Recording]) -> Datum:
     targets = datum.loss_fn_inputs["target_tokens"].numpy()
     _check(np.frombuffer(datum.tokens, "<i4"), provenance.model_input, "model_input_spans", recordings)
     _check(targets, provenance.loss_fn_inputs, "loss_fn_input_spans", recordings, sampled_only=True)
-    pieces, position = [], 0
+    pieces: list[_Piece] = []
+    position = 0
     for i, span in enumerate(provenance.loss_fn_inputs):
         if span.is_sampled and span.length:
             pieces.append(_piece(recordings[span.sequence_id], span, position, f"loss_fn_input_spans[{i}]"))

@@ -22,7 +22,7 @@ from tx_async.scheduler.sampling.recorder import Recorder
 from tx_async.scheduler.sampling.sampler_slots import SamplerSent, SamplerSlots
 from tx_async.scheduler.sampling.trials import TrialJob, Trials
 from tx_async.wire import results
-from tx_async.wire.records import DropBody
+from tx_async.wire.records import DropBody, ResultContent
 from tx_async.wire.results import Failure
 from tx_async.wire.worker import (
     AdmitSequences,
@@ -361,7 +361,7 @@ class Sampling:
             case _:
                 self._finish(job, "sample", job.result())
 
-    def _finish(self, job: SampleJob, content, payload: bytes) -> None:
+    def _finish(self, job: SampleJob, content: ResultContent, payload: bytes) -> None:
         self.waiting.remove(job)
         del self.jobs[job.request.request_id]
         recorded = self.recorder.recorded(job)

@@ -57,7 +57,9 @@ class Trials:
 
     def finished(self, job: TrialJob, worker: WorkerState, is_float32: bool) -> None:
         """One is scored, by a worker that computes in float32 or not."""
-        scored = np.frombuffer(job.prompt["prompt_logprobs"], np.float32)[-len(job.expected) :]  # type: ignore[arg-type]
+        logprobs = job.prompt["prompt_logprobs"]
+        assert isinstance(logprobs, bytes)
+        scored = np.frombuffer(logprobs, np.float32)[-len(job.expected) :]
         difference = np.abs(scored - np.array(job.expected, np.float32)).max()
         job.difference = float(difference) if np.isfinite(difference) else float("inf")
         jobs = self.jobs.get(job.worker_id, [])

@@ -6,11 +6,11 @@ In memory only: after a restart the journal still knows when a request was accep
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.interface import Passage
-from tx_async.wire.records import RequestRecord
+from tx_async.wire.records import ModelRecord, RequestRecord, SamplerRecord
 
 ENDED_MAX = 20_000
 """Requests that have ended and are remembered."""
@@ -51,10 +51,9 @@ class Passages:
         requests = [request for request in self._catalog.requests.values() if request.subject in subjects]
         return [self._known.get(request.request_id) or self._of(request) for request in requests]
 
-    def _of_session(self, session_id: str) -> Iterator:
+    def _of_session(self, session_id: str) -> Iterator[ModelRecord | SamplerRecord]:
         for table in (self._catalog.models, self._catalog.samplers):
-            records: Iterable = table.values()
-            yield from (record for record in records if record.session_id == session_id)
+            yield from (record for record in table.values() if record.session_id == session_id)
 
     def _of(self, request: RequestRecord) -> Passage:
         """What the journal knows of it."""

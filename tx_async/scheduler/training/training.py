@@ -267,6 +267,8 @@ class Training:
                 self.slots.finished(answer)
             case SnapshotSent():
                 self.snapshots.finished(answer)
+            case StepSent():
+                pass  # of an attempt that was given up
 
     def failed(self, answer: TrainingAnswer, failure: CommandFailed) -> None:
         match answer:
@@ -280,6 +282,8 @@ class Training:
                 self.failures["snapshot", cause_of(failure)] += 1
                 _log.warning("A snapshot of %s failed and is tried again: %s", answer.lane.model_id, failure.message)
                 self.snapshots.failed(answer)
+            case StepSent():
+                pass  # of an attempt that was given up
 
     def settle(self) -> None:
         """After every fact: make saves and snapshots count whose operations have all been answered."""
@@ -317,6 +321,8 @@ class Training:
                 body = {"type": "load_weights", "path": path, "model_id": sent.lane.model_id}
                 changes = () if step.finished else self.progress.dropped(sent.lane.model_id)
                 self.runs.succeed(step, body, *changes)
+            case _:
+                pass  # its result is not a command's
 
     def _step_failed(self, sent: StepSent, failure: CommandFailed) -> None:
         lane, step, error = sent.lane, sent.step, error_of(failure)
