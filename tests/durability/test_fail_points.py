@@ -31,6 +31,12 @@ def read_old_result(server: Server) -> bool:
     return False
 
 
+@pytest.mark.parametrize("point", fail_points.SERVER_POINTS | fail_points.WORKER_POINTS)
+def test_a_fail_point_names_a_function_that_is_there(point: str):
+    owner, name = fail_points.owner_of(point)
+    assert callable(getattr(owner, name))
+
+
 @pytest.mark.parametrize("who", CASES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_run_through_a_crash_at_each_fail_point(

@@ -244,12 +244,12 @@ def killing(
 
 @contextlib.contextmanager
 def reviving(server: Server) -> Iterator[None]:
-    """Start the server again whenever it has died while the body runs."""
+    """Start the server again whenever it was killed while the body runs. One that ended by itself stays ended."""
     over = threading.Event()
 
     def revive() -> None:
         while not over.wait(0.02):
-            if server.process is None or server.process.poll() is not None:
+            if server.process is None or server.process.poll() == -signal.SIGKILL:
                 server.start()
 
     thread = threading.Thread(target=revive)

@@ -28,7 +28,7 @@ SERVER_POINTS = {
     "journal_commit": "tx_async.journal.sqlite:SqliteDriver.apply",
     "payload_write": "tx_async.journal.payloads:Payloads.write",
     "body_read": "tx_async.journal.journal:Journal.read_body",
-    "accept": "tx_async.scheduler.acceptance:Acceptance._accept",
+    "accept": "tx_async.scheduler.acceptance:Acceptance._commit",
     "outbox_show": "tx_async.scheduler.performer:Performer._show",
     "command_send": "tx_async.dispatch.router:Router.send",
     "result_handle": "tx_async.scheduler.scheduler:Scheduler.tell",
@@ -72,10 +72,15 @@ def install() -> None:
 
 def _arm(name: str, countdown: _Countdown) -> None:
     when, _, point = name.partition("_")
+    owner, function_name = owner_of(point)
+    setattr(owner, function_name, _wrap(getattr(owner, function_name), when, countdown))  # type: ignore[arg-type]
+
+
+def owner_of(point: str) -> tuple[type, str]:
+    """The class that has the point's function, and the function's name."""
     module, _, attribute = (SERVER_POINTS | WORKER_POINTS)[point].partition(":")
     owner_name, _, function_name = attribute.partition(".")
-    owner = getattr(importlib.import_module(module), owner_name)
-    setattr(owner, function_name, _wrap(getattr(owner, function_name), when, countdown))  # type: ignore[arg-type]
+    return getattr(importlib.import_module(module), owner_name), function_name
 
 
 class _Countdown:
