@@ -1,12 +1,18 @@
 """`/metrics`: a field of an actor's statistics is a metric, with its docstring as help."""
 
+import json
 import urllib.request
+from typing import Any
 
+import promql_parser
 import pytest
 from msgspec import Struct
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as text_format
 
+from tests.support.promql import matches, selectors
+from tx_async.config import ServerConfig
+from tx_async.deploy.render import DASHBOARD, Options, files
 from tx_async.dispatch.statistics import RouterStatistics, WorkerStatistics
 from tx_async.field_docs import field_docs
 from tx_async.journal.journal import JournalStatistics
@@ -83,7 +89,7 @@ def of(samples: Samples, name: str, **labels: str) -> float:
     return samples[f"tx_async_{name}", tuple(sorted(labels.items()))]
 
 
-def submit(server: Server, path: str, /, **body) -> dict:
+def submit(server: Server, path: str, /, **body) -> Any:
     """The result of a request."""
     _, future = server.post(f"/api/v1/{path}", **body)
     status, result = 408, None
@@ -115,14 +121,20 @@ def run_a_client(server: Server, base_model: str) -> str:
     return session_id
 
 
-def test_a_server_counts_what_it_does(tiny_qwen3, tmp_path):
-    """On a CPU, with the real engine: everything is there from the start, and moves."""
-    with running_server(tiny_qwen3, data_dir=tmp_path) as server:
+@pytest.fixture(scope="session")
+def scraped(tiny_qwen3, tmp_path_factory) -> tuple[Samples, Samples]:
+    """Of a server with the real engine on a CPU: before its first client, and after one."""
+    with running_server(tiny_qwen3, data_dir=tmp_path_factory.mktemp("scraped")) as server:
         before = scrape(server)
-        assert of(before, "router_workers_ready") == of(before, "supervisor_processes") == 1
-        assert of(before, "scheduler_train_tokens_total") == of(before, "time_to_first_token_seconds_count") == 0
         run_a_client(server, str(tiny_qwen3))
-        after = scrape(server, "application/openmetrics-text; version=1.0.0")
+        return before, scrape(server, "application/openmetrics-text; version=1.0.0")
+
+
+def test_a_server_counts_what_it_does(scraped):
+    """Everything is there from the start, and moves."""
+    before, after = scraped
+    assert of(before, "router_workers_ready") == of(before, "supervisor_processes") == 1
+    assert of(before, "scheduler_train_tokens_total") == of(before, "time_to_first_token_seconds_count") == 0
     assert of(after, "scheduler_sessions") == of(after, "scheduler_models") == 1
     assert of(after, "scheduler_train_tokens_total") == 10
     assert 5 < of(after, "scheduler_sample_tokens_total") <= 8
@@ -149,3 +161,28 @@ def test_a_server_counts_what_it_does(tiny_qwen3, tmp_path):
     assert 0 <= of(after, "worker_lease_age_seconds") < of(after, "worker_lease_seconds")
     assert of(after, "failed_total", operation="save", cause="no_space") == 0
     assert of(after, "key_bytes", of="checkpoints", role="any", key="") > 0
+
+
+def queries() -> list[str]:
+    """All that comes with the wheel."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads the rules")
+    rendered = files("grafana", ServerConfig(base_model="/models/m"), Options())
+    panels = json.loads(rendered[DASHBOARD])["panels"]
+    groups = yaml.safe_load(rendered["tx-async-alerts.yaml"])["groups"]
+    asked = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    asked += [rule["expr"] for group in groups for rule in group["rules"]]
+    return [query.replace("$__rate_interval", "1m") for query in asked]
+
+
+def is_there(selector: promql_parser.VectorSelector, samples: Samples) -> bool:
+    return any(name == selector.name and matches(selector, dict(labels)) for name, labels in samples)
+
+
+def test_every_series_that_dashboard_and_alerts_name_is_there_from_the_start(scraped):
+    """Before the first request, so that an alert sees the first time, too."""
+    first, _ = scraped
+    named = [selector for query in queries() for selector in selectors(query)]
+    assert len(named) > 50
+    assert not [str(selector) for selector in named if not is_there(selector, first) and selector.name != "up"]
+    (unknown,) = selectors('rate(tx_async_failed_total{operation="save",cause="bad luck"}[1m])')
+    assert not is_there(unknown, first)

@@ -332,13 +332,14 @@ def _doctor(args: argparse.Namespace) -> int:
 def _add_deploy(commands: Any) -> None:
     command = commands.add_parser(
         "deploy",
-        help="files to run a server elsewhere: docker, systemd, slurm, kubernetes",
+        help="files to run a server elsewhere, or to watch it: docker, systemd, slurm, kubernetes, grafana",
         usage="tx-async deploy KIND --base-model DIR_OR_HUB_NAME [--output DIR] [settings]",
         description="Print files that are filled in with the settings given, or write them to a folder.",
     )
     command.add_argument(
-        "kind", metavar="KIND", choices=("docker", "systemd", "slurm", "kubernetes"),
-        help="docker: an image; systemd: a unit; slurm: a job script; kubernetes: manifests",
+        "kind", metavar="KIND", choices=("docker", "systemd", "slurm", "kubernetes", "grafana"),
+        help="docker: an image; systemd: a unit; slurm: a job script; kubernetes: manifests; grafana: a dashboard, and "
+        "with --output alert rules and a scrape configuration for Prometheus",
     )  # fmt: skip
     command.add_argument("--output", default="", metavar="DIR", help="write the files there [print them]")
     command.add_argument("--nodes", type=int, default=0, help="hosts with workers [num_processes of backend_config]")
@@ -354,7 +355,7 @@ def _deploy(args: argparse.Namespace) -> int:
     options = render.Options(nodes=args.nodes, gpus=args.gpus, image=args.image)
     files = render.files(args.kind, _load_config(args), options)
     if not args.output:
-        print("".join(files.values()), end="")
+        print(render.in_one_stream(files), end="")
         return 0
     folder = Path(args.output).expanduser()
     try:

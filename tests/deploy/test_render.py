@@ -18,6 +18,7 @@ from tx_async.errors import ConfigError
 from tx_async.wire.worker import EngineConfig
 
 KINDS = ("docker", "systemd", "slurm", "kubernetes")
+"""Those that run a server; `grafana` watches one: tests/deploy/test_grafana.py."""
 ODD = '/models/it\'s 100% $odd "name"'
 
 
@@ -196,7 +197,7 @@ def test_manifests_are_one_stream_of_yaml_with_a_service():
 
 def test_every_volume_and_secret_that_is_mounted_is_there():
     for settings in ({}, {"base_model": "Qwen/Qwen3-8B", "checkpoints_base": "s3://bucket/x"}):
-        found = documents(text_of("kubernetes", **settings))
+        found = documents(text_of("kubernetes", **settings))  # type: ignore[arg-type]
         for kind, name in (("StatefulSet", "tx-async"), ("Job", "tx-async-workers")):
             pod = found[kind, name]["spec"]["template"]["spec"]
             volumes = {volume["name"]: volume for volume in pod["volumes"]}

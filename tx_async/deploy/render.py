@@ -14,15 +14,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
 
 from tx_async.config import ServerConfig
+from tx_async.deploy import grafana
 from tx_async.errors import ConfigError
 
-Kind = Literal["docker", "systemd", "slurm", "kubernetes"]
+Kind = Literal["docker", "systemd", "slurm", "kubernetes", "grafana"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+DASHBOARD = "tx-async-dashboard.json"
 TEMPLATES = Path(__file__).parent / "templates"
 WORKER_PORT = 7001
 SECRET_SETTINGS = ("worker_token", "database_url")
@@ -49,8 +52,13 @@ def files(kind: Kind, config: ServerConfig, options: Options) -> dict[str, str]:
     for name, text in (_given(config) | {"image": options.image}).items():
         if not text.isprintable():
             raise ConfigError(f"{name} is {text!r}: a line break, or what nobody can see, has no place in these files.")
-    render = {"docker": _docker, "systemd": _systemd, "slurm": _slurm, "kubernetes": _kubernetes}[kind]
-    return render(config, options)
+    kinds = {"docker": _docker, "systemd": _systemd, "slurm": _slurm, "kubernetes": _kubernetes, "grafana": _grafana}
+    return kinds[kind](config, options)
+
+
+def in_one_stream(rendered: dict[str, str]) -> str:
+    """What is printed: of files that are of different languages, the dashboard."""
+    return rendered.get(DASHBOARD) or "".join(rendered.values())
 
 
 def write(path: Path, text: str) -> None:
@@ -144,6 +152,20 @@ def _docker(config: ServerConfig, options: Options) -> dict[str, str]:
         entrypoint=json.dumps(_serve(config)),
     )
     return {"Dockerfile": text}
+
+
+# ---- grafana
+
+
+def _grafana(config: ServerConfig, options: Options) -> dict[str, str]:
+    """The dashboard, alert rules, and how Prometheus finds the server."""
+    scheme = "https" if config.tls_cert else "http"
+    scrape = _fill("scrape.yaml", scheme=scheme, port=config.port, model=json.dumps(config.base_model))
+    return {
+        DASHBOARD: grafana.dashboard(config.base_model),
+        "tx-async-alerts.yaml": _fill("alerts.yaml"),
+        "tx-async-scrape.yaml": scrape,
+    }
 
 
 # ---- systemd
