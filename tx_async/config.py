@@ -163,6 +163,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """All histories of training runs; beyond that those of the longest unused runs go first."""
     stability_head_tokens: int = 64
     """Tokens that are recorded with each sampled one where a client asks for it (`record_stability_info`), 1 to 127."""
+    stability_support_max: int = 4_096
+    """Tokens that top_k and top_p may leave to draw where a client asks for that, at most 4,096: all are recorded."""
     stability_retention_s: int = 24 * 3600
     """Recorded sequences, since they were last sampled or trained on."""
     stability_bytes_max: int = 4 * 2**30

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from tinker.proto.response_conv import deserialize_sample_response
 
+from tx_async.api import validation
+from tx_async.errors import InvalidRequest
+
 PROTOBUF = "application/x-protobuf"
 
 
@@ -75,9 +78,10 @@ async def test_everything_that_can_be_asked_of_a_prompt(ask, result):
     )
     response = deserialize_sample_response((await result(promise, PROTOBUF)).content)
     assert response.topk_prompt_logprobs == [None, [(0, -1.0), (1, -2.0)]]
-    np.testing.assert_allclose(response.target_prompt_logprobs.data, [-0.3, 0.0], rtol=1e-6)
-    assert response.target_prompt_logprobs.sparse_col_indices == [1, 3]
-    assert response.prompt_alt_tokens.tokens.shape == [1, 2]
+    targets, alternatives = response.target_prompt_logprobs, response.prompt_alt_tokens
+    assert targets is not None and targets.sparse_col_indices == [1, 3]
+    np.testing.assert_allclose(targets.data, [-0.3, 0.0], rtol=1e-6)
+    assert alternatives is not None and alternatives.tokens.shape == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,15 @@ async def test_forms_of_stop(ask, scheduler, stop, strings, tokens, use_eos):
 async def test_any_64_bit_seed_is_folded(ask, scheduler, seed, folded):
     assert (await ask(params={"seed": seed})).status_code == 200
     assert scheduler.operations[-1].seed == folded
+
+
+async def test_a_top_k_of_which_too_little_would_be_recorded_is_refused(ask, scheduler):
+    assert (await ask(record_stability_info=True, params={"top_k": 500})).status_code == 200
+    operation = scheduler.operations[-1]
+    with pytest.raises(InvalidRequest, match=r"top_k is 500; .* at most 499 tokens \(`stability_support_max`\)"):
+        validation.sample(operation, scheduler.base_model, 64, support_max=499)
+    limited = msgspec.structs.replace(operation, top_p=0.5)  # what both leave is known when they are drawn
+    assert validation.sample(limited, scheduler.base_model, 64, support_max=499)
 
 
 async def test_max_tokens_may_be_absent_or_beyond_what_the_prompt_leaves(ask, scheduler):

@@ -1,6 +1,6 @@
 """What is compiled before the first request: few programs, the likeliest, of every kind."""
 
-from tx_async.engine.ahead import AHEAD_MAX, SHARES, likeliest
+from tx_async.engine.ahead import AHEAD_MAX, SHARES, is_rare, likeliest
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 40_960)
 NAMES = [
@@ -41,3 +41,8 @@ def test_of_training_the_shortest_rows_with_one_target_at_the_highest_rank():
 
 def test_an_engine_with_few_programs_compiles_what_it_has():
     assert likeliest(["decode 4", "copy pages"]) == ["decode 4"]
+
+
+def test_what_few_ever_ask_for_waits_until_somebody_does():
+    rare = ["decode 8 wide", "decode 8 base wide", "forward_backward 4x64 K=4097 rank=8", "forward 4x64 K=1024 rank=8"]
+    assert all(map(is_rare, rare)) and not any(map(is_rare, NAMES))

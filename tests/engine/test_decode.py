@@ -6,6 +6,7 @@ import pytest
 from tests.support.sampling_bench import SamplingBench
 from tx_async.engine import decode
 from tx_async.errors import InvalidRequest
+from tx_async.wire.operations import SUPPORT_TOKENS_MAX
 from tx_async.wire.worker import PromptScores
 
 VOCAB = 256
@@ -353,31 +354,37 @@ def test_samples_follow_the_exact_distribution(bench, fields):
 
 
 @pytest.mark.parametrize(
-    ("fields", "is_whole"),
+    ("fields", "head_tokens", "width", "is_whole"),
     [
-        ({}, 0),
-        ({"temperature": 0.6}, 0),
-        ({"top_k": 6}, 1),
-        ({"top_k": 30, "top_p": 0.9}, 2),
-        ({"temperature": 0.0}, 1),
+        ({}, 8, 8, 0),
+        ({"temperature": 0.6}, 8, 8, 0),
+        ({"top_k": 6}, 8, 6, 1),
+        ({"top_k": 30, "top_p": 0.9}, 8, 8, 2),
+        ({"temperature": 0.0}, 8, 1, 1),
+        ({"top_k": 200}, SUPPORT_TOKENS_MAX, 200, 1),
+        ({"top_p": 0.99}, SUPPORT_TOKENS_MAX, None, 1),
     ],
     ids=str,
 )
-def test_a_recorded_head_is_what_was_drawn_from(bench, fields, is_whole):
+def test_a_recorded_head_is_what_was_drawn_from(bench, fields, head_tokens, width, is_whole):
     """Beside a neighbour that records nothing, over two quanta."""
     prompt, fields = prompts(1)[0], {"temperature": 1.0} | fields
-    recorded = bench.admit(prompt, max_tokens=6, seed=4, sampler_slot=1, head_tokens=8, **fields)
+    recorded = bench.admit(prompt, max_tokens=6, seed=4, sampler_slot=1, head_tokens=head_tokens, **fields)
     bench.admit(prompt, max_tokens=6, seed=5)
     bench.finish(4)
     outcome = bench.outcomes[recorded]
     expected = bench.logprobs([*prompt, *outcome.tokens[:-1]], 1)[len(prompt) - 1 :]
-    assert outcome.head_token_ids.shape == outcome.head_probabilities.shape == (6, 8)
+    width = width or (outcome.head_probabilities > 0).sum(1).max()
+    assert outcome.head_token_ids.shape == outcome.head_probabilities.shape == (6, width)
     assert (outcome.head_is_whole == is_whole).all()
+    if is_whole == 1:
+        np.testing.assert_allclose(outcome.head_probabilities.sum(1), 1, atol=1e-5)
     for logprobs, ids, probabilities in zip(expected, outcome.head_token_ids, outcome.head_probabilities, strict=True):
         greedy = np.where(np.arange(320) == logprobs.argmax(), 1.0, 0.0)
         exact = exact_distribution(logprobs, **fields) if fields["temperature"] else greedy
-        assert (ids == np.argsort(-logprobs, kind="stable")[:8]).all()
-        np.testing.assert_allclose(probabilities, exact[ids], atol=1e-5)
+        mine = probabilities > 0  # a step that has fewer than another has unused cells
+        assert (ids[mine] == np.argsort(-logprobs, kind="stable")[: mine.sum()]).all()
+        np.testing.assert_allclose(probabilities[mine], exact[ids[mine]], atol=1e-5)
 
 
 def exact_distribution(logprobs, temperature, top_k=-1, top_p=1.0):

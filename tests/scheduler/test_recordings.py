@@ -1,17 +1,20 @@
 """Datums find the sampler's heads by their spans; what does not fit is refused by the names of datum and span."""
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 
 from tx_async.errors import InvalidRequest
+from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recorded import RecordedSequences
 from tx_async.scheduler.sampling import recordings
 from tx_async.scheduler.sampling.recordings import ALL, CUT, WHOLE, Recording
-from tx_async.wire.operations import Datum, ForwardBackward, Provenance, ProvenanceSpan
+from tx_async.wire.operations import Datum, ForwardBackward, Provenance, ProvenanceSpan, Sample
 from tx_async.wire.records import ModelRecord, RecordedSequence
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import AdapterConfig
+from tx_async.wire.worker import AdapterConfig, FinishedSequence
 
 MODEL = ModelRecord(
     model_id="m", session_id="s", owner="o", base_model="b", lora=AdapterConfig(rank=4, seed=0), created_at=0.0
@@ -97,7 +100,9 @@ def test_targets_that_are_not_trained_on_may_be_anything():
     """tinker-cookbook's rl_loop has zeros where the prompt's tokens stand."""
     operation = batch()
     targets = operation.data[0].loss_fn_inputs["target_tokens"].numpy().copy()
-    span = operation.data[0].provenance.loss_fn_inputs[0]
+    provenance = operation.data[0].provenance
+    assert provenance is not None
+    span = provenance.loss_fn_inputs[0]
     assert not span.is_sampled and span.length
     targets[: span.length] = 0
     inputs = operation.data[0].loss_fn_inputs | {"target_tokens": Tensor.of(targets)}
@@ -163,3 +168,37 @@ def test_a_sequence_that_is_gone_takes_no_room():
         known.pop(str(i))
     known.pop("unknown")
     assert known.num_bytes_of("o") == 0 and len(known) == 1
+
+
+def sample(fields: dict[str, Any]) -> Sample:
+    plain = {"sampling_session_id": "s:sample:0", "seq_id": 1, "prompt": np.array(PROMPT, np.int32).tobytes()}
+    return Sample(**{"num_samples": 1, "temperature": 1.0, "record_stability_info": True} | plain | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"record_stability_info": False, "top_k": 200}, 0),
+        ({}, 64),
+        ({"temperature": 0.5}, 64),
+        ({"top_k": 1_000}, 64),
+        ({"top_k": 5}, 127),
+        ({"top_k": 127, "top_p": 0.5}, 127),
+        ({"top_k": 128}, 4_096),
+        ({"top_p": 0.5}, 4_096),
+        ({"top_p": 0.5, "temperature": 0.0}, 64),
+    ],
+    ids=str,
+)
+def test_where_a_limit_filters_all_that_it_leaves_is_recorded(fields, expected):
+    """In a vocabulary of 1,000 a top_k of as many is none."""
+    assert recordings.head_tokens(sample(fields), Policy(), 1_000) == expected
+
+
+def test_more_than_may_be_recorded_ends_the_sample_with_the_setting_s_name():
+    finished = FinishedSequence(sequence_id=1, stop_reason="stop", tokens_index=0, logprobs_index=1)
+    recordings.check_whole(finished, [], Policy())
+    finished = msgspec.structs.replace(finished, head_is_whole_index=0)
+    recordings.check_whole(finished, [np.array([ALL, WHOLE])], Policy())
+    with pytest.raises(InvalidRequest, match=r"at token 1 .*`stability_support_max` is 100"):
+        recordings.check_whole(finished, [np.array([WHOLE, CUT])], Policy(stability_support_max=100))

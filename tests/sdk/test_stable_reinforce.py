@@ -94,7 +94,12 @@ def test_another_sessions_samples_are_not_this_runs_to_train_on(trainer, server,
             train(other, [datum_of(sequence)])
 
 
-def test_recording_is_refused_where_too_little_would_be_recorded(trainer):
-    params = tinker.SamplingParams(max_tokens=6, temperature=1.0, top_k=200)
-    with pytest.raises(tinker.TinkerError, match="top_k is 200; with record_stability_info at most 127"):
-        sampled(trainer, params)
+@pytest.mark.parametrize("limits", [{"top_k": 200}, {"top_p": 0.999}], ids=str)
+def test_a_large_support_is_recorded_whole(trainer, limits):
+    """Of 320 tokens most can be drawn. On-policy, within what can be drawn, the policy is the sampler."""
+    params = tinker.SamplingParams(max_tokens=6, temperature=1.0, seed=3, stop=[], **limits)
+    (sequence,) = sampled(trainer, params, num_samples=1)
+    divergence = train(trainer, [datum_of(sequence, advantage=0.0)], kl_coeff=1.0)
+    assert divergence.metrics["loss:sum"] == pytest.approx(0, abs=1e-4)
+    assert np.isfinite(train(trainer, [datum_of(sequence)]).metrics["loss:sum"])
+    trainer.optim_step(tinker.AdamParams(learning_rate=1e-3)).result()

@@ -79,7 +79,9 @@ def _sample(call: Call, content: bytes) -> operations.Sample:
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
         record_stability_info=request.record_stability_info or False,
     )
-    return validation.sample(operation, call.scheduler.base_model, call.api.config.sample_num_samples_max)
+    config = call.api.config
+    support_max = min(config.stability_support_max, operations.SUPPORT_TOKENS_MAX)
+    return validation.sample(operation, call.scheduler.base_model, config.sample_num_samples_max, support_max)
 
 
 def _stops(stop: str | list[str | int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -16,7 +16,6 @@ from msgspec import Struct
 from tx_async.errors import InvalidRequest
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.wire.operations import (
-    HEAD_TOKENS_MAX,
     Datum,
     ForwardBackward,
     Provenance,
@@ -345,7 +344,7 @@ def tags(values: list[str] | None, tags_max: int, bytes_max: int) -> tuple[str, 
 # ---- sampling
 
 
-def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int) -> Sample:
+def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int, support_max: int) -> Sample:
     prompt = np.frombuffer(operation.prompt, "<i4")
     _check_tokens(prompt, "prompt", model)
     # A prompt that fills the context can be scored, although nothing can be sampled after it.
@@ -358,10 +357,10 @@ def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int) -> Sam
     _check_stops(operation, model)
     for field in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         _check_range(field, getattr(operation, field), 0, min(model.target_tokens_k_max, model.vocab_size))
-    if operation.record_stability_info and HEAD_TOKENS_MAX < operation.top_k < model.vocab_size:
+    if operation.record_stability_info and operation.top_p == 1 and support_max < operation.top_k < model.vocab_size:
         raise InvalidRequest(
-            f"top_k is {operation.top_k}; with record_stability_info at most {HEAD_TOKENS_MAX} tokens are recorded: "
-            "use a smaller top_k, or -1 for no limit."
+            f"top_k is {operation.top_k}; with record_stability_info it may leave at most {support_max} tokens "
+            "(`stability_support_max`): use a smaller one, or -1 for no limit."
         )
     if operation.prompt_logprobs_last_n:
         if not operation.prompt_logprobs:

@@ -9,6 +9,15 @@ SHARES = (("decode ", 14), ("prefill ", 3), ("forward_backward ", 5), ("score ",
 """Most programs of each kind, in the order in which they are compiled; together AHEAD_MAX."""
 
 
+RARE = (" wide", " K=1024 ", " K=4097 ")
+"""In the names of programs for what few ever ask for: large supports of stable_reinforce."""
+
+
+def is_rare(name: str) -> bool:
+    """Compiled when it is first wanted, and never before."""
+    return any(mark in f"{name} " or name.endswith(mark) for mark in RARE)
+
+
 def likeliest(names: Sequence[str]) -> list[str]:
     """Of all programs of an engine, at most AHEAD_MAX; what is left is compiled when it is first wanted.
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tx_async.engine import decode_programs as programs
+from tx_async.engine import heads
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.compilation import Program, row_independent
 from tx_async.engine.decode_batches import (
@@ -48,7 +50,8 @@ from tx_async.engine.kv_cache import (
 from tx_async.engine.platform import Platform
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
-from tx_async.engine.replies import fetch, finished_sequence, head, piece_of, store_scores
+from tx_async.engine.replies import fetch, finished_sequence, piece_of, store_scores
+from tx_async.engine.sampler import TOPK_MAX
 from tx_async.engine.sequences import Sample, Schedule, Sequences, Times, prompt_key
 from tx_async.engine.shaping import check_shaping, shapes, shaping_of
 from tx_async.engine.state_slots import StateSlots
@@ -56,6 +59,7 @@ from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
 from tx_async.errors import Category, InvalidRequest
 from tx_async.layers.lora import LoraWeights
+from tx_async.wire.operations import SUPPORT_TOKENS_MAX
 from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequencePiece, SequenceSpec
 from tx_async.worker.engine_api import Pending, Reply
 
@@ -236,7 +240,8 @@ class SamplingEngine:
         adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
         if self.platform.grouped_lora and not adapters.num_active:
             adapters = adapters.without_lora
-        name = f"decode {rows}" if adapters.weights else f"decode {rows} base"
+        num_candidates = heads.num_candidates(max(sample.spec.head_tokens for sample in samples))
+        name = _decode_program(rows, bool(adapters.weights), num_candidates)
         arguments = [self.decode_params, adapters, self.pools, batch, np.int32(steps)]
         if any(sample.spec.is_shaped for sample in samples):
             name = f"shaped {name}"
@@ -307,7 +312,7 @@ class SamplingEngine:
                 (np.array(out.topk_token_ids[:count, row, :k]), np.array(out.topk_logprobs[:count, row, :k]))
             )
         if k := sample.spec.head_tokens:
-            sample.heads.append(head(out, slice(0, count), row, k))
+            sample.heads.append(heads.head_of_steps(out, slice(0, count), row, k))
         progress[sample.spec.sequence_id] = progress.get(sample.spec.sequence_id, 0) + count
         return count, reason
 
@@ -319,17 +324,18 @@ class SamplingEngine:
         adapters = partial(Adapters.of, lora_weights, lora_scale)
         and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
 
-        function = partial(programs.decode, self.platform, self.model, self.layout, self.decode_steps)
-        function = partial(function, kernel=self.kernels.paged_attention)
-        for rows in self._batch_sizes:
+        decode = partial(programs.decode, self.platform, self.model, self.layout, self.decode_steps)
+        decode = partial(decode, kernel=self.kernels.paged_attention)
+        for num, rows in product((TOPK_MAX, SUPPORT_TOKENS_MAX), self._batch_sizes):
+            function = partial(decode, num_candidates=num)
             batch = decode_batch([], rows, self.layout)
             arguments = (self.decode_params, adapters(batch.adapter), self.pools, batch, np.int32(0))
             shaping = shapes(rows, self.context)
-            variants = {"": arguments}
+            variants = {True: arguments}
             if self.platform.grouped_lora:
-                variants[" base"] = (arguments[0], arguments[1].without_lora, *arguments[2:])
-            for which, variant in variants.items():
-                name, more = f"decode {rows}{which}", {"donate": (2,), "out_shardings": and_pools}
+                variants[False] = (arguments[0], arguments[1].without_lora, *arguments[2:])
+            for with_lora, variant in variants.items():
+                name, more = _decode_program(rows, with_lora, num), {"donate": (2,), "out_shardings": and_pools}
                 yield program(name, function, variant, **more)
                 yield program(f"shaped {name}", function, (*variant, shaping), **more)
 
@@ -383,6 +389,10 @@ def _prefill_progress(schedule: Schedule) -> dict[int, int]:
         sequence_id = segment.sample.spec.sequence_id
         progress[sequence_id] = progress.get(sequence_id, 0) + segment.stop - segment.start
     return progress
+
+
+def _decode_program(rows: int, with_lora: bool, num_candidates: int) -> str:
+    return f"decode {rows}{'' if with_lora else ' base'}{'' if num_candidates == TOPK_MAX else ' wide'}"
 
 
 def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:

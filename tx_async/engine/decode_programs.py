@@ -202,6 +202,7 @@ def decode(
     num_steps: Array,
     shaping: Shaping | None = None,
     kernel: bool = False,
+    num_candidates: int = TOPK_MAX,
 ) -> tuple[Decoded, Pools]:
     """At most `num_steps` ≤ max_steps tokens for every row; ends early when every row has ended. kernel:
     attention by `paged_kernel.py`."""
@@ -209,7 +210,7 @@ def decode(
     lora = adapters.for_tokens(platform, batch.adapter)
     min_p = None if shaping is None else shaping.min_p
     choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index), min_p)
-    topk = min(TOPK_MAX, model.vocab_size)
+    topk = min(num_candidates, model.vocab_size)
     out = Decoded(
         tokens=jnp.zeros((max_steps, rows), jnp.int32),
         logprobs=jnp.zeros((max_steps, rows)),
@@ -228,7 +229,7 @@ def decode(
         logits = unembed(params, lora, hidden[:, 0])
         drawn_from = None if shaping is None else shaped(logits, shaping, told, out.count)
         drawn, logprob, lse = sample(logits, choices, position + 1, platform.fixed_passes, drawn_from)
-        topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
+        topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk, num_candidates)
         head, is_whole = _head(logits, topk_ids, choices, batch.any_head, platform.fixed_passes)
         token = jnp.where(alive, drawn, token)
         told = told if shaping is None else counted(told, token, alive)
@@ -268,8 +269,8 @@ def _head(logits: Array, candidates: Array, choices: Choices, wanted: Array, fix
     return jax.lax.cond(wanted, lambda: head_of(logits, candidates, choices, fixed_passes), lambda: nothing)
 
 
-def _topk(logits: Array, lse: Array, wanted: Array) -> tuple[Array, Array]:
-    k = min(TOPK_MAX, logits.shape[1])
+def _topk(logits: Array, lse: Array, wanted: Array, num: int = TOPK_MAX) -> tuple[Array, Array]:
+    k = min(num, logits.shape[1])
     nothing = (jnp.zeros((logits.shape[0], k)), jnp.zeros((logits.shape[0], k), jnp.int32))
     values, ids = jax.lax.cond(wanted, lambda: tuple(jax.lax.top_k(logits, k)), lambda: nothing)
     return ids, values - lse[:, None]

@@ -21,7 +21,7 @@ from msgspec import structs
 
 from tx_async.engine import adapter_slots, batch, compilation, memory_plan, mesh, optimizer, platform, train
 from tx_async.engine.adapter_slots import Creation, SamplerSlots, TrainingState, pad
-from tx_async.engine.ahead import likeliest
+from tx_async.engine.ahead import is_rare, likeliest
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.batch import RowBatch, row_batch
 from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
@@ -43,10 +43,13 @@ from tx_async.models.decoder import Decoder, layers_apart
 from tx_async.models.load import fetch, load_model
 from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
+from tx_async.wire.operations import SUPPORT_TOKENS_MAX
 from tx_async.wire.worker import EngineConfig, EngineInfo, Heartbeat, Welcome
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
 TARGETS_PER_TOKEN = (1, 8, 32, 128)
+WIDE_TARGETS_PER_TOKEN = (1_024, 1 + SUPPORT_TOKENS_MAX)
+"""For stable_reinforce where top-k or top-p has left many tokens: compiled when somebody trains on such."""
 REMAT_TOKENS = 16_384
 """Where nobody planned the memory, micro-batches of more tokens recompute each layer in the backward pass."""
 
@@ -161,7 +164,7 @@ class JaxEngine:
             max_context_length=self.context,
             row_shapes=self.row_shapes,
             row_length_preferred=preferred_row_length(self.row_shapes),
-            target_tokens_k=TARGETS_PER_TOKEN,
+            target_tokens_k=(*TARGETS_PER_TOKEN, *WIDE_TARGETS_PER_TOKEN),
             num_training_slots=self.num_slots,
             num_sampler_slots=self.config.max_sampler_adapters,
             max_lora_rank=self.config.max_lora_rank,
@@ -214,8 +217,9 @@ class JaxEngine:
 
     def compile_ahead(self, progress: ReportProgress, everything: bool = True) -> None:
         """Every program of both halves, or the likeliest, now."""
-        names = set(likeliest([program.name for program in self.programs]))
-        programs = [program for program in self.programs if everything or program.name in names]
+        common = [program for program in self.programs if not is_rare(program.name)]
+        names = set(likeliest([program.name for program in common]))
+        programs = [program for program in common if everything or program.name in names]
         with ThreadPoolExecutor(self.platform.compile_threads) as pool:
             for done, _ in enumerate(pool.map(Program.compile, programs)):
                 progress("compiling", done, len(programs))
@@ -388,7 +392,8 @@ def _train_programs(engine: JaxEngine) -> Iterator[Program]:
     state, whole = engine.training, engine.replicated
     for rows, length in engine.row_shapes:
         remat = engine.recomputes(rows, length)
-        for k, rank in product(TARGETS_PER_TOKEN, lora_ranks(rows, engine.config.max_lora_rank)):
+        targets = (*TARGETS_PER_TOKEN, *WIDE_TARGETS_PER_TOKEN)
+        for k, rank in product(targets, lora_ranks(rows, engine.config.max_lora_rank)):
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
             yield Program(
                 train_program(rows, length, k, rank, forward_only=True),

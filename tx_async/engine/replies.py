@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tx_async.engine import heads
 from tx_async.engine.decode_batches import Piece
 from tx_async.engine.decode_programs import Decoded
 from tx_async.engine.prompt_scores import Scores
@@ -24,14 +25,6 @@ def fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
     if any(sample.spec.head_tokens for sample in samples):
         wanted += ["head_probabilities", "head_is_whole"]
     return decoded._replace(**{name: np.asarray(getattr(decoded, name)) for name in wanted})
-
-
-def head(out: Decoded, steps: slice, row: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The k likeliest of what was drawn from in these steps. Copies: `out` goes."""
-    probabilities = np.array(out.head_probabilities[steps, row, :k])
-    is_whole = np.array(out.head_is_whole[steps, row])
-    others = (out.head_probabilities[steps, row, k:] > 0).any(-1)
-    return np.array(out.topk_token_ids[steps, row, :k]), probabilities, np.where((is_whole == 1) & others, 2, is_whole)
 
 
 def store_scores(pieces: Sequence[Piece], scores: Scores) -> None:
@@ -72,9 +65,9 @@ def finished_sequence(sample: Sample, reason: Any, tensors: list[np.ndarray], no
         fields["topk_token_ids_index"] = add(np.concatenate([ids for ids, _ in sample.topk]))
         fields["topk_logprobs_index"] = add(np.concatenate([logprobs for _, logprobs in sample.topk]))
     if sample.heads:
-        ids, probabilities, is_whole = (np.concatenate(parts) for parts in zip(*sample.heads, strict=True))
+        ids, probabilities, is_whole = heads.joined(sample.heads)
         fields["head_token_ids_index"], fields["head_probabilities_index"] = add(ids), add(probabilities)
-        fields["head_is_whole_index"] = add(is_whole.astype(np.int32))
+        fields["head_is_whole_index"] = add(is_whole)
     if sample.scoring:
         fields |= {f"{name}_index": add(array) for name, array in sample.scoring.results().items()}
     return FinishedSequence(

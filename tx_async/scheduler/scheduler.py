@@ -46,7 +46,7 @@ from tx_async.scheduler.submissions import Submissions, session_of
 from tx_async.wire import ids
 from tx_async.wire.dashboard import Overview, RequestView, RunView
 from tx_async.wire.facts import CommandEnded, WorkerFact
-from tx_async.wire.operations import Encoded, Operation, Sample
+from tx_async.wire.operations import SUPPORT_TOKENS_MAX, Encoded, Operation, Sample
 from tx_async.wire.records import (
     AuditRecord,
     CheckpointRecord,
@@ -344,6 +344,7 @@ def policy_of(config: ServerConfig) -> Policy:
         result_retention_s=config.result_retention_s,
         results_kept_max=config.results_kept_max,
         stability_head_tokens=config.stability_head_tokens,
+        stability_support_max=min(config.stability_support_max, SUPPORT_TOKENS_MAX),
         stability_retention_s=config.stability_retention_s,
         stability_bytes_max=config.stability_bytes_max,
         session_retention_s=config.session_retention_s,

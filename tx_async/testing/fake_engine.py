@@ -150,7 +150,7 @@ class FakeEngine:
             max_context_length=self._context,
             row_shapes=tuple((rows or max(1, tokens // length), length) for length in lengths),
             row_length_preferred=lengths[-1],
-            target_tokens_k=(1, 8, 128),
+            target_tokens_k=(1, 8, 128, 4097),
             num_training_slots=self.config.max_lora_adapters,
             num_sampler_slots=self.config.max_sampler_adapters,
             max_lora_rank=self.config.max_lora_rank,

@@ -33,6 +33,8 @@ class Provenance(Struct, frozen=True, array_like=True):
     """Tiles `target_tokens`."""
 
 
+SUPPORT_TOKENS_MAX = 4096
+"""Most tokens that top-k and top-p may leave where each of them is to be recorded (`stability_support_max`)."""
 HEAD_TOKENS_MAX = 127
 """Of one draw. With the sampled token they are the 128 targets that a position can have in training."""
 

@@ -32,6 +32,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     results_kept_max: int = 100_000
     """Finished requests that are remembered; beyond that the oldest go before their time."""
     stability_head_tokens: int = 64
+    stability_support_max: int = 4_096
     stability_retention_s: float = 24 * 3600
     stability_bytes_max: int = 4 * 2**30
     """Of one tenant."""

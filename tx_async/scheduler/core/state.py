@@ -197,7 +197,8 @@ class SchedulerState:
             return
         fields = self._job_fields(request, operation, sampler.storage_key)
         flow = (sampler.owner, sampler.session_id, sampler.sampler_id)
-        self.sampling.accept(SampleJob(flow=flow, head_tokens=head_tokens(operation, self.policy), **fields))
+        recorded = head_tokens(operation, self.policy, self.base_model.vocab_size)
+        self.sampling.accept(SampleJob(flow=flow, head_tokens=recorded, **fields))
 
     def _accept_live(self, fact: LiveRequested) -> None:
         fields = self._job_fields(fact.request, fact.operation, fact.version)

@@ -25,18 +25,42 @@ from tx_async.wire.operations import (
     SamplerHeads,
 )
 from tx_async.wire.records import ModelRecord, RecordedSequence
-from tx_async.wire.worker import FinishedSequence
+from tx_async.wire.worker import GREEDY_BELOW, FinishedSequence
 
 STABLE_REINFORCE = "stable_reinforce"
 ALL, WHOLE, CUT = range(3)
 """`FinishedSequence.head_is_whole`: everything can be drawn; only the head; more than the head, but not all."""
 
 
-def head_tokens(operation: Sample, policy: Policy) -> int:
-    """How many of the likeliest tokens are recorded with each draw: all that top_k leaves, where that is so few."""
+def head_tokens(operation: Sample, policy: Policy, vocab_size: int) -> int:
+    """How many of the likeliest tokens are recorded with each draw: where top_k or top_p limits what can be drawn, up
+    to all of it."""
+    head = min(policy.stability_head_tokens, HEAD_TOKENS_MAX)
     if not operation.record_stability_info:
         return 0
-    return min(max(policy.stability_head_tokens, operation.top_k), HEAD_TOKENS_MAX)
+    if operation.temperature < GREEDY_BELOW:
+        return head
+    if 1 <= operation.top_k < vocab_size:
+        support = operation.top_k
+    elif operation.top_p < 1:
+        support = policy.stability_support_max
+    else:
+        return head
+    # Engines look at few candidates or at many: of few they record all, because several may share the k-th place.
+    return HEAD_TOKENS_MAX if support <= HEAD_TOKENS_MAX else max(head, policy.stability_support_max)
+
+
+def check_whole(finished: FinishedSequence, tensors: Sequence[np.ndarray], policy: Policy) -> None:
+    """Raises `InvalidRequest` where more could be drawn than is recorded: it could not be trained on."""
+    if finished.head_is_whole_index < 0:
+        return
+    is_cut = tensors[finished.head_is_whole_index] == CUT
+    if is_cut.any():
+        raise InvalidRequest(
+            f"record_stability_info: at token {int(np.argmax(is_cut))} top_k and top_p left more tokens to draw than "
+            f"are recorded (`stability_support_max` is {policy.stability_support_max}). Sample with a smaller top_k or "
+            "top_p, or without both."
+        )
 
 
 class Recording(Struct, frozen=True, array_like=True):

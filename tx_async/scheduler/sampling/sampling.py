@@ -8,17 +8,18 @@ from functools import partial
 import numpy as np
 from msgspec import Struct
 
-from tx_async.errors import Cancelled, Category, ServerError, TxError
+from tx_async.errors import Cancelled, Category, InvalidRequest, ServerError, TxError
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue, Flow
 from tx_async.scheduler.core.policy import Policy
-from tx_async.scheduler.core.worker_state import Ignored, WorkerState, error_of
+from tx_async.scheduler.core.worker_state import Ignored, RunningSample, WorkerState, error_of
 from tx_async.scheduler.interface import LivePiece
 from tx_async.scheduler.sampling.admission import Admission, Places
 from tx_async.scheduler.sampling.jobs import SampleJob
 from tx_async.scheduler.sampling.live import LiveJob
 from tx_async.scheduler.sampling.placement import Lines, why_unable
 from tx_async.scheduler.sampling.recorder import Recorder
+from tx_async.scheduler.sampling.recordings import check_whole
 from tx_async.scheduler.sampling.sampler_slots import SamplerSent, SamplerSlots
 from tx_async.scheduler.sampling.trials import TrialJob, Trials
 from tx_async.wire import results
@@ -220,13 +221,24 @@ class Sampling:
         for finished in outcome.result.finished:
             sample = worker.sequences.pop(finished.sequence_id, None)
             if sample is not None:
-                self._count(sample.job, finished, len(tensors[finished.tokens_index]))
-                sample.job.collect(sample.index, finished, tensors)
-                if isinstance(sample.job, LiveJob):
-                    self._tell(sample.job, partial(sample.job.last_piece, sample.index))
-                if sample.job.is_finished:
-                    self._succeed(sample.job, worker)
+                self._sampled(worker, sample, finished, tensors)
         self._failed_alone(worker, outcome.result.failed)
+
+    def _sampled(
+        self, worker: WorkerState, sample: RunningSample, finished: FinishedSequence, tensors: Sequence[np.ndarray]
+    ) -> None:
+        job = sample.job
+        try:
+            check_whole(finished, tensors, self.policy)
+        except InvalidRequest as error:
+            self.end(job, error)
+            return
+        self._count(job, finished, len(tensors[finished.tokens_index]))
+        job.collect(sample.index, finished, tensors)
+        if isinstance(job, LiveJob):
+            self._tell(job, partial(job.last_piece, sample.index))
+        if job.is_finished:
+            self._succeed(job, worker)
 
     def _tell(self, job: LiveJob, piece: Callable[[], LivePiece | None]) -> None:
         """To whoever waits for a live request; one that would contradict what was told ends."""
