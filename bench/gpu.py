@@ -260,10 +260,10 @@ class Rollouts:
         """What the batch will run, so that only running is timed."""
         programs = self.engine.sampling.programs
         sizes = sorted(int(name.split()[1]) for name in programs if name.startswith("decode "))
-        tiles = batch * self.engine.sampling.layout.pages_for(self.options.context - 1)
+        tiles = batch * -(-(self.options.context - 1) // self.engine.sampling.tile_tokens)
         name = f"decode {bucket(sizes, min(batch, sizes[-1]))}"
         programs[f"{name} base" if f"{name} base" in programs else name].compile()
-        for rows in set(prefill_rows(tiles)):
+        for rows in set(prefill_rows(tiles, self.engine.platform.prefill_rows)):
             programs[f"prefill {rows}"].compile()
 
     def _admit(self, batch: int, new_tokens: int) -> None:

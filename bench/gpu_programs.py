@@ -100,8 +100,8 @@ def targets() -> list[Target]:
     return [
         *(Target(f"decode-{n}", f"decode {n}") for n in (1, 4, 32, 128)),
         Target("decode-32-base", "decode 32 base"),
-        *(Target(f"prefill-{n}", f"prefill {n}") for n in (4, 64)),
-        Target("score-64", "score 64"),
+        *(Target(f"prefill-{n}", f"prefill {n}") for n in (1, 8)),
+        Target("score-8", "score 8"),
         *(Target(f"train-{r}x{length}", f"forward_backward {r}x{length} K=1 rank=32") for r, length in rows),
         Target("optim-32", "optim_step rank=32"),
         Target("decode-32-tp8", "decode 32", tensor=8),

@@ -1,10 +1,13 @@
 """Sampling as its users see it: the right tokens, whoever else is there, whatever is cached, preempted or cancelled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.support.sampling_bench import SamplingBench
 from tx_async.engine import decode
+from tx_async.engine.platform import current
 from tx_async.errors import InvalidRequest
 from tx_async.wire.operations import SUPPORT_TOKENS_MAX
 from tx_async.wire.worker import PromptScores
@@ -113,6 +116,23 @@ def test_a_sequence_among_hundreds_is_the_sequence_alone(bench, cramped):
             else:
                 assert sequence_id in cancelled
     assert sum(reply.num_preempted for reply in cramped.replies) >= 10
+
+
+def test_prefill_rows_of_several_pages_compute_what_rows_of_one_page_do(bench, tiny_qwen3):
+    """As an accelerator has them; the last one reaches beyond the page tables."""
+    wide = replace(current(), prefill_tile_tokens=64, prefill_rows=(4,))
+    tiled = with_adapters(SamplingBench(tiny_qwen3, wide, max_context_length=160, max_lora_rank=MAX_RANK))
+    asked = [*prompts(3, seed=5, low=40, high=120), np.arange(152)]
+    for scores in (PromptScores(logprobs=True), None):  # the second time from the cache, as far as it goes
+        found = []
+        for one in (bench, tiled):
+            ids = [one.admit(p, sampler_slot=i % 3 - 1, prompt_scores=scores) for i, p in enumerate(asked)]
+            one.finish(prefill_tokens=112)
+            found.append([one.outcomes[sequence_id] for sequence_id in ids])
+        for of_pages, of_tiles in zip(*found, strict=True):
+            assert of_tiles.agrees_with(of_pages)
+            if scores:
+                np.testing.assert_allclose(of_tiles.prompt_logprobs, of_pages.prompt_logprobs, atol=1e-5)
 
 
 def random_request(i):

@@ -2,19 +2,23 @@
 
 from itertools import pairwise
 
-from tx_async.engine.decode_batches import PREFILL_ROWS, decode_batch, prefill_rows
+import pytest
+
+from tx_async.engine.decode_batches import decode_batch, prefill_rows
 from tx_async.engine.kv_cache import CacheLayout
+from tx_async.engine.platform import ACCELERATOR, CPU
 from tx_async.engine.prefix_cache import PageKeys
 from tx_async.engine.sequences import Sample
 from tx_async.wire.worker import SequenceSpec
 
 
-def test_calls_have_a_row_for_every_tile_and_few_to_spare():
+@pytest.mark.parametrize("sizes", [CPU.prefill_rows, ACCELERATOR.prefill_rows])
+def test_calls_have_a_row_for_every_tile_and_few_to_spare(sizes):
     for num_tiles in range(1, 200):
-        calls = list(prefill_rows(num_tiles))
-        assert set(calls) <= set(PREFILL_ROWS)
+        calls = list(prefill_rows(num_tiles, sizes))
+        assert set(calls) <= set(sizes)
         assert sum(calls[:-1]) < num_tiles <= sum(calls)
-        assert sum(calls) <= max(PREFILL_ROWS[0], 2 * num_tiles)
+        assert sum(calls) <= max(sizes[0], 2 * num_tiles)
         assert all(larger >= smaller for larger, smaller in pairwise(calls))
 
 

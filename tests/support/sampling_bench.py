@@ -14,7 +14,7 @@ import numpy as np
 from tests.support import parity
 from tx_async.engine.adapter_slots import pad
 from tx_async.engine.decode import SamplingEngine
-from tx_async.engine.platform import current
+from tx_async.engine.platform import Platform, current
 from tx_async.engine.streams import SameStream
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, init_weights, layer_slice
@@ -78,7 +78,7 @@ class Outcome:
 
 
 class SamplingBench:
-    def __init__(self, folder: Path, **config: Any):
+    def __init__(self, folder: Path, platform: Platform | None = None, **config: Any):
         self.config = EngineConfig(**CONFIG | config)
         self.model, self.params = load_model(folder)
         slots, rank = self.config.max_sampler_adapters, self.config.max_lora_rank
@@ -94,7 +94,7 @@ class SamplingBench:
             self.weights,
             jnp.asarray(self.scale),
             SameStream(),
-            current(),
+            platform or current(),
         )
         self._forward = jax.jit(partial(_logprobs, self.model))
         self.outcomes: dict[int, Outcome] = {}

@@ -26,7 +26,6 @@ from tx_async.engine import heads
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.compilation import Program, row_independent
 from tx_async.engine.decode_batches import (
-    PREFILL_ROWS,
     Piece,
     batch_sizes,
     bucket,
@@ -115,6 +114,7 @@ class SamplingEngine:
         )
         num_states, num_snapshots = state_slots(model, dtype, config, _cache_bytes())
         self.layout = replace(self.layout, num_slots=1 + num_states + num_snapshots if num_states else 0)
+        self.tile_tokens = _tile_tokens(model, self.layout, platform)
         mesh = model.mesh
         #: of results: every device has them whole; None without a mesh
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
@@ -214,8 +214,8 @@ class SamplingEngine:
         self._decode(quantum, steps, lora_weights, lora_scale)
 
     def _prefill(self, quantum: Quantum, lora_weights: LoraWeights, lora_scale: Array) -> None:
-        tile_tokens = self.layout.page_size
-        for rows, tiles in prefill_calls(quantum.schedule.prefill, tile_tokens):
+        tile_tokens = self.tile_tokens
+        for rows, tiles in prefill_calls(quantum.schedule.prefill, tile_tokens, self.platform.prefill_rows):
             batch = prefill_batch(tiles, rows, tile_tokens, self.layout)
             adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
             hidden, self.pools = self.programs[f"prefill {rows}"](self.params, adapters, self.pools, batch)
@@ -339,13 +339,13 @@ class SamplingEngine:
                 yield program(name, function, variant, **more)
                 yield program(f"shaped {name}", function, (*variant, shaping), **more)
 
-        function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.layout.page_size
-        for rows in PREFILL_ROWS:
+        function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.tile_tokens
+        for rows in self.platform.prefill_rows:
             batch = prefill_batch([], rows, tile_tokens, self.layout)
             arguments = (self.params, adapters(batch.adapter), self.pools, batch)
             yield program(f"prefill {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
 
-        for rows in PREFILL_ROWS:
+        for rows in self.platform.prefill_rows:
             shape, scores = (rows * tile_tokens, self.model.hidden_size), empty_scores()
             hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
             arguments = (self.params, adapters(scores.adapter), hidden, scores)
@@ -360,6 +360,12 @@ class SamplingEngine:
             function = partial(copy_pages, num_pages=count, names=pools)
             arguments = (self.pools, pages, pages)
             yield program(name, function, arguments, donate=(0,), out_shardings=self._pool_shardings)
+
+
+def _tile_tokens(model: Any, layout: CacheLayout, platform: Platform) -> int:
+    """Whole pages."""
+    pages = 1 if model.state_layers else max(1, platform.prefill_tile_tokens // layout.page_size)
+    return pages * layout.page_size
 
 
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:

@@ -21,7 +21,6 @@ SCORE_ROWS = 128
 """Prompt positions that one scoring call handles."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows of a decode call."""
-PREFILL_ROWS = (4, 16, 64)
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,12 @@ def bucket(sizes: Sequence[int], count: int) -> int:
     return next(size for size in sizes if size >= count)
 
 
-def prefill_calls(segments: Sequence[Segment], tile_tokens: int) -> Iterator[tuple[int, list[Tile]]]:
+def prefill_calls(
+    segments: Sequence[Segment], tile_tokens: int, sizes: Sequence[int]
+) -> Iterator[tuple[int, list[Tile]]]:
     """Tiles in order, with the rows of their call. A tile reads what those before it have written, in its call too."""
     tiles = [tile for segment in segments for tile in _tiles(segment, tile_tokens)]
-    for rows in prefill_rows(len(tiles)):
+    for rows in prefill_rows(len(tiles), sizes):
         yield rows, tiles[:rows]
         tiles = tiles[rows:]
 
@@ -74,10 +75,10 @@ def _tiles(segment: Segment, tile_tokens: int) -> Iterator[Tile]:
         yield Tile(segment.sample, start, stop, load, segment.saves.get(stop, NULL_SLOT))
 
 
-def prefill_rows(num_tiles: int) -> Iterator[int]:
-    """Rows of each call for so many tiles: the most of which what is left fills more than half."""
+def prefill_rows(num_tiles: int, sizes: Sequence[int]) -> Iterator[int]:
+    """Rows of each call for so many tiles: the most of `sizes` of which what is left fills more than half."""
     while num_tiles > 0:
-        rows = max((rows for rows in PREFILL_ROWS if num_tiles > rows // 2), default=PREFILL_ROWS[0])
+        rows = max((rows for rows in sizes if num_tiles > rows // 2), default=sizes[0])
         yield rows
         num_tiles -= rows
 

@@ -92,13 +92,15 @@ class PagedAttention:
         return out, cache | {"conv": conv, "state": state}
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
-        """Whole pages: what stands behind a row's last token is overwritten before anything unmasks it."""
+        """Whole pages: what stands behind a row's last token is overwritten before anything unmasks it. Those behind
+        the sequence's last page are null."""
         L = new.shape[1]
         page_size = self.layout.page_size
         first = self.positions[:, 0] // page_size
         columns = first[:, None] + jnp.arange(L // page_size)
         pages = jnp.take_along_axis(self.tables, columns, axis=1, mode="clip")
-        pages = jnp.where(self.alive[:, None], pages, NULL_PAGE) + layer * self.layout.num_pages
+        is_there = self.alive[:, None] & (columns < self.tables.shape[1])
+        pages = jnp.where(is_there, pages, NULL_PAGE) + layer * self.layout.num_pages
         return pool.at[pages.reshape(-1)].set(_finite(new).reshape(-1, page_size, *new.shape[2:]))
 
     def attend(

@@ -42,6 +42,11 @@ class Platform:
     """Steps of one quantum: a newcomer waits for one or two quanta, and on a CPU a step is long."""
     prefill_tokens: int
     """Prompt tokens of one quantum."""
+    prefill_tile_tokens: int
+    """Consecutive prompt tokens that one row of a prefill call has, at least a page: each row reads what stands before
+    it. 0 = a page, as of every model with recurrent layers, of whose rule a page is a chunk."""
+    prefill_rows: tuple[int, ...]
+    """Rows of the prefill calls, ascending."""
     decode_rows_max: int
     """Up to here the kernels give every row the same bits in every batch, and larger batches are no faster per row;
     0 = no limit."""
@@ -100,6 +105,8 @@ CPU = Platform(
     layers_apart=False,
     decode_steps=4,
     prefill_tokens=256,
+    prefill_tile_tokens=0,
+    prefill_rows=(4, 16, 64),
     decode_rows_max=16,
     cache_chunk_tokens=64,
     reads_pages_in_place=True,
@@ -128,6 +135,8 @@ ACCELERATOR = Platform(
     layers_apart=True,
     decode_steps=16,
     prefill_tokens=1024,
+    prefill_tile_tokens=128,
+    prefill_rows=(1, 4, 8),
     decode_rows_max=0,
     cache_chunk_tokens=512,
     reads_pages_in_place=False,
