@@ -16,6 +16,7 @@ from msgspec import Struct
 from tx_async.errors import InvalidRequest
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.wire.operations import (
+    SUPPORT_TOKENS_MAX,
     Datum,
     ForwardBackward,
     Provenance,
@@ -344,7 +345,9 @@ def tags(values: list[str] | None, tags_max: int, bytes_max: int) -> tuple[str, 
 # ---- sampling
 
 
-def sample(operation: Sample, model: BaseModelInfo, num_samples_max: int, support_max: int) -> Sample:
+def sample(
+    operation: Sample, model: BaseModelInfo, num_samples_max: int, support_max: int = SUPPORT_TOKENS_MAX
+) -> Sample:
     prompt = np.frombuffer(operation.prompt, "<i4")
     _check_tokens(prompt, "prompt", model)
     # A prompt that fills the context can be scored, although nothing can be sampled after it.
