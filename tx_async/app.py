@@ -49,6 +49,7 @@ from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
 from tx_async.storage.store import Store
 from tx_async.storage.sweep import sweep_for_ever
+from tx_async.tracing import open_tracing
 from tx_async.wire.facts import WorkerFact, WorkerReady
 from tx_async.wire.records import Delete
 from tx_async.wire.worker import StorageProbe
@@ -73,6 +74,7 @@ class Server:
         self.config = config
         self._engine = engine
         self.metrics = Metrics()
+        self.tracing = open_tracing(config.otlp_endpoint)
         self.router: Router | None = None
         self.scheduler: Scheduler | None = None
         self.identity: Identity | None = None
@@ -123,6 +125,7 @@ class Server:
                 worker_status=supervisor.waiting_for,
                 storage_status=identity.waiting_for,
                 metrics=self.metrics,
+                tracing=self.tracing,
                 marks=marks.ReplayMarks(map_marks(config.data_path, identity.record.journal_id, marks.NUM_BYTES)),
             )
             self.observed = {actor.name: actor for actor in (scheduler, journal, router, supervisor)}
@@ -136,6 +139,8 @@ class Server:
             with anyio.CancelScope(shield=True):
                 await router.stop()
                 await journal.close()
+                if self.tracing:
+                    await anyio.to_thread.run_sync(self.tracing.shutdown)
 
     def _say_where_the_tokenizer_is(self, folder: str) -> None:
         config = self.config
@@ -182,7 +187,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     config = app.state.config or configuration.load()
     server = Server(config, app.state.engine)
     app.state.gate = Gate(config)
-    app.state.metrics = server.metrics
+    app.state.metrics, app.state.tracing = server.metrics, server.tracing
     key_file = KeyFile(config.api_keys_file) if config.api_keys_file else None
     owners = Owners(key_file.current if key_file else None)
     started = False

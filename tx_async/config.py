@@ -182,6 +182,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A model without requests for so long is snapshotted."""
     shutdown_ms: int = 10_000
     """Longest time that a shutdown spends on draining and snapshots."""
+    otlp_endpoint: str = ""
+    """Where OpenTelemetry traces go, over OTLP/HTTP: http://127.0.0.1:4318; "" = nowhere. Needs the extra `otel`."""
     metrics_by_key: bool = False
     """`/metrics` has the bytes of each key by its id, not of each role alone: a series for each key."""
     log_level: str = "info"

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tx_async.api.traces import STATIONS, trace
-from tx_async.scheduler.interface import Passage
+from tx_async.api.traces import trace
+from tx_async.scheduler.interface import STATIONS, Passage
 
 
 def passage(number: int, **times: Any) -> Passage:

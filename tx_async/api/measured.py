@@ -1,12 +1,14 @@
-"""What each answer took, by route and status."""
+"""What each answer took, by route and status; and its span, where there are traces."""
 
 from __future__ import annotations
 
 import time
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tx_async.metrics import Metrics
+from tx_async.tracing import Tracing, current
 
 ELSEWHERE = "other"
 """Where there is no route, or the gate has refused the request."""
@@ -23,6 +25,9 @@ class MeasureMiddleware:
             await self.app(scope, receive, send)
             return
         metrics: Metrics = scope["app"].state.metrics
+        tracing: Tracing | None = scope["app"].state.tracing
+        span = tracing.begin(Headers(scope=scope)) if tracing else None
+        current.set(span)
         began = time.perf_counter()
         statuses: list[int] = []
         #: the endpoint says what it is called, in whichever copy of the scope
@@ -40,5 +45,7 @@ class MeasureMiddleware:
             path = route[0] if route else ELSEWHERE
             status = statuses[0] if statuses else None
             metrics.http_request.labels(path, status or "none").observe(time.perf_counter() - began)
+            if span:
+                span.end(scope["method"], path, status or 0)
             if status == 500:
                 metrics.http_server_errors.inc()

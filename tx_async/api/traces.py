@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -18,18 +17,9 @@ from tx_async.api.context import Call
 from tx_async.api.downloads import link, permission_of
 from tx_async.api.ownership import owned
 from tx_async.errors import UnknownSession
-from tx_async.scheduler.interface import Passage
+from tx_async.scheduler.interface import STATIONS, Passage
 from tx_async.wire import tinker
 
-STATIONS = {
-    "accept": "accepted_at",
-    "queue": "durable_at",
-    "run": "begun_at",
-    "commit": "ended_at",
-    "fetch": "published_at",
-}
-"""Name -> when a request enters it: the journal, its turn, a worker, the journal again, its client. It leaves a station
-when it enters the next one of which that is known."""
 PROCESS = 1
 
 Event = dict[str, Any]
@@ -85,8 +75,7 @@ def _slices(passage: Passage, lane: int, end: float) -> Iterator[Event]:
         "outcome": "failed" if passage.failed else "finished" if passage.published_at else "open",
     }
     yield _slice("request", f"{passage.kind} {passage.seq_id}", lane, passage.accepted_at, end, arguments)
-    entered = [(name, time) for name, mark in STATIONS.items() if (time := getattr(passage, mark))]
-    for (name, began), (_, ended) in pairwise([*entered, ("", end)]):
+    for name, began, ended in passage.stations(end):
         if (name, began) != ("fetch", end):  # nobody has fetched it
             yield _slice("station", name, lane, began, ended, {"request_id": passage.request_id})
     if passage.first_token_at and passage.begun_at:  # in "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
@@ -57,6 +58,26 @@ class Passage(Struct, kw_only=True):
     worker_id: str = ""
     """Where it began."""
     failed: bool = False
+    trace: Any = None
+    """Its span (`tracing.py`); None where there are no traces."""
+
+    def stations(self, until: float = 0.0) -> list[tuple[str, float, float]]:
+        """(name, when it came, when it left) of each station that it has passed: the journal, its turn, a worker, the
+        journal again. With `until` also where it is then, its client included. What is not known is passed over."""
+        times = [(name, time) for name, mark in STATIONS.items() if (time := getattr(self, mark))]
+        if until:
+            times.append(("", until))
+        return [(name, began, ended) for (name, began), (_, ended) in pairwise(times)]
+
+
+STATIONS = {
+    "accept": "accepted_at",
+    "queue": "durable_at",
+    "run": "begun_at",
+    "commit": "ended_at",
+    "fetch": "published_at",
+}
+"""Name of a station -> when a request comes there."""
 
 
 class LivePiece(Struct, frozen=True, kw_only=True):

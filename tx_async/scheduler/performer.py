@@ -39,6 +39,7 @@ from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.outbox import Item, Outbox
 from tx_async.scheduler.stations.watch import Watch
+from tx_async.tracing import Tracing
 from tx_async.wire import operations
 from tx_async.wire.records import ResultRecord
 from tx_async.wire.worker import Command
@@ -76,6 +77,7 @@ class Performer:
         marks: ReplayMarks,
         deliver: Callable[[Deliver], None] = lambda instruction: None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ):
         """`publish` is called with each result when it is durable, `deliver` with what live requests say."""
         self.state = state
@@ -83,7 +85,7 @@ class Performer:
         self.clock = clock
         self.publish = publish
         self.outbox = Outbox(journal, self._show)
-        self.watch = Watch(state.catalog, clock, metrics or Metrics())
+        self.watch = Watch(state.catalog, clock, metrics or Metrics(), tracing)
         self._send = send
         self._delete_files = delete_files
         self._list_files = list_files

@@ -43,6 +43,7 @@ from tx_async.scheduler.quota import Quota
 from tx_async.scheduler.sessions import Sessions
 from tx_async.scheduler.statistics import SchedulerStatistics, statistics_of
 from tx_async.scheduler.submissions import Submissions, session_of
+from tx_async.tracing import Tracing
 from tx_async.wire import ids
 from tx_async.wire.dashboard import Overview, RequestView, RunView
 from tx_async.wire.facts import CommandEnded, WorkerFact
@@ -85,6 +86,7 @@ class Scheduler:
         storage_status: Callable[[], list[str]] = list,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
         marks: ReplayMarks | None = None,
     ):
         marks = marks or ReplayMarks()
@@ -109,6 +111,7 @@ class Scheduler:
             list_files=list_files,
             dismiss=dismiss,
             metrics=metrics,
+            tracing=tracing,
             marks=marks,
             deliver=lambda instruction: self._live.deliver(instruction),
         )
@@ -274,6 +277,7 @@ class Scheduler:
         if request is None or request.owner != owner:
             raise ResultGone()
         self._heard_of_client(request)
+        self.performer.watch.polled(request_id)
         if request_id not in self.catalog.results and not await self.waiters.wait(request_id, timeout_s):
             return self._still_pending(request_id)
         self.performer.watch.fetched(request_id)

@@ -13,6 +13,7 @@ from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.instructions import Send, SequenceEnded
 from tx_async.scheduler.interface import Passage
 from tx_async.scheduler.stations.passages import Passages
+from tx_async.tracing import Tracing
 from tx_async.wire.records import RequestRecord, ResultRecord
 from tx_async.wire.worker import TRAIN_TENSORS, TrainMicroBatch
 
@@ -20,7 +21,8 @@ SEGMENT_IDS = TRAIN_TENSORS.index("segment_ids")
 
 
 class Watch:
-    def __init__(self, catalog: Catalog, clock: Clock, metrics: Metrics):
+    def __init__(self, catalog: Catalog, clock: Clock, metrics: Metrics, tracing: Tracing | None = None):
+        self._tracing = tracing
         self.passages = Passages(catalog)
         self.metrics = metrics
         self._clock = clock
@@ -41,7 +43,10 @@ class Watch:
 
     def accepted(self, request: RequestRecord) -> None:
         """It is durable: from now on it waits for its turn."""
-        self.passages.begin(request).durable_at = self.now
+        passage = self.passages.begin(request)
+        passage.durable_at = self.now
+        if self._tracing is not None:
+            self._tracing.accepted(passage)
 
     def sent(self, instruction: Send) -> None:
         if isinstance(instruction.command, TrainMicroBatch):
@@ -80,8 +85,17 @@ class Watch:
         """Clients may see the result."""
         if passage := self.passages.end(request_id):
             passage.published_at = self.now
+            if self._tracing is not None:
+                self._tracing.published(passage)
+
+    def polled(self, request_id: str) -> None:
+        """A client asks for the result."""
+        if self._tracing is not None and (passage := self.passages.get(request_id)):
+            self._tracing.polled(passage)
 
     def fetched(self, request_id: str) -> None:
         passage = self.passages.get(request_id)
         if passage is not None and not passage.fetched_at:
             passage.fetched_at = self.now
+            if self._tracing is not None:
+                self._tracing.fetched(passage)
