@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support import xla
+
 ROOT = Path(__file__).parents[1]
 
 # Before anything imports JAX, transformers or the SDK: they read these once.
@@ -19,6 +21,7 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", xla.LIGHT),
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",

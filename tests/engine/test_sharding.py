@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support import xla
 from tx_async.engine.sharding import make_mesh
 from tx_async.errors import ConfigError
 from tx_async.wire.worker import EngineConfig
 
 SCRIPT = Path(__file__).with_name("sharding_on_eight_devices.py")
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles in half the time
-EIGHT_DEVICES = {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+EIGHT_DEVICES = xla.flags(8) | {"JAX_PLATFORMS": "cpu"}
 BOUND = 1e-5
 
 

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.support import xla
 from tx_async.testing.models import make_deepseek_v3, make_llama, make_qwen3, make_qwen3_moe
 from tx_async.testing.server import free_port
 from tx_async.wire.worker import EngineConfig, Welcome
@@ -33,7 +34,7 @@ def run(model: Path, folder: Path, num_processes: int, num_devices: int, key: st
     config = msgspec.structs.replace(
         CONFIG, num_processes=num_processes, coordinator_address=f"127.0.0.1:{free_port()}", **sizes
     )
-    environ = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    environ = os.environ | xla.flags(num_devices)
     processes = []
     for process_id in range(num_processes):
         welcome = Welcome(

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import tinker
 
+from tests.support import xla
 from tests.support.peft_sampler import stride_of
 from tx_async.storage.checkpoint_files import read_checkpoint_sync
 from tx_async.storage.store import Store
@@ -22,7 +23,7 @@ from tx_async.testing.server import free_port, running_server
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # the SDK's sockets
 
 TOKEN = "a-token-that-nobody-guesses"
-ENVIRON = {"TX_WORKER_TOKEN": TOKEN, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+ENVIRON = {"TX_WORKER_TOKEN": TOKEN} | xla.flags(1)
 BACKEND = {
     "max_lora_adapters": 2, "max_lora_rank": 4, "max_sampler_adapters": 2, "max_context_length": 64,
     "sample_max_num_sequences": 2, "train_row_lengths": [32], "train_micro_batch_size": 2, "decode_steps": 4,

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from tests.support import xla
 from tests.support.wrong_collective import WRONG_VARIABLE
 from tx_async.config import ServerConfig
 from tx_async.errors import BaseModelError
@@ -18,7 +19,7 @@ START_S = 120
 async def test_a_wrong_collective_is_named_and_nothing_starts(wrong, tiny_qwen3, tmp_path, monkeypatch, capfd):
     """Only the last device, which is process 1's, sees the wrong value: process 0 is told."""
     monkeypatch.setenv(WRONG_VARIABLE, wrong)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    monkeypatch.setenv(*xla.flags(1).popitem())
     engine = EngineConfig(
         num_processes=2, coordinator_address=f"127.0.0.1:{free_port()}", fully_sharded_data_parallel_size=2
     )

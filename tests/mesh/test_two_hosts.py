@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import xla
+
 SCRIPT = Path(__file__).with_name("train_on_two_hosts.py")
 HOSTS = {"a": "10.213.77.1", "b": "10.213.77.2"}
-ENVIRON = {
-    "TX_WORKER_TOKEN": "a-token-that-nobody-guesses",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-}
+ENVIRON = {"TX_WORKER_TOKEN": "a-token-that-nobody-guesses"} | xla.flags(1)
 WORKER_PORT, COORDINATOR_PORT = 7001, 7002
 READY_S = 200
 LEASE_S = 4

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.support import xla
 from tx_async.errors import BaseModelError
 from tx_async.models import load, tensor_files
 from tx_async.models.decoder import unembedding
@@ -268,7 +269,7 @@ def test_peak_memory_above_the_model_is_a_few_chunks(tmp_path):
 
 def test_each_device_of_a_mesh_gets_its_own_pieces(tmp_path):
     folder = make_deepseek_v3(tmp_path, tokenizer=False, num_hidden_layers=2)
-    found = run("load_on_mesh.py", folder, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    found = run("load_on_mesh.py", folder, **xla.flags(8))
     assert found == {"equal": True, "placed": True}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import xla
 from tx_async.testing.sdk import collect_connections
 from tx_async.testing.server import Server, free_port, running_server
 
@@ -24,8 +25,7 @@ def settings() -> dict:
         "coordinator_address": f"127.0.0.1:{free_port()}",
         "fully_sharded_data_parallel_size": 2,
     }
-    one_device = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    return {"backend_config": BACKEND | mesh, "local_workers": 2, "environ": one_device}
+    return {"backend_config": BACKEND | mesh, "local_workers": 2, "environ": xla.flags(1)}
 
 
 @pytest.fixture(scope="session")
