@@ -5,6 +5,9 @@ import { h, say, short, tell } from "./ui.js";
 
 const kept = { mode: "completion", model: "", prompt: "", system: "", compare: false, max_tokens: "128", temperature: "0.7", top_p: "1", seed: "" };
 
+// What is no text of its own is named by its bytes.
+const PART_OF_A_CHARACTER = /^bytes:(\\x[0-9a-f]{2})+$/;
+
 export function create(_argument, { onError }) {
   const field = (name, label, props = {}) => h("label", {}, label, h("input", { name, value: kept[name], oninput: (event) => { kept[name] = event.target.value; }, ...props }));
   const model = h("select", { name: "model", onchange: () => { kept.model = model.value; } });
@@ -128,7 +131,7 @@ function answerPlace(title) {
       const i = tokens.push(token) - 1, probability = Math.exp(token.logprob ?? 0);
       const shade = probability < 0.05 ? "p0" : probability < 0.2 ? "p1" : probability < 0.5 ? "p2" : probability < 0.8 ? "p3" : "";
       const title = token.logprob === undefined || token.logprob === null ? null : `logprob ${short(token.logprob)}`;
-      text.append(h("span", { class: `token ${shade}`, title, onpointerenter: () => pick(i) }, token.text));
+      text.append(h("span", { class: `token ${shade}`, title, onpointerenter: () => pick(i) }, token.text.replace(PART_OF_A_CHARACTER, "�")));
       if (token.logprob !== undefined && token.logprob !== null) { sum += token.logprob; scored += 1; }
     }
     say(end, finished ? `${tokens.length} tokens, ended by ${finished}${scored ? `, mean logprob ${short(sum / scored)}` : ""}` : `${tokens.length} tokens…`);

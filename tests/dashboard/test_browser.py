@@ -1,0 +1,232 @@
+"""The page in a real browser, in front of a fake scheduler: it shows what there is, loads nothing from elsewhere, takes
+nothing for markup, works by keyboard, asks before it deletes, and comes back when its stream breaks."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+
+from tests.dashboard.test_views import new_run
+from tests.support.browser import Serving, browsing, served, why_not
+from tests.support.chat_templates import QWEN3, make_chat_tokenizer
+from tx_async import keys
+from tx_async.api.compatible import tokenizer
+from tx_async.api.owner import owner_of
+from tx_async.api.routes import create_api
+from tx_async.config import ServerConfig
+from tx_async.testing.fake_scheduler import FAKE_BASE_MODEL, FakeScheduler
+
+pytestmark = [
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or "a browser is here"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+MARKUP = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
+WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_tokenizer(tmp_path_factory.mktemp("chat") / "model", QWEN3)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with browsing(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def scheduler(folder: Path) -> FakeScheduler:
+    base = msgspec.structs.replace(FAKE_BASE_MODEL, path=str(folder), eos_token_ids=(256,), max_context_length=1024)
+    return FakeScheduler(base)
+
+
+@pytest.fixture
+def site(driver: Any, scheduler: FakeScheduler) -> Iterator[Serving]:
+    with served(create_api(scheduler, ServerConfig(), scheduler.files)) as serving:
+        yield serving
+        driver.get("about:blank")
+
+
+@pytest.fixture
+def run(scheduler: FakeScheduler) -> str:
+    run = new_run(scheduler, "somebody", "s-markup", display_name=MARKUP, tags=(MARKUP,), user_metadata={"a": MARKUP})
+    scheduler.histories[run] = [
+        {
+            "index": float(i),
+            "step": i + 1.0,
+            "loss:sum": 9.0 - i,
+            "tokens": 3.0,
+            "learning_rate": 1e-4,
+            "grad_norm": 1.0,
+        }
+        | {"started_at": float(i), "finished_at": i + 0.5}
+        for i in range(6)
+    ]
+    return run
+
+
+@pytest.fixture(autouse=True)
+def clean(driver: Any) -> Iterator[None]:
+    """Nothing went wrong in the page that a test has not asked for, and nothing went elsewhere."""
+    yield
+    logged = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [line for line in logged if "net::ERR_" not in line and "status of" not in line], logged
+    hosts = set()
+    for entry in driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = urlsplit(message["params"]["request"]["url"])
+            hosts |= {url.hostname} if url.scheme.startswith(("http", "ws")) else set()
+    assert hosts <= {"127.0.0.1"}
+
+
+def until(driver: Any, is_it: Callable[[str], bool], script: str = "return document.body.innerText") -> str:
+    deadline, text = time.monotonic() + WAIT_S, ""
+    while time.monotonic() < deadline:
+        text = driver.execute_script(script) or ""
+        if is_it(text):
+            return text
+        time.sleep(0.1)
+    raise AssertionError(f"it never showed: {text[:2000]}")
+
+
+def find(driver: Any, selector: str) -> Any:
+    until(driver, bool, f"return document.querySelector({selector!r}) ? 'yes' : ''")
+    return driver.find_element("css selector", selector)
+
+
+def test_every_view_shows_what_there_is_and_markup_is_text(driver: Any, site: Serving, run: str):
+    driver.get(site.url)
+    until(driver, lambda text: "Ready" in text and "The server is ready" in text and "Tokens per second" in text)
+    driver.get(f"{site.url}/#/runs")
+    until(driver, lambda text: run in text and MARKUP in text)
+    driver.get(f"{site.url}/#/runs/{run}")
+    until(driver, lambda text: "Loss per token" in text and "newest: 1.333" in text and "weights/a" in text)
+    driver.get(f"{site.url}/#/operator")
+    until(driver, lambda text: "s-markup" in text and "Settings" in text and MARKUP in text)
+    assert driver.execute_script("return document.querySelectorAll('main img, main b > b').length") == 0
+    assert "hacked" not in driver.title
+
+
+def test_the_policy_stops_inline_script(driver: Any, site: Serving):
+    driver.get(site.url)
+    driver.execute_script(
+        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)"
+    )
+    assert driver.execute_script("return window.ran") is None
+    logged = [entry["message"] for entry in driver.get_log("browser")]
+    assert any("Content Security Policy" in line for line in logged)
+
+
+def test_what_is_sampled_is_text_with_its_log_probabilities(
+    driver: Any, site: Serving, scheduler: FakeScheduler, folder: Path
+):
+    answer = "<b>x</b> ok"
+    scheduler.live.answers.append([*tokenizer.load(str(folder)).encode(answer, framed=False), 256])
+    driver.get(f"{site.url}/#/playground")
+    find(driver, "select[name=model] option")
+    find(driver, "textarea").send_keys("hello")
+    find(driver, "button.main").click()
+    until(driver, lambda text: "ended by stop" in text)
+    assert answer in driver.execute_script("return document.querySelector('.answer .text').textContent")
+    assert driver.execute_script("return document.querySelectorAll('.answer .text b').length") == 0
+    from selenium.webdriver.common.keys import Keys
+
+    find(driver, ".answer .text").send_keys(Keys.ARROW_RIGHT)
+    until(driver, lambda text: "logprob" in text, "return document.querySelector('.answer .read').textContent")
+
+
+def test_a_checkpoint_is_deleted_when_that_was_confirmed_in_the_page(
+    driver: Any, site: Serving, scheduler: FakeScheduler, run: str
+):
+    path = f"tinker://{run}/weights/a"
+    driver.get(f"{site.url}/#/runs/{run}")
+    find(driver, "button.danger").click()
+    find(driver, "dialog button[type=button]").click()
+    until(driver, lambda text: text == "no", "return document.querySelector('dialog') ? 'yes' : 'no'")
+    assert path in scheduler.checkpoints
+    find(driver, "button.danger").click()
+    find(driver, "dialog button.main").click()
+    until(driver, lambda text: "No checkpoint was saved yet" in text)
+    assert path not in scheduler.checkpoints
+
+
+def test_the_page_works_by_keyboard(driver: Any, site: Serving, run: str):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    driver.get(f"{site.url}/#/runs/{run}")
+    until(driver, lambda text: "newest: 1.333" in text)
+    driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+    walked = []
+    for _ in range(14):
+        ActionChains(driver).send_keys(Keys.TAB).perform()
+        walked.append(
+            driver.execute_script(
+                "const e = document.activeElement; return e.className + '|' + e.textContent.trim().slice(0, 20)"
+            )
+        )
+    assert walked[0].startswith("skip|")
+    assert [
+        name for name in ("Now", "Runs", "Playground", "Operator") if not any(f"|{name}" in step for step in walked)
+    ] == []
+    plot = next(i for i, step in enumerate(walked) if step.startswith("plot"))
+    for _ in range(len(walked) - 1 - plot):
+        ActionChains(driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+    ActionChains(driver).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT).perform()
+    until(driver, lambda text: "step 2: 2.667" in text)
+
+
+def test_a_stream_that_breaks_comes_back_with_the_present_state(
+    driver: Any, site: Serving, scheduler: FakeScheduler, run: str
+):
+    driver.get(f"{site.url}/#/runs")
+    until(driver, lambda text: run in text)
+    site.cut()
+    until(driver, lambda text: "Reconnecting" in text)
+    later = new_run(scheduler, "somebody", "s-later")
+    site.mend()
+    until(driver, lambda text: "Ready" in text and later in text)
+
+
+def test_where_there_are_keys_the_page_asks_for_one_and_shows_its_runs_only(
+    driver: Any, scheduler: FakeScheduler, tmp_path: Path
+):
+    file = tmp_path / "keys"
+    alice, bob = keys.add(file, "alice"), keys.add(file, "bob")
+    mine, theirs = (new_run(scheduler, owner_of(key), name) for key, name in ((alice, "of-alice"), (bob, "of-bob")))
+    with served(create_api(scheduler, ServerConfig(api_keys_file=str(file)), scheduler.files)) as site:
+        driver.get(f"{site.url}/#/runs")
+        field = find(driver, "input[type=password]")
+        field.send_keys("tml-wrong")
+        find(driver, "button.main").click()
+        find(driver, ".problem")
+        find(driver, "input[type=password]").send_keys(alice)
+        find(driver, "button.main").click()
+        text = until(driver, lambda text: mine in text)
+        assert theirs not in text and "Operator" not in text
+        assert alice not in driver.page_source and not driver.get_cookies()
+        driver.get(f"{site.url}/#/runs/{theirs}")
+        until(driver, lambda text: "No training run" in text or "not" in text.lower())
+        find(driver, "#leave").click()
+        find(driver, "input[type=password]")
+        driver.get("about:blank")
+
+
+def test_no_view_is_wider_than_the_window(driver: Any, site: Serving, run: str):
+    try:
+        for width in (360, 820, 1440):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            for view in ("now", "runs", f"runs/{run}", "playground", "operator"):
+                driver.get(f"{site.url}/#/{view}")
+                find(driver, "main h1")
+                assert driver.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0, view
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
