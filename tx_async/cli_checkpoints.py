@@ -53,7 +53,7 @@ def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace]
 
 def add_checkpoints(commands: Any) -> None:
     command = commands.add_parser(
-        "checkpoints", help="checkpoints of a running server: list, delete", description="Those of one API key."
+        "checkpoints", help="checkpoints of a running server: list, delete, export", description="Those of one API key."
     )
     actions = command.add_subparsers(title="actions", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="path, bytes and time of every checkpoint, newest first")
@@ -62,7 +62,15 @@ def add_checkpoints(commands: Any) -> None:
     delete.add_argument("--keep-last", type=int, metavar="K", help="keep the newest K of each run and kind")
     delete.add_argument("--run", dest="of_run", default="", metavar="RUN_ID", help="only those of this training run")
     delete.add_argument("--dry-run", action="store_true", help="print what would go, and delete nothing")
-    for action, run in ((listing, _list), (delete, _delete)):
+    export = actions.add_parser("export", help="write a checkpoint's adapter as a folder for PEFT")
+    export.add_argument("path", metavar="PATH", help="a tinker://… path")
+    export.add_argument("--to", dest="folder", metavar="FOLDER", type=Path, required=True, help="a new or empty folder")
+    export.add_argument(
+        "--no-unembed",
+        action="store_true",
+        help="leave out what adapts the unembedding, which cannot be merged where embeddings are tied",
+    )
+    for action, run in ((listing, _list), (delete, _delete), (export, _export)):
         _add_server(action)
         action.set_defaults(run=run)
 
@@ -72,6 +80,14 @@ def _list(args: argparse.Namespace) -> int:
 
     for checkpoint in checkpoints_command.everything(args.base_url, args.api_key):
         print(f"{checkpoint.tinker_path}\t{checkpoint.size_bytes}\t{checkpoint.time:%Y-%m-%d %H:%M:%S}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tx_async import export_command
+
+    export_command.export(args.base_url, args.api_key, args.path, args.folder, args.no_unembed)
+    print(args.folder)
     return 0
 
 
