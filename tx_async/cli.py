@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tx_async import __version__, cli_backup, cli_checkpoints, cli_keys, cli_runs, compatibility, config
+from tx_async import __version__, cli_backup, cli_chat, cli_checkpoints, cli_keys, cli_runs, compatibility, config
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.field_docs import field_docs
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     cli_backup.add(commands, _add_config_flags, _load_config)
     cli_keys.add(commands)
     cli_runs.add(commands)
+    cli_chat.add(commands)
     _add_doctor(commands)
     _add_deploy(commands)
     _add_schemas(commands)

@@ -56,6 +56,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Names, separated by commas, that a server without keys answers to besides those of loopback; `*` = any."""
     allowed_origins: str = ""
     """Origins (`https://host:port`), separated by commas, whose pages may use a server without keys; `*` = any."""
+    cors_origins: str = ""
+    """Origins, separated by commas, whose pages may call the OpenAI- and Anthropic-compatible routes and read the
+    answers; `*` = any; empty = none. A server without keys wants them in `allowed_origins`, too."""
     trusted_proxies: str = ""
     """Addresses or networks, separated by commas, of proxies whose X-Forwarded-Proto and X-Forwarded-Host are
     believed."""

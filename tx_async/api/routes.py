@@ -24,6 +24,7 @@ from tx_async.api import (
     weights,
 )
 from tx_async.api.budget import Bodies
+from tx_async.api.compatible import cors
 from tx_async.api.compatible import rows as compatible
 from tx_async.api.compatible.tokenizer import TokenizerLoader
 from tx_async.api.context import Api, CheckpointFiles
@@ -212,8 +213,14 @@ def create_routes(
         tokens=Tokens(),
     )
     rows = [row for row in ROUTES if row not in dashboard.ROWS or is_on(config)]
-    routes = [Route(row.path, Endpoint(row, api), methods=[row.method]) for row in rows]
-    return routes + (page_routes() if is_on(config) else [])
+    return [_route(row, api) for row in rows] + (page_routes() if is_on(config) else [])
+
+
+def _route(row: Row, api: Api) -> Route:
+    endpoint = Endpoint(row, api)
+    if row in compatible.ROWS and api.config.cors_origins:
+        return Route(row.path, cors.open_to(endpoint, api.config.cors_origins), methods=[row.method, "OPTIONS"])
+    return Route(row.path, endpoint, methods=[row.method])
 
 
 def create_api(

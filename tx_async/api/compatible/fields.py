@@ -16,15 +16,17 @@ WITHOUT_EFFECT = frozenset(
     {
         "metadata",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
         "store",
         "user",
+        "user_profile_id",
     }
 )
 """Accepted, because they change no answer: who asks, what is kept, and what is cached elsewhere."""
-WITHOUT_EFFECT_ANYWHERE = frozenset({"cache_control"})
+WITHOUT_EFFECT_ANYWHERE = frozenset({"cache_control", "eager_input_streaming"})
 """The same within messages, their parts, `system` and `tools`."""
 _NESTED = ("messages", "content", "system", "tools")
 BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN = 16 * 2**20, 64

@@ -1,0 +1,20 @@
+"""Pages from elsewhere: which may call a route and read its answer. None, unless the operator names them."""
+
+from __future__ import annotations
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+EXPOSED_HEADERS = ("x-request-id", "request-id", "retry-after")
+
+
+def open_to(endpoint: ASGIApp, origins: str) -> ASGIApp:
+    """origins: separated by commas; `*` is any. No page gets to send cookies: there are none."""
+    listed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
+    return CORSMiddleware(
+        endpoint,
+        allow_origins=listed,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=list(EXPOSED_HEADERS),
+    )

@@ -1,0 +1,132 @@
+"""`tx-async chat`: a conversation in the terminal, over the same route as everybody's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import httpx
+
+from tx_async.errors import ConfigError
+
+ROUTES = "/oai/api/v1"
+CONNECT_S = 10.0
+PROMPT = "\n> "
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+@dataclass
+class Talk:
+    """One conversation with one model, and how it is asked."""
+
+    base_url: str
+    api_key: str
+    model: str = ""
+    system: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Forget what was said."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def connect(self) -> httpx.Client:
+        headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        timeout = httpx.Timeout(None, connect=CONNECT_S)
+        return httpx.Client(base_url=self.base_url.rstrip("/") + ROUTES, headers=headers, timeout=timeout)
+
+    def choose_model(self, client: httpx.Client) -> None:
+        """The base model, where nobody said which."""
+        response = client.get("/models")
+        _check(response)
+        self.model = self.model or response.json()["data"][0]["id"]
+
+    def say(self, client: httpx.Client, text: str) -> Iterator[tuple[str, str]]:
+        """("reasoning" or "text", a piece of the answer). What was said is kept, also of an answer that was ended."""
+        self.messages.append({"role": "user", "content": text})
+        body = {"model": self.model, "messages": self.messages, "stream": True, **self.fields}
+        answer = ""
+        try:
+            with client.stream("POST", "/chat/completions", json=body) as response:
+                _check(response)
+                for kind, piece in pieces(response.iter_lines()):
+                    answer += piece if kind == "text" else ""
+                    yield kind, piece
+        finally:
+            if answer:
+                self.messages.append({"role": "assistant", "content": answer})
+            else:
+                self.messages.pop()
+
+
+def pieces(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
+    """Of a stream's events. Raises `ConfigError` where one says that it failed."""
+    for line in lines:
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            raise ConfigError(event["error"]["message"])
+        for choice in event["choices"]:
+            for name, kind in (("reasoning_content", "reasoning"), ("content", "text")):
+                if piece := choice["delta"].get(name):
+                    yield kind, piece
+
+
+def run(talk: Talk, source: TextIO, sink: TextIO) -> int:
+    """Until the input ends. Raises `ConfigError` where there is no server to talk to."""
+    is_terminal = sink.isatty()
+    with talk.connect() as client:
+        try:
+            talk.choose_model(client)
+        except httpx.HTTPError as error:
+            raise ConfigError(f"{talk.base_url} cannot be reached: {error}.") from error
+        talk.begin()
+        print(f"{talk.model} (an empty line begins anew, Ctrl-D ends)", file=sink)
+        while (text := _read(source, sink)) is not None:
+            if text.strip():
+                _answer(talk, client, text, sink, is_terminal)
+            else:
+                talk.begin()
+                print("A new conversation.", file=sink)
+    return 0
+
+
+def _read(source: TextIO, sink: TextIO) -> str | None:
+    sink.write(PROMPT)
+    sink.flush()
+    line = source.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _answer(talk: Talk, client: httpx.Client, text: str, sink: TextIO, is_terminal: bool) -> None:
+    """An answer that fails is a line; the conversation goes on."""
+    try:
+        with suppress(KeyboardInterrupt):
+            for kind, piece in talk.say(client, text):
+                shown = _plain(piece) if is_terminal else piece
+                sink.write(f"{DIM}{shown}{PLAIN}" if is_terminal and kind == "reasoning" else shown)
+                sink.flush()
+        print(file=sink)
+    except ConfigError as error:
+        print(f"! {error.message}", file=sink)
+    except httpx.HTTPError as error:
+        print(f"! The server went away: {error}", file=sink)
+
+
+def _plain(text: str) -> str:
+    """Without what would steer the terminal: a model may say anything."""
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())
+
+
+def _check(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    try:
+        message = json.loads(response.read())["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"The server answered {response.status_code}."
+    raise ConfigError(message)
