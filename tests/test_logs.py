@@ -32,6 +32,17 @@ def test_a_line_has_a_date_a_level_a_place_and_its_request():
     }  # fmt: skip
 
 
+def test_a_message_is_one_line_whatever_a_client_has_put_into_it():
+    line = logs.TextFormatter().format(record("refused: no such model 'a\r\n2026-11-28 00:00:00.000 INFO forged'"))
+    assert "\n" not in line and "\r" not in line and "\\r\\n2026" in line
+
+
+def test_lines_about_a_request_have_its_id_and_no_others():
+    with logs.about("abc123"):
+        assert logs.TextFormatter().format(record("it broke")).endswith(" [abc123]")
+    assert logs.TextFormatter().format(record("it broke")).endswith("it broke")
+
+
 def test_an_exception_stays_in_its_line():
     try:
         raise ValueError("no")
@@ -46,12 +57,28 @@ def test_what_nobody_knows_is_refused(level, format):
         logs.configure(level, format)
 
 
+def fails_later(base_url: str, base_model: str, headers: dict[str, str]) -> None:
+    """A request that is accepted, and fails long after its answer."""
+
+    def post(route: str, /, **body: object) -> dict:
+        return httpx.post(f"{base_url}/api/v1/{route}", json=body, headers=headers, timeout=30).json()
+
+    session_id = post("create_session")["session_id"]
+    model = {"session_id": session_id, "model_seq_id": 0, "base_model": base_model, "lora_config": {"rank": 8}}
+    model_id = post("retrieve_future", request_id=post("create_model", **model)["request_id"])["model_id"]
+    promise = post("load_weights", model_id=model_id, seq_id=1, path="tinker://none/weights/a", optimizer=False)
+    assert post("retrieve_future", request_id=promise["request_id"])["category"] == "user"
+
+
 def test_every_line_of_a_server_is_json_and_a_failure_names_its_request(tiny_qwen3, tmp_path):
     with serving(tmp_path, tiny_qwen3, log_format="json") as server:
         answer = httpx.get(f"{server.base_url}/api/v1/healthz", headers={"x-request-id": "mine-1"})
         assert answer.headers["x-request-id"] == "mine-1"
         made = httpx.get(f"{server.base_url}/api/v1/healthz", headers={"x-request-id": "x" * 100})
         assert re.fullmatch("[0-9a-f]{12}", made.headers["x-request-id"])
+        fails_later(server.base_url, str(tiny_qwen3), {"x-api-key": "tml-a", "x-request-id": "mine-2"})
     events = [json.loads(line) for line in server.log().splitlines()]
     assert len(events) > 3 and all({"time", "level", "logger", "message"} <= set(event) for event in events)
     assert any(event.get("process") == "w0.0" for event in events)
+    (failure,) = [event for event in events if "failed:" in event["message"]]
+    assert failure["request_id"] == "mine-2" and failure["level"] == "info"

@@ -1,7 +1,11 @@
 """One line per event, on stderr: time, level, where, what; as text, or as JSON. Rotation is left to the host.
 
-A line that is written while a request is handled ends with that request's id, which its answer carries, too
-(`X-Request-Id`): whoever reports a failure can name its lines.
+A line about a request ends with the id of the HTTP request that brought it, which its answer carries, too
+(`X-Request-Id`): whoever reports a failure can name its lines, those that come long after that answer included.
+
+debug: what a developer looks for. info: what an operator wants to read over breakfast: starts and ends, workers, runs,
+requests that failed by their own fault, the load. warning: something did not work and is tried again, or works worse
+than it could. error: something is lost, or nothing goes on until somebody does something. critical: the process ends.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
@@ -18,8 +24,21 @@ FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 _CHATTY = ("httpx", "httpcore", "jax", "urllib3", "filelock", "hypercorn.access")
 
+_LINE_BREAKS = str.maketrans({"\n": "\\n", "\r": "\\r"})
+"""A message is one line, whatever some client has put into it."""
+
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that is being handled; "" elsewhere."""
+
+
+@contextmanager
+def about(request: str) -> Iterator[None]:
+    """Lines in here are about that request."""
+    token = request_id.set(request)
+    try:
+        yield
+    finally:
+        request_id.reset(token)
 
 
 def configure(level: str = "info", format: str = "text", process: str = "") -> None:
@@ -43,7 +62,7 @@ class TextFormatter(logging.Formatter):
         super().__init__(f"%(asctime)s.%(msecs)03d %(levelname)-7s {where}: %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        line = super().formatMessage(record)
+        line = super().formatMessage(record).translate(_LINE_BREAKS)
         request = request_id.get()
         return f"{line} [{request}]" if request else line
 

@@ -5,7 +5,7 @@ import logging
 import msgspec
 import pytest
 
-from tx_async.errors import Cancelled, InvalidRequest
+from tx_async.errors import Cancelled, EngineError, InvalidRequest, TxError
 from tx_async.scheduler import newsreel
 from tx_async.scheduler.statistics import SchedulerStatistics
 from tx_async.wire import results
@@ -37,7 +37,7 @@ def request(kind: str) -> RequestRecord:
     )
 
 
-def result(error: Exception | None) -> ResultRecord:
+def result(error: TxError | None) -> ResultRecord:
     payload = results.encode_json(Failure.of(error)) if error else b"{}"
     return ResultRecord(request_id="r", finished_at=0.0, content="error" if error else "json", payload=payload)
 
@@ -57,7 +57,11 @@ def test_a_request_that_failed_is_a_line_with_its_reason(caplog):
     newsreel.result_known(request("OptimStep"), MODEL, result(None))
     newsreel.result_known(request("Sample"), None, result(Cancelled()))
     newsreel.result_known(None, None, result(InvalidRequest("of a request that is forgotten")))
-    assert caplog.messages == ["OptimStep of s:train:0 (seq_id 7) failed: it was too large"]
+    newsreel.result_known(request("OptimStep"), MODEL, result(EngineError("the device is gone")))
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "OptimStep of s:train:0 (seq_id 7, r) failed: it was too large"),
+        ("WARNING", "OptimStep of s:train:0 (seq_id 7, r) failed: the device is gone"),
+    ]
 
 
 def test_the_load_is_a_line_a_minute_while_there_is_any(caplog):

@@ -21,7 +21,7 @@ from tx_async.api import body
 from tx_async.api.context import Api, Call
 from tx_async.api.errors import error_response, internal_error_response, json_response
 from tx_async.api.owner import key_of, reached_at
-from tx_async.errors import TxError
+from tx_async.errors import NotReady, Overloaded, TxError
 from tx_async.wire import tinker
 
 CONTROL_BODY_BYTES_MAX = 2**20
@@ -86,7 +86,9 @@ class Endpoint:
             response = await self._respond(request)
         except TxError as error:
             if error.category != "user":
-                logger.warning("%s %s failed: %s", self.row.method, self.row.path, error.message)
+                # "Later" is no failure: whoever sends too much would fill the log with it.
+                level = logging.DEBUG if isinstance(error, Overloaded | NotReady) else logging.WARNING
+                logger.log(level, "%s %s failed: %s", self.row.method, self.row.path, error.message)
             response = error_response(error, self._api.redact, request.url.path)
         except ClientDisconnect:
             return

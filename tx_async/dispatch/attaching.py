@@ -125,3 +125,12 @@ def why_unfit(infos: Sequence[EngineInfo], base_fingerprint: str) -> str | None:
     if loaded and base_fingerprint and loaded != base_fingerprint:
         return f"it loaded another base model ({loaded}) than the server's {base_fingerprint}"
     return None
+
+
+def describe(info: EngineInfo) -> str:
+    """What an operator wants to know of a worker, in a few words."""
+    can = f"{info.num_training_slots} training slots, " if info.num_training_slots else ""
+    devices = f"{info.num_devices} {info.platform} device{'s' * (info.num_devices > 1)}"
+    return (
+        f"{devices}, {info.dtype}, context {info.max_context_length}, {can}{info.num_sequences_max} sequences at once"
+    )

@@ -340,7 +340,7 @@ class Router:
         if reason := attaching.why_unfit(infos, self.base_fingerprint):  # type: ignore[arg-type]
             return self._lose(group, reason)
         group.is_ready = True
-        logger.info("worker %s is ready", group.name)
+        logger.info("worker %s is ready: %s", group.name, attaching.describe(infos[0]))  # type: ignore[arg-type]
         self._tell(WorkerReady(group.name, infos[0], group.capabilities))  # type: ignore[arg-type]
 
     # ---- results

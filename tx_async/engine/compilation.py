@@ -26,6 +26,8 @@ from tx_async.engine.executables import Executables
 from tx_async.private import make_folder
 
 CACHE_BYTES_MAX = 4 * 2**30
+SLOW_S = 10.0
+"""A program that takes so long is news."""
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 log = logging.getLogger(__name__)
@@ -118,7 +120,9 @@ class Program:
         if self._compiled is None:
             kept, began = self.executables, time.monotonic()
             self._compiled = kept.get(self._bound, self._decides, self._make) if kept else self._make()
-            log.info("The program %s is there after %.1f s", self.name, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            level = logging.INFO if seconds >= SLOW_S else logging.DEBUG
+            log.log(level, "The program %s was compiled or loaded in %.1f s", self.name, seconds)
 
     def lower(self) -> Lowered:
         return self._function.lower(*self._shapes)

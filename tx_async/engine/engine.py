@@ -82,7 +82,8 @@ def planned_memory(model: Decoder, config: EngineConfig, here: Platform) -> Memo
     if not memory:
         return None
     planned = memory_plan.plan(model, config, here, memory)
-    log.info("memory of each device:\n%s", "\n".join(planned.lines()))
+    for line in ("Memory of each device:", *planned.lines()):
+        log.info("%s", line)
     if not planned.fits:
         raise ConfigError(planned.problem)
     return planned

@@ -265,7 +265,7 @@ class PostgresDriver:
         if self._writer is None or self._writer.is_closed():
             self._writer = None
             self._writer = await self._connect_again()
-            _log.warning("Connected to PostgreSQL again: %r", self)
+            _log.info("Connected to PostgreSQL again: %r", self)
         return self._writer
 
     async def _connect(self, prepared: bool | None = None) -> asyncpg.Connection:

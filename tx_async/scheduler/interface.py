@@ -58,6 +58,8 @@ class Passage(Struct, kw_only=True):
     worker_id: str = ""
     """Where it began."""
     failed: bool = False
+    http_id: str = ""
+    """X-Request-Id of the HTTP request that brought it."""
     trace: Any = None
     """Its span (`tracing.py`); None where there are no traces."""
 

@@ -23,11 +23,19 @@ def result_known(request: RequestRecord | None, model: ModelRecord | None, resul
         return
     if result.content == "error":
         failure = msgspec.json.decode(result.payload, type=Failure)
-        level = logging.DEBUG if failure.error == Cancelled.default_message() else logging.INFO
-        _log.log(level, "%s of %s (seq_id %d) failed: %s", request.kind, request.subject, request.seq_id, failure.error)
+        level = _level_of(failure)
+        where = (request.kind, request.subject, request.seq_id, request.request_id)
+        _log.log(level, "%s of %s (seq_id %d, %s) failed: %s", *where, failure.error)
     elif request.kind in CREATIONS and model is not None:
         source = f" from {model.created_from_path}" if model.created_from_path else ""
         _log.info("Run %s was created%s: rank %d", model.model_id, source, model.lora.rank)
+
+
+def _level_of(failure: Failure) -> int:
+    """A client's own mistake is news; ours is more."""
+    if failure.error == Cancelled.default_message():
+        return logging.DEBUG
+    return logging.INFO if failure.category == "user" else logging.WARNING
 
 
 class LoadReport:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextvars import Context
 from typing import Any
 
 import anyio
@@ -113,15 +114,16 @@ class Performer:
             for task in self._tasks:
                 task.cancel()
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def spawn(self, coroutine: Coroutine[Any, Any, None], context: Context | None = None) -> asyncio.Task[None]:
+        """context: None = the caller's, so that its lines are about the caller's request."""
+        task = asyncio.get_running_loop().create_task(coroutine, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     def _begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Whoever waits for it waits for a fact, which would never come if its error were lost."""
-        self.spawn(coroutine).add_done_callback(self._ended)
+        self.spawn(coroutine, Context()).add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):

@@ -17,6 +17,7 @@ from typing import Any
 
 import anyio
 
+from tx_async import logs
 from tx_async.actor import running
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
@@ -307,7 +308,9 @@ class Scheduler:
         self.payloads.put(result)
         self.waiters.wake(result.request_id)
         request = self.catalog.requests.get(result.request_id)
-        newsreel.result_known(request, self.catalog.models.get(request.subject) if request else None, result)
+        passage = self.performer.watch.passages.get(result.request_id)
+        with logs.about(passage.http_id if passage else ""):
+            newsreel.result_known(request, self.catalog.models.get(request.subject) if request else None, result)
 
     def _still_pending(self, request_id: str) -> StillPending:
         nowhere = self.state.stranded.get(request_id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tx_async import logs
 from tx_async.clock import Clock
 from tx_async.metrics import DEVICE_KINDS, Metrics
 from tx_async.scheduler.core.catalog import Catalog
@@ -44,7 +45,7 @@ class Watch:
     def accepted(self, request: RequestRecord) -> None:
         """It is durable: from now on it waits for its turn."""
         passage = self.passages.begin(request)
-        passage.durable_at = self.now
+        passage.durable_at, passage.http_id = self.now, logs.request_id.get()
         if self._tracing is not None:
             self._tracing.accepted(passage)
 
