@@ -6,13 +6,13 @@ import pytest
 
 from tests.support.simulated_clients import datum
 from tests.support.simulation import INFO
-from tx_async.scheduler.training.packing import Row, pack
+from tx_async.scheduler.training.packing import PackedRow, pack
 from tx_async.wire.operations import ForwardBackward
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 
 
-def rows_of(sizes: list[int], rows_per_micro_batch: int = 1) -> tuple[Row, ...]:
+def rows_of(sizes: list[int], rows_per_micro_batch: int = 1) -> tuple[PackedRow, ...]:
     info = msgspec.structs.replace(
         INFO, row_shapes=tuple((rows_per_micro_batch, length) for length in LENGTHS), row_length_preferred=1024
     )

@@ -186,7 +186,7 @@ def _sampler_zeros(targets: Targets, num_slots: int, rank: int, dtype: Any) -> L
     return by_path(narrow, init_weights(targets, num_slots, rank))
 
 
-class SamplerSlots:
+class SamplerStacks:
     """Adapter versions that are sampled. Both fields are replaced, never changed: running quanta may read them."""
 
     def __init__(

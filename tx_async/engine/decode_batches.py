@@ -13,7 +13,7 @@ from tx_async.engine.paged_attention import TileStates
 from tx_async.engine.platform import Platform
 from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.sampler import TOPK_MAX
-from tx_async.engine.sequences import Sample, Segment
+from tx_async.engine.sequences import PrefillPiece, Sample
 from tx_async.engine.state_slots import NULL_SLOT
 from tx_async.wire.worker import BASE_SLOT, INT32_MAX
 
@@ -59,7 +59,7 @@ def bucket(sizes: Sequence[int], count: int) -> int:
 
 
 def prefill_calls(
-    segments: Sequence[Segment], tile_tokens: int, sizes: Sequence[int]
+    segments: Sequence[PrefillPiece], tile_tokens: int, sizes: Sequence[int]
 ) -> Iterator[tuple[int, list[Tile]]]:
     """Tiles in order, with the rows of their call. A tile reads what those before it have written, in its call too."""
     tiles = [tile for segment in segments for tile in _tiles(segment, tile_tokens)]
@@ -68,7 +68,7 @@ def prefill_calls(
         tiles = tiles[rows:]
 
 
-def _tiles(segment: Segment, tile_tokens: int) -> Iterator[Tile]:
+def _tiles(segment: PrefillPiece, tile_tokens: int) -> Iterator[Tile]:
     for start in range(segment.start, segment.stop, tile_tokens):
         stop = min(start + tile_tokens, segment.stop)
         load = segment.load if start == segment.start else segment.sample.slot

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from msgspec import structs
 
 from tx_async.engine import adapter_slots, batch, compilation, memory_plan, mesh, optimizer, platform, train
-from tx_async.engine.adapter_slots import Creation, SamplerSlots, TrainingState, pad
+from tx_async.engine.adapter_slots import Creation, SamplerStacks, TrainingState, pad
 from tx_async.engine.ahead import is_rare, likeliest
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.batch import RowBatch, row_batch
@@ -144,7 +144,7 @@ class JaxEngine:
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
         self.checkpoints = Checkpoints(store, model, config.max_lora_rank, writes=jax.process_index() == 0)
         dtype = jax.tree.leaves(params)[0].dtype
-        self.samplers = SamplerSlots(
+        self.samplers = SamplerStacks(
             self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut, allocate, dtype
         )
         self.overlaps = self.platform.overlaps and model.mesh is None

@@ -101,7 +101,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Segment:
+class PrefillPiece:
     """Tokens [start, stop) of a sequence that one quantum prefills; start is a multiple of the page size."""
 
     sample: Sample
@@ -117,7 +117,7 @@ class Segment:
 class Schedule:
     """What a quantum does, in this order."""
 
-    prefill: list[Segment] = field(default_factory=list)
+    prefill: list[PrefillPiece] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source page, target page)"""
     state_copies: list[tuple[int, int]] = field(default_factory=list)
@@ -368,7 +368,7 @@ class Sequences:
         stop = end if end - start <= share else start + share // self.cache.page_size * self.cache.page_size
         if stop <= start:
             return 0
-        schedule.prefill.append(Segment(sample, start, stop, sample.loads, self._snapshots(sample, start, stop)))
+        schedule.prefill.append(PrefillPiece(sample, start, stop, sample.loads, self._snapshots(sample, start, stop)))
         sample.num_computed, sample.loads = stop, sample.slot
         self._register(sample, stop)
         return -(-(stop - start) // self.cache.page_size) * self.cache.page_size

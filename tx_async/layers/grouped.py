@@ -1,7 +1,7 @@
 """The arithmetic of experts: blocks of tokens, each of which picks its own matrices.
 
 A row of the batch is dispatched by itself: its tokens are sorted by expert and padded to whole blocks, so a block holds
-tokens of one row and one expert, has a fixed shape, and its bits depend on nothing else. Blocks that stay empty cost
+tokens of one row and one expert, has a fixed shape, and its bits depend on nothing else. RowBlocks that stay empty cost
 nothing. Every rearrangement is a gather in both directions (each is the other's inverse): no scatter, so gradients are
 deterministic, and no product with a mask, so a NaN stays in its row.
 """
@@ -81,7 +81,7 @@ rearrange.defvjp(
 )
 
 
-class Blocks(NamedTuple):
+class RowBlocks(NamedTuple):
     """What each of the N blocks of all rows is made with."""
 
     expert: Array
@@ -101,14 +101,14 @@ Activation = Callable[[Array, Array], Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def experts_mlp(activation: Activation, x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> Array:
+def experts_mlp(activation: Activation, x: Array, blocks: RowBlocks, w: Matrices, lora: ExpertLora) -> Array:
     """x [N, B, D] -> [N, B, D], each block through its expert with its adapter; zeros where not used.
 
     One loop forward and one backward, which computes a block again instead of keeping its inner features. Gradients are
     those of x and of the adapters: blocks add up in their order, so an adapter's sum is a function of its own blocks.
     """
 
-    def one(_: None, block: tuple[Array, Blocks]) -> tuple[None, Array]:
+    def one(_: None, block: tuple[Array, RowBlocks]) -> tuple[None, Array]:
         x, mine = block
         run = lambda: _block_mlp(activation, x, _of_block(lora, mine), *_static(mine, w, lora))  # noqa: E731
         return None, jax.lax.cond(mine.used, run, lambda: jnp.zeros_like(x))
@@ -116,14 +116,14 @@ def experts_mlp(activation: Activation, x: Array, blocks: Blocks, w: Matrices, l
     return jax.lax.scan(one, None, (x, blocks))[1]
 
 
-def _keep(activation: Activation, x: Array, blocks: Blocks, w: Matrices, lora: ExpertLora) -> tuple[Array, Any]:
+def _keep(activation: Activation, x: Array, blocks: RowBlocks, w: Matrices, lora: ExpertLora) -> tuple[Array, Any]:
     return experts_mlp(activation, x, blocks, w, lora), (x, blocks, w, lora)
 
 
 def _gradients(activation: Activation, kept: Any, dy: Array) -> tuple[Any, ...]:
     x, blocks, w, lora = kept
 
-    def one(total: LayerLora, block: tuple[Array, Array, Blocks]) -> tuple[LayerLora, Array]:
+    def one(total: LayerLora, block: tuple[Array, Array, RowBlocks]) -> tuple[LayerLora, Array]:
         x, dy, mine = block
         pairs = _of_block(lora, mine)
 
@@ -144,12 +144,12 @@ def _gradients(activation: Activation, kept: Any, dy: Array) -> tuple[Any, ...]:
 experts_mlp.defvjp(_keep, _gradients)
 
 
-def _of_block(lora: ExpertLora, block: Blocks) -> LayerLora:
+def _of_block(lora: ExpertLora, block: RowBlocks) -> LayerLora:
     """name -> (A [in, rank], B [rank, out])."""
     return jax.tree.map(lambda pair: pair[jnp.maximum(block.adapter, 0), block.expert], lora.weights)
 
 
-def _static(block: Blocks, w: Matrices, lora: ExpertLora) -> tuple[Matrices, Array, Array]:
+def _static(block: RowBlocks, w: Matrices, lora: ExpertLora) -> tuple[Matrices, Array, Array]:
     matrices = {name: matrix[block.expert] for name, matrix in w.items()}
     return matrices, block.adapter >= 0, lora.scale[jnp.maximum(block.adapter, 0)]
 

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from tx_async.layers.block import LayerWeights, Run
-from tx_async.layers.grouped import Activation, Blocks, block_shape, dispatch, experts_mlp, rearrange
+from tx_async.layers.grouped import Activation, RowBlocks, block_shape, dispatch, experts_mlp, rearrange
 from tx_async.layers.lora import ExpertLora, LayerLora
 from tx_async.layers.mlp import GatedMlp, silu_gated
 from tx_async.layers.residuals import keep
@@ -165,7 +165,7 @@ def routed(
     repeated = jnp.broadcast_to(x[:, :, None], (R, L, k, D)).reshape(R, L * k, D)
     inputs = rearrange(repeated, plan.source, plan.slot).reshape(-1, blocks[1], D)
     rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
-    made_with = Blocks(plan.expert.reshape(-1), jnp.repeat(rows, blocks[0]), plan.used.reshape(-1))
+    made_with = RowBlocks(plan.expert.reshape(-1), jnp.repeat(rows, blocks[0]), plan.used.reshape(-1))
     out = keep(experts_mlp(activation, inputs, made_with, w, lora._replace(row_adapter=None)))
     out = rearrange(out.reshape(R, -1, D), plan.slot, plan.source).reshape(R, L, k, D)
     return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)

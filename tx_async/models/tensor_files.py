@@ -87,7 +87,7 @@ def open_file(path: Path) -> Iterator[StoredTensor]:
         raise BaseModelError(f"{path} is truncated: {path.stat().st_size} bytes, its header announces {end}.")
 
 
-class Entry(Struct):
+class TensorEntry(Struct):
     """What a header says of a tensor."""
 
     dtype: str
@@ -95,7 +95,7 @@ class Entry(Struct):
     data_offsets: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], int]:
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
     """-> (tensors by name, where their bytes begin). Raises `BaseModelError`."""
     try:
         content = _header_of(path)
@@ -104,7 +104,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     try:
         header: dict[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
         header.pop("__metadata__", None)
-        return msgspec.convert(header, dict[str, Entry]), 8 + len(content)
+        return msgspec.convert(header, dict[str, TensorEntry]), 8 + len(content)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError) as error:
         raise BaseModelError(f"{path} is no safetensors file: {error}") from error
 

@@ -18,7 +18,7 @@ class Unreachable(Exception):
     """No answer: the connection failed or broke, or the time for it is over."""
 
 
-class Rejected(Exception):
+class RejectedByEngine(Exception):
     """It answered that it would not. `status` is that of HTTP."""
 
     def __init__(self, status: int, message: str):
@@ -68,8 +68,8 @@ class Completion:
 
 
 class Dialect(Protocol):
-    """Every call raises `Unreachable` or `Rejected`. All run on one event loop; a call that is cancelled closes its
-    connection, which ends what the engine does for it."""
+    """Every call raises `Unreachable` or `RejectedByEngine`. All run on one event loop; a call that is cancelled closes
+    its connection, which ends what the engine does for it."""
 
     url: str
     product: str

@@ -25,12 +25,12 @@ from tx_async.errors import EngineError, EngineGone
 from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
 from tx_async.wire.worker import BASE_SLOT, EngineInfo, SequenceSpec, Welcome
-from tx_async.worker.dialect import Completion, Dialect, Prompt, Rejected, Served, Unreachable
+from tx_async.worker.dialect import Completion, Dialect, Prompt, RejectedByEngine, Served, Unreachable
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 from tx_async.worker.external_adapters import AdapterFolder
 from tx_async.worker.external_attach import Attachment, named, read_subject
-from tx_async.worker.external_health import Health, HealthSettings
-from tx_async.worker.external_report import Failure, Outcome, report
+from tx_async.worker.external_health import EngineHealth, HealthSettings
+from tx_async.worker.external_report import Outcome, SampleFailure, report
 from tx_async.worker.external_settings import ExternalSettings
 from tx_async.worker.external_trial import Subject
 
@@ -78,7 +78,7 @@ class ExternalEngine:
         self._dialect: Dialect
         self._served: Served
         self._subject: Subject
-        self._health: Health
+        self._health: EngineHealth
         self._info: EngineInfo
         # The loop's own:
         #: sampler slot -> name of the adapter in it
@@ -108,7 +108,7 @@ class ExternalEngine:
         self._dialect = self._make_dialect()
         attachment = Attachment(self._dialect, self.adapters, self.store, self.config, self.base_model)
         self._served, self._info = await attachment.wait(self._subject, progress)
-        self._health = Health(self._dialect, self._served, self._health_settings)
+        self._health = EngineHealth(self._dialect, self._served, self._health_settings)
 
     def info(self) -> EngineInfo:
         return self._info
@@ -205,7 +205,7 @@ class ExternalEngine:
             return ""
         try:
             await self._dialect.load_adapter(name, folder)
-        except (Rejected, Unreachable) as error:
+        except (RejectedByEngine, Unreachable) as error:
             try:
                 await self._leave_if_unwell()
             except _Left:
@@ -217,7 +217,7 @@ class ExternalEngine:
         """Nothing runs on it any more."""
         if name in self._slots.values():
             return
-        with contextlib.suppress(Rejected, Unreachable):
+        with contextlib.suppress(RejectedByEngine, Unreachable):
             await self._dialect.unload_adapter(name)
         await asyncio.to_thread(self.adapters.remove, name)
 
@@ -234,17 +234,17 @@ class ExternalEngine:
             self._last_outcome = time.monotonic()
             self._news.set()
 
-    async def _sample(self, spec: SequenceSpec, prompt: Prompt) -> Completion | Failure:
+    async def _sample(self, spec: SequenceSpec, prompt: Prompt) -> Completion | SampleFailure:
         model = self._served.name if spec.sampler_slot == BASE_SLOT else self._slots.get(spec.sampler_slot)
         if model is None:
-            return Failure("server", f"Sampler slot {spec.sampler_slot} is empty.")
+            return SampleFailure("server", f"Sampler slot {spec.sampler_slot} is empty.")
         if spec.prompt_scores:
-            return Failure("server", "This worker does not score prompts.")
+            return SampleFailure("server", "This worker does not score prompts.")
         problem = ""
         for _ in range(TRIES):
             try:
                 return await self._dialect.complete(model, prompt, spec)
-            except Rejected as error:
+            except RejectedByEngine as error:
                 problem = f"{named(self._dialect)} answered {error.status}: {error.message}"
                 if error.is_unknown_model:
                     self._leave(f"does not know {model} any more ({error.message})")
@@ -254,7 +254,7 @@ class ExternalEngine:
             except Unreachable as error:
                 problem = f"{named(self._dialect)}: {error}"
             await self._leave_if_unwell()
-        return Failure("server", problem)
+        return SampleFailure("server", problem)
 
     # ---- leaving
 

@@ -14,7 +14,7 @@ from tx_async.errors import BaseModelError, ConfigError
 from tx_async.storage.store import Store
 from tx_async.wire.worker import BASE_SLOT, EngineConfig, EngineInfo, SequenceSpec, Trial
 from tx_async.worker import external_trial
-from tx_async.worker.dialect import Dialect, Prompt, Rejected, Served, Unreachable
+from tx_async.worker.dialect import Dialect, Prompt, RejectedByEngine, Served, Unreachable
 from tx_async.worker.engine_api import ReportProgress
 from tx_async.worker.external_adapters import AdapterFolder
 from tx_async.worker.external_trial import Subject
@@ -48,7 +48,7 @@ class Attachment:
                     return await self._try(subject, progress)
             except (Unreachable, TimeoutError) as error:
                 reason = str(error) or "it is not ready in time"
-            except Rejected as error:
+            except RejectedByEngine as error:
                 if not error.is_failure:
                     raise ConfigError(f"{self.named} cannot be used: {error.message} ({error.status}).") from error
                 reason = f"{error.message} ({error.status})"
@@ -77,7 +77,7 @@ class Attachment:
     async def _remove_leftovers(self, served: Served) -> None:
         """Of an earlier life of this worker."""
         for name in filter(self.adapters.is_own, served.adapters):
-            with contextlib.suppress(Rejected):
+            with contextlib.suppress(RejectedByEngine):
                 await self.dialect.unload_adapter(name)
         self.adapters.remove_leftovers()
 
@@ -87,7 +87,7 @@ class Attachment:
         try:
             await self._load(name, folder)
             sequences = await external_trial.sample(self.dialect, served.name, name, subject.model.vocab_size)
-            with contextlib.suppress(Rejected):
+            with contextlib.suppress(RejectedByEngine):
                 await self.dialect.unload_adapter(name)
         finally:
             self.adapters.remove(name)
@@ -96,7 +96,7 @@ class Attachment:
     async def _load(self, name: str, folder: str) -> None:
         try:
             await self.dialect.load_adapter(name, folder)
-        except Rejected as error:
+        except RejectedByEngine as error:
             await self.dialect.check_health()
             raise ConfigError(
                 f"{self.named} does not load adapters from {folder}: {error.message} ({error.status}). "
@@ -107,7 +107,7 @@ class Attachment:
         """Whether it returns so many log-probabilities for each token."""
         try:
             await self.dialect.complete(served.name, Prompt(np.zeros(1, np.int32)), probe_spec(number))
-        except Rejected as error:
+        except RejectedByEngine as error:
             if error.is_failure:
                 raise
             return False

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from msgspec import Struct
 
-from tx_async.worker.dialect import Dialect, Prompt, Rejected, Served, Unreachable
+from tx_async.worker.dialect import Dialect, Prompt, RejectedByEngine, Served, Unreachable
 from tx_async.worker.external_attach import probe_spec
 
 
@@ -30,7 +30,7 @@ class HealthSettings(Struct, frozen=True, kw_only=True):
     """The same where the engine does not count its tokens: no sequence ended."""
 
 
-class Health:
+class EngineHealth:
     """Every answer is a reason in words, "" while all is well."""
 
     def __init__(self, dialect: Dialect, served: Served, settings: HealthSettings):
@@ -66,7 +66,7 @@ class Health:
             return f"has not answered for {patience_s:.0f} s"
         except Unreachable as error:
             return f"does not answer ({error})"
-        except Rejected as error:
+        except RejectedByEngine as error:
             return f"answers {error.status} ({error.message})"
 
     async def _compare(self, adapters: Collection[str]) -> str:
@@ -88,7 +88,7 @@ class Health:
         the engine has nothing to do."""
         if mark is None:
             return time.monotonic()
-        with contextlib.suppress(Rejected, Unreachable):
+        with contextlib.suppress(RejectedByEngine, Unreachable):
             number = await self.dialect.num_tokens()
             if number is not None:
                 return number

@@ -14,7 +14,7 @@ from tx_async.worker.engine_api import Reply
 
 
 @dataclass(frozen=True)
-class Failure:
+class SampleFailure:
     category: Category
     message: str
 
@@ -23,7 +23,7 @@ class Failure:
 class Outcome:
     spec: SequenceSpec
     num_prompt_tokens: int
-    result: Completion | Failure
+    result: Completion | SampleFailure
 
 
 def report(outcomes: Sequence[Outcome], num_running: int) -> Reply:
@@ -40,7 +40,7 @@ def report(outcomes: Sequence[Outcome], num_running: int) -> Reply:
         failed=tuple(
             (outcome.spec.sequence_id, outcome.result.category, outcome.result.message)
             for outcome in outcomes
-            if isinstance(outcome.result, Failure)
+            if isinstance(outcome.result, SampleFailure)
         ),
         progress=tuple(progress),
         num_running=num_running,

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from tx_async.wire.results import EMPTY_LOGPROB
 from tx_async.wire.worker import GREEDY_BELOW, SamplingLimits, SequenceSpec
-from tx_async.worker.dialect import Completion, Prompt, Rejected, Served, Unreachable
+from tx_async.worker.dialect import Completion, Prompt, RejectedByEngine, Served, Unreachable
 
 TESTED_VERSION = "0.32"
 TEMPERATURE_MIN = 0.01
@@ -121,7 +121,7 @@ class VllmHttp:
         models = _models.decode(await self._get("/v1/models")).data
         base = next((model for model in models if model.parent is None and model.max_model_len), None)
         if base is None:
-            raise Rejected(404, "no base model is served")
+            raise RejectedByEngine(404, "no base model is served")
         adapters = {model.id: model.root or "" for model in models if model is not base and model.parent is not None}
         return Served(base.id, base.root or base.id, base.max_model_len or 0, adapters)
 
@@ -163,7 +163,7 @@ class VllmHttp:
         except httpx.HTTPError as error:
             raise Unreachable(f"{path}: {str(error) or type(error).__name__}") from error
         if response.status_code >= 400:
-            raise Rejected(response.status_code, _message(response))
+            raise RejectedByEngine(response.status_code, _message(response))
         return response.content
 
 
@@ -204,7 +204,7 @@ def seed_of(seed: int, index: int) -> int:
 def _completion(answer: _Answer, spec: SequenceSpec) -> Completion:
     choice = answer.choices[0]
     if choice.finish_reason not in ("stop", "length"):
-        raise Rejected(500, f"a sample ended with finish_reason {choice.finish_reason!r}")
+        raise RejectedByEngine(500, f"a sample ended with finish_reason {choice.finish_reason!r}")
     ids, values = _topk(choice.logprobs.top_logprobs, spec.topk_logprobs)
     head_ids, head_values = _topk(choice.logprobs.top_logprobs, spec.head_tokens)
     details = answer.usage.prompt_tokens_details

@@ -13,7 +13,7 @@ from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.lanes import Lane, Step
-from tx_async.scheduler.training.packing import Row, fill, fits, pack
+from tx_async.scheduler.training.packing import PackedRow, fill, fits, pack
 from tx_async.scheduler.training.progress import Progress
 from tx_async.scheduler.training.rollout_gap import rollout_gap
 from tx_async.scheduler.training.runs import Runs
@@ -28,7 +28,7 @@ class RowSent(Struct, frozen=True):
     lane: Lane
     step: Step
     attempt: int
-    row: Row
+    row: PackedRow
 
     @property
     def is_current(self) -> bool:

@@ -25,13 +25,13 @@ class Segment(Struct, frozen=True, array_like=True):
     length: int
 
 
-class Row(Struct, frozen=True):
+class PackedRow(Struct, frozen=True):
     length: int
     segments: tuple[Segment, ...]
 
 
 class PackedRequest(Struct, frozen=True):
-    rows: tuple[Row, ...]
+    rows: tuple[PackedRow, ...]
     targets_per_token: int
     """K of the micro-batches that hold these rows: a member of `EngineInfo.target_tokens_k`."""
 
@@ -47,9 +47,9 @@ def pack(operation: ForwardBackward, info: EngineInfo) -> PackedRequest:
     return PackedRequest(rows, round_up(widest, info.target_tokens_k))
 
 
-def _row(content: Sequence[int], sizes: Sequence[int], length: int) -> Row:
+def _row(content: Sequence[int], sizes: Sequence[int], length: int) -> PackedRow:
     ends = accumulate(sizes[i] for i in content)
-    return Row(length, tuple(Segment(i, end - sizes[i], sizes[i]) for i, end in zip(content, ends, strict=True)))
+    return PackedRow(length, tuple(Segment(i, end - sizes[i], sizes[i]) for i, end in zip(content, ends, strict=True)))
 
 
 def fits(operation: ForwardBackward, info: EngineInfo) -> bool:
@@ -59,7 +59,7 @@ def fits(operation: ForwardBackward, info: EngineInfo) -> bool:
     return longest <= info.row_shapes[-1][1] and widest <= info.target_tokens_k[-1]
 
 
-def fill(operations: Sequence[tuple[ForwardBackward, Row] | None], length: int, k: int) -> list[np.ndarray]:
+def fill(operations: Sequence[tuple[ForwardBackward, PackedRow] | None], length: int, k: int) -> list[np.ndarray]:
     """The tensors of a micro-batch (`TRAIN_TENSORS`) from its rows; None is an unused row."""
     shape = (len(operations), length)
     ints = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "loss_fn")}
