@@ -53,8 +53,9 @@ The base model's `lm_head` is its embedding matrix (`tie_word_embeddings`), and 
   0.073 nats of log-probability.
 - Tools that merge by name, such as tinker-cookbook's `build_hf_model`, find no `lm_head.weight` in the base and fail.
 
-To merge, export without it (`"exclude_unembed": true` in the body of `save_weights_external`), which leaves out what
-`lm_head` has learned; or train with `train_unembed=False` from the start.
+To merge, export without it (`tx-async checkpoints export PATH --to FOLDER --no-unembed`, or `"exclude_unembed": true`
+in the body of `save_weights_external`), which leaves out what `lm_head` has learned; or train with
+`train_unembed=False` from the start.
 """
 
 EXPERTS_NOTE = """# PEFT reads a part of this adapter
