@@ -5,7 +5,9 @@
 A step is forward_backward of 16 sequences of 128 tokens and optim_step, both awaited, on a 2-layer, 64-wide model: the
 server's own work is a larger part of it than with any real model. Pages are connections that read `/dashboard/events`,
 in one process beside the server; a page looks at the run that trains. Rounds with and without pages alternate on one
-server, so that both see the same machine; what is compared is the median of the rounds' ratios.
+server, so that both see the same machine; what is compared is the median of the rounds' ratios. On a machine that
+others use as well the rates say little: the processor time that the server's process takes for its pages, beyond what
+the same number of steps takes without them, says more.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 
 from tx_async.testing.models import make_qwen3
 from tx_async.testing.server import running_server
@@ -36,7 +39,15 @@ WARM_UP_STEPS = 5
 API_KEY = "tml-bench"
 
 
-def measure(base_url: str, base_model: str, options: argparse.Namespace) -> dict[str, Any]:
+class Rate(NamedTuple):
+    tokens_per_s: float
+    steps: int
+    seconds: float
+    cpu_s: float
+    """Processor time of the server's process."""
+
+
+def measure(base_url: str, base_model: str, pid: int, options: argparse.Namespace) -> dict[str, Any]:
     import tinker
 
     with tinker.ServiceClient(base_url=base_url, api_key=API_KEY) as service:
@@ -44,11 +55,12 @@ def measure(base_url: str, base_model: str, options: argparse.Namespace) -> dict
         step = _step_of(trainer)
         for _ in range(WARM_UP_STEPS):
             step()
-        rounds = [_round(base_url, step, options) for _ in range(options.rounds)]
-    ratios = [with_pages / without for without, with_pages, _ in rounds]
+        rounds = [_round(base_url, step, psutil.Process(pid), options) for _ in range(options.rounds)]
+    ratios = [with_pages.tokens_per_s / without.tokens_per_s for without, with_pages, _ in rounds]
     return {
-        "tokens_per_s_without": statistics.median(without for without, _, _ in rounds),
-        "tokens_per_s_with": statistics.median(with_pages for _, with_pages, _ in rounds),
+        "tokens_per_s_without": statistics.median(without.tokens_per_s for without, _, _ in rounds),
+        "tokens_per_s_with": statistics.median(with_pages.tokens_per_s for _, with_pages, _ in rounds),
+        "server_cpu_percent_for_pages": statistics.median(100 * _cpu_of_pages(*both) for *both, _ in rounds),
         "cost_percent": 100 * (1 - statistics.median(ratios)),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "events": sum(events for _, _, events in rounds),
@@ -77,20 +89,34 @@ def _step_of(trainer: Any) -> Callable[[], None]:
     return step
 
 
-def _round(base_url: str, step: Callable[[], None], options: argparse.Namespace) -> tuple[float, float, int]:
-    """Tokens per second without pages and with them, and the events that these got."""
-    without = _rate(step, options.seconds)
+def _cpu_of_pages(without: Rate, with_pages: Rate) -> float:
+    """Of one core."""
+    per_step = without.cpu_s / without.steps
+    return (with_pages.cpu_s - per_step * with_pages.steps) / with_pages.seconds
+
+
+def _round(
+    base_url: str, step: Callable[[], None], server: psutil.Process, options: argparse.Namespace
+) -> tuple[Rate, Rate, int]:
+    """Without pages and with them, and the events that these got."""
+    without = _rate(step, server, options.seconds)
     with pages(base_url, options.pages) as num_events:
-        with_pages = _rate(step, options.seconds)
+        with_pages = _rate(step, server, options.seconds)
     return without, with_pages, num_events()
 
 
-def _rate(step: Callable[[], None], seconds: float) -> float:
-    num_steps, began = 0, time.perf_counter()
+def _rate(step: Callable[[], None], server: psutil.Process, seconds: float) -> Rate:
+    num_steps, began, cpu = 0, time.perf_counter(), _cpu(server)
     while time.perf_counter() - began < seconds:
         step()
         num_steps += 1
-    return num_steps * SEQUENCES * TOKENS / (time.perf_counter() - began)
+    passed = time.perf_counter() - began
+    return Rate(num_steps * SEQUENCES * TOKENS / passed, num_steps, passed, _cpu(server) - cpu)
+
+
+def _cpu(server: psutil.Process) -> float:
+    times = server.cpu_times()
+    return times.user + times.system
 
 
 # ---- pages
@@ -120,7 +146,7 @@ def _read_pages(base_url: str, number: int, are_open: Event, end: Event, queue: 
 async def _read_all(base_url: str, number: int, are_open: Event, end: Event) -> int:
     counts = [0] * number
     tasks = [asyncio.create_task(_read_page(base_url, counts, place)) for place in range(number)]
-    while not all(counts):
+    while not all(counts):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     are_open.set()
     await asyncio.to_thread(end.wait)
@@ -149,12 +175,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tx_async-bench-") as folder:
         model = make_qwen3(Path(folder) / "model")
         with running_server(model, data_dir=Path(folder) / "server", compilation_cache_dir=cache) as server:
-            result = measure(server.base_url, str(model), options)
+            result = measure(server.base_url, str(model), server.pid, options)
     if options.json:
         print(json.dumps(result))
     print(
         f"{result['tokens_per_s_without']:.0f} tokens/s without pages, {result['tokens_per_s_with']:.0f} with "
-        f"{options.pages}: {result['cost_percent']:.1f} % (load average {result['load_average']:.1f})"
+        f"{options.pages}: {result['cost_percent']:.1f} %; the pages take "
+        f"{result['server_cpu_percent_for_pages']:.1f} % of a core (load average {result['load_average']:.1f})"
     )
 
 
