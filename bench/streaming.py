@@ -109,7 +109,7 @@ class Server:
         def keep_up() -> None:
             while not stop.is_set():
                 if slots.acquire(timeout=0.05):
-                    sample = self.client.sample(self.client.prompt(32), LONG_TOKENS)
+                    sample = self.client.sample(self.client.prompt(32), LONG_TOKENS).future()
                     sample.add_done_callback(lambda _: slots.release())
                     running.append(sample)
 
