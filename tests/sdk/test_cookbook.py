@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tinker
 
-from tx_async.testing.models import make_qwen3
+from tx_async.testing.models import QWEN3_5_TINY, make_model, make_qwen3
 from tx_async.testing.server import running_server
 
 VENV = os.environ.get("COOKBOOK_VENV", "")
@@ -135,3 +135,49 @@ def _answering(n: int, digit: str) -> tinker.Datum:
             "weights": tinker.TensorData(data=weights, dtype="float32", shape=[len(weights)]),
         },
     )
+
+
+STOPS_OF = """
+import json, sys
+from tinker_cookbook import model_info, renderers
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+for name in sys.argv[2:]:
+    renderer = renderers.get_renderer(model_info.get_recommended_renderer_name(name), tokenizer)
+    print(json.dumps(renderer.get_stop_sequences()))
+"""
+NAMES = ("Qwen/Qwen3.5-9B", "Qwen/Qwen3.6-27B", "openai/gpt-oss-20b", "Qwen/Qwen3.5-9B-Base")
+MARKS = ["<|im_start|>", "<|im_end|>", "<|return|>", "<|call|>"]
+
+
+def test_models_of_today_are_served_by_the_tables_names_and_end_at_their_renderers_stops(tmp_path):
+    """One hybrid by all the names, with a tokenizer that has the marks of all their renderers."""
+    from tokenizers import Tokenizer
+
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    folder = make_model(tmp_path / "model", QWEN3_5_TINY | layers | {"vocab_size": 257 + len(MARKS)})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(MARKS)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {
+        "HF_HUB_OFFLINE": "1"
+    }
+    asked = [f"{VENV}/bin/python", "-c", STOPS_OF, str(folder), *NAMES]
+    said = subprocess.run(asked, env=environ, capture_output=True, text=True, check=True, timeout=RECIPE_S).stdout
+    stops = dict(zip(NAMES, map(json.loads, said.splitlines()), strict=True))
+    assert stops["openai/gpt-oss-20b"] == [259, 260] and stops["Qwen/Qwen3.5-9B"] == [258]
+    with running_server(folder, base_model_name=",".join(NAMES)) as server:
+        service = tinker.ServiceClient(base_url=server.base_url, api_key=KEY)
+        futures = {}
+        for name, stop in stops.items():
+            params = tinker.SamplingParams(max_tokens=120, temperature=1.0, seed=1, stop=stop)
+            sampler = service.create_sampling_client(base_model=name).result()
+            futures[name] = sampler.sample(tinker.ModelInput.from_ints([1, 2, 3]), 16, params)
+        for name, future in futures.items():
+            sequences = future.result().sequences
+            if name.endswith("-Base"):
+                continue  # a string that random tokens do not spell
+            ends = {sequence.tokens[-1] for sequence in sequences if sequence.stop_reason == "stop"}
+            assert ends & set(stops[name]), "one of them is drawn now and then"
+            others = {token for sequence in sequences for token in sequence.tokens[:-1]}
+            assert not others & set(stops[name]), "and nothing follows it"
