@@ -133,7 +133,7 @@ export class Chart {
       parts.push(s("text", { class: "tick", x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, this.format(tick)));
     }
     for (const tick of ticks(low, high, Math.max(2, Math.floor(width / 130)), this.axis.steps)) {
-      parts.push(s("text", { class: "tick", x: x(tick), y: HEIGHT - 4, "text-anchor": "middle" }, this.axis.format(tick, high - low)));
+      parts.push(s("text", { class: "tick", x: x(tick), y: HEIGHT - 4, "text-anchor": x(tick) > width - 40 ? "end" : "middle" }, this.axis.format(tick, high - low)));
     }
     seen.forEach(({ xs, ys }, i) => { if (xs.length) parts.push(s("path", { class: `curve ${this.lines[i].class ?? ""}`, d: path(xs, ys, x, y) })); });
     if (this.drag) {

@@ -15,14 +15,14 @@ export function create(_argument, { onError }) {
     { title: "Runs", cell: (item) => count(item.runs), numeric: true },
     { title: "Checkpoints", cell: (item) => bytes(item.bytes), numeric: true },
     { title: "Queued", cell: (item) => `${count(item.requests)} requests, ${count(item.samples)} samples`, numeric: true },
-  ], "Keys and their use");
+  ], "Keys and their use", Infinity, "Nobody has used this server yet.");
   const audit = table([
     { title: "Time", cell: (item) => when(item.at) },
     { title: "By", cell: (item) => keyName(item.by) },
     { title: "Event", cell: (item) => item.event },
     { title: "What", class: "id", cell: (item) => item.subject },
     { title: "Details", cell: (item) => Object.entries(item.details).map(([name, value]) => `${name} ${value}`).join(", ") },
-  ], "Audit log, newest first", 15);
+  ], "Audit log, newest first", 15, "No event yet.");
   const sessions = table([
     { title: "Session", class: "id", cell: (item) => item.id },
     { title: "Key", cell: (item) => keyName(item.key) },
@@ -31,12 +31,12 @@ export function create(_argument, { onError }) {
     { title: "Name and tags", cell: (item) => [item.name, ...item.tags].filter(Boolean).join(", ") || "–" },
     { title: "SDK", cell: (item) => item.sdk || "–" },
     { title: "Status", cell: (item, cell) => (cell.shown === item.status ? undefined : ((cell.shown = item.status), pill(item.status))) },
-  ], "Sessions, newest first", 10);
+  ], "Sessions, newest first", 10, "No session yet.");
   const settings = table([
     { title: "Setting", class: "id", cell: (item) => item.name },
     { title: "Value", class: "id", cell: (item) => shown(item.value) },
     { title: "From", cell: (item) => (item.is_default ? "default" : "set") },
-  ], "Settings as resolved");
+  ], "Settings as resolved", Infinity, "Every setting has its default.");
   const onlySet = h("input", { type: "checkbox", checked: true, onchange: () => showSettings() });
   const place = h("dl", { class: "figures plain" });
   const section = (title, body, more = null) => {

@@ -34,7 +34,7 @@ export function create(id, { onError }) {
     { title: "Stations", cell: (item, cell) => stations(item, cell) },
     { title: "Accepted", cell: (item) => when(item.accepted_at) },
     { title: "Took", cell: (item) => (item.finished_at ? took(item.finished_at - item.accepted_at) : "–"), numeric: true },
-  ], "Newest requests of this run", 12);
+  ], "Newest requests of this run", 12, "None that the server still remembers.");
   const csv = h("button", { type: "button", onclick: () => save() }, "Download CSV");
   const element = h("div", { class: "stack" },
     h("div", { class: "head" }, h("div", {}, h("h1", { class: "mono", tabindex: "-1" }, id), name), h("span", { class: "grow" }), state, csv),

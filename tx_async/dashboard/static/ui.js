@@ -44,7 +44,7 @@ export function keyed(parent, items, keyOf, create, update) {
 }
 
 // limit: rows that are shown before somebody asks for more.
-export function table(columns, caption, limit = Infinity) {
+export function table(columns, caption, limit = Infinity, none = "") {
   const body = h("tbody");
   const head = h("tr", {}, columns.map((column) => h("th", { scope: "col", class: column.numeric ? "num" : null }, column.title)));
   const element = h("table", { class: "stacked" }, h("caption", { class: "unseen" }, caption), h("thead", {}, head), body);
@@ -55,12 +55,14 @@ export function table(columns, caption, limit = Infinity) {
   });
   const more = h("button", { type: "button", class: "slim more", onclick: () => { shown = Infinity; again(); } });
   let shown = limit, again = () => {};
-  const place = h("div", {}, element, more);
+  const empty = h("p", { class: "muted small", hidden: true }, none);
+  const place = h("div", {}, element, empty, more);
   const show = (items, keyOf) => {
     again = () => show(items, keyOf);
     keyed(body, items.slice(0, shown), keyOf, create, update);
     more.hidden = items.length <= shown;
     element.hidden = !items.length;
+    empty.hidden = Boolean(items.length) || !none;
     say(more, `Show all ${items.length}`);
   };
   return { element: place, show };
