@@ -1,4 +1,4 @@
-"""How a server is: its storage, journal, workers, disk and memory, each tried within seconds.
+"""The health of a server: its storage, journal, workers, disk and memory, each probed within seconds.
 
 `healthz?verbose` and `tx-async doctor` ask the same questions. Storage is written to, read and cleared; what is wrong
 with it is said in an operator's words.
@@ -77,7 +77,7 @@ def _blamed(message: str) -> str:
 
 
 def within(seconds: float, probe: Callable[[], Finding]) -> Finding:
-    """A probe on a thread of its own, which is left behind when it takes longer."""
+    """Run a probe on a thread of its own. A thread that takes longer is left behind."""
     found: list[Finding] = []
     thread = threading.Thread(target=lambda: found.append(probe()), daemon=True, name="probe")
     thread.start()
@@ -94,7 +94,7 @@ def disk(folder: Path) -> Finding:
 
 
 def memory() -> Finding:
-    """What the system could still give; "ok" where it does not say."""
+    """How much memory the system has left; "ok" where it does not say."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -108,7 +108,7 @@ def size(num_bytes: float) -> str:
 
 
 class Health:
-    """Of a running server."""
+    """Answers `healthz` for a running server."""
 
     def __init__(
         self,

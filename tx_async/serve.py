@@ -138,13 +138,13 @@ class _Server:
 
 
 def _handle_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Connections that are cut off at the end are cancelled, and asyncio's streams (of 3.11) take that for an error."""
+    """At the end, open connections are cancelled; asyncio's streams (in Python 3.11) report that as an error."""
     if not isinstance(context.get("exception"), asyncio.CancelledError):
         loop.default_exception_handler(context)
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """Task groups and hypercorn wrap what went wrong: the operator wants the error itself."""
+    """The error itself, which is what the operator wants: task groups and hypercorn wrap it."""
     while True:
         match error:
             case BaseExceptionGroup(exceptions=[first, *_]):

@@ -72,7 +72,7 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def forward_backward(operation: ForwardBackward, model: BaseModelInfo) -> ForwardBackward:
-    """Complete: every config value present; weights present; float inputs float32; all shapes fit; all tokens known."""
+    """Completed: config values and weights are present, float inputs are float32, shapes fit, tokens are known."""
     loss = LOSSES.get(operation.loss_fn)
     if loss is None:
         raise InvalidRequest(f"loss_fn {operation.loss_fn!r} is unknown here; known: {', '.join(LOSSES)}.")
@@ -120,7 +120,7 @@ def _check_clips(config: Mapping[str, float]) -> None:
 
 
 def _datum(datum: Datum, loss_fn: str, loss: LossSpec, model: BaseModelInfo) -> Datum:
-    """With its defaults; names and shapes are checked, values are not yet."""
+    """The datum with its defaults. Names and shapes are checked; values are not yet."""
     if not datum.num_tokens:
         raise InvalidRequest("model_input is empty.")
     if datum.num_tokens > model.max_context_length:
@@ -149,7 +149,7 @@ def _datum(datum: Datum, loss_fn: str, loss: LossSpec, model: BaseModelInfo) -> 
 
 
 def _check_provenance(datum: Datum, inputs: Mapping[str, Tensor], loss_fn: str) -> None:
-    """Of every loss; whether the sequences exist and say the same is for live state to tell."""
+    """Checked for every loss. Whether the sequences exist and have the same tokens is for live state to tell."""
     if datum.provenance is None:
         if loss_fn == "stable_reinforce":
             raise InvalidRequest(
@@ -205,7 +205,7 @@ def _float_input(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_values(data: Sequence[Datum], model: BaseModelInfo) -> None:
-    """Of all datums at once: a thousand small arrays would cost a thousand times the call."""
+    """Checks all datums in one call: one for each of a thousand small arrays would cost a thousand times that."""
     _check_tokens(np.frombuffer(b"".join([datum.tokens for datum in data]), "<i4"), "model_input", model)
     for name in sorted({name for datum in data for name in datum.loss_fn_inputs}):
         tensors = [datum.loss_fn_inputs[name] for datum in data if name in datum.loss_fn_inputs]
@@ -393,7 +393,7 @@ def _check_sampling_params(operation: Sample, model: BaseModelInfo) -> None:
 
 
 def _check_shaping(operation: Sample, model: BaseModelInfo) -> None:
-    """What changes the logits that are drawn from."""
+    """Checks penalties and biases: what changes the logits that tokens are drawn from."""
     for field in ("presence_penalty", "frequency_penalty"):
         if not -2 <= (value := getattr(operation, field)) <= 2:
             raise InvalidRequest(f"{field} is {value}; it must lie in [-2, 2].")

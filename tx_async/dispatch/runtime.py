@@ -21,7 +21,7 @@ SOCKET_PATH_CHARACTERS_MAX = 100
 
 
 class RuntimeDirectory:
-    """Made on creation, with mode 0700; `close` removes it and all it holds."""
+    """A folder of mode 0700, made on creation; `close` removes it with all that it holds."""
 
     def __init__(self, root: Path | None = None):
         self.root = root or default_root()
@@ -51,7 +51,7 @@ class RuntimeDirectory:
 
 
 def default_root() -> Path:
-    """Memory where the system has a folder for it, else the temporary folder."""
+    """A folder in memory where the system has one, else the temporary folder."""
     shared_memory = Path("/dev/shm")
     if os.access(shared_memory, os.W_OK | os.X_OK):
         return shared_memory
@@ -98,6 +98,6 @@ def _belongs_to_nobody(folder: Path) -> bool:
 
 
 def _is_just_being_made(folder: Path) -> bool:
-    """Between mkdir and lock another server's folder looks deserted: its creator's pid tells, in the common case."""
+    """Between mkdir and lock, another server's folder looks deserted; usually the pid in its name tells."""
     pid, start = (int(part) for part in folder.name.removeprefix(_prefix()).split("-")[:2])
     return pid != os.getpid() and start != 0 and process_start(pid) == start

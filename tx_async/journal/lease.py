@@ -78,13 +78,13 @@ class Files:
         self._known: dict[Path, tuple[int, int]] = {}
 
     def opened(self) -> None:
-        """They are there now."""
+        """Remember the files as they are now."""
         for path in self._paths:
             if (found := _identity(path)) is not None:
                 self._known[path] = found
 
     def check(self) -> None:
-        """Raises `JournalReplaced`."""
+        """Raises `JournalReplaced` when one of them is another file now, or gone."""
         for path, known in self._known.items():
             found = _identity(path)
             if found != known:

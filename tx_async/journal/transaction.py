@@ -80,7 +80,7 @@ class Transaction:
 
 
 def body_key(table: str, key: str) -> str:
-    """Key of a record's body among the bodies."""
+    """The key under which the table of bodies has a record's body."""
     assert table in ("request", "recording"), f"a {table} has no body"
     return key if table == "request" else recording_key(key)
 
@@ -90,7 +90,7 @@ def recording_key(sequence_id: str) -> str:
 
 
 def payload_key(request_id: str) -> str:
-    """Key of a result's payload among the bodies; ids of requests have no slash."""
+    """The key under which the table of bodies has a result's payload. Request ids have no slash, so none collides."""
     return f"result/{request_id}"
 
 
@@ -111,7 +111,7 @@ def checksum(body: bytes) -> bytes:
 
 
 def verify(request_id: str, body: bytes, num_bytes: int, expected: bytes) -> bytes:
-    """The body itself. Raises `ContentLost` when it is not the one that was put."""
+    """Returns the body. Raises `ContentLost` when its bytes are not those that were stored."""
     if len(body) != num_bytes:
         raise ContentLost(f"The journal's body of request {request_id} is damaged: {len(body)} bytes of {num_bytes}.")
     if (actual := checksum(body)) != expected:

@@ -30,7 +30,8 @@ def need(config: Config, key: str) -> Any:
 
 
 def common(config: Config, norm: RmsNorm | None = None, tied: bool = False) -> dict[str, Any]:
-    """Fields of `Decoder` that all families spell alike, after the checks that all share. tied: of an absent key."""
+    """The fields of `Decoder` that all families spell alike, after the checks that they share. tied: what an absent key
+    means."""
     only(config, "is_decoder", True, None, False)
     check_quantization(config)
     return {
@@ -72,7 +73,7 @@ def pre_norm(config: Config) -> Norms:
 
 
 def head_dim(config: Config, default: int | None = None) -> int:
-    """`default` is for an absent key; a null one means an even share of the hidden size."""
+    """`default` is for an absent key; null means an even share of the hidden size."""
     if default and "head_dim" not in config:
         return default
     return config.get("head_dim") or need(config, "hidden_size") // need(config, "num_attention_heads")
@@ -107,7 +108,7 @@ def window(config: Config, kind: str) -> int:
 
 
 def no_windows(config: Config) -> None:
-    """For families that know none."""
+    """Refuses sliding windows, for families that have none."""
     only(config, "use_sliding_window", False, None)
     layer_types(config, known=(FULL,))
 
@@ -122,11 +123,11 @@ def switched_layer_types(config: Config) -> list[str]:
 
 
 def name_of(kind: str, types: list[str]) -> str:
-    """Of a layer's stack: the same for all where all are equal."""
+    """The name of a layer's stack: one name where all layers are equal."""
     return "layers" if len(set(types)) == 1 else kind.removesuffix("_attention")
 
 
 def dense_layers(types: list[str], attention: dict[str, GroupedQueryAttention], mlp: GatedMlp, norms: Norms) -> tuple:
-    """Layers that differ in their attention alone."""
+    """Layers that differ only in their attention."""
     made = {kind: Layer(name_of(kind, types), mixer, mlp, norms) for kind, mixer in attention.items()}
     return tuple(made[kind] for kind in types)

@@ -74,7 +74,7 @@ async def running_dispatch(config: ServerConfig, *, engine: str = FAKE_ENGINE) -
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Wait for what nobody tells of. Raises `TimeoutError`."""
+    """Wait for a condition that no event announces. Raises `TimeoutError`."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - it may be in another process, or on another thread
             await asyncio.sleep(0.02)

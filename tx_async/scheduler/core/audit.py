@@ -17,7 +17,7 @@ _NUMBER_DIGITS = 12
 
 
 class AuditLog:
-    """Has no state of its own: the events are in the catalog."""
+    """Derives and trims events. It has no state of its own: the events are in the catalog."""
 
     def __init__(self, catalog: Catalog, events_max: int = 10_000):
         self.catalog = catalog
@@ -27,16 +27,16 @@ class AuditLog:
         return f"<AuditLog [{len(self.catalog.audits)} of {self.events_max} events]>"
 
     def audited(self, changes: Sequence[Change], now: float) -> tuple[Change, ...]:
-        """The changes, and the events that they are. Call it before the catalog has them."""
+        """The changes, followed by the events that describe them. Call it before the catalog has the changes."""
         events = [event for change in changes for event in self._events(change, now)]
         return (*changes, *self._kept(events)) if events else tuple(changes)
 
     def noted(self, event: str, subject: str, details: Mapping[str, Any], now: float) -> tuple[Change, ...]:
-        """An event of the operator's, which is no change of a record."""
+        """An event that the operator caused without changing a record."""
         return tuple(self._kept([self._event(now, event, subject, "", **details)]))
 
     def _kept(self, events: list[AuditRecord]) -> list[Change]:
-        """The oldest go when there are too many."""
+        """The new events, and deletions of the oldest ones when there are too many."""
         excess = len(self.catalog.audits) + len(events) - self.events_max
         forgotten = islice(self.catalog.audits, max(0, excess))
         return [*map(Put, events[-self.events_max :]), *(Delete("audit", key) for key in forgotten)]
@@ -88,7 +88,7 @@ class AuditLog:
             yield self._event(now, f"run.{record.status}", record.model_id, record.owner)
 
     def _next_number(self) -> int:
-        """Several events may have one, while the first is on its way to the disk: their subjects differ then."""
+        """Events may share a number while the first of them is on its way to the disk; their subjects differ then."""
         newest = next(reversed(self.catalog.audits), "-1")
         return int(newest.partition(" ")[0]) + 1
 
