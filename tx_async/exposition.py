@@ -46,11 +46,11 @@ def families(
         "key_bytes",
         "Bytes of keys, by what they are and by the keys' role; by key where metrics_by_key says so.",
         ("of", "role", "key"),
-        _key_bytes(scheduler, roles, by_key),
+        key_bytes(scheduler, roles, by_key),
     )
 
 
-def _key_bytes(
+def key_bytes(
     scheduler: Scheduler, roles: Mapping[str, tuple[str, str]], by_key: bool
 ) -> Mapping[tuple[str, ...], float]:
     catalog = scheduler.catalog
