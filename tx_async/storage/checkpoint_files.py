@@ -236,7 +236,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(key: str, data: bytes) -> Manifest:
-    """Of metadata.json's bytes. Raises `CorruptedCheckpoint`."""
+    """Decode the bytes of metadata.json. Raises `CorruptedCheckpoint`."""
     try:
         content = json.loads(data)
         expected = content.pop("checksum")

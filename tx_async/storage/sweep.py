@@ -1,7 +1,7 @@
-"""What writers that died have left behind is removed while the server runs.
+"""Removes, while the server runs, what dead writers have left behind.
 
-Only what nothing can still be writing: it is older than any save takes. Checkpoints only below runs that the server
-knows, so that a base which holds other files as well loses none of them.
+It removes only files that are older than the longest save, which nobody can still be writing, and checkpoints only
+below runs that the server knows, so that a folder with other files in it loses none of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A worker process's pulse: a pipe to its supervisor, so that a process that stands still does not stand for ever.
+"""A worker process's pulse: a pipe to its supervisor, so that a process that hangs does not hang for ever.
 
-The server gives a silent worker up when its lease ends, but cannot end it: a process that was stopped (SIGSTOP), or
-that holds Python's lock for good, hears nothing. Its supervisor can end it, on whatever host that is.
+The server gives up a silent worker when its lease ends, but cannot end it: a process that was stopped (SIGSTOP), or
+that never lets go of Python's lock, reads no message. Its supervisor can end it, on whatever host that is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ READ_BYTES = 1 << 16
 
 
 def beat(lease_s: float) -> None:
-    """Say that this process lives, and for how long that may be believed. Does nothing without a supervisor."""
+    """Tell the supervisor that this process lives, and for how long to believe it. Does nothing without one."""
     descriptor = os.environ.get(PULSE_VARIABLE)
     # A pipe that is full has a reader that was stopped, one that is broken has none: both are not our business.
     with contextlib.suppress(OSError):
@@ -48,7 +48,7 @@ class Pulse:
     def silence(self) -> float | None:
         """Seconds without a beat, once they are more than a lease; else None.
 
-        If nobody asked for half a lease, this process stood still itself: the other gets the benefit of the doubt.
+        If nobody asked for half a lease, this process itself hung, and the worker gets the benefit of the doubt.
         """
         now = self._clock()
         if self._read() or now - self._last_asked > self._lease_s / 2:
