@@ -16,7 +16,7 @@ from tx_async.wire.worker import SequenceSpec
 
 NEWCOMERS_SHARE = 8
 """One in so many places on the device stays free for sessions that have nothing running yet; half of these only keys
-that have nothing may take, and live requests the other half."""
+that have nothing may take, and a quarter live requests."""
 
 
 class Places:
@@ -25,9 +25,9 @@ class Places:
     def __init__(self, worker: WorkerState, policy: Policy):
         self.room = worker.info.num_sequences_max
         newcomers = self.room // NEWCOMERS_SHARE
-        keys = (newcomers + 1) // 2
+        keys, live = (newcomers + 1) // 2, newcomers // 4
         #: live or not -> places that all of them, a key of them and a session of them leave to others
-        self._kept = {True: (0, keys, newcomers), False: (newcomers - keys, newcomers, newcomers)}
+        self._kept = {True: (0, keys, newcomers), False: (live, keys + live, newcomers)}
         self._shares = {True: policy.live_share, False: policy.sample_share}
         #: every prefix of a flow -> sequences
         self._running: Counter[Flow] = Counter()
