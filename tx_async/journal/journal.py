@@ -25,10 +25,10 @@ TRANSACTION_BYTES_MAX = 32 * 2**20
 many large bodies does not wait for all of them."""
 TRANSACTION_CHANGES_MAX = 8_192
 WAITING_BYTES_MAX = 4 * 2**30
-"""Bytes that wait for the disk; more new work is refused with `Overloaded`."""
+"""Bytes that may wait for the disk; beyond them, new work is refused with `Overloaded`."""
 WAITING_CHANGES_MAX = 200_000
 CHANGE_BYTES = 512
-"""What a change counts besides its body and payload: about a small record and its index entries."""
+"""What each change counts for besides its body and payload: roughly a small record and its index entries."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class Driver(Protocol):
         ...
 
     async def read_body(self, request_id: str) -> bytes:
-        """The body put with a `RequestRecord`. Raises `ContentLost` when it is gone or damaged, `StorageError`."""
+        """The body of a `RequestRecord`. Raises `ContentLost` when it is gone or damaged, `StorageError` when it cannot
+        be read."""
         ...
 
     async def read_result(self, request_id: str) -> ResultRecord:
@@ -64,7 +65,7 @@ class Driver(Protocol):
         ...
 
     async def lost(self) -> None:
-        """Waits, perhaps for ever; raises `LeaseHeld` when the lease is lost to another server."""
+        """Waits for ever, or until the lease is lost to another server: then it raises `LeaseHeld`."""
         ...
 
     async def close(self) -> None:
@@ -112,7 +113,7 @@ class Journal:
         waiting_changes_max: int = WAITING_CHANGES_MAX,
     ):
         self._driver = driver
-        #: told what each durable transaction took, in seconds
+        #: called with the duration of each durable transaction, in seconds
         self.took: Callable[[float], None] = lambda seconds: None
         self._transaction_bytes_max = transaction_bytes_max
         self._transaction_changes_max = transaction_changes_max
@@ -149,7 +150,7 @@ class Journal:
         )
 
     async def open(self) -> list[Record]:
-        """Migrate, take the lease, and return every live record: what the server's state is a fold over. Raises
+        """Migrate, take the lease, and return every live record; the server's state is a fold over them. Raises
         `LeaseHeld`, `JournalUnusable`."""
         try:
             await self._driver.open()
@@ -166,7 +167,7 @@ class Journal:
         return records
 
     async def run(self) -> None:
-        """Until `close`. Raises `LeaseHeld` when the journal can never commit again."""
+        """Commit until `close`. Raises `LeaseHeld` when the journal can never commit again."""
         assert self._writer is not None, "open the journal first"
         lost = asyncio.create_task(self._driver.lost())
         try:
@@ -181,9 +182,8 @@ class Journal:
     def append(self, changes: Sequence[Change], *, may_refuse: bool = True) -> asyncio.Future[None]:
         """Queue changes now, as one atomic commit; the future is done when they are durable.
 
-        Raises `Overloaded` when too much waits for the disk. `may_refuse=False` is for the consequences of work that
-        was accepted before (results, deletions): their number is bounded by what was accepted, and they must not be
-        lost.
+        Raises `Overloaded` when too much waits for the disk. `may_refuse=False` is for the consequences of accepted
+        work (results, deletions): the work that was accepted bounds their number, and they must not be lost.
         """
         if self._closed_because is not None:
             raise self._closed_because
@@ -238,7 +238,7 @@ class Journal:
                 raise
 
     def _take(self) -> list[_Commit]:
-        """The commits of the next transaction: all that wait, up to the limits, and at least one."""
+        """The commits of the next transaction: at least one, and all that wait within the limits."""
         batch = [self._queue.popleft()]
         num_changes, num_bytes = len(batch[0].changes), batch[0].num_bytes
         while self._queue:
@@ -271,7 +271,7 @@ class Journal:
             self._finish(batch)
 
     async def _write_one_by_one(self, batch: list[_Commit], error: Exception) -> None:
-        """Some change cannot be stored at all: find its commit, so that it fails alone."""
+        """One of the changes can never be stored: find its commit, so that it fails alone."""
         if len(batch) > 1:
             for commit in batch:
                 await self._write([commit])

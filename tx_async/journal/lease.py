@@ -1,6 +1,5 @@
-"""Who serves a journal. Live state is in one server's memory, so a second one on the same journal must refuse to
-start.
-"""
+"""Decides which server serves a journal. Live state is in one server's memory, so a second one on the same journal must
+refuse to start."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from tx_async.private import FILE_MODE
 
 class Holder(Struct, frozen=True, kw_only=True):
     instance: str
-    """Random: two starts of one process id are two holders."""
+    """Drawn at random: two starts with the same process id are two holders."""
     host: str
     pid: int
     since: float
@@ -104,16 +103,16 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 class Fence(Struct):
-    """What every commit proves in its own transaction: that nobody has served the journal since this server opened it
-    (`epoch`), and that the journal has all that this server has committed (`commits`)."""
+    """What every commit verifies in its own transaction: that no other server has served the journal since this one
+    opened it (`epoch`), and that the journal has all that this server has committed (`commits`)."""
 
     epoch: int = 0
     commits: int = 0
     """Transactions of this epoch that are durable."""
 
     def check(self, place: object, found: tuple[int, int] | None, holder: Holder | None) -> None:
-        """found: (epoch, commits) in the journal; one more is our own transaction whose answer was lost. Raises
-        `LeaseHeld`, `JournalReplaced`."""
+        """found: (epoch, commits) in the journal; one commit more than ours is our own transaction whose answer was
+        lost. Raises `LeaseHeld`, `JournalReplaced`."""
         if found is not None and found[0] > self.epoch:
             raise held(place, holder)
         if found is None or found[0] < self.epoch or found[1] not in (self.commits, self.commits + 1):

@@ -13,13 +13,13 @@ _log = logging.getLogger(__name__)
 
 
 def map_marks(folder: Path, journal_id: str, num_bytes: int) -> mmap.mmap | None:
-    """The journal's own file in the folder, made where it is missing; None where there can be none, with a warning."""
+    """Map the journal's own file in the folder, made when it is missing; None, with a warning, when that fails."""
     path = folder / f"replay-{journal_id[:16]}"
     try:
         make_folder(folder)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
         try:
-            # Room on the disk, not a hole: writing into one when the disk is full would end the process.
+            # Allocate the file's blocks: writing into a hole of it when the disk is full would end the process.
             os.posix_fallocate(descriptor, 0, num_bytes)
             return mmap.mmap(descriptor, num_bytes)
         finally:

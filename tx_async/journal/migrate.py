@@ -39,7 +39,7 @@ def schemas_dir() -> Path:
 
 
 def read_migrations(dialect: Dialect, schemas: Path | None = None) -> list[Migration]:
-    """All migrations of a database, ascending, numbered without gaps from 1."""
+    """All migrations for a database, in ascending order, numbered from 1 without gaps."""
     folder = (schemas or schemas_dir()) / dialect
     migrations = sorted((_read(path) for path in folder.glob("*.sql")), key=lambda migration: migration.number)
     numbers = [migration.number for migration in migrations]
@@ -49,7 +49,8 @@ def read_migrations(dialect: Dialect, schemas: Path | None = None) -> list[Migra
 
 
 def pending(dialect: Dialect, current: int, schemas: Path | None = None) -> list[Migration]:
-    """What a database at version `current` still needs. Raises `ConfigError` when a newer server has migrated it."""
+    """The migrations that a database at version `current` still needs. Raises `ConfigError` when a newer server has
+    migrated it."""
     migrations = read_migrations(dialect, schemas)
     if current > len(migrations):
         raise ConfigError(

@@ -40,9 +40,8 @@ class Payloads:
         return await self._run(self._sweep, frozenset(live))
 
     async def write(self, bodies: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
-        """Durably store bodies by key. Returns each one's (file name, checksum); after an error none of them is
-        left.
-        """
+        """Durably store bodies by key. Returns (file name, checksum) for each key; after an error none of the files is
+        left."""
         if not bodies:
             return {}
         names = {key: secrets.token_hex(16) for key in bodies}
@@ -67,7 +66,7 @@ class Payloads:
             raise StorageError(f"The journal's body of request {request_id} cannot be read: {error}") from error
 
     def discard(self, names: Iterable[str]) -> None:
-        """Remove files that no row names any more, in the background: whatever fails is swept at the next start."""
+        """Remove, in the background, files that no row names any more. The next start sweeps those that this leaves."""
         names = list(names)
         if names:
             self._threads.submit(self._remove, names)

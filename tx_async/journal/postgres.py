@@ -2,9 +2,10 @@
 
 The lease is a session advisory lock of the writing connection itself, so no write can outlive it: a server that was cut
 off cannot commit on a session that is gone. After a lost connection (the database restarted, a network cut) the driver
-connects again, takes the lock again, and sees in the row `lease` whether another server has written meanwhile; if so it
-is out. Behind a pooler that gives a session to each transaction no such lock holds: there the row is the lease, renewed
-every `RENEW_S`, and `open` says so. Whatever the lock says, every transaction passes the fence (`lease.py`).
+connects again, takes the lock again, and sees in the row `lease` whether another server has written meanwhile; if so,
+it has lost the lease. Behind a pooler that gives a session to each transaction no such lock holds: there the row is the
+lease, renewed every `RENEW_S`, and `open` says so. Whatever the lock says, every transaction passes the fence
+(`lease.py`).
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ from tx_async.wire.records import RECORD_TYPES, Change, Record, ResultRecord, de
 T = TypeVar("T")
 
 RECONNECT_S_MAX = 30.0
-"""A lost database is tried for so long before a transaction fails with `StorageError`; the next transaction tries
-again.
+"""How long a transaction tries to reach a lost database before it fails with `StorageError`; the next one tries again.
 """
 RECONNECT_PAUSE_S_MIN = 0.05
 RECONNECT_PAUSE_S_MAX = 2.0
@@ -55,9 +55,9 @@ CONNECT_TIMEOUT_S = 5
 COMMAND_TIMEOUT_S = 60
 READERS_MAX = 4
 RENEW_S = 2.0
-"""Between two looks at the row `lease`, and behind a pooler between two renewals."""
+"""Seconds between two looks at the row `lease`, and behind a pooler between two renewals."""
 LEASE_ROW_S = 10.0
-"""A lease that only the row holds is free when it was not renewed for so long."""
+"""A lease that only the row holds is free once it has not been renewed for this long."""
 
 
 _UNSTORABLE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError, TypeError)
@@ -67,7 +67,7 @@ _log = logging.getLogger(__name__)
 
 
 class PostgresDriver:
-    """`Driver` on a database."""
+    """Implements `Driver` on a PostgreSQL database."""
 
     def __init__(
         self,
@@ -78,13 +78,13 @@ class PostgresDriver:
         lease_wait_s: float = LEASE_WAIT_S,
         renew_s: float = RENEW_S,
     ):
-        """prepared_statements: False for a pooler that loses them; where sessions do not hold they are off anyway."""
+        """prepared_statements: False for a pooler that loses them. Where sessions do not hold they are off anyway."""
         self._url = url
         self._prepared_statements = prepared_statements
         self._renew_s = renew_s
-        #: True behind a pooler: nothing of a session outlasts its transaction
+        #: True behind a pooler, where nothing of a session outlasts its transaction
         self._is_pooled = False
-        #: False when a pooler refuses them: then they are said in every transaction
+        #: False when a pooler refuses them: then every transaction sets them itself
         self._takes_settings = True
         self._fence = Fence()
         self._lease_wait_s = lease_wait_s
@@ -205,7 +205,7 @@ class PostgresDriver:
 
     @contextlib.asynccontextmanager
     async def _reader(self) -> AsyncIterator[Any]:
-        """A reading connection; in one transaction where a statement could else meet two sessions."""
+        """A reading connection, in a transaction where statements could otherwise run on two sessions."""
         async with self._pool.acquire() as reader:
             if self._prepared_statements:
                 yield reader
@@ -236,9 +236,8 @@ class PostgresDriver:
             )
 
     async def _persist(self, attempt: Callable[[], Awaitable[T]], verb: str) -> T:
-        """Try until it succeeds, fails for a reason that trying again does not change, or `reconnect_s_max` has
-        passed.
-        """
+        """Repeat `attempt` until it succeeds, fails for a reason that a retry does not change, or `reconnect_s_max` has
+        passed."""
         give_up_at = time.monotonic() + self._reconnect_s_max
         pause_s = RECONNECT_PAUSE_S_MIN
         while True:
@@ -256,7 +255,7 @@ class PostgresDriver:
             pause_s = min(2 * pause_s, RECONNECT_PAUSE_S_MAX)
 
     async def _connected(self) -> asyncpg.Connection:
-        """The writing session, lease included; a lost one is replaced. Only while holding `_writing`."""
+        """The writing session, which holds the lease; a lost one is replaced. Call it only while holding `_writing`."""
         assert self._lease_lost is not None, "open the driver first"
         if self._lease_lost.done() and not self._lease_lost.cancelled():
             raise self._lease_lost.exception() or AssertionError("only an exception ends the lease")
@@ -304,7 +303,7 @@ class PostgresDriver:
         return writer
 
     def _watch(self, writer: asyncpg.Connection) -> None:
-        """Connect again as soon as the session is lost, not only at the next write: others might take the lease."""
+        """Connect again as soon as the session is lost, not only at the next write, before others take the lease."""
         self._writer_pid = writer.get_server_pid()
         writer.add_termination_listener(lambda _: self._reconnect_in_background())
 
@@ -328,7 +327,7 @@ class PostgresDriver:
         assert self._lease_lost is not None
         if not self._lease_lost.done():
             self._lease_lost.set_exception(error)
-            self._lease_lost.exception()  # whoever waits in `lost` gets it; if nobody does, that is no leak to warn of
+            self._lease_lost.exception()  # whoever waits in `lost` gets it; asyncio must not warn where nobody does
 
     async def _take_lease(self, writer: asyncpg.Connection) -> None:
         """Raises `LeaseHeld` when another session keeps the lock for `lease_wait_s`, or another server renews the
@@ -338,7 +337,7 @@ class PostgresDriver:
         await self._wait_for_row(writer)
 
     async def _wait_for_row(self, writer: asyncpg.Connection) -> None:
-        """Until a lease that only the row holds was not renewed for `LEASE_ROW_S`."""
+        """Wait until a lease that only the row holds has not been renewed for `LEASE_ROW_S`."""
         first: float | None = None
         while True:
             async with writer.transaction():
@@ -361,9 +360,8 @@ class PostgresDriver:
             await asyncio.sleep(RECONNECT_PAUSE_S_MIN)
 
     async def _end_own_old_session(self, writer: asyncpg.Connection) -> None:
-        """After a cut connection the database may not know yet that our old session is dead, and it still has the
-        lock.
-        """
+        """After a cut connection the database may not know yet that our old session is dead, and that session still
+        holds the lock."""
         if self._writer_pid == 0:
             return
         holder = await read_holder(writer)
@@ -391,8 +389,8 @@ class PostgresDriver:
         self._fence.epoch, self._fence.commits = row["epoch"], 0
 
     async def _pass_fence(self, writer: asyncpg.Connection) -> None:
-        """The first statement of every transaction. Raises `LeaseHeld`, `JournalReplaced`: then nothing of it
-        counts."""
+        """The first statement of every transaction. Raises `LeaseHeld`, `JournalReplaced`; then the transaction has no
+        effect."""
         if not self._takes_settings:
             await writer.execute("SET LOCAL synchronous_commit = on")
         done = await writer.execute(
@@ -414,8 +412,8 @@ class PostgresDriver:
         self._fence.check(without_password(self._url), found, holder)
 
     async def _renew(self) -> None:
-        """Look whether the lease is still ours; behind a pooler that also keeps it. A database that does not answer is
-        told by whoever writes."""
+        """Check that the lease is still ours; behind a pooler this also renews it. A database that does not answer is
+        reported by the next write."""
         try:
             async with self._writing:
                 writer = await self._connected()

@@ -1,6 +1,5 @@
-"""What the PostgreSQL driver says to a connection: records and bodies, the row `lease`, and whether a pooler stands
-between.
-"""
+"""The PostgreSQL driver's statements: for records and bodies, for the row `lease`, and to find out whether a pooler
+stands in between."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from tx_async.journal.lease import Holder
 from tx_async.journal.transaction import Transaction, checksum
 
 PROBE_S = 2.0
-"""A pooler with one session keeps a second transaction waiting."""
+"""How long the probe for a pooler waits: one with a single session keeps a second transaction waiting."""
 LOCK_CLASS = 0x74785F61
 """First half of the advisory lock's key ("tx_a"); the second is a hash of the schema's name."""
 
@@ -41,7 +40,7 @@ LOST = (
 )
 """The database or the way to it is gone for a while: connecting again may help."""
 BROKEN_SESSION = (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""Nobody knows what state the session is in: it is ended, and with it whatever it was about to do."""
+"""The state of the session is unknown: it is ended, and with it whatever it was about to do."""
 
 
 _log = logging.getLogger(__name__)
@@ -89,14 +88,14 @@ IS_LOCKED = (
 
 
 async def read_lease(connection: asyncpg.Connection) -> Any:
-    """The row, with the seconds since it was renewed; None where there is none, nor a schema for it."""
+    """The row, with the seconds since it was renewed; None where there is no such row, or no schema yet."""
     table = await connection.fetchval("SELECT to_regclass('lease')::text")
     if table is None:
         return None
     columns = await connection.fetchval(
         "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('lease') AND attname = 'epoch'"
     )
-    if not columns:  # of an earlier release
+    if not columns:  # the table is that of an earlier release
         return await connection.fetchrow(
             "SELECT *, 0 AS epoch, 0 AS commits, 0 AS renewed_at, 'infinity'::float8 AS age FROM lease"
         )
@@ -114,8 +113,8 @@ async def read_holder(connection: asyncpg.Connection) -> Holder | None:
 
 
 async def shares_sessions(first: asyncpg.Connection, second: asyncpg.Connection) -> bool:
-    """Whether something between us and the database gives sessions to transactions: two connections meet one session,
-    one meets two, or it has another name for its session than the database."""
+    """Whether something between us and the database lends sessions to transactions: two connections get the same
+    session, one gets two, or its process id differs from the one that the database reports."""
     pid = await _backend_pid(first)
     if pid != first.get_server_pid():
         return True
@@ -141,7 +140,7 @@ async def warn_if_not_durable(writer: asyncpg.Connection) -> None:
 
 
 async def close_connection(connection: asyncpg.Connection | asyncpg.Pool) -> None:
-    """Politely for a moment, then not: the other side may be gone."""
+    """Close it in order, but terminate it if that takes more than a moment: the other side may be gone."""
     try:
         await asyncio.wait_for(connection.close(), 1.0)
     except (asyncpg.PostgresError, *LOST):
@@ -153,7 +152,7 @@ def name_of(error: BaseException) -> str:
 
 
 def without_password(url: str) -> str:
-    """For messages. The query goes, too: it may hold a password as well."""
+    """The URL for messages. The query is left out, too: it may hold a password as well."""
     scheme, _, rest = url.partition("?")[0].partition("://")
     credentials, at, place = rest.rpartition("@")
     return f"{scheme}://{credentials.partition(':')[0]}{at}{place}"

@@ -36,10 +36,10 @@ FREE_PAGES_MAX = 4_096
 """More free pages than this are given back to the file system, `FREE_PAGES_MAX` at a time."""
 VACUUM_EVERY_COMMITS = 64
 LOOK_S = 1.0
-"""Between two looks whether the file under an idle server is still the one that it opened."""
+"""Seconds between two checks that the file under an idle server is still the one that it opened."""
 
 _PRAGMAS = (
-    "PRAGMA auto_vacuum = INCREMENTAL",  # has an effect on a new database only, and only before the log exists
+    "PRAGMA auto_vacuum = INCREMENTAL",  # takes effect on a new database only, and only before the log exists
     "PRAGMA synchronous = FULL",
     "PRAGMA fullfsync = ON",  # macOS: fsync alone does not reach the platter
     f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}",
@@ -54,17 +54,16 @@ class _Connection(aiosqlite.Connection):
     """aiosqlite with one more verb."""
 
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Call `function` on the connection's thread: a whole transaction costs one hop between threads, not one a
-        statement.
-        """
+        """Call `function` on the connection's thread: a whole transaction costs one hop between threads, not one for
+        each statement."""
         return await self._execute(function, self._conn)
 
 
 class SqliteDriver:
-    """`Driver` on a file."""
+    """Implements `Driver` on an SQLite file."""
 
     def __init__(self, path: str | Path, *, look_s: float = LOOK_S):
-        """look_s: between two looks whether the file is still ours."""
+        """look_s: seconds between two checks that the file is still ours."""
         #: absolute, so that the lease, the log and the payloads are found whatever the working directory
         self.path = Path(path).absolute()
         self._lock = FileLock(self.path.with_name(self.path.name + ".lock"))
@@ -126,15 +125,15 @@ class SqliteDriver:
         return await read_result(request_id, row, self.read_body)
 
     async def lost(self) -> None:
-        """The kernel keeps the lock as long as this process lives; but the file may be taken away under it, or the
-        lock's own file, and with that the next server out of our sight."""
+        """The kernel keeps the lock as long as this process lives. But the database's file may be taken away under it,
+        or the lock's file, and then we would not see the next server."""
         while True:
             await asyncio.sleep(self._look_s)
             if self._connection is None:
                 continue
             try:
                 await self._connection.run(self._look)
-            except sqlite3.Error as error:  # a disk that fails is told by whoever writes
+            except sqlite3.Error as error:  # the next write reports a disk that fails
                 _log.debug("The journal %s was not looked at: %s", self.path, error)
 
     async def close(self) -> None:
@@ -179,9 +178,8 @@ class SqliteDriver:
             await self._connected.run(_give_back_free_pages)
 
     def _blame(self, error: Exception) -> Exception:
-        """Errors of the disk are `StorageError`; what the rows themselves cause stays as it is, for `Journal` to sort
-        out.
-        """
+        """Errors of the disk become `StorageError`. Errors that the rows themselves cause stay as they are, for
+        `Journal` to sort out."""
         if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.DataError | sqlite3.IntegrityError):
             return StorageError(f"The journal {self.path} could not be written: {error}")
         return error
@@ -197,7 +195,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(holder: Holder, fence: Fence, connection: sqlite3.Connection) -> list[str]:
-    """Settings, migrations, the lease's row, which begins a new epoch. Returns the payload files that rows name."""
+    """Apply settings and migrations, and begin a new epoch in the lease's row. Returns the payload files that rows
+    name."""
     for pragma in _PRAGMAS:
         connection.execute(pragma)
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
@@ -255,7 +254,7 @@ def _write(
 
 
 def _pass_fence(path: Path, fence: Fence, connection: sqlite3.Connection) -> None:
-    """Raises `LeaseHeld`, `JournalReplaced`: then nothing of the transaction counts."""
+    """Raises `LeaseHeld`, `JournalReplaced`; then the transaction has no effect."""
     statement = "UPDATE lease SET commits = ? WHERE id = 1 AND epoch = ? AND commits IN (?, ?)"
     passed = connection.execute(statement, (fence.commits + 1, fence.epoch, fence.commits, fence.commits + 1))
     if passed.rowcount != 1:
@@ -318,7 +317,7 @@ def _give_back_free_pages(connection: sqlite3.Connection) -> None:
             # A script, because this pragma is stepped once a page, which `execute` does not do.
             connection.executescript(f"PRAGMA incremental_vacuum({FREE_PAGES_MAX})")
     except sqlite3.Error:
-        # The commit before this is durable: a full disk is the next commit's to report.
+        # The commit before this is durable; the next commit reports a full disk.
         _roll_back(connection)
 
 
@@ -328,8 +327,8 @@ def _roll_back(connection: sqlite3.Connection) -> None:
 
 
 def _certainly_undone(error: Exception) -> bool:
-    """False when the log could not be synced: the transaction may be found after a crash all the same, and then it
-    needs its files. If it is not, the next start sweeps them."""
+    """False when the log could not be synced: after a crash the transaction may still be found, and then it needs its
+    files. If it is not found, the next start sweeps them."""
     code = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF != sqlite3.SQLITE_IOERR
 

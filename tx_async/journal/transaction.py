@@ -1,4 +1,4 @@
-"""What a list of changes amounts to: for each table the keys to delete, then the rows to put.
+"""Reduces a list of changes to the keys to delete and then the rows to put, for each table.
 
 Changes of different keys commute, and of one key only the last matters, so every driver needs two statements a table
 however many changes a transaction carries.

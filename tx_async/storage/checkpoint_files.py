@@ -30,7 +30,7 @@ METADATA = "metadata.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """An adapter's files, as PEFT calls them."""
 OPTIMIZER = "optimizer.safetensors"
-"""Its optimizer's moments."""
+"""The file with the adapter's optimizer moments."""
 FORMAT = 1
 
 
@@ -43,7 +43,7 @@ class Manifest(Struct, frozen=True):
     """The content of metadata.json."""
 
     metadata: dict[str, Any]
-    """What the writer said of the checkpoint."""
+    """What the writer recorded about the checkpoint."""
     files: dict[str, FileInfo]
     format: int = FORMAT
 
@@ -65,7 +65,7 @@ def write_checkpoint_sync(
     manifest = Manifest(dict(metadata), {name: file_info(data) for name, data in files.items()})
     encoded = encode_manifest(
         manifest
-    )  # before anything is written: metadata that is no JSON must not cost the old checkpoint
+    )  # before anything is written: metadata that is not JSON must not cost the old checkpoint
     delete_checkpoint_sync(store, key)
     store.put_many_sync({f"{key}/{name}": data for name, data in files.items()})
     store.put_sync(f"{key}/{METADATA}", encoded)
@@ -86,7 +86,7 @@ def read_manifest_sync(store: Store, key: str) -> Manifest:
 def read_checkpoint_sync(
     store: Store, key: str, verify: bool = True, only: Collection[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The metadata and the files' bytes by name (`only`: of these, as far as they are there). Raises as
+    """The metadata, and the files' bytes by name. `only`: read just these, if they are there. Raises like
     `read_manifest_sync`, and `CorruptedCheckpoint` naming the first file that is missing or differs from its recorded
     hash."""
     manifest = read_manifest_sync(store, key)
@@ -98,7 +98,7 @@ def read_checkpoint_sync(
 
 
 def verify_checkpoint_sync(store: Store, key: str) -> Manifest:
-    """Read every file in pieces and compare. Raises as `read_checkpoint_sync`."""
+    """Read every file in pieces and compare it with its hash. Raises like `read_checkpoint_sync`."""
     manifest = read_manifest_sync(store, key)
     for name, info in manifest.files.items():
         state, num_bytes = hashlib.sha256(), 0
@@ -113,7 +113,7 @@ def verify_checkpoint_sync(store: Store, key: str) -> Manifest:
 
 
 def copy_checkpoint_sync(store: Store, source: str, target: str) -> Manifest:
-    """A complete copy under another key. Damage is copied as it is: the hashes stay those of the original."""
+    """Copy a whole checkpoint to another key. Damage is copied as it is: the hashes stay those of the original."""
     manifest = read_manifest_sync(store, source)
     delete_checkpoint_sync(store, target)
     for name in (*manifest.files, METADATA):
@@ -122,7 +122,7 @@ def copy_checkpoint_sync(store: Store, source: str, target: str) -> Manifest:
 
 
 def delete_checkpoint_sync(store: Store, key: str) -> None:
-    """Nothing happens when there is none. A crash on the way leaves an incomplete checkpoint, which a sweep removes."""
+    """Does nothing when there is none. A crash on the way leaves an incomplete checkpoint, which a sweep removes."""
     store.delete_sync(f"{key}/{METADATA}")
     for entry in _files_of(store, key):
         store.delete_sync(entry.key)
@@ -135,7 +135,8 @@ def list_checkpoints_sync(store: Store, prefix: str = "") -> list[str]:
 
 
 def find_incomplete_sync(store: Store, older_than_s: float, prefix: str = "") -> list[str]:
-    """Keys of folders with files but no metadata.json, none of them newer than `older_than_s`: a save that died."""
+    """Keys of folders that dead saves have left: without metadata.json, and without a file newer than
+    `older_than_s`."""
     newest: dict[str, float] = {}
     complete: set[str] = set()
     for entry in store.iterate_sync(prefix):
@@ -148,7 +149,7 @@ def find_incomplete_sync(store: Store, older_than_s: float, prefix: str = "") ->
 
 
 def sweep_incomplete_sync(store: Store, older_than_s: float, prefix: str = "") -> list[str]:
-    """Remove what saves that died have left. Returns the keys. `older_than_s` must exceed the longest save."""
+    """Remove what dead saves have left. Returns the keys. `older_than_s` must exceed the longest save."""
     incomplete = find_incomplete_sync(store, older_than_s, prefix)
     for key in incomplete:
         for entry in _files_of(store, key):
@@ -226,7 +227,7 @@ def _missing(key: str, name: str) -> CorruptedCheckpoint:
 
 
 def _files_of(store: Store, key: str) -> list[Entry]:
-    """The files right in the folder `key`; folders below it are other checkpoints."""
+    """The files directly in the folder `key`; folders below it are other checkpoints."""
     return [entry for entry in store.list_sync(key) if entry.key.rpartition("/")[0] == key]
 
 

@@ -1,4 +1,4 @@
-"""The identity that a storage carries: a number that was drawn once, and that everything stored there belongs to.
+"""The identity that a storage carries: a number drawn once, to which everything stored there belongs.
 
 It travels with the storage, so a folder that was moved or a bucket that was renamed with its content is still the same.
 """

@@ -13,9 +13,8 @@ _FORBIDDEN = frozenset("\\#")
 
 
 def check_key(key: str) -> str:
-    """The key itself. Raises `InvalidRequest` for one that is absolute, has empty, hidden or parent parts, or is too
-    long.
-    """
+    """Returns the key. Raises `InvalidRequest` for one that is absolute, has empty, hidden or parent parts, or is too
+    long."""
     reason = _objection(key)
     if reason:
         raise InvalidRequest(f"The storage key {key!r} is not allowed: {reason}.")

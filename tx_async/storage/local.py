@@ -1,6 +1,5 @@
-"""Durable, atomic writes to a local folder. obstore's local store renames, but it does not sync; the rest of it is used
-as is.
-"""
+"""Durable, atomic writes to a local folder. obstore's local store renames but does not sync; the rest of it is used as
+it is."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from tx_async.durable import sync_folder
 from tx_async.private import FILE_MODE, FOLDER_MODE, make_folder, opener
 
 INCOMING = ".incoming"
-"""Folder, beside the keys, of files that are not complete yet. No key begins with a dot."""
+"""The folder, beside the keys, for files that are not complete yet. No key begins with a dot."""
 COPY_BYTES = 8 * 2**20
 
 
 def put_files(base: Path, items: Mapping[str, bytes | Path]) -> None:
-    """Write all, sync each, then rename each into place and sync the folders: after a crash a key has its old or its
+    """Write and sync all files, rename each into place, and sync the folders: after a crash a key has its old or its
     new content, never a part. A `Path` is copied in pieces."""
     incoming = base / INCOMING
     make_folder(incoming)
@@ -39,8 +38,8 @@ def put_files(base: Path, items: Mapping[str, bytes | Path]) -> None:
 
 
 def remove_leftovers(base: Path, older_than_s: float) -> int:
-    """Remove what writers that died have left behind: files that are not complete, and folders that were made for them
-    and stayed empty. Returns how many."""
+    """Remove what dead writers have left behind: incomplete files, and folders that were made for them and stayed
+    empty. Returns how many."""
     newest = time.time() - older_than_s
     removed = 0
     for path in (base / INCOMING).glob("*"):
@@ -54,7 +53,7 @@ def remove_leftovers(base: Path, older_than_s: float) -> int:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file that a library has written durable, with its name, and private."""
+    """Make a file that a library has written, and its name, durable; and make it private."""
     with open(path, "rb") as file:
         os.fchmod(file.fileno(), FILE_MODE)
         os.fsync(file.fileno())
@@ -86,7 +85,7 @@ def _rename(temporary: Path, base: Path, key: str) -> Path:
 
 
 def _modified_at(path: Path) -> float:
-    """Seconds since the epoch; never, for what its writer or a deletion has just taken away."""
+    """Seconds since the epoch; infinity for a file that its writer or a deletion has just taken away."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

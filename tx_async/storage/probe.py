@@ -1,7 +1,7 @@
-"""Whether a worker's host sees the storage that the server uses, or only a folder of the same name.
+"""Finds out whether a worker's host sees the storage that the server uses, or only a folder of the same name.
 
 The server writes a word that nobody else can know before workers from other hosts may attach; each worker reads it
-before it builds its engine. One small object for each server.
+before it builds its engine. Each server keeps one small object for this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FOLDER = "probes"
 
 
 async def write_probe(store: Store, server: str) -> StorageProbe:
-    """server: what no other server of this host has. Raises `StorageError` where nothing can be written."""
+    """server: a text that no other server of this host has. Raises `StorageError` where nothing can be written."""
     name = hashlib.sha256(f"{socket.gethostname()} {server}".encode()).hexdigest()[:16]
     probe = StorageProbe(f"{FOLDER}/{name}", secrets.token_hex(16))
     await store.put(probe.key, probe.word.encode())
@@ -26,7 +26,7 @@ async def write_probe(store: Store, server: str) -> StorageProbe:
 
 
 def check_probe(base: str, probe: StorageProbe) -> None:
-    """Raises `ConfigError` where another place, or none, lies under the server's `checkpoints_base`."""
+    """Raises `ConfigError` where the server's `checkpoints_base` leads to another place, or to none."""
     try:
         found = Store(base).get_sync(probe.key)
     except NotFound:

@@ -1,8 +1,8 @@
 """Checkpoint bytes by key: a local folder, `s3://`, `gs://`, `az://` (obstore), or `memory:///` for tests.
 
-A put is atomic, and durable when it returns. A storage that carries another identity than the one expected, or none, is
-away: what is not found there is not gone, and a folder takes nothing. Every verb comes twice: `…_sync` for worker
-threads, and a coroutine of the same name for the server, which runs the first on a thread.
+A put is atomic, and durable when it returns. A storage that carries another identity than the expected one, or none, is
+away: a key that is not found there does not count as gone, and nothing is written to such a folder. Every verb comes
+twice: `…_sync` for worker threads, and a coroutine of the same name for the server, which runs the first on a thread.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tx_async.storage import local
 from tx_async.storage.keys import check_key
 
 CHUNK_BYTES = 8 * 2**20
-"""Pieces in which large objects travel."""
+"""The size of the pieces in which large objects travel."""
 IDENTITY = "identity.json"
-"""Key of the object that says which storage this is."""
+"""The key of the object that says which storage this is."""
 _CLOUD_OPTIONS: dict[str, Any] = {
     "retry_config": {
         "max_retries": 4,
@@ -37,7 +37,7 @@ _CLOUD_OPTIONS: dict[str, Any] = {
         "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
     },
 }
-"""A storage that fails is waited for by those who know for how long; here a call fails within half a minute."""
+"""Callers that can wait for a failed storage know for how long; here a call fails within half a minute."""
 
 
 class Entry(Struct, frozen=True):
@@ -48,7 +48,7 @@ class Entry(Struct, frozen=True):
 
 
 class Store:
-    """One place of storage. It keeps no state: what is stored is what is listed."""
+    """One place where bytes are stored. It keeps no state: what is stored is what is listed."""
 
     def __init__(self, base: str | Path, storage_id: str = ""):
         """storage_id: what the storage calls itself in `identity.json`; "" while that is not known. A local folder that
@@ -59,7 +59,7 @@ class Store:
         self._folder = _local_folder(self.base)
         self._opened: ObjectStore | None = None
         if not storage_id:
-            self._objects  # noqa: B018  what the operator can change is told at once
+            self._objects  # noqa: B018 - errors that the operator can mend are raised at once
 
     def __repr__(self) -> str:
         return f"<Store {self.base}>"
@@ -104,19 +104,19 @@ class Store:
         self.put_many_sync({key: data})
 
     def put_many_sync(self, items: Mapping[str, bytes | Path]) -> None:
-        """As `put_sync` for each item; cheaper on a local disk. Atomic for each key, not for all together."""
+        """Like `put_sync` for each item, but cheaper on a local disk. Atomic for each key, not for all together."""
         for key in items:
             check_key(key)
         with _errors(self, "written", ", ".join(items)):
             if self._folder is not None:
-                self.confirm_sync()  # a folder that nothing is mounted on would take everything, and hide it later
+                self.confirm_sync()  # a mount point without its mount would accept everything, and hide it later
                 local.put_files(self._folder, items)
                 return
             for key, data in items.items():
                 obstore.put(self._objects, key, data, chunk_size=CHUNK_BYTES)
 
     def create_sync(self, key: str, data: bytes) -> bool:
-        """Store bytes unless something is there; False when there was. Of several writers one is the first."""
+        """Store bytes unless the key is taken; then False. Of several writers exactly one succeeds."""
         check_key(key)
         with _errors(self, "written", key):
             try:
@@ -128,7 +128,7 @@ class Store:
             return True
 
     def delete_sync(self, key: str) -> None:
-        """Nothing happens when the key is not there."""
+        """Does nothing when the key is not there."""
         check_key(key)
         with _errors(self, "deleted", key):
             try:
@@ -182,7 +182,7 @@ class Store:
                 yield bytes(chunk)
 
     def iterate_sync(self, prefix: str = "") -> Iterator[Entry]:
-        """Everything below `prefix/`, in no particular order, without holding all of it."""
+        """Everything below `prefix/`, in no particular order, without holding all of it in memory."""
         if prefix:
             check_key(prefix)
         is_empty = True
@@ -200,7 +200,7 @@ class Store:
         return sorted(self.iterate_sync(prefix), key=lambda entry: entry.key)
 
     def remove_leftovers_sync(self, older_than_s: float) -> int:
-        """Remove unfinished files and empty folders of writers that died; object stores keep none. Returns how many."""
+        """Remove unfinished files and empty folders of dead writers; object stores keep none. Returns how many."""
         with _errors(self, "swept", local.INCOMING):
             return local.remove_leftovers(self._folder, older_than_s) if self._folder is not None else 0
 
@@ -225,7 +225,7 @@ class Store:
         return await asyncio.to_thread(self.list_sync, prefix)
 
     async def list_keys(self, prefix: str = "") -> list[str]:
-        """Of everything below `prefix/`, sorted."""
+        """The keys of everything below `prefix/`, sorted."""
         return [entry.key for entry in await self.list(prefix)]
 
     async def remove_leftovers(self, older_than_s: float) -> int:
@@ -239,7 +239,7 @@ def _local_folder(base: str) -> Path | None:
 
 
 def _open(base: str, folder: Path | None, mkdir: bool) -> ObjectStore:
-    """Raises `ConfigError`, and `StorageError` for a folder that was there before."""
+    """Raises `ConfigError`, or `StorageError` for a folder that was there before."""
     try:
         if folder is not None:
             if mkdir:
@@ -254,7 +254,7 @@ def _open(base: str, folder: Path | None, mkdir: bool) -> ObjectStore:
 
 @contextmanager
 def _errors(store: Store, verb: str, what: str) -> Iterator[None]:
-    """The libraries' errors in our own terms."""
+    """Translates the libraries' errors into our own."""
     try:
         yield
     except (obstore.exceptions.BaseError, OSError) as error:

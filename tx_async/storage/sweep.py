@@ -29,7 +29,7 @@ async def sweep_for_ever(store: Store, run_ids: Callable[[], Iterable[str]]) -> 
 
 async def sweep(store: Store, run_ids: Iterable[str]) -> None:
     """Remove unfinished files, folders that stayed empty, and incomplete checkpoints of these runs. What cannot be
-    removed is logged, and keeps nothing else."""
+    removed is logged, and does not keep the rest from being removed."""
     await _tried(store.remove_leftovers(OLDER_THAN_S))
     for run_id in list(run_ids):
         await _tried(sweep_incomplete(store, OLDER_THAN_S, run_id))
@@ -38,5 +38,5 @@ async def sweep(store: Store, run_ids: Iterable[str]) -> None:
 async def _tried(removal: Awaitable[object]) -> None:
     try:
         await removal
-    except TxError as error:  # no storage, or a file whose name is no key of ours
-        _log.warning("What a save that died has left was not removed: %s", error)
+    except TxError as error:  # no storage, or a file whose name is not one of our keys
+        _log.warning("The leftovers of a dead save could not be removed: %s", error)
