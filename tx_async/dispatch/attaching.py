@@ -1,6 +1,7 @@
-"""A worker's first words, and the answer: whom the server refuses, what an attached process gets, and what it is told.
+"""A worker's first message and the answer to it: whom the server refuses, and what an attached process gets and is
+told.
 
-No socket here; `router.py` knows who is attached already.
+This module knows no socket; `router.py` knows who is attached already.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def check_lease(config: ServerConfig) -> None:
 
 
 def why_refused(hello: Hello, config: ServerConfig, is_stranger: bool) -> str | None:
-    """What is wrong with a worker whoever else is attached; None when nothing is. A stranger came over the network."""
+    """What is wrong with a worker, whoever else is attached; None when nothing is. A stranger came over the network."""
     if hello.protocol_version != PROTOCOL_VERSION:
         return (
             f"This worker speaks protocol version {hello.protocol_version}, the server {PROTOCOL_VERSION}: "
@@ -56,7 +57,7 @@ def why_refused(hello: Hello, config: ServerConfig, is_stranger: bool) -> str | 
 
 
 def why_no_member(hello: Hello, group: Group, config: ServerConfig) -> str | None:
-    """Why it cannot join the processes of its name that are attached already."""
+    """Why a process cannot join those of its worker that are attached already; None when it can."""
     num_processes = num_processes_of(hello, config)
     if group.num_processes != num_processes:
         return f"Worker {hello.name} has {group.num_processes} processes; this one was started as of {num_processes}."
@@ -66,7 +67,7 @@ def why_no_member(hello: Hello, group: Group, config: ServerConfig) -> str | Non
 
 
 def num_processes_of(hello: Hello, config: ServerConfig) -> int:
-    """A worker that trains is the mesh; one that only samples stands for itself."""
+    """A worker that trains is a whole mesh; one that only samples is one process."""
     if "train" not in hello.capabilities:
         return 1
     configured = config.backend_config.num_processes
@@ -74,12 +75,12 @@ def num_processes_of(hello: Hello, config: ServerConfig) -> int:
 
 
 def new_group(hello: Hello, config: ServerConfig) -> Group:
-    """For the first process of a worker."""
+    """Make the group that a worker's first process joins."""
     return Group(hello.name, num_processes_of(hello, config), hello.capabilities, hello.coordinator_address)
 
 
 def make_arenas(group: Group, member: Member, runtime: RuntimeDirectory, num_bytes: int) -> None:
-    """Shared memory for a process on this host; nothing when `num_bytes` is 0."""
+    """Create shared memory for a process on this host; none when `num_bytes` is 0."""
     if num_bytes <= 0:
         return
     if group.inbox is None:
@@ -128,7 +129,7 @@ def why_unfit(infos: Sequence[EngineInfo], base_fingerprint: str) -> str | None:
 
 
 def describe(info: EngineInfo) -> str:
-    """What an operator wants to know of a worker, in a few words."""
+    """What an operator wants to know about a worker, in a few words."""
     can = f"{info.num_training_slots} training slots, " if info.num_training_slots else ""
     devices = f"{info.num_devices} {info.platform} device{'s' * (info.num_devices > 1)}"
     return (

@@ -1,4 +1,4 @@
-"""Tensors on the road: in an arena where both ends share a host and it has room, else in a frame of their own."""
+"""How tensors travel: in an arena when both ends share a host and the arena has room, else in a frame of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tx_async.wire.tensors import TensorSpec
 
 
 class Blocks:
-    """Chooses the way, and counts what went which way."""
+    """Chooses the way that a block of tensors travels, and counts what went which way."""
 
     def __init__(self):
         self.counts = {"shared_bytes": 0, "frame_bytes": 0, "arena_full": 0}
@@ -20,7 +20,7 @@ class Blocks:
     def write_shared(
         self, group: Group, tensors: Sequence[np.ndarray], offsets: Sequence[int], num_bytes: int
     ) -> Block | None:
-        """The block in the group's inbox; None when it must go as a frame."""
+        """Write the block into the group's inbox; None when it must go as a frame."""
         if group.inbox is None or num_bytes < SMALL_BLOCK_BYTES:
             return None
         block = group.inbox.write(tensors, offsets, num_bytes)
@@ -34,7 +34,7 @@ class Blocks:
     def read(
         self, member: Member, specs: Sequence[TensorSpec], block: Block | None, payload: bytes | memoryview | None
     ) -> list[np.ndarray]:
-        """Views of what a process has sent. Raises `MalformedMessage` when it is not there."""
+        """Views of the tensors that a process has sent. Raises `MalformedMessage` when they are not there."""
         if not specs:
             return []
         if block is None:

@@ -1,5 +1,5 @@
-"""The worker's end: all that an engine of one's own imports, with `worker/engine_api.py` and the structs of
-`wire/worker.py`.
+"""The worker's end of a connection. With `worker/engine_api.py` and the structs of `wire/worker.py`, it is all that a
+third-party engine imports.
 
     with Dealer(address) as dealer:
         welcome = dealer.attach()
@@ -7,10 +7,10 @@
         for received in dealer.commands():
             dealer.reply(received.number, result, tensors)
 
-One thread owns the socket. It answers for this process while the engine is busy for minutes, so every other method
-only puts messages into its queue, from any thread. It also notices when the server is gone (silence for a lease, or
-the death of the process that spawned this one) and then ends the process, if that does not end by itself: a worker
-without its server, or without the rest of its mesh, can only do harm, for example hang in a collective for ever.
+One thread owns the socket. It answers for this process while the engine is busy for minutes, so every other method only
+puts messages into its queue, from any thread. It also notices when the server is gone (silent for a lease, or the
+process that spawned this one is dead) and then ends this process if it does not end by itself: a worker without its
+server, or without the rest of its mesh, can only do harm, for example hang in a collective for ever.
 """
 
 from __future__ import annotations
@@ -75,17 +75,17 @@ T = TypeVar("T")
 
 HELLO_INTERVAL_S = 1.0
 UNSENT_RETRY_S = 0.02
-"""Between two attempts to send while there is no connection, or its queue is full."""
+"""Seconds between two attempts to send while there is no connection, or its queue is full."""
 WAITING_LOG_INTERVAL_S = 10.0
 PARENT_POLL_S = 0.5
 SIGNAL_POLL_S = 0.2
 FORCED_EXIT_S = 2.0
-"""Time to end by itself after the server or the mesh is lost; what is running then has nobody who waits for it."""
+"""How long a process has to end by itself after it lost the server or its mesh: nobody waits for its results then."""
 DETACHED_EXIT_CODE = 4
 
 
 class Detached(TxError):
-    """The server is gone, or the rest of this worker's mesh is: start again."""
+    """The server, or the rest of this worker's mesh, is gone: start again."""
 
 
 class StreamDiverged(TxError):
@@ -110,7 +110,7 @@ class _Outgoing:
 
 @dataclass
 class _Ended:
-    """Nothing more will be received: in order (None), or because of an error."""
+    """Nothing more will be received: the end is orderly (None), or due to an error."""
 
     error: TxError | None = None
 
@@ -123,7 +123,7 @@ class _Incoming:
 
 
 class Dealer:
-    """One connection to the server, for one life of an engine. See the module."""
+    """One connection to the server, for one life of an engine. The module's docstring shows its use."""
 
     def __init__(
         self,
@@ -141,7 +141,8 @@ class Dealer:
     ):
         """`parent_pid`: the server's, when it spawned this process; 0 when somebody else did.
 
-        `on_beat`: called on the thread at `Welcome` and every heartbeat, told the lease in seconds (before, infinity).
+        `on_beat`: called on the thread at `Welcome` and every heartbeat, with the lease in seconds (infinity before
+        `Welcome`).
         """
         self.connect = connect
         self.vitals = vitals
@@ -153,7 +154,7 @@ class Dealer:
             capabilities=capabilities, shared_memory=self._is_local,
         )  # fmt: skip
         self._parent_pid = parent_pid
-        #: commands and the end of them, from the thread to `receive`
+        #: commands, and finally their end, from the thread to `receive`
         self._incoming: queue.SimpleQueue[_Incoming | _Ended] = queue.SimpleQueue()
         self._outgoing: collections.deque[_Outgoing] = collections.deque()
         self._wake_reader, self._wake_writer = os.pipe()
@@ -163,9 +164,9 @@ class Dealer:
         self._inbox: ArenaReader | None = None
         self._outbox: ArenaWriter | None = None
         self._next_number = 1
-        #: number -> when it arrived, of commands not answered yet
+        #: number -> time of arrival of each command not answered yet
         self._arrived: dict[int, float] = {}
-        #: .time of each thread that answers: what one thread answers ran one after the other
+        #: `.time` for each thread that answers: what one thread answers ran one after the other
         self._last_answer = threading.local()
         # The thread's own:
         self._is_attached = False
@@ -215,7 +216,7 @@ class Dealer:
         self._post(_Outgoing(Ready(info=info)))
 
     def commands(self) -> Iterator[Received]:
-        """Commands in order until the server or `stop` says that it is enough. Raises like `receive`."""
+        """Yield commands in order until the server or `stop` ends the stream. Raises like `receive`."""
         while received := self.receive():
             yield received
 
@@ -235,7 +236,7 @@ class Dealer:
         return Received(message.number, message.command, tensors)
 
     def reply(self, number: int, result: Result, tensors: Sequence[np.ndarray] = ()) -> None:
-        """Answer a command; its own tensors must not be read any more. Only process 0 of a mesh says what came out."""
+        """Answer a command; its tensors must not be read any more. Of a mesh, only process 0 sends the result."""
         now = time.perf_counter()
         began = max(self._arrived.pop(number), getattr(self._last_answer, "time", 0.0))
         elapsed_ms = 1000 * (now - began)
@@ -266,12 +267,12 @@ class Dealer:
         self._post(_Outgoing(Goodbye(reason)))
 
     def stop(self, error: TxError | None = None) -> None:
-        """Let `attach` and `receive` end, from a signal handler or another thread."""
+        """Make `attach` and `receive` return; called from a signal handler or another thread."""
         self._incoming.put(_Ended(error))
         self._welcome.put(error or Detached("stopped before the server answered"))
 
     def close(self) -> None:
-        """Send what is still to be sent, and end the thread. Once is enough, twice is no error."""
+        """Send what is still to be sent, and end the thread. A second call does nothing."""
         if self._socket.closed:
             return
         self._is_closing = True
@@ -429,7 +430,7 @@ class Dealer:
 
 
 def _get(items: queue.SimpleQueue[T]) -> T:
-    """The next item. A signal that comes just before a thread begins to wait is handled when it wakes: so it does."""
+    """The next item. It wakes regularly: a signal that comes just before a thread waits is handled when that wakes."""
     while True:
         with contextlib.suppress(queue.Empty):
             return items.get(timeout=SIGNAL_POLL_S)

@@ -1,6 +1,6 @@
 """The doors through which workers come: ZeroMQ sockets on the event loop's thread, read in callbacks that never await.
 
-What a message means, and who is behind a connection, is `router.py`'s business.
+`router.py` decides what a message means and who is behind a connection.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tx_async.errors import ConfigError
 from tx_async.wire.worker import ToWorker
 
 MESSAGES_PER_TURN_MAX = 256
-"""Messages that are read before other tasks of the event loop get their turn."""
+"""How many messages are read before other tasks of the event loop get their turn."""
 CLOSE_LINGER_MS = 200
 
 Peer = tuple[str, bytes]
-"""Which door ("ipc" or "tcp"), and the connection's name there."""
+"""The door ("ipc" or "tcp"), and the connection's name there."""
 Frames = Sequence[bytes | memoryview]
 
 
 class Doors:
     def __init__(self, on_frames: Callable[[Peer, Frames], None], on_error: Callable[[Exception], None]):
-        """on_frames: what arrived, one message a call. on_error: what that call raised."""
+        """on_frames: called with each message that arrived. on_error: called with what that call raised."""
         self._on_frames = on_frames
         self._on_error = on_error
         self._context: zmq.Context | None = None
@@ -34,12 +34,12 @@ class Doors:
         self._is_drain_due = False
 
     def open_for_host(self, address: str) -> None:
-        """For workers on this host. Raises `ConfigError` when the address cannot be bound."""
+        """Open the door for workers on this host. Raises `ConfigError` when the address cannot be bound."""
         self._bind("ipc", address, self._new_socket("ipc"))
 
     def open_for_network(self, address: str, token: str) -> None:
-        """For whoever knows the token. Raises `ConfigError` when the address cannot be bound, or would let anybody
-        in."""
+        """Open the door for whoever knows the token. Raises `ConfigError` when the address cannot be bound, or would
+        let anybody in."""
         if not address.startswith("tcp://"):
             raise ConfigError(f"worker_address is {address!r}; it must look like tcp://0.0.0.0:7001.")
         socket = self._new_socket("tcp")
@@ -62,7 +62,7 @@ class Doors:
         asyncio.get_running_loop().add_reader(socket.fd, self.drain)  # type: ignore[arg-type]
 
     def address_of(self, transport: str) -> str:
-        """With the real port; "" while that door is shut."""
+        """The address of a door, with the real port; "" while that door is shut."""
         socket = self._sockets.get(transport)
         return socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0") if socket else ""
 
@@ -84,7 +84,7 @@ class Doors:
         released: tuple[int, ...] = (),
         frame: memoryview | None = None,
     ) -> bool:
-        """False when nobody is at the other end, or takes nothing any more."""
+        """Send one message. False when nobody is at the other end, or the other end accepts nothing any more."""
         transport, identity = peer
         parts = [identity, encode(EnvelopeToWorker(message, block, released))]
         if frame is not None:
@@ -121,7 +121,7 @@ class Doors:
                 return
             frames: list[bytes | memoryview] = []
             while socket.rcvmore:
-                # The header is copied, which is cheaper; the tensors behind it are not.
+                # Copying the small header is cheaper than keeping its frame; the tensors behind it are not copied.
                 frames.append(socket.recv(zmq.DONTWAIT, copy=False).buffer if frames else socket.recv(zmq.DONTWAIT))
             self._on_frames((transport, identity), frames)
         self._drain_soon()

@@ -22,15 +22,14 @@ from tx_async.wire.worker import FromWorker, ToWorker
 ALIGNMENT = 64
 IN_FRAME = -1
 SMALL_BLOCK_BYTES = 32 * 1024
-"""Smaller blocks travel as a frame even between neighbours: `bench/dispatch.py` shows where shared memory begins to
-pay."""
+"""Smaller blocks travel as a frame even on one host: `bench/dispatch.py` shows where shared memory begins to pay."""
 MESSAGE_BYTES_MAX = 1 << 30
 
 DTYPES = frozenset({"float32", "int64", "int32", "uint32", "uint64", "bfloat16", "bool"})
 
 
 class MalformedMessage(Exception):
-    """Bytes that are no message of this protocol."""
+    """The bytes are not a message of this protocol."""
 
 
 class Block(Struct, frozen=True, array_like=True):
@@ -113,7 +112,7 @@ def write_block(buffer: Any, start: int, arrays: Sequence[np.ndarray], offsets: 
 
 
 def pack_block(arrays: Sequence[np.ndarray], offsets: Sequence[int], num_bytes: int) -> memoryview:
-    """The block as bytes of its own, to be sent as a frame."""
+    """Copy the block into bytes of its own, to be sent as a frame."""
     block = np.empty(num_bytes, np.uint8)
     write_block(block, 0, arrays, offsets)
     return block.data

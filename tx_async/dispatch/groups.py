@@ -39,19 +39,19 @@ class Member:
     hello: Hello
     last_heard: float
     """Monotonic seconds."""
-    #: where its results' tensors are; None when they come as frames
+    #: where the tensors of its results are; None when they come as frames
     outbox: ArenaReader | None = None
     outbox_path: str = ""
     #: blocks of the outbox that the server has read, to be told with the next message
     released: list[int] = field(default_factory=list)
     progress: Progress | None = None
     info: EngineInfo | None = None
-    #: its newest heartbeat
+    #: what its newest heartbeat said
     vitals: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def peer(self) -> tuple[str, bytes]:
-        """Its connection."""
+        """The connection behind which it is."""
         return self.transport, self.identity
 
     def __str__(self) -> str:
@@ -62,14 +62,14 @@ class Member:
 class InFlight:
     """A command that was sent and has not been answered by every process."""
 
-    #: in the group's inbox, until everyone has answered
+    #: its block in the group's inbox, until every process has answered
     block: Block | None
     unanswered: set[int]
     #: process 0's answer, with its tensors
     outcome: Outcome | None = None
     tensors: list[np.ndarray] = field(default_factory=list)
     outcome_block: Block | None = None
-    #: process 0 alone does what may fail (writes files), so the others need not agree with it
+    #: process 0 alone does the part that may fail (it writes files), so the others need not agree with it
     decided_by_first: bool = False
     #: process_id -> whether it failed, to notice that they disagree
     failed: dict[int, bool] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Group:
     name: str
     num_processes: int
     capabilities: frozenset[Capability]
-    #: where its processes join, as the first one's launcher says; "" = as `backend_config` says
+    #: where its processes join, by the launcher of the first one; "" = by `backend_config`
     coordinator_address: str = ""
     #: process_id -> attached process; a lost one takes the whole group with it
     members: dict[int, Member] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Group:
         return number
 
     def close(self) -> None:
-        """Give back its shared memory."""
+        """Release the group's shared memory."""
         for member in self.members.values():
             if member.outbox:
                 member.outbox.close()
@@ -127,7 +127,7 @@ class Group:
             Path(self.inbox.path).unlink(missing_ok=True)
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
-        """What this group still lacks, one line a process."""
+        """What this group still lacks, one line for each process."""
         ids = (id for id in range(self.num_processes) if (self.name, id) not in without)
         return [line for id in ids if (line := self._member_waits_for(id))]
 
@@ -150,7 +150,7 @@ def describe(progress: Progress | None) -> str:
 
 
 def differences_of(infos: Sequence[EngineInfo]) -> str:
-    """Processes of one mesh must have loaded one model and form the same batches: where they do not, else ""."""
+    """Where processes of one mesh differ, "" if nowhere: they must have loaded one model and form the same batches."""
     fields = {name: [getattr(info, name) for info in infos] for name in EngineInfo.__struct_fields__}
     return "; ".join(
         f"{name} is " + ", ".join(f"{value} in process {id}" for id, value in enumerate(values))

@@ -1,12 +1,12 @@
 """The server's end: attaches workers, numbers their commands, and turns what they say into facts.
 
-Everything happens on the event loop's thread, in callbacks that never await: a socket became readable, a timer fired,
-the scheduler called `send`. What happened goes to one callback as a fact (`wire/facts.py`).
+Everything happens on the event loop's thread, in callbacks that never await: when a socket becomes readable, a timer
+fires or the scheduler calls `send`. What happened is reported to one callback as a fact (`wire/facts.py`).
 
-Two doors. A socket file in a folder that only this user can enter is always open, for workers on this host; a tcp
-port is open only when configured, and only to peers that know the token. A worker that is lost, or whose connection
-is lost, is never taken back into its stream: it starts again from Hello, with an empty engine, and so does every
-other process of its mesh.
+It has two doors. A socket file in a folder that only this user can enter is always open, for workers on this host; a
+tcp port is open only when configured, and only to peers that know the token. A worker that is lost, or whose connection
+is lost, is never taken back into its stream: it starts again from Hello, with an empty engine, and so does every other
+process of its mesh.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ GROUPS_MAX = 256
 
 
 class Router:
-    """See the module. `start`, then `run` in a task of the server's group, then `stop`."""
+    """The actor that the module describes: `start` it, `run` it in a task of the server's group, then `stop` it."""
 
     name = "router"
 
@@ -76,7 +76,7 @@ class Router:
     ):
         self.config = config
         self.storage_probe = storage_probe
-        #: of the storage and the base model, as the journal knows them; "" while it does not
+        #: identities of the storage and the base model, as the journal knows them; "" while it does not
         self.storage_id = self.base_fingerprint = ""
         self.clock = clock or SystemClock()
         #: made by `start`, so that a server that never gets so far leaves nothing behind
@@ -117,7 +117,7 @@ class Router:
 
     @property
     def tcp_address(self) -> str:
-        """Where others attach ("" when nobody may), with the real port."""
+        """Where workers on other hosts attach, with the real port; "" when none may."""
         return self._doors.address_of("tcp")
 
     # ---- life
@@ -138,7 +138,7 @@ class Router:
         self._last_tick = self.clock.monotonic()
 
     async def run(self) -> None:
-        """Watch over leases until cancelled. Raises what broke an invariant in any callback."""
+        """Watch over leases until cancelled. Raises the error of any callback in which an invariant broke."""
         assert self._failure is not None, "start the router first"
         while True:
             self._tick()
@@ -162,8 +162,8 @@ class Router:
     def send(self, worker_id: str, command: Command, tensors: Sequence[np.ndarray] = ()) -> int:
         """Send a ready worker its next command; the tensors' bytes are copied now. Returns the command's number.
 
-        Raises `NotReady` when the worker is not (or no longer) there. A loss that is noticed only here is reported as
-        an event afterwards, like every other.
+        Raises `NotReady` when the worker is not (or no longer) there. A loss that is noticed only here is reported as a
+        fact afterwards, like every other.
         """
         group = self._groups.get(worker_id)
         if group is None or not group.is_ready:
@@ -180,7 +180,7 @@ class Router:
         return number
 
     def dismiss(self, worker_id: str, reason: str) -> None:
-        """Send a worker away that the scheduler will not have. Nothing happens when it is gone already."""
+        """Send away a worker that the scheduler rejects. Does nothing when it is gone already."""
         if group := self._groups.get(worker_id):
             for member in group.members.values():
                 self._doors.post(member.peer, Refused(reason, is_final=True))
@@ -196,9 +196,10 @@ class Router:
             self._lose(self._groups[worker_id], f"process {process_id} {reason}", level)
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
-        """What workers that have begun to attach still lack, one line a process; empty when all of them are ready.
+        """What workers that have begun to attach still lack, one line for each process; empty when all of them are
+        ready.
 
-        `without`: (worker, process id) of processes of which somebody else knows more.
+        `without`: (worker, process id) of processes that somebody else knows more about.
         """
         return [line for group in self._groups.values() if not group.is_ready for line in group.waiting_for(without)]
 
@@ -243,13 +244,13 @@ class Router:
     # ---- inwards
 
     def _fail(self, error: Exception) -> None:
-        """Our own mistake: it ends `run`, and with it the server."""
+        """An error of our own making ends `run`, and with it the server."""
         assert self._failure is not None
         if not self._failure.done():
             self._failure.set_exception(error)
 
     def handle_frames(self, peer: Peer, frames: Frames) -> None:
-        """One message, from anybody. Bytes that make no sense are counted; from a member, they also end its group."""
+        """Handle one message, from anybody. Malformed ones are counted; from a member, they also end its group."""
         try:
             if not 1 <= len(frames) <= 2:
                 raise MalformedMessage(f"{len(frames)} frames")
@@ -284,7 +285,7 @@ class Router:
             case Goodbye(reason=reason):
                 self._lose(group, f"{member} left: {reason}" if reason else f"{member} left", logging.INFO)
             case Hello():
-                pass  # It repeats itself until it hears the answer, which is on its way.
+                pass  # A worker repeats its Hello until it gets the answer, which is on its way.
 
     def _handle_stranger(self, peer: Peer, message: object) -> None:
         if isinstance(message, Hello):
@@ -384,7 +385,7 @@ class Router:
         return functools.partial(self._release, member, [block.offset])
 
     def _release(self, member: Member, once: list[int]) -> None:
-        """Told with the next message; if none goes out in this turn of the loop, with one of its own."""
+        """Tell the member with the next message; if none goes out in this turn of the loop, with one of its own."""
         if not once:
             return
         if not member.released:

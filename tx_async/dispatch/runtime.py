@@ -1,8 +1,8 @@
 """The one folder in which a running server keeps what must not outlive it: its socket file and its arenas.
 
-The owner holds a lock on the folder, which the kernel gives up with the process, however that ends. A folder that can
-be locked therefore belongs to nobody, and the next server removes it. (A process id alone would not do: ids are used
-again, and containers that share /dev/shm do not share them. It is in the name for people.)
+The owner holds a lock on the folder, which the kernel releases when the process ends, however that happens. A folder
+that can be locked therefore belongs to nobody, and the next server removes it. (A process id alone would not do: ids
+are used again, and containers that share /dev/shm do not share them. The folder's name has it for people to read.)
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def remove_leftovers(root: Path) -> list[Path]:
 
 
 def process_start(pid: int) -> int:
-    """When a process began, in the system's own ticks; 0 where the system does not say."""
+    """When a process began, in clock ticks of the system; 0 where the system does not say."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

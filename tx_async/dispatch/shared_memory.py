@@ -1,12 +1,13 @@
 """Arenas: files in shared memory through which tensors pass between processes of one host.
 
-One arena has one writer and one direction. The writer alone decides what is used (`Allocator`); a reader gets offsets
-in message headers, checks them, and says when it has finished reading. The server creates the files, inside its
+One arena has one writer and one direction. The writer alone decides which parts are in use (`Allocator`); a reader gets
+offsets in message headers, checks them, and says when it has finished reading. The server creates the files, inside its
 `RuntimeDirectory`, so that there is one place to clean up.
 
-First fit, not a ring: a block that is held for long blocks nobody else, and the same low pages are used again and
-again, which keeps them in the cache and the arena's real memory as small as its high-water mark. An arena that is
-full, or a machine without the memory for it, is no error: `write` returns None, and the tensors travel as a frame.
+Allocation is first fit, not a ring: a block that is held for long stands in nobody's way, and the same low pages are
+used again and again, which keeps them in the cache and the arena's real memory as small as its high-water mark. An
+arena that is full, or a machine without the memory for it, is no error: `write` returns None, and the tensors travel as
+a frame.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Allocator:
         return None
 
     def free(self, offset: int) -> bool:
-        """False when no block begins there."""
+        """Free the block at `offset`. False when no block begins there."""
         index = bisect.bisect_left(self._blocks, (offset, 0))
         if index == len(self._blocks) or self._blocks[index][0] != offset:
             return False
@@ -61,7 +62,7 @@ class Allocator:
 
 
 def create_arena(path: Path, size: int) -> None:
-    """A new sparse file, private to this user: it takes memory only where it is written."""
+    """Create a sparse file, private to this user, which takes memory only where it is written."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         os.ftruncate(descriptor, size)
@@ -76,10 +77,11 @@ class ArenaWriter:
         self.path = str(path)
         self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         size = os.fstat(self._file).st_size
-        #: None when closed. Nobody calls its `close`: numpy's views would not prevent it, and then read what is gone
+        #: None when closed. Its own `close` is never called: numpy's views would not prevent it, and then read freed
+        #: memory
         self._map: mmap.mmap | None = mmap.mmap(self._file, size)
         self._allocator = Allocator(size)
-        #: bytes from the start that the system has promised us; beyond them, writing could end in SIGBUS
+        #: bytes from the start that the system has reserved for us; writing beyond them could end in SIGBUS
         self._reserved_bytes = 0
         self._lock = threading.Lock()
 
@@ -144,5 +146,5 @@ class ArenaReader:
         return read_block(self._map, block, specs)
 
     def close(self) -> None:
-        """Views that are still held keep the memory; it goes with the last of them."""
+        """Close the reading end. Views that are still held keep the memory, which is freed with the last of them."""
         self._map = None

@@ -1,4 +1,4 @@
-"""What the router tells an operator in numbers."""
+"""The numbers that the router reports to an operator."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class RouterStatistics(Struct, frozen=True, kw_only=True):
     commands_sent: Counter
     """Commands sent to workers."""
     results_received: Counter
-    """Answers of workers."""
+    """Answers from workers."""
     shared_bytes: Counter
-    """Tensors that went through shared memory."""
+    """Bytes of tensors that went through shared memory."""
     frame_bytes: Counter
-    """Tensors that went through ZeroMQ."""
+    """Bytes of tensors that went through ZeroMQ."""
     arena_full: Counter
     """Tensors that found no room in shared memory."""
     arena_used_bytes: Gauge
@@ -37,7 +37,7 @@ class RouterStatistics(Struct, frozen=True, kw_only=True):
     malformed_messages: Counter
     """Messages that could not be read."""
     kernels_plain: Gauge
-    """Tasks that the plain version runs on the attached workers, of those that have a kernel of their own."""
+    """Tasks that have a kernel of their own but run in the plain version on the attached workers."""
     memory_weights_bytes: Gauge
     """Planned on each device of the attached workers for the base model; 0 where no plan was made, as on a CPU."""
     memory_slots_bytes: Gauge
@@ -57,35 +57,35 @@ class RouterStatistics(Struct, frozen=True, kw_only=True):
 
 
 class WorkerStatistics(Struct, frozen=True, kw_only=True):
-    """What workers tell of themselves, for the server as a whole."""
+    """What workers report about themselves, for the server as a whole."""
 
     compilations: Counter
     """Programs that workers have compiled or loaded from the compilation cache; those of lost workers stay counted."""
     compile_seconds: Counter
-    """Time that this took them."""
+    """Time that workers took to compile or load them."""
     workers_lost: Counter
     """Ready workers that went away."""
     worker_lease_age_seconds: Gauge
     """How long the most silent of the attached processes has been silent."""
     worker_lease_seconds: Gauge
-    """How long one may be, before it is lost (worker_lease_ms)."""
+    """How long a process may be silent before it is lost (worker_lease_ms)."""
     device_memory_used_bytes: Gauge
-    """In use on the fullest device; on a CPU the worker process's own memory."""
+    """Memory in use on the fullest device; on a CPU the worker process's own memory."""
     device_memory_limit_bytes: Gauge
-    """What that device has for the worker; 0 where it does not say so, as a CPU."""
+    """Memory that this device has for the worker; 0 where it does not say, as on a CPU."""
     device_memory_planned_bytes: Gauge
     """What the plan for a device's memory adds up to; 0 where no plan was made, as on a CPU."""
 
 
 class Totals(Struct):
-    """What has been counted of all workers, those included that are gone."""
+    """Totals over all workers, including those that are gone."""
 
     compilations: int = 0
     compile_s: float = 0.0
     workers_lost: int = 0
 
     def hear(self, before: Heartbeat, now: Heartbeat) -> None:
-        """Two heartbeats of one process."""
+        """Add what has changed between two heartbeats of one process."""
         self.compilations += max(0, now.num_compilations - before.num_compilations)
         self.compile_s += max(0.0, now.compile_s - before.compile_s)
 
@@ -121,7 +121,7 @@ def _planned_memory(infos: Sequence[EngineInfo]) -> dict[str, float]:
 
 
 def statistics_of(groups: Collection[Group], counts: Mapping[str, float]) -> RouterStatistics:
-    """counts: what the groups do not tell, by name."""
+    """counts: by name, the numbers that the groups do not hold."""
     members = [member for group in groups for member in group.members.values()]
     return RouterStatistics(
         **counts,
