@@ -1,4 +1,4 @@
-"""A Grafana dashboard over `/metrics`: rows of panels, each with what it asks Prometheus for. Pure.
+"""A Grafana dashboard over `/metrics`: rows of panels, each with its Prometheus queries. Pure.
 
 The alert rules stand in `templates/alerts.yaml`. A test asks a running server for every metric that
 either of them names.
@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 WIDTH = 24
-"""Columns of a dashboard."""
+"""The width of a dashboard in columns."""
 PANEL_WIDTH, PANEL_HEIGHT = 8, 7
 PERCENTILES = (0.5, 0.95, 0.99)
 
@@ -20,7 +20,7 @@ PERCENTILES = (0.5, 0.95, 0.99)
 class Panel(Struct, frozen=True):
     title: str
     unit: str
-    """As Grafana calls it."""
+    """The unit by Grafana's name for it."""
     queries: dict[str, str]
     """Legend -> PromQL."""
     is_stacked: bool = False
@@ -132,7 +132,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 
 def dashboard(name: str) -> str:
-    """Of a server that calls itself `name`."""
+    """The dashboard, as JSON, of a server that calls itself `name`."""
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in ROWS.items():

@@ -1,7 +1,7 @@
 """Fill in the templates with the settings given. Pure: `tx-async deploy` prints or writes what comes out.
 
-A template's places are `@{name}`, because shell, systemd and Kubernetes all have a `$` of their own. Secrets never
-stand on a command line: Kubernetes gets them as a Secret, the others read them from a file or the environment.
+A template's placeholders are `@{name}`, because shell, systemd and Kubernetes all use `$` themselves. Secrets never
+appear on a command line: Kubernetes gets them as a Secret, the others read them from a file or the environment.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _PLACE = re.compile(r"@\{(\w+)\}")
 
 class Options(Struct, frozen=True, kw_only=True):
     nodes: int = 0
-    """Hosts of workers; 0 = as many as `backend_config.num_processes`."""
+    """How many hosts run workers; 0 = as many as `backend_config.num_processes`."""
     gpus: int = 8
-    """Of each host."""
+    """GPUs of each host."""
     image: str = "tx-async"
 
 
 def files(kind: Kind, config: ServerConfig, options: Options) -> dict[str, str]:
-    """By name, what the kind consists of. Raises `ConfigError` for settings that cannot be deployed so."""
+    """The files of a kind, by name. Raises `ConfigError` for settings that cannot be deployed this way."""
     if not config.base_model:
         config = msgspec.structs.replace(config, base_model=MODEL_PLACEHOLDER)
     if options.nodes < 0 or options.gpus < 0:
@@ -57,12 +57,12 @@ def files(kind: Kind, config: ServerConfig, options: Options) -> dict[str, str]:
 
 
 def in_one_stream(rendered: dict[str, str]) -> str:
-    """What is printed: of files that are of different languages, the dashboard."""
+    """The text to print. Files in different languages make no stream: then it is the dashboard alone."""
     return rendered.get(DASHBOARD) or "".join(rendered.values())
 
 
 def write(path: Path, text: str) -> None:
-    """For its owner alone where it holds secrets; a script can be run."""
+    """Write a file, for its owner alone if it holds secrets; a script becomes executable."""
     mode = 0o600 if "stringData" in text else 0o755 if text.startswith("#!") else 0o644
     with open(path, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         os.fchmod(file.fileno(), mode)
@@ -70,7 +70,7 @@ def write(path: Path, text: str) -> None:
 
 
 def _fill(template: str, **values: Any) -> str:
-    """Every place, and only those: a template and its values that do not agree are our mistake."""
+    """Fill every placeholder. A template and values that do not match are our mistake."""
     text = (TEMPLATES / template).read_text()
     assert {match[1] for match in _PLACE.finditer(text)} == set(values), template
     return _PLACE.sub(lambda match: str(values[match[1]]), text)
@@ -105,7 +105,7 @@ def _serve(config: ServerConfig, program: str = "tx-async") -> list[str]:
 
 
 def _with_defaults(config: ServerConfig, **values: Any) -> ServerConfig:
-    """values: what this kind needs where nothing else was given."""
+    """The configuration with `values`, which this kind needs, wherever a setting was not given."""
     usual = ServerConfig()
     missing = {name: value for name, value in values.items() if getattr(config, name) == getattr(usual, name)}
     return msgspec.structs.replace(config, **missing)
@@ -190,7 +190,7 @@ def _systemd(config: ServerConfig, options: Options) -> dict[str, str]:
 
 
 def _program() -> Path:
-    """The one of this environment: systemd takes absolute paths only."""
+    """The `tx-async` of this environment: systemd takes absolute paths only."""
     return Path(sys.executable).with_name("tx-async")
 
 
