@@ -15,11 +15,11 @@ from tx_async.wire.worker import SamplingLimits, SequenceSpec
 
 
 class Unreachable(Exception):
-    """No answer: the connection failed or broke, or the time for it is over."""
+    """The engine did not answer: the connection failed or broke, or timed out."""
 
 
 class RejectedByEngine(Exception):
-    """It answered that it would not. `status` is that of HTTP."""
+    """The engine answered with a refusal. `status` is the HTTP status."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -32,18 +32,18 @@ class RejectedByEngine(Exception):
 
     @property
     def is_failure(self) -> bool:
-        """The engine's own, not the request's."""
+        """True when the fault is the engine's, not the request's."""
         return self.status >= 500
 
 
 @dataclass(frozen=True)
 class Served:
-    """What the engine says that it serves."""
+    """What the engine serves, by its own account."""
 
     name: str
-    """Of the base model, in requests."""
+    """The base model's name in requests."""
     root: str
-    """Folder or hub name that it was loaded from."""
+    """The folder or hub name that it was loaded from."""
     max_context_length: int
     adapters: dict[str, str]
     """Name -> folder."""
@@ -75,9 +75,9 @@ class Dialect(Protocol):
     product: str
     """For messages: "vLLM"."""
     how_to_load_adapters: str
-    """What an operator must do so that it does."""
+    """What an operator must do so that the engine loads adapters."""
     limits: SamplingLimits
-    """What holds for every engine of this kind; `topk_logprobs_max` is the most that is worth asking for."""
+    """Limits of every engine of this kind; `topk_logprobs_max` is the most that is worth asking for."""
 
     async def version(self) -> str: ...
 
@@ -90,7 +90,8 @@ class Dialect(Protocol):
     async def served(self) -> Served: ...
 
     async def num_tokens(self) -> float | None:
-        """Tokens that it has computed since its start, to tell slow from stuck; None when it does not count them."""
+        """Tokens that the engine has computed since its start, to tell slow from stuck; None when it does not count
+        them."""
         ...
 
     async def load_adapter(self, name: str, folder: str) -> None: ...
@@ -103,7 +104,7 @@ class Dialect(Protocol):
 
 
 class Prompt:
-    """Tokens, encoded once for all samples of one prompt."""
+    """A prompt's tokens, encoded once for all its samples."""
 
     def __init__(self, tokens: np.ndarray):
         self.tokens: list[int] = tokens.tolist()

@@ -1,4 +1,4 @@
-"""What an engine implements. With `dispatch/dealer.py` and `schemas/` this is all that an engine of one's own needs."""
+"""What an engine implements. With `dispatch/dealer.py` and `schemas/` this is all that a third-party engine needs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Reply = tuple[Result, list[np.ndarray]]
 """A result and its tensors, in the order that the result's docstring states."""
 
 Pending = Callable[[], Reply]
-"""Waits for a command's outcome. Raises what made it fail: a `TxError` fails that command alone, anything else is
-fatal. Called once, on another thread, in command order except for `SaveAdapter`, whose files may become durable
+"""Waits for a command's outcome. Raises the error that made it fail: a `TxError` fails that command alone, any other is
+fatal. It is called once, on another thread, in command order except for `SaveAdapter`, whose files may become durable
 later."""
 
 ReportProgress = Callable[[str, float, float], None]
@@ -35,7 +35,7 @@ class Engine(Protocol):
         ...
 
     def vitals(self) -> Heartbeat:
-        """What each heartbeat tells, on its thread."""
+        """What each heartbeat reports; called on the heartbeat's thread."""
         ...
 
     def close(self) -> None: ...
@@ -43,7 +43,7 @@ class Engine(Protocol):
 
 @runtime_checkable
 class WatchedEngine(Engine, Protocol):
-    """An engine that lives elsewhere, and may go. Then its pendings raise `EngineGone`, which answers nothing."""
+    """An engine that lives elsewhere and may go away. Then its pendings raise `EngineGone`, which answers nothing."""
 
     def watch(self, on_gone: Callable[[EngineGone], None]) -> None:
         """From now on `on_gone` is called, once and on any thread, when it is gone."""

@@ -9,10 +9,10 @@ class ExitCode(IntEnum):
     CRASHED = 1
     """An error in the engine: start again."""
     REFUSED = 3
-    """The server would not have it: start again, later."""
+    """The server refused it: start again, later."""
     DETACHED = 4
-    """The server is gone, or the rest of its mesh is: start again."""
+    """The server, or the rest of its mesh, is gone: start again."""
     ENGINE_GONE = 5
     """The external engine is gone: start again, and wait for it."""
     CONFIGURATION = 78
-    """Base model or configuration cannot work, whatever is tried (the sysexits name: EX_CONFIG)."""
+    """The base model or the configuration can never work (EX_CONFIG in sysexits)."""

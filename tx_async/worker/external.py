@@ -1,12 +1,12 @@
-"""A worker that samples through an inference engine of somebody else: the server's commands on one side, HTTP on the
-other (`dialect.py`).
+"""A worker that samples through an external inference engine: the server's commands on one side, HTTP on the other
+(`dialect.py`).
 
 It attaches once that engine has answered and sampled its trial (`external_attach.py`). Admitted sequences run by
-themselves, one request each; a quantum waits for what becomes of them. When the engine is gone (dead, silent, failing,
-or another one than before: `external_health.py`) the worker leaves in one line, and the server gives its sequences to
-whoever can take them. The next life of this process waits until the engine answers again.
+themselves, one request each; a quantum waits for their outcomes. When the engine is gone (dead, silent, failing, or not
+the same as before: `external_health.py`), the worker leaves with one line in the log, and the server gives its
+sequences to any worker that can take them. The next life of this process waits until the engine answers again.
 
-All state belongs to the event loop's thread. Commands come on the main thread and go over to it in their order.
+All state belongs to the event loop's thread. Commands arrive on the main thread and are passed to it in order.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from tx_async.worker.external_trial import Subject
 QUANTUM_S = 1.0
 """How long a quantum waits for news."""
 GATHER_S = 0.003
-"""News come together: after the first, so long for others."""
+"""How long a quantum waits for more news after the first: news tends to come together."""
 TRIES = 2
-"""Of one sequence, while the engine is well otherwise."""
+"""Attempts at one sequence, while the engine is well otherwise."""
 CLOSE_S = 3.0
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class ExternalEngine:
         self._slots: dict[int, str] = {}
         #: admitted and without an outcome
         self._running: dict[int, _Sequence] = {}
-        #: what the next quantum tells, of sequences that are not in `_running` any more
+        #: what the next quantum reports of sequences that are not in `_running` any more
         self._outcomes: list[Outcome] = []
         self._last_outcome = time.monotonic()
         self._news = asyncio.Event()
@@ -98,8 +98,8 @@ class ExternalEngine:
         return f"<ExternalEngine {self.settings.url} [{len(self._running)} running | {len(self._slots)} adapters]>"
 
     def attach(self, progress: ReportProgress) -> None:
-        """Wait for the engine, for as long as it takes, and try it. Raises `ConfigError` for one that cannot serve
-        here."""
+        """Wait for the engine, for as long as it takes, and try it. Raises `ConfigError` when it cannot serve this
+        server."""
         self._subject = read_subject(self.base_model, self.settings.allow_unproven)
         self.adapters.sees = self._subject.sees
         self._call(self._attach(progress))()
@@ -121,7 +121,7 @@ class ExternalEngine:
         self._loop.call_soon_threadsafe(self._begin_to_watch)
 
     def close(self) -> None:
-        """Take the adapters back, if the engine is there to hear it."""
+        """Unload our adapters from the engine, if it still answers."""
         with contextlib.suppress(Exception):
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -168,7 +168,7 @@ class ExternalEngine:
             sequence.task = self._loop.create_task(self._run(sequence))
 
     def _cancel(self, sequence_ids: Sequence[int]) -> None:
-        """Its connection is closed, which ends it over there."""
+        """Close the sequences' connections, which ends them in the engine."""
         for sequence_id in sequence_ids:
             sequence = self._running.pop(sequence_id, None)
             if sequence and sequence.task:
@@ -200,7 +200,7 @@ class ExternalEngine:
         return wire.Loaded(refused=refused), []
 
     async def _why_refused(self, name: str, folder: str) -> str:
-        """What the engine has against an adapter; "" once it is loaded."""
+        """Why the engine refuses an adapter; "" once it is loaded."""
         if name in self._slots.values():
             return ""
         try:
@@ -214,7 +214,7 @@ class ExternalEngine:
         return ""
 
     async def _unload(self, name: str) -> None:
-        """Nothing runs on it any more."""
+        """Unload an adapter on which nothing runs any more."""
         if name in self._slots.values():
             return
         with contextlib.suppress(RejectedByEngine, Unreachable):

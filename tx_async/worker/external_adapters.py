@@ -3,8 +3,8 @@
     <folder>/tx-<digest of the storage key>-<owner>/adapter_config.json, adapter_model.safetensors
 
 A name is a digest of the storage key, and storage keys are never used twice, so a name means the same weights for ever.
-The owner is this worker at this storage: what an earlier life of it has left is known by its name, and nothing else of
-that folder is touched.
+The owner is this worker with this storage: what its earlier life has left is recognised by name, and nothing else in
+the folder is touched.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class AdapterFolder:
         """Raises `ConfigError` when the folder cannot be made."""
         self.store = store
         self.folder = Path(folder).expanduser().absolute()
-        #: the base model's folder also sees: its text model's modules have other names there
+        #: the base model's folder has a vision tower, too: its text model's modules have other names there
         self.sees = False
         self.owner = _digest(f"{store.base} {worker_name}", 4)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            #: whoever may read the folder may read what lies in it, whatever our umask is
+            #: whoever may read the folder may read the files in it, whatever our umask is
             self._mode = self.folder.stat().st_mode & 0o777
         except OSError as error:
             raise ConfigError(f"The folder for adapters, {folder}, cannot be used: {error}.") from error
@@ -48,7 +48,8 @@ class AdapterFolder:
         return name.startswith(PREFIX) and name.endswith(f"-{self.owner}")
 
     def write(self, key: str, base_model: str) -> tuple[str, str]:
-        """Fetch an adapter from storage: its name and its folder. `base_model` is what the engine calls its own.
+        """Fetch an adapter from storage. Returns its name and its folder. `base_model` is the engine's name for its
+        own.
 
         Raises what storage raises, and `CorruptedCheckpoint` for one that holds no adapter.
         """
@@ -75,7 +76,7 @@ class AdapterFolder:
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
-        """Of an earlier life."""
+        """Remove the adapters of this worker's earlier life."""
         for entry in self._entries():
             if self.is_own(entry.lstrip(".")):
                 self.remove(entry)
@@ -92,8 +93,8 @@ def _digest(text: str, num_bytes: int) -> str:
 
 
 def beside_vision(adapter: bytes) -> bytes:
-    """The same weights by the names that a folder that sees has: by those of its text model alone, vLLM ignores them
-    without a word."""
+    """The same weights under the names that they have in a folder with a vision tower: vLLM silently ignores them under
+    the names of the text model alone."""
     from safetensors.numpy import load, save
 
     def renamed(name: str) -> str:

@@ -1,4 +1,5 @@
-"""An external engine before its worker is ready: wait for it, see that it is the right one, let it sample a trial."""
+"""What happens before an external engine's worker is ready: wait for the engine, check that it is the right one, and
+let it sample a trial."""
 
 from __future__ import annotations
 
@@ -20,16 +21,16 @@ from tx_async.worker.external_adapters import AdapterFolder
 from tx_async.worker.external_trial import Subject
 
 NUM_SEQUENCES_MAX = 256
-"""Requests at once; the engine itself queues what is beyond its own limit."""
+"""Requests in flight at once; the engine itself queues those beyond its own limit."""
 RETRY_S = 1.0
 ATTEMPT_S = 900.0
-"""For one attempt: an engine's first samples may wait for its compiler."""
+"""Time for one attempt: an engine's first samples may wait for its compiler."""
 
 logger = logging.getLogger(__name__)
 
 
 class Attachment:
-    """What it takes to find out that an engine may serve."""
+    """What is needed to find out whether an engine may serve."""
 
     def __init__(self, dialect: Dialect, adapters: AdapterFolder, store: Store, config: EngineConfig, base_model: str):
         self.dialect, self.adapters, self.store, self.config = dialect, adapters, store, config
@@ -40,7 +41,8 @@ class Attachment:
         return named(self.dialect)
 
     async def wait(self, subject: Subject, progress: ReportProgress) -> tuple[Served, EngineInfo]:
-        """Until it answers, for as long as it takes. Raises `ConfigError` for one that cannot serve here."""
+        """Wait until the engine answers, for as long as it takes. Raises `ConfigError` when it cannot serve this
+        server."""
         said = ""
         while True:
             try:
@@ -75,7 +77,7 @@ class Attachment:
         return served, info
 
     async def _remove_leftovers(self, served: Served) -> None:
-        """Of an earlier life of this worker."""
+        """Remove the adapters of this worker's earlier life."""
         for name in filter(self.adapters.is_own, served.adapters):
             with contextlib.suppress(RejectedByEngine):
                 await self.dialect.unload_adapter(name)
@@ -104,7 +106,7 @@ class Attachment:
             ) from error
 
     async def _returns_candidates(self, served: Served, number: int) -> bool:
-        """Whether it returns so many log-probabilities for each token."""
+        """Whether the engine returns `number` log-probabilities for each token."""
         try:
             await self.dialect.complete(served.name, Prompt(np.zeros(1, np.int32)), probe_spec(number))
         except RejectedByEngine as error:
@@ -152,8 +154,8 @@ def named(dialect: Dialect) -> str:
 
 
 def same_model(base_model: str, served: Served) -> bool:
-    """A folder may be mounted elsewhere, and a hub name may be a folder here: the last part of the name must agree.
-    That the weights do is what the trial shows."""
+    """Compares the last part of the names: a folder may be mounted elsewhere, and a hub name may be a folder here. The
+    trial shows whether the weights agree."""
     last = base_model.rstrip("/").rpartition("/")[2]
     return any(name.rstrip("/").rpartition("/")[2] == last for name in (served.root, served.name))
 

@@ -1,7 +1,7 @@
-"""Is the external engine well, and still the one that it was?
+"""Whether the external engine is well, and still the same engine as before.
 
-A worker asks when something failed (was it the request, or the engine?), and every few seconds anyhow: an engine that
-stands still closes no connection.
+A worker asks when something has failed, to tell the request's fault from the engine's, and every few seconds anyhow: an
+engine that is stuck closes no connection.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ class HealthSettings(Struct, frozen=True, kw_only=True):
 
     interval_s: float = 2.0
     silence_s: float = 20.0
-    """Without an answer to a question that costs nothing."""
+    """Time without an answer to a question that costs nothing."""
     stall_s: float = 120.0
-    """With sequences running and no token computed."""
+    """Time with sequences running and no token computed."""
     stall_uncounted_s: float = 900.0
-    """The same where the engine does not count its tokens: no sequence ended."""
+    """Time without the end of a sequence, for an engine that does not count its tokens."""
 
 
 class EngineHealth:
-    """Every answer is a reason in words, "" while all is well."""
+    """Every answer is a reason in words; "" while all is well."""
 
     def __init__(self, dialect: Dialect, served: Served, settings: HealthSettings):
         self.dialect, self.served, self.settings = dialect, served, settings
 
     async def why_unwell(self, adapters: Collection[str]) -> str:
-        """It answers, serves what it served, and has these adapters?"""
+        """Check that the engine answers, serves what it served before, and has these adapters."""
         return await self._why_not(self._compare(adapters), self.settings.silence_s)
 
     async def why_not_sampling(self) -> str:
-        """It samples one token?"""
+        """Check that the engine samples one token."""
         return await self._why_not(self._sample_one(), self.settings.stall_s)
 
     async def watch(self, adapters: Callable[[], Collection[str]], mark: Callable[[], float | None]) -> str:
-        """Until something is wrong. `mark` changes with every sequence that ends; None while none runs."""
+        """Watch the engine until something is wrong, and return what it is. `mark` changes with every sequence that
+        ends; None while none runs."""
         counted, since = -1.0, time.monotonic()
         while True:
             await asyncio.sleep(self.settings.interval_s)
@@ -84,8 +85,8 @@ class EngineHealth:
         return ""
 
     async def _progress(self, mark: float | None) -> float:
-        """A number that changes while the engine gets on, at or above 0 where it counts tokens; it always changes while
-        the engine has nothing to do."""
+        """A number that changes while the engine makes progress, and always while it has nothing to do; 0 or more where
+        it counts tokens."""
         if mark is None:
             return time.monotonic()
         with contextlib.suppress(RejectedByEngine, Unreachable):

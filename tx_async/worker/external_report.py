@@ -1,4 +1,4 @@
-"""What became of sequences, as a quantum's answer."""
+"""The answer to a quantum: what became of its sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker process is told of the external engine that it speaks for, on its way from an operator to the process.
+"""Settings of the external engine that a worker speaks for, and how they get from the operator to the worker process.
 
 The key travels in the environment: everybody on a host sees the command lines of its processes.
 """
@@ -22,22 +22,23 @@ NAME_CHARACTERS_MAX = 64
 
 class ExternalSettings(Struct, frozen=True, kw_only=True):
     url: str
-    """Of the engine's HTTP server, for example http://127.0.0.1:8001."""
+    """The URL of the engine's HTTP server, for example http://127.0.0.1:8001."""
     lora_dir: str
-    """Folder for adapters, which the engine sees under the same path."""
+    """The folder for adapters, which the engine sees under the same path."""
     api_key: str = ""
     allow_unproven: bool = False
-    """Mixtures of experts, too."""
+    """Whether to sample adapters of mixtures of experts, too."""
     worker_name: str = ""
 
     @property
     def name(self) -> str:
-        """A worker for each engine: it is called by where that listens, unless it was given a name."""
+        """The worker's name. Unless one was given, it is where the engine listens, because each engine has its own
+        worker."""
         address = re.sub(r"[^A-Za-z0-9_.-]+", "-", urlsplit(self.url).netloc or self.url)
         return self.worker_name or f"{ENGINE}-{address}"[:NAME_CHARACTERS_MAX]
 
     def check(self, url_flag: str, lora_dir_flag: str) -> ExternalSettings:
-        """Itself. Raises `ConfigError` naming the flag that is wrong or missing."""
+        """Returns the settings. Raises `ConfigError` naming the flag that is wrong or missing."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ConfigError(f"{url_flag} is {self.url!r}; it must look like http://127.0.0.1:8001.")
@@ -47,7 +48,7 @@ class ExternalSettings(Struct, frozen=True, kw_only=True):
 
     @property
     def arguments(self) -> list[str]:
-        """Flags of `python -m tx_async.worker.main`."""
+        """The settings as flags of `python -m tx_async.worker.main`."""
         flags = ["--vllm-url", self.url, "--vllm-lora-dir", self.lora_dir]
         return [*flags, *["--vllm-allow-unproven"] * self.allow_unproven]
 
@@ -61,7 +62,7 @@ def api_key_from_environment() -> str:
 
 
 def read_key_file(path: str, flag: str) -> str:
-    """Raises `ConfigError` for a file that cannot be read, or is empty."""
+    """The key in a file. Raises `ConfigError` for a file that cannot be read or is empty."""
     if not path:
         return ""
     try:

@@ -1,8 +1,8 @@
-"""Trust: what an external engine samples before its worker attaches, for a worker of our own to compare with.
+"""The trial: what an external engine samples before its worker attaches, for a worker of our own to compare with.
 
-An engine may drop a part of an adapter without a word (its unembedding, or projections that it has absorbed into
-others), or answer with log-probabilities of another kind. So it samples a little, with the base model and with a loud
-adapter of every projection, and the server lets a worker that scores say what these tokens' log-probabilities are.
+An engine may silently drop a part of an adapter (its unembedding, or projections that it has absorbed into others), or
+answer with log-probabilities of another kind. So it samples a little, with the base model and with a loud adapter of
+every projection, and the server lets a worker that scores compute the log-probabilities of these tokens.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ TOLERANCE = 1e-4
 TOLERANCE_RECURRENT = 2e-4
 """Recurrent layers sum along the whole sequence, in another order."""
 RANK = 1
-"""Every engine takes it, whatever largest rank it was started with."""
+"""The trial adapter's rank, which every engine takes, whatever largest rank it was started with."""
 LOUDNESS = {"attn": 0.7, "mlp": 0.7, "unembed": 1.5}
-"""Deviation of what each projection adds to its output, whose own is about 1: each alone moves log-probabilities by
-tenths of a nat, and what is dropped is seen."""
+"""Standard deviation of what each projection's adapter adds to an output whose own is about 1: each alone moves
+log-probabilities by tenths of a nat, so a dropped one shows."""
 PROMPT_TOKENS = 12
 COMPLETION_TOKENS = 8
 TEMPERATURES = (0.0, 0.5)
-"""The second shows log-probabilities that were taken after the temperature."""
+"""The second temperature reveals log-probabilities that were taken after tempering."""
 SEED = 20
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The base model as the trial needs it: its shapes, none of its weights."""
+    """The base model as the trial needs it: its shapes, without its weights."""
 
     model: Any
     """The `models.decoder.Decoder`."""
     has_experts: bool
     is_latent: bool
-    """Multi-head latent attention: engines absorb its projections, adapters of which then do nothing."""
+    """The model has multi-head latent attention: engines absorb its projections, whose adapters then do nothing."""
     is_recurrent: bool
     sees: bool = False
-    """The text model is part of a folder with a vision tower."""
+    """The text model is in a folder with a vision tower."""
 
     @property
     def tolerance(self) -> float:
@@ -68,12 +68,12 @@ class Subject:
         from safetensors import safe_open
 
         with safe_open(Path(folder) / ADAPTER, "numpy") as file:
-            adapts_attention = any(".self_attn." in name for name in file.keys())  # noqa: SIM118 - it is no mapping
-        return "external engines absorb latent attention's projections, and drop their adapters" * adapts_attention
+            adapts_attention = any(".self_attn." in name for name in file.keys())  # noqa: SIM118 - not a mapping
+        return "external engines absorb the projections of latent attention and drop their adapters" * adapts_attention
 
 
 def read_subject(base_model: str) -> Subject:
-    """From `config.json` alone. Raises `BaseModelError`."""
+    """Read a subject from `config.json` alone. Raises `BaseModelError`."""
     # Shapes only: this process must not take the accelerator that the engine beside it uses.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from tx_async.models.load import from_config, read_config
@@ -93,7 +93,7 @@ def read_subject(base_model: str) -> Subject:
 
 
 def save_adapter(store: Store, subject: Subject) -> str:
-    """A loud adapter under a key of its own. Returns the key."""
+    """Store a loud adapter under a key of its own. Returns the key."""
     key = f"{FOLDER}/{uuid.uuid4().hex}"
     tensors, config = loud_adapter(subject)
     files = {ADAPTER: save_safetensors(tensors, {"format": "pt"}), ADAPTER_CONFIG: json.dumps(config).encode()}
@@ -102,7 +102,7 @@ def save_adapter(store: Store, subject: Subject) -> str:
 
 
 def loud_adapter(subject: Subject) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """PEFT tensors and configuration."""
+    """The loud adapter's PEFT tensors and configuration."""
     from tx_async.models.peft import adapter_shapes, to_peft
 
     random = np.random.default_rng(SEED)
@@ -121,7 +121,7 @@ def loud_adapter(subject: Subject) -> tuple[dict[str, np.ndarray], dict[str, Any
 
 
 async def sample(dialect: Dialect, base: str, adapter: str, vocab_size: int) -> tuple[TrialSequence, ...]:
-    """A few tokens from the base model and from the adapter. Raises as the dialect does."""
+    """Sample a few tokens with the base model and with the adapter. Raises as the dialect does."""
     found = []
     for number, (name, temperature) in enumerate((name, t) for name in (base, adapter) for t in TEMPERATURES):
         prompt = np.random.default_rng([SEED, number]).integers(0, vocab_size, PROMPT_TOKENS).astype(np.int32)

@@ -1,6 +1,6 @@
 """The worker process: `python -m tx_async.worker.main`, spawned by the server or by `tx-async worker`.
 
-One life of one engine. What ends it is the exit code (`exit_codes.py`); why, in one line, is the last line on stderr.
+It is one life of one engine. The exit code says what ended it (`exit_codes.py`); the last line on stderr says why.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PR_SET_PDEATHSIG = 1
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     logs.configure(options.log_level, options.log_format, f"{options.name}.{options.process_id}")
-    # What libraries miss and nobody here needs: a TPU's driver, PyTorch.
+    # Silence warnings of libraries that miss what nobody needs here: a TPU's driver, PyTorch.
     logging.getLogger("jax").setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     token = options.token or os.environ.get(TOKEN_VARIABLE, "")
@@ -67,7 +67,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--coordinator-address", default="", help="where they join; empty = the server knows")
     parser.add_argument("--name", default="w0", help="the worker that this process belongs to")
     parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that makes the engine, or vllm")
-    parser.add_argument("--capabilities", default=",".join(CAPABILITIES), help="what the engine can do")
+    parser.add_argument("--capabilities", default=",".join(CAPABILITIES), help="capabilities of the engine")
     parser.add_argument("--vllm-url", default="")
     parser.add_argument("--vllm-lora-dir", default="")
     parser.add_argument("--vllm-allow-unproven", action="store_true")
@@ -103,7 +103,7 @@ def run(
     capabilities: frozenset[str] = frozenset(CAPABILITIES),
 ) -> ExitCode:
     """Attach, serve, and say how it ended. Must run on the process's main thread (it installs signal handlers)."""
-    # JAX's own share is three quarters; the plan of `engine/memory_plan.py` says what each byte is for.
+    # JAX's default share is three quarters; the plan of `engine/memory_plan.py` says what each byte is for.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     if parent_pid:
         _die_with_parent()
@@ -167,7 +167,7 @@ def _create_external(settings: ExternalSettings, welcome: Welcome, progress: Rep
 
 
 def _stop_on_signals(worker: Worker) -> None:
-    """Once it serves, a signal lets it finish what is running; before that there is nothing to finish."""
+    """Once the worker serves, a signal lets it finish what is running; before that there is nothing to finish."""
 
     def handle(number: int, _frame: object) -> None:
         logger.info("stopping: %s", signal.Signals(number).name)
@@ -193,7 +193,7 @@ def _report(code: ExitCode, error: Exception) -> ExitCode:
 
 
 def _exit(code: ExitCode) -> None:
-    """At once: what the accelerator's libraries do at exit may wait for processes that are gone."""
+    """Exit at once: the accelerator's libraries may wait at exit for processes that are gone."""
     logging.shutdown()
     with contextlib.suppress(OSError):
         sys.stderr.flush()

@@ -14,21 +14,23 @@ from collections.abc import Callable
 
 PULSE_VARIABLE = "TX_WORKER_PULSE_FD"
 FIRST_LEASE_S = 60.0
-"""Until the server has said what the lease is, which a pulse then passes on."""
+"""The lease to assume until the server has said what it is."""
 READ_BYTES = 1 << 16
 
 
 def beat(lease_s: float) -> None:
-    """Tell the supervisor that this process lives, and for how long to believe it. Does nothing without one."""
+    """Tell the supervisor that this process lives, and for how long to believe it. Does nothing without a
+    supervisor."""
     descriptor = os.environ.get(PULSE_VARIABLE)
-    # A pipe that is full has a reader that was stopped, one that is broken has none: both are not our business.
+    # A full pipe has a reader that was stopped, a broken one has none: neither is our business.
     with contextlib.suppress(OSError):
         if descriptor:
             os.write(int(descriptor), b"%d\n" % round(1000 * (lease_s if math.isfinite(lease_s) else FIRST_LEASE_S)))
 
 
 class Pulse:
-    """The supervisor's end for one process: `descriptor` goes to it, `silence` is asked now and then."""
+    """The supervisor's end for one process: the process gets `descriptor`, the supervisor calls `silence` now and
+    then."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
@@ -39,7 +41,7 @@ class Pulse:
         self._last_beat = self._last_asked = clock()
 
     def close_writer(self) -> None:
-        """The process has its own copy now."""
+        """Close our copy of the writing end: the process has its own now."""
         os.close(self.descriptor)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which process of its mesh a worker is, as the launcher that started it says: Slurm, Kubernetes or MPI.
+"""Which process of its mesh a worker is, according to the launcher that started it: Slurm, Kubernetes or MPI.
 
 The rules are those of `jax.distributed` (jax/_src/clusters), read from the environment alone, because the server hears
 of a worker before JAX is imported. So `srun tx-async worker --connect …` is the whole command for any number of nodes.
@@ -15,13 +15,13 @@ from tx_async.errors import ConfigError
 KUBERNETES_PORT = 55527
 PORTS = 2**12
 FIRST_PORT = 65535 - PORTS + 1
-"""Ports of coordinators are taken from the last 4096 by the number of the job, so that two jobs seldom share one."""
+"""The job's number picks a coordinator's port among the last 4096, so that two jobs seldom share one."""
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
 )
-"""Open MPI; MPICH and what is built on it; MVAPICH."""
+"""Variables of Open MPI, of MPICH and what is built on it, and of MVAPICH."""
 
 Environment = Mapping[str, str]
 
@@ -30,7 +30,7 @@ class Rank(Struct, frozen=True):
     launcher: str
     process_id: int
     num_processes: int = 0
-    """0: the launcher does not say, the server's `backend_config` does."""
+    """0: the launcher does not say, but the server's `backend_config` does."""
     coordinator_address: str = ""
     """"": as `num_processes`."""
 
@@ -41,7 +41,7 @@ class Rank(Struct, frozen=True):
 
 
 def discover(environ: Environment, connect: str, host_name: Callable[[], str]) -> Rank | None:
-    """None where no launcher is recognised: a process of its own. host_name: this host's full one.
+    """None where no launcher is recognised: the process stands alone. host_name: returns this host's full name.
 
     Raises `ConfigError` for a launcher's variable that is no number.
     """
@@ -52,7 +52,7 @@ def discover(environ: Environment, connect: str, host_name: Callable[[], str]) -
 
 
 def _jax(environ: Environment, connect: str, host_name: Callable[[], str]) -> Rank | None:
-    """What a person has set for JAX comes first."""
+    """What a person has set for JAX takes precedence."""
     if "JAX_PROCESS_ID" not in environ:
         return None
     total = _number(environ, "JAX_NUM_PROCESSES", 0)
@@ -60,7 +60,7 @@ def _jax(environ: Environment, connect: str, host_name: Callable[[], str]) -> Ra
 
 
 def _slurm(environ: Environment, connect: str, host_name: Callable[[], str]) -> Rank | None:
-    """A step of `srun`; a batch script by itself is none."""
+    """Only a step of `srun` has a rank; a batch script by itself has none."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if not all(name in environ for name in needed):
         return None
@@ -71,7 +71,7 @@ def _slurm(environ: Environment, connect: str, host_name: Callable[[], str]) -> 
 
 
 def first_node(node_list: str) -> str:
-    """Of `node001`, `node001,host2`, `node[001-015],host2` or `node[001,007-015]-gpu`."""
+    """The first node of `node001`, `node001,host2`, `node[001-015],host2` or `node[001,007-015]-gpu`."""
     head, bracket, rest = node_list.partition("[")
     if not bracket or "," in head:
         return node_list.partition(",")[0]
@@ -107,7 +107,7 @@ def _kubernetes(environ: Environment, connect: str, host_name: Callable[[], str]
 
 
 def _mpi(environ: Environment, connect: str, host_name: Callable[[], str]) -> Rank | None:
-    """MPI does not tell where process 0 runs: the host of the server is taken for it, as JAX takes the launcher's."""
+    """MPI does not say where process 0 runs: the server's host is taken for it, as JAX takes the launcher's."""
     for rank, size in _MPI:
         if rank in environ and size in environ:
             host = connect.rpartition("//")[2].rpartition(":")[0]
@@ -125,5 +125,5 @@ def _number(environ: Environment, name: str, default: int | None = None) -> int:
     except ValueError:
         number = -1
     if number < 0:
-        raise ConfigError(f"{name} is {text!r}: no number of a process. Give --process-id by hand.")
+        raise ConfigError(f"{name} is {text!r}: not a process number. Give --process-id by hand.")
     return number

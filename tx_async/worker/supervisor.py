@@ -1,7 +1,8 @@
 """Starts worker processes, starts them again when they end, and says why they did.
 
-On the server's side: no JAX here. The server supervises `local_workers` processes; `attach_forever` does the same for
-`tx-async worker` on another host, so that a mesh comes back without an operator wherever its processes run.
+This is the server's side, so JAX is not imported here. The server supervises `local_workers` processes;
+`attach_forever` does the same for `tx-async worker` on another host, so that a mesh comes back without an operator
+wherever its processes run.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 RESTART_DELAY_MIN_S = 0.1
 RESTART_DELAY_MAX_S = 30.0
-"""The delay doubles from one to the other while a worker keeps dying."""
+"""The delay before a restart doubles from the first value to the second while a worker keeps dying."""
 EXTERNAL_DELAY_MAX_S = 10.0
-"""The same of a worker for an external engine, which is to attach within 30 s of that engine's return."""
+"""The maximum for a worker of an external engine, which must attach within 30 s of that engine's return."""
 HEALTHY_AFTER_S = 60.0
-"""A process that lived so long starts again with the shortest delay."""
+"""A process that lived this long restarts with the shortest delay."""
 LAST_LINE_CHARACTERS_MAX = 500
 FORCED_STOP_S = 10.0
 PULSE_POLL_S = 0.25
@@ -65,7 +66,7 @@ class WorkerProcess:
         log_level: str = "info",
         log_format: str = "text",
     ):
-        """`must_start`: that the first process finds that none can run ends `run`; else the next ones try."""
+        """`must_start`: `run` ends if the first process finds that none can run; otherwise the next ones try."""
         self.name = name
         self._is_json = log_format == "json"
         self.must_start = must_start
@@ -83,7 +84,7 @@ class WorkerProcess:
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
         self._last_line = ""
-        #: why it does not run at the moment; "" while it runs
+        #: why no process runs at the moment; "" while one runs
         self.exit_text = ""
         self._stopping = asyncio.Event()
         #: set unless `run` is running
@@ -102,7 +103,7 @@ class WorkerProcess:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     async def run(self) -> None:
-        """Keep a process running until `stop`. Raises `BaseModelError` when the first finds that none can run."""
+        """Keep a process running until `stop`. Raises `BaseModelError` when the first one finds that none can run."""
         self._ended.clear()
         try:
             await self._live_again_and_again()
@@ -115,11 +116,11 @@ class WorkerProcess:
             started = time.monotonic()
             try:
                 code = await self._live()
-            except OSError as error:  # no descriptor, no process, no memory left: a matter of the moment
+            except OSError as error:  # no descriptor, process or memory left: this passes
                 code, self.exit_text = None, f"could not be started: {error}"
             if self._stopping.is_set():
                 return
-            # At the first start this is the operator's to change. Later it has worked before, and may work again.
+            # At the first start, the operator must change something. Later, it has worked before and may work again.
             if code == ExitCode.CONFIGURATION and self.num_starts == 1 and self.must_start:
                 raise BaseModelError(self._last_line or None)
             if time.monotonic() - started > HEALTHY_AFTER_S or code in (ExitCode.STOPPED, ExitCode.DETACHED):
@@ -167,7 +168,7 @@ class WorkerProcess:
     async def _watch(self, process: asyncio.subprocess.Process, pulse: Pulse) -> None:
         while (silent_s := pulse.silence()) is None:  # noqa: ASYNC110 - what is waited for is another process
             await asyncio.sleep(PULSE_POLL_S)
-        logger.warning("worker process %s stands still for %.1f s and is ended", self.label, silent_s)
+        logger.warning("worker process %s has been stuck for %.1f s and is ended", self.label, silent_s)
         with contextlib.suppress(ProcessLookupError):
             process.kill()
 
@@ -211,7 +212,7 @@ class WorkerProcess:
 
 class SupervisorStatistics(Struct, frozen=True):
     processes: Gauge
-    """Worker processes of this server that run."""
+    """Running worker processes of this server."""
     starts: Counter
     """Starts of worker processes, the first ones included."""
 
@@ -239,7 +240,7 @@ class Supervisor:
         ] + [self._external_process(config, settings) for settings in external_engines(config)]
 
     def _external_process(self, config: ServerConfig, settings: ExternalSettings) -> WorkerProcess:
-        """The server can do without it: it ends nothing when it cannot start."""
+        """The process for an external engine. The server can do without it, so a failed start ends nothing."""
         return WorkerProcess(
             self._router.address,
             name=settings.name,
@@ -263,8 +264,8 @@ class Supervisor:
         )
 
     async def run(self) -> None:
-        """Until `stop`. Raises `BaseModelError` when a worker cannot ever start; no process is left then, or when
-        cancelled."""
+        """Keep all processes running until `stop`. Raises `BaseModelError` when a worker can never start. Then, and
+        when cancelled, no process is left."""
         tasks = [asyncio.create_task(process.run(), name=process.label) for process in self.processes]
         try:
             await asyncio.gather(*tasks)
@@ -295,7 +296,7 @@ class Supervisor:
 
 
 def external_engines(config: ServerConfig) -> list[ExternalSettings]:
-    """Of every engine that the configuration names. Raises `ConfigError`."""
+    """Settings of every external engine that the configuration names. Raises `ConfigError`."""
     if not config.external_inference_url:
         return []
     from_file = read_key_file(config.external_inference_api_key_file, "external_inference_api_key_file")
@@ -330,7 +331,7 @@ async def attach_forever(
 ) -> None:
     """Run a worker by hand (`tx-async worker`): it attaches, and after every loss attaches again, until a signal.
 
-    Raises `BaseModelError` for what no new attempt can change.
+    Raises `BaseModelError` for a failure that no new attempt can change.
     """
     process = WorkerProcess(
         connect, name=name, process_id=process_id, num_processes=num_processes,

@@ -10,7 +10,7 @@ from tx_async.worker.vllm_http import VllmHttp
 
 
 def create(welcome: Welcome, progress: ReportProgress, settings: ExternalSettings) -> ExternalEngine:
-    """Wait for vLLM and try it. Raises `ConfigError` for one that cannot sample for this server."""
+    """Wait for vLLM and try it. Raises `ConfigError` when it cannot sample for this server."""
     engine = ExternalEngine(lambda: VllmHttp(settings.url, settings.api_key), welcome, settings)
     try:
         engine.attach(progress)

@@ -1,6 +1,6 @@
 """vLLM's dialect of HTTP: `/v1/completions` by token ids, adapters by name, health. Written against vLLM 0.32.
 
-Every sampling parameter is sent, whatever its value: what a request leaves out, vLLM takes from the model's
+Every sampling parameter is sent, whatever its value: vLLM takes those that a request leaves out from the model's
 `generation_config.json`.
 """
 
@@ -22,19 +22,19 @@ from tx_async.worker.dialect import Completion, Prompt, RejectedByEngine, Served
 
 TESTED_VERSION = "0.32"
 TEMPERATURE_MIN = 0.01
-"""vLLM raises smaller ones to this without a word."""
+"""vLLM silently raises smaller temperatures to this."""
 TEMPERATURE_MAX = 2.0
 TOPK_LOGPROBS_MAX = 128
-"""The most that this server's API knows; `--max-logprobs` may be less."""
+"""The most that this server's API allows; `--max-logprobs` may be less."""
 STOP_STRINGS_MAX = 4
 CONNECT_S = 5.0
 ANSWER_S = 20.0
-"""For everything but loads and samples, which take as long as they take: the watch notices when nothing moves."""
+"""Time for all calls but loads and samples, which take as long as they take: the watch notices when nothing moves."""
 MESSAGE_CHARACTERS_MAX = 300
 COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
-# One line for every request would be all that a worker's log shows.
+# One line for every request would drown everything else in a worker's log.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
@@ -168,8 +168,8 @@ class VllmHttp:
 
 
 def completion_request(model: str, spec: SequenceSpec) -> dict[str, Any]:
-    """The body of `/v1/completions` but for its prompt. End-of-sequence tokens are named among the stop tokens, so
-    vLLM's own are ignored."""
+    """The body of `/v1/completions` except its prompt. End-of-sequence tokens are among the stop tokens, so vLLM's own
+    are ignored."""
     return {
         "model": model,
         "n": 1,
@@ -196,7 +196,7 @@ def completion_request(model: str, spec: SequenceSpec) -> dict[str, Any]:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """63 bits of both: sample i of a request draws from a stream of its own, the same after every restart."""
+    """63 bits that depend on both: sample i of a request draws from its own stream, the same after every restart."""
     digest = hashlib.blake2b(b"%d %d" % (seed, index), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -2,7 +2,7 @@
 
 The main thread issues commands and never waits for the device. Each command's `Pending` goes to a completion thread,
 which waits for the outcomes in the same order and answers; where the engine runs sampling beside training, sampling has
-its own. Saved adapters wait on threads of their own: files may take long, and nobody behind them should.
+its own. Saved adapters wait on threads of their own: files may take long, and nothing should wait behind them.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Worker:
         self.create_engine = create_engine
         #: issued commands in stream order; None ends the completion thread
         self._completions: Completions = queue.Queue(UNANSWERED_COMMANDS_MAX)
-        #: those of sampling; the same queue where nothing overlaps
+        #: issued sampling commands; the same queue where nothing overlaps
         self._sampling: Completions = self._completions
         #: set by the first fatal error, on any thread; nothing is answered after it
         self._crash: BaseException | None = None
-        #: commands that wait on a thread of their own, so that nobody waits behind them
+        #: commands that wait on threads of their own, so that nothing waits behind them
         self._slow: tuple[type, ...] = (SaveAdapter,)
         #: False while the engine is being built
         self.is_serving = False
