@@ -72,6 +72,6 @@ def test_what_is_no_whole_backup_is_refused(tmp_path: Path, capsys: pytest.Captu
     journal.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "is damaged" in refused(capsys, "restore", copy, "--data-dir", tmp_path / "other")
     (copy / "backup.json").unlink()
-    assert "no whole backup" in refused(capsys, "restore", copy, "--data-dir", tmp_path / "other")
+    assert "not a complete backup" in refused(capsys, "restore", copy, "--data-dir", tmp_path / "other")
     url = "postgresql://user@host/db"
     assert "pg_dump" in refused(capsys, "backup", tmp_path / "pg", "--database-url", url)

@@ -73,7 +73,7 @@ def test_a_server_speaks_https_and_follows_its_keys(tiny_qwen3, tmp_path):
         with pytest.raises(httpx.HTTPError):  # no plain HTTP on the same port
             httpx.get(server.base_url.replace("https", "http") + "/api/v1/healthz")
     assert "BEGIN" not in server.log() and bob not in server.log()
-    assert "stay as they were" in server.log() and "were read again" in server.log()
+    assert "the previous certificate stays" in server.log() and "were read again" in server.log()
     assert [key.name for key in read_keys(file).values()] == ["ops", "bob"]
 
 

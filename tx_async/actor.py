@@ -1,7 +1,7 @@
 """What an actor is in this project: the one owner of some live state, for as long as the server runs.
 
-- Nobody else writes its state. Others call its plain methods on the event loop's thread. These never await, so no
-  decision is ever seen half made: they tell it a fact (`Scheduler.tell`, `Performer.handle`) or leave work in its inbox
+- Nobody else writes its state. Others call its plain methods on the event loop's thread. These never await, so nobody
+  ever sees a half-made decision: they tell it a fact (`Scheduler.tell`, `Performer.handle`) or leave work in its inbox
   (`Journal.append`, `Outbox.post`).
 - `run` is its one task, started and cancelled by `running`. It raises when an invariant is broken or the actor can
   never go on; that ends every other actor, and with them the process. The journal brings the process back.
@@ -35,16 +35,16 @@ Message = TypeVar("Message")
 
 class Actor(Protocol):
     name: str
-    """As tasks, metrics and log lines call it."""
+    """Its name in tasks, metrics and log lines."""
 
     async def run(self) -> None:
-        """Until cancelled. Raises what it cannot go on after."""
+        """Run until cancelled. Raises any error after which the actor cannot go on."""
         ...
 
 
 class Inbox(deque[Message]):
-    """What waits for its one consumer, oldest first. Its owner bounds it: by refusing new work, or because every
-    message follows from work that was accepted within bounds."""
+    """Messages that wait for their one consumer, oldest first. The owner bounds their number: it refuses new work, or
+    every message follows from work that was accepted within bounds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class Inbox(deque[Message]):
         self._changed.set()
 
     def close(self) -> None:
-        """Nothing more will be posted."""
+        """Declare that nothing more will be posted."""
         self._is_closed = True
         self._changed.set()
 
     async def wait(self) -> bool:
-        """Until something is there: true. False once it is empty and closed."""
+        """Wait for a message; then True. False once the inbox is empty and closed."""
         while not self and not self._is_closed:
             self._changed.clear()
             await self._changed.wait()
@@ -70,7 +70,7 @@ class Inbox(deque[Message]):
 
 @asynccontextmanager
 async def running(*actors: Actor) -> AsyncIterator[TaskGroup]:
-    """All of them run while the context is open. When one fails, the others are cancelled and the context raises."""
+    """Run all actors while the context is open. When one fails, the others are cancelled and the context raises."""
     async with anyio.create_task_group() as group:
         for actor in actors:
             group.start_soon(actor.run, name=actor.name)

@@ -1,8 +1,8 @@
-"""Adapters made elsewhere become checkpoints: what a running server and one that stands still do alike.
+"""Turns adapters made elsewhere into checkpoints, in the same way for a running server and a stopped one.
 
-What another server of ours has saved is taken as it is, after a check of every hash. A PEFT adapter is checked and
-converted in a process of its own (`models/import_adapter.py`). The files are stored, then the records are written: a
-session, a run that cannot be trained, and its one checkpoint.
+A checkpoint that another tx_async server has saved is taken as it is, after a check of every hash. A PEFT adapter is
+checked and converted in a process of its own (`models/import_adapter.py`). The files are stored, then the records are
+written: a session, a run that cannot be trained, and its one checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Imported(Struct, frozen=True):
 
 @asynccontextmanager
 async def converted(folder: Path, base: BaseModelInfo, is_trusted: bool = False) -> AsyncIterator[Converted]:
-    """The adapter in `folder` as this server's files, while the context is open. Raises `InvalidRequest`: why not."""
+    """The adapter in `folder` as this server's files, while the context is open. Raises `InvalidRequest` with the
+    reason."""
     if own_checkpoint.is_own(folder):
         own = await asyncio.to_thread(own_checkpoint.read, folder, base)
         if not is_trusted:
@@ -61,7 +62,7 @@ async def converted(folder: Path, base: BaseModelInfo, is_trusted: bool = False)
 
 
 def _check_same(told: AdapterConfig, found: AdapterConfig) -> None:
-    """metadata.json is the client's word; the tensors are what the engine will read."""
+    """Compare metadata.json, which is the client's word, with the tensors, which the engine will read."""
     for field in ("rank", "train_attn", "train_mlp", "train_unembed"):
         if getattr(told, field) != getattr(found, field):
             raise InvalidRequest(
@@ -97,8 +98,8 @@ async def store(
     now: float,
     model_id: str = "",
 ) -> Imported:
-    """Make the files durable. The caller makes the records so, afterwards. `model_id`: of the run, a new one unless
-    given. Raises `StorageError`."""
+    """Make the files durable; afterwards, the caller commits the records. `model_id`: the run's id, a new one by
+    default. Raises `StorageError`."""
     session = SessionRecord(session_id=ids.new_id("s"), owner=owner, created_at=now, tags=("import",))
     model = ModelRecord(
         model_id=model_id or ids.model_id(session.session_id, 0),

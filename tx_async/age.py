@@ -1,6 +1,7 @@
 """Exports that only their recipients can read: the age format (age-encryption.org), by pyrage.
 
-Recipients are native X25519 keys (`age1…`) or SSH public keys. Imported where it is needed: most servers never encrypt.
+Recipients are native X25519 keys (`age1…`) or SSH public keys. pyrage is imported where it is needed: most servers
+never encrypt.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ RECIPIENTS_MAX = 10
 
 
 def check_recipients(recipients: Sequence[str]) -> tuple[str, ...]:
-    """Raises `InvalidRequest` that names the one that is wrong."""
+    """Returns the recipients. Raises `InvalidRequest` naming the one that is wrong."""
     if len(recipients) > RECIPIENTS_MAX:
         raise InvalidRequest(f"age_encryption_recipients has {len(recipients)} entries; at most {RECIPIENTS_MAX}.")
     for recipient in recipients:
@@ -25,7 +26,7 @@ def check_recipients(recipients: Sequence[str]) -> tuple[str, ...]:
 
 
 def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str, bytes]:
-    """Every file as `NAME.age`, for all recipients; as they are when there are none."""
+    """Every file as `NAME.age`, encrypted for all recipients; unchanged files when there are none."""
     if not recipients:
         return dict(files)
     keys = [_parse(recipient) for recipient in recipients]
@@ -39,9 +40,9 @@ def _parse(recipient: str) -> Any:
     try:
         return kind.from_str(recipient)
     except pyrage.RecipientError as error:
-        raise InvalidRequest(f"age_encryption_recipients: {recipient[:200]!r} is no recipient: {error}.") from None
+        raise InvalidRequest(f"age_encryption_recipients: {recipient[:200]!r} is not a recipient: {error}.") from None
 
 
 def _pyrage() -> Any:
-    """A compiled module, whose names type checkers do not see; not every server needs it."""
+    """Import pyrage: a compiled module, whose names type checkers do not see, and which not every server needs."""
     return importlib.import_module("pyrage")

@@ -1,8 +1,8 @@
 """The composition root: `hypercorn tx_async.app:app` serves; `create_app(config)` is what the command line uses.
 
-At start: read the base model's description, open the journal (it migrates and takes the lease), see that base model,
-journal and storage belong together, recover the live state, open the doors for workers, spawn the local ones. A server
-that cannot start says why in one line and ends.
+At start it reads the base model's description, opens the journal (which migrates and takes the lease), checks that base
+model, journal and storage belong together, recovers the live state, opens the doors for workers and spawns the local
+ones. A server that cannot start says why in one line and ends.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ from tx_async.wire.worker import StorageProbe
 from tx_async.worker.supervisor import DEFAULT_ENGINE, Supervisor
 
 WORKERS_STOP_S = 2.0
-"""What draining and snapshots leave of `shutdown_ms` for the workers to end."""
+"""The part of `shutdown_ms` that draining and snapshots leave for the workers to end."""
 
 _log = logging.getLogger(__name__)
 
 
 class Observed(Protocol):
     def statistics(self) -> Struct:
-        """Of `Counter` and `Gauge` fields."""
+        """A struct of `Counter` and `Gauge` fields."""
         ...
 
 
@@ -78,7 +78,7 @@ class Server:
         self.router: Router | None = None
         self.scheduler: Scheduler | None = None
         self.identity: Identity | None = None
-        #: the actors that count what they do, by name; `running` has made them
+        #: the actors that have statistics, by name; `running` makes them
         self.observed: dict[str, Observed] = {}
 
     @asynccontextmanager
@@ -159,11 +159,12 @@ class Server:
 
 
 async def _storage_probe(store: Store, config: ServerConfig) -> StorageProbe | None:
-    """For workers from other hosts, where there may be any. A server whose storage is away starts all the same."""
+    """Write the probe for workers on other hosts, if there may be any. A server whose storage is away starts all the
+    same."""
     if not config.worker_address:
         return None
     try:
-        # Not the address alone: a second server that finds it taken would have replaced the first one's word.
+        # Not the address alone: a second server, before it finds the address taken, would replace the first one's word.
         return await write_probe(store, f"{config.data_path} {config.worker_address}")
     except StorageError as error:
         _log.warning("Workers are not asked whether they share the storage: %s", error)
@@ -210,14 +211,14 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
                 reading.cancel()
     except BaseException as error:
         if started:
-            # The ASGI server would go on without its actors: end the process, the journal brings it back.
+            # The ASGI server would go on without its actors. End the process; the journal brings it back.
             _log.critical("The server stops: %s", _reason(error))
             os.kill(os.getpid(), signal.SIGTERM)
         raise
 
 
 async def _write_nothing(scheduler: Scheduler) -> None:
-    """A transaction that goes all the way to the disk."""
+    """Commit a transaction without content that still goes all the way to the disk."""
     await scheduler.journal.commit([Delete("audit", "health")])
 
 

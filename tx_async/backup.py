@@ -1,12 +1,12 @@
 """`tx-async backup` and `tx-async restore`: a consistent copy of the journal and of every file that it names, taken
 while the server runs.
 
-    DIR/tx_async.db, tx_async.db.payloads/   the journal as of one moment
-    DIR/checkpoints/                         the storage's identity, and what the journal's records name
-    DIR/backup.json                          written last: a folder without it is no backup
+    DIR/tx_async.db, tx_async.db.payloads/   the journal as of one moment DIR/checkpoints/                         the
+    storage's identity, and what the journal's records name DIR/backup.json written last: a folder without it is not a
+    backup
 
-The journal is copied first. A running server goes on meanwhile, and may delete what the copy still names: then the copy
-is taken again. Every checkpoint and body is compared with its hash, here and after a restore.
+The journal is copied first. A running server goes on meanwhile and may delete files that the copy still names; then the
+copy is taken again. Every checkpoint and body is compared with its hash, here and after a restore.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ STORAGE = "checkpoints"
 MANIFEST = "backup.json"
 FORMAT = 1
 ATTEMPTS = 5
-"""Copies that a busy server's deletions may spoil."""
+"""How many copies to try, because a busy server's deletions may spoil one."""
 
 
 def backup(config: ServerConfig, folder: Path) -> str:
-    """Returns what was copied, in a sentence. Raises `ConfigError`."""
+    """Returns a sentence that says what was copied. Raises `ConfigError`."""
     source = journal_path(config)
     if not source.is_file():
-        raise ConfigError(f"There is no journal {source}: which server is meant? Give its --data-dir.")
+        raise ConfigError(f"There is no journal {source}. Name the server's --data-dir.")
     _check_empty(folder)
     for attempt in range(ATTEMPTS):
         try:
@@ -54,7 +54,7 @@ def backup(config: ServerConfig, folder: Path) -> str:
         except (NotFound, ContentLost) as error:
             _clear(folder)
             if attempt == ATTEMPTS - 1:
-                raise ConfigError(f"The backup is not whole: {error.message}") from error
+                raise ConfigError(f"The backup is incomplete: {error.message}") from error
         except (TxError, OSError, sqlite3.Error) as error:
             _clear(folder)
             raise ConfigError(f"The backup failed: {error}") from error
@@ -62,7 +62,7 @@ def backup(config: ServerConfig, folder: Path) -> str:
 
 
 def restore(folder: Path, config: ServerConfig) -> str:
-    """Into the data_dir, or the places, of `config`, where nothing must be yet. Raises `ConfigError`."""
+    """Restore into the data_dir, or the places, of `config`, which must be empty. Raises `ConfigError`."""
     manifest = _read_manifest(folder)
     target = journal_path(config)
     if target.exists():
@@ -75,14 +75,14 @@ def restore(folder: Path, config: ServerConfig) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(_payloads(folder / JOURNAL), _payloads(target), dirs_exist_ok=True)
         _check_bodies(folder / JOURNAL, _payloads(target))
-        shutil.copyfile(folder / JOURNAL, target)  # last: without it there is nothing to start with
+        shutil.copyfile(folder / JOURNAL, target)  # last: without it a server has nothing to start with
     except (TxError, OSError, sqlite3.Error) as error:
         raise ConfigError(f"The restore failed: {error}") from error
     return f"Restored {manifest['records']} records to {target} and their files to {store.address}."
 
 
 def journal_path(config: ServerConfig) -> Path:
-    """Raises `ConfigError` for a database that has tools of its own."""
+    """The journal's file. Raises `ConfigError` for a database that has backup tools of its own."""
     url = config.resolved_database_url
     if not url.startswith("sqlite:///"):
         raise ConfigError(
@@ -114,7 +114,7 @@ def _copy(config: ServerConfig, source: Path, folder: Path) -> str:
 
 
 def _copy_database(source: Path, target: Path) -> None:
-    """As of one moment: SQLite's own backup reads past the server's lock and leaves its commits alone."""
+    """Copy the state of one moment: SQLite's own backup ignores the server's lock and does not disturb its commits."""
     with closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as live, closing(sqlite3.connect(target)) as copy:
         live.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")
@@ -129,7 +129,7 @@ def _copy_payloads(source: Path, target: Path) -> None:
             try:
                 shutil.copyfile(_payloads(source) / name, _payloads(target) / name)
             except FileNotFoundError as error:
-                raise ContentLost(f"The body {name} has gone meanwhile.") from error
+                raise ContentLost(f"The body {name} was deleted meanwhile.") from error
 
 
 def _check_bodies(journal: Path, payloads: Path) -> None:
@@ -155,7 +155,7 @@ def _payloads(journal: Path) -> Path:
 
 
 def _copy_storage(source: Store, target: Store, records: list[Record]) -> int:
-    """Returns how many checkpoints and snapshots. Raises `NotFound` for one that has gone."""
+    """Returns the number of checkpoints and snapshots. Raises `NotFound` for one that was deleted."""
     keys = sorted({key for record in records for key in _keys_of(record)})
     for key in keys:
         for name in (*read_manifest_sync(source, key).files, METADATA):
@@ -163,7 +163,7 @@ def _copy_storage(source: Store, target: Store, records: list[Record]) -> int:
         verify_checkpoint_sync(target, key)
     try:
         target.put_sync(IDENTITY, source.get_sync(IDENTITY))
-    except NotFound:  # of a server that has never met its storage
+    except NotFound:  # the server has never reached its storage
         if keys:
             raise
     return len(keys)
@@ -202,7 +202,7 @@ def _read_manifest(folder: Path) -> dict[str, object]:
         manifest = json.loads((folder / MANIFEST).read_text())
         assert manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ConfigError(f"{folder} is no whole backup: {MANIFEST} is missing or cannot be read.") from error
+        raise ConfigError(f"{folder} is not a complete backup: {MANIFEST} is missing or cannot be read.") from error
     return manifest
 
 

@@ -39,12 +39,12 @@ ARCHITECTURES = (
     "Glm4MoeForCausalLM",
     "Glm4MoeLiteForCausalLM",
 )
-"""Classes of `models/families.py`, which this process cannot import: it knows no JAX."""
+"""The classes of `models/families.py`, which this process cannot import because it must not import JAX."""
 
 
 def read(base_model: str, name: str, engine: EngineConfig) -> BaseModelInfo:
-    """Read a folder, or a hub name through `huggingface_hub`. name: what clients call it, or a list with commas. Raises
-    `BaseModelError` that says what is wrong with it."""
+    """Read a folder, or a hub name through `huggingface_hub`. name: what clients call the model, or a comma-separated
+    list. Raises `BaseModelError` saying what is wrong."""
     if not base_model:
         raise BaseModelError("No base model is configured: set TX_BASE_MODEL or --base-model to a folder or hub name.")
     folder = resolve(base_model)
@@ -77,7 +77,9 @@ def _context(path: Path, config: dict[str, Any], asked: int) -> int:
     """asked: `max_context_length`, 0 = the model's own limit."""
     limit = model_folder.context_length(config)
     if asked > limit:
-        raise BaseModelError(f"max_context_length is {asked}; by {path} the model takes at most {limit} positions.")
+        raise BaseModelError(
+            f"max_context_length is {asked}; according to {path}, the model takes at most {limit} positions."
+        )
     return asked or limit
 
 
@@ -93,7 +95,8 @@ def resolve(base_model: str) -> Path:
 
 
 def check_weights(folder: Path) -> None:
-    """Every shard is there and as long as its header says; hub folders without weights yet are left to the worker."""
+    """Check that every shard is there and as long as its header says; the worker checks hub folders without weights
+    yet."""
     present = [name for name in model_folder.weight_files(folder) if (folder / name).exists()]
     if present or "snapshots" not in folder.parts:
         tensor_files.open_folder(folder)

@@ -1,4 +1,4 @@
-"""`tx-async chat`: a conversation in the terminal, over the same route as everybody's."""
+"""`tx-async chat`: a conversation in the terminal, over the route that every client uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 @dataclass
 class Talk:
-    """One conversation with one model, and how it is asked."""
+    """One conversation with one model, and its sampling settings."""
 
     base_url: str
     api_key: str
@@ -30,7 +30,7 @@ class Talk:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Forget what was said."""
+        """Forget the conversation so far."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def connect(self) -> httpx.Client:
@@ -39,13 +39,14 @@ class Talk:
         return httpx.Client(base_url=self.base_url.rstrip("/") + ROUTES, headers=headers, timeout=timeout)
 
     def choose_model(self, client: httpx.Client) -> None:
-        """The base model, where nobody said which."""
+        """Take the base model if none was named."""
         response = client.get("/models")
         _check(response)
         self.model = self.model or response.json()["data"][0]["id"]
 
     def say(self, client: httpx.Client, text: str) -> Iterator[tuple[str, str]]:
-        """("reasoning" or "text", a piece of the answer). What was said is kept, also of an answer that was ended."""
+        """Yield ("reasoning" or "text", a piece of the answer). The text is kept, even that of an interrupted
+        answer."""
         self.messages.append({"role": "user", "content": text})
         body = {"model": self.model, "messages": self.messages, "stream": True, **self.fields}
         answer = ""
@@ -63,7 +64,7 @@ class Talk:
 
 
 def pieces(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
-    """Of a stream's events. Raises `ConfigError` where one says that it failed."""
+    """The pieces in a stream of events. Raises `ConfigError` when an event reports a failure."""
     for line in lines:
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
@@ -77,7 +78,7 @@ def pieces(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
 
 
 def run(talk: Talk, source: TextIO, sink: TextIO) -> int:
-    """Until the input ends. Raises `ConfigError` where there is no server to talk to."""
+    """Chat until the input ends. Raises `ConfigError` when there is no server to talk to."""
     is_terminal = sink.isatty()
     with talk.connect() as client:
         try:
@@ -103,7 +104,7 @@ def _read(source: TextIO, sink: TextIO) -> str | None:
 
 
 def _answer(talk: Talk, client: httpx.Client, text: str, sink: TextIO, is_terminal: bool) -> None:
-    """An answer that fails is a line; the conversation goes on."""
+    """Print an answer. A failure is printed as one line, and the conversation goes on."""
     try:
         with suppress(KeyboardInterrupt):
             for kind, piece in talk.say(client, text):
@@ -118,7 +119,7 @@ def _answer(talk: Talk, client: httpx.Client, text: str, sink: TextIO, is_termin
 
 
 def _plain(text: str) -> str:
-    """Without what would steer the terminal: a model may say anything."""
+    """Text without control characters, which would steer the terminal: a model may say anything."""
     return "".join(character for character in text if character in "\n\t" or character.isprintable())
 
 

@@ -1,4 +1,4 @@
-"""`tx-async checkpoints`: list and delete those of one API key on a running server."""
+"""`tx-async checkpoints`: list and delete one API key's checkpoints on a running server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = 1000
 
 
 def everything(base_url: str, api_key: str) -> list[Checkpoint]:
-    """Newest first."""
+    """All checkpoints, newest first."""
     found: list[Checkpoint] = []
     while True:
         path = f"/api/v1/checkpoints?limit={PAGE}&offset={len(found)}"
@@ -30,9 +30,9 @@ def everything(base_url: str, api_key: str) -> list[Checkpoint]:
 def doomed(
     checkpoints: Sequence[Checkpoint], patterns: Sequence[str], run: str, keep_last: int | None
 ) -> list[Checkpoint]:
-    """Those that match (all, without patterns), but the newest `keep_last` of each run and kind.
+    """The checkpoints that match (all, without patterns), except the newest `keep_last` of each run and kind.
 
-    Raises `ConfigError` where nothing would say which ones, or a path without a * is not there.
+    Raises `ConfigError` when nothing says which ones are meant, or a path without a * does not exist.
     """
     if not (patterns or run or keep_last is not None):
         raise ConfigError("Which checkpoints? Name paths, --run, or --keep-last.")

@@ -1,8 +1,8 @@
 """`tx-async`: one command per thing that an operator does. Each imports only its own side, so `--help` is instant and
 the server never sees JAX.
 
-What the operator can change (`ConfigError`, an occupied port) is one line on stderr and exit code 2; a traceback is a
-bug.
+An error that the operator can fix (`ConfigError`, an occupied port) is one line on stderr and exit code 2; a traceback
+is a bug.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command_docs() -> list[tuple[str, str, str]]:
-    """(command, what it does, its own flags) of every command; the table in schemas/commands.md and its test."""
+    """(command, what it does, its own flags) for every command: the table in schemas/commands.md and its test use
+    it."""
     docs = []
     for name, command, summary in _commands_of(parser()):
         options = [flag for action in command._actions for flag in action.option_strings if flag.startswith("--")]
@@ -80,7 +81,7 @@ def command_docs() -> list[tuple[str, str, str]]:
 
 
 def _commands_of(top: argparse.ArgumentParser) -> list[tuple[str, argparse.ArgumentParser, str]]:
-    """Every command and every action of one, by its full name."""
+    """Every command and every action of a command, with its full name."""
     found = []
     for group in (action for action in top._actions if isinstance(action, argparse._SubParsersAction)):
         summaries = {choice.dest: choice.help or "" for choice in group._choices_actions}
@@ -128,13 +129,13 @@ def _add_config_flags(command: argparse.ArgumentParser) -> None:
             help=(field.doc.replace("%", "%%") + shown).strip(),
             **switch,
         )
-    taken = command.add_argument_group("settings of SkyRL tx, which are taken as well")
+    taken = command.add_argument_group("settings of SkyRL tx, which are accepted as well")
     for name, foreign in compatibility.SERVER.items():
         taken.add_argument("--" + name.replace("_", "-"), metavar="STR", help=foreign.doc)
 
 
 def _load_config(args: argparse.Namespace) -> ServerConfig:
-    """File < environment < flags, as `config.load` says."""
+    """The settings of file < environment < flags, as in `config.load`."""
     environ = dict(os.environ)
     if args.config:
         environ["TX_CONFIG"] = args.config
@@ -173,7 +174,7 @@ def _add_worker(commands: Any) -> None:
         "--capabilities", default="", help="what the engine can do [train,sample,score; of vllm: sample]"
     )
     command.add_argument("--vllm-url", default="", metavar="URL", help="where vLLM listens, http://127.0.0.1:8001")
-    command.add_argument("--vllm-lora-dir", default="", metavar="DIR", help="folder for adapters, seen by vLLM, too")
+    command.add_argument("--vllm-lora-dir", default="", metavar="DIR", help="folder for adapters that vLLM also sees")
     command.add_argument("--vllm-api-key-file", default="", metavar="FILE", help="file with vLLM's API key")
     command.add_argument(
         "--vllm-allow-unproven", action="store_true", help="let vLLM sample adapters of mixtures of experts, too"
@@ -182,7 +183,7 @@ def _add_worker(commands: Any) -> None:
 
 
 def _worker(args: argparse.Namespace) -> int:
-    """Until a signal: whatever ends the worker's process, or its mesh, the next one attaches again."""
+    """Run until a signal: whatever ends the worker's process or its mesh, the next process attaches again."""
     import asyncio
 
     from tx_async.private import private_umask
@@ -225,7 +226,7 @@ def _external_engine(args: argparse.Namespace) -> ExternalSettings | None:
 
 
 def _rank(args: argparse.Namespace, is_mesh: bool) -> Rank:
-    """Flags come before what the launcher says; a worker that does not train is no part of a mesh."""
+    """Flags take precedence over the launcher; a worker that does not train is not part of a mesh."""
     import socket
 
     from tx_async.worker.ranks import Rank, discover
@@ -333,9 +334,9 @@ def _doctor(args: argparse.Namespace) -> int:
 def _add_deploy(commands: Any) -> None:
     command = commands.add_parser(
         "deploy",
-        help="files to run a server elsewhere, or to watch it: docker, systemd, slurm, kubernetes, grafana",
+        help="print files that run or watch a server elsewhere: docker, systemd, slurm, kubernetes, grafana",
         usage="tx-async deploy KIND --base-model DIR_OR_HUB_NAME [--output DIR] [settings]",
-        description="Print files that are filled in with the settings given, or write them to a folder.",
+        description="Print files filled in with the given settings, or write them to a folder.",
     )
     command.add_argument(
         "kind", metavar="KIND", choices=("docker", "systemd", "slurm", "kubernetes", "grafana"),
@@ -372,7 +373,7 @@ def _deploy(args: argparse.Namespace) -> int:
 def _add_schemas(commands: Any) -> None:
     command = commands.add_parser(
         "schemas",
-        help="write the generated files of a checkout anew",
+        help="rewrite the generated files of a checkout",
         description="JSON Schemas, golden messages, the OpenAPI description and the tables of schemas/.",
     )
     command.add_argument(

@@ -16,14 +16,14 @@ LoadConfig = Callable[[argparse.Namespace], ServerConfig]
 def add(commands: Any, add_settings: AddSettings, load_config: LoadConfig) -> None:
     saving = commands.add_parser(
         "backup",
-        help="copy a server's journal and storage into a folder, also while it runs",
+        help="copy a server's journal and storage into a folder, even while it runs",
         description="A consistent copy, verified, of what --data-dir (or --database-url and --checkpoints-base) hold.",
     )
     saving.add_argument("folder", metavar="DIR", type=Path, help="a folder that is empty or not there yet")
     restoring = commands.add_parser(
         "restore",
-        help="make a backup a server's data again",
-        description="Into --data-dir, which must have no journal yet; the server starts there as it did before.",
+        help="turn a backup into a server's data again",
+        description="Restores into --data-dir, which must have no journal yet; the server starts there as before.",
     )
     restoring.add_argument("folder", metavar="DIR", type=Path, help="what `tx-async backup` has written")
     add_settings(saving)

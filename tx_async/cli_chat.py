@@ -13,8 +13,8 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "chat",
         help="talk to a running server's model in the terminal",
-        description="Messages go to the server's OpenAI-compatible route, answers come as they are sampled. Ctrl-C "
-        "ends an answer, or with none under way the chat; an empty line begins a new conversation.",
+        description="Messages go to the server's OpenAI-compatible route; answers appear as they are sampled. Ctrl-C "
+        "ends an answer, or the chat when none is under way; an empty line begins a new conversation.",
     )
     command.add_argument("--model", default="", metavar="NAME", help="base model or tinker:// path [the base model]")
     command.add_argument("--base-url", default="", metavar="URL", help=f"[TINKER_BASE_URL, or {USUAL_URL}]")

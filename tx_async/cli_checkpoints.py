@@ -18,7 +18,7 @@ def add_import(
     command = commands.add_parser(
         "import",
         help="make checkpoints of a PEFT adapter, or of what another server has saved, and print their tinker:// paths",
-        description="Into a running server (--base-url), or into the data of one that stands still (--data-dir and "
+        description="Imports into a running server (--base-url), or into the data of a stopped one (--data-dir and "
         "--base-model). A PEFT adapter is checked: base, modules, rank, alpha, dtype. Checkpoints of another server "
         "with the same base (a folder or archive of one, or a storage with many) are checked against their hashes.",
     )
@@ -53,7 +53,9 @@ def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace]
 
 def add_checkpoints(commands: Any) -> None:
     command = commands.add_parser(
-        "checkpoints", help="checkpoints of a running server: list, delete, export", description="Those of one API key."
+        "checkpoints",
+        help="checkpoints of a running server: list, delete, export",
+        description="Manages the checkpoints of one API key.",
     )
     actions = command.add_subparsers(title="actions", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="path, bytes and time of every checkpoint, newest first")
@@ -68,7 +70,7 @@ def add_checkpoints(commands: Any) -> None:
     export.add_argument(
         "--no-unembed",
         action="store_true",
-        help="leave out what adapts the unembedding, which cannot be merged where embeddings are tied",
+        help="leave out the unembedding's part, which cannot be merged where embeddings are tied",
     )
     for action, run in ((listing, _list), (delete, _delete), (export, _export)):
         _add_server(action)
@@ -92,7 +94,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _delete(args: argparse.Namespace) -> int:
-    """Prints the paths that are gone, one a line."""
+    """Prints the paths that were deleted, one a line."""
     from tx_async import checkpoints_command
 
     found = checkpoints_command.everything(args.base_url, args.api_key)

@@ -1,4 +1,4 @@
-"""Time as an argument, so that a simulated run is a function of its seed."""
+"""Time is an argument, so that a simulated run is a function of its seed."""
 
 import time
 from typing import Protocol
@@ -6,11 +6,11 @@ from typing import Protocol
 
 class Clock(Protocol):
     def now(self) -> float:
-        """Seconds since the epoch: what records carry."""
+        """Seconds since the epoch, for records."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds that never jump: what time-outs and shares are measured in."""
+        """Seconds that never jump, for time-outs and shares."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""Settings of SkyRL tx: a user who comes from there changes the command's name and nothing else.
+"""Accepts the settings of SkyRL tx: a user who comes from there changes the command's name and nothing else.
 
-What has another name here is taken under it; what has no meaning here is taken, too, and one line says what happens
+A setting with another name here is translated; one without a meaning here is accepted, and one line says what happens
 instead. Sources: the `EngineConfig` of its server and the `JaxBackendConfig` of its JAX backend (as of August 2026).
 """
 
@@ -27,11 +27,11 @@ class Foreign(Struct, frozen=True):
 
     doc: str
     take: Callable[[Any, Note], dict[str, Any]]
-    """(value, where to say what happens instead) -> settings of ours. Raises `ConfigError`."""
+    """(value, a function to report what happens instead) -> settings of ours. Raises `ConfigError`."""
 
 
 def _seconds(ours: str, instead: str) -> Callable[[Any, Note], dict[str, Any]]:
-    """Under another name; -1 means "never" there."""
+    """A duration under another name, for which -1 means "never" there."""
 
     def take(value: Any, note: Note) -> dict[str, Any]:
         if str(value).strip() != "-1":
@@ -64,7 +64,7 @@ def _sequences(value: Any, note: Note) -> dict[str, Any]:
 
 
 def _absent(ours: str) -> Callable[[Any, Note], dict[str, Any]]:
-    """null is the default."""
+    """A setting whose null means the default."""
     return lambda value, note: {} if value is None else {ours: value}
 
 
@@ -81,7 +81,7 @@ SERVER = {
         "Of SkyRL tx: taken and not needed.", _instead("requests to workers share one connection, without a limit")
     ),
 }
-"""Flags, keys of the file, and (with TX_ before them) variables."""
+"""Names of flags, keys of the file and (with TX_ before them) variables."""
 
 BACKEND = {
     "enforce_eager": Foreign("", _instead("every program is compiled, once, and kept in compilation_cache_dir")),
@@ -101,7 +101,7 @@ BACKEND = {
 
 
 def translated(values: Values, known: Iterable[str], note: Note, foreign: Mapping[str, Foreign], where: str) -> Values:
-    """Settings in our own names. What is given under both counts in ours. where: whose keys these are, for messages.
+    """The settings under our own names. If both names are given, ours wins. where: whose keys these are, for messages.
 
     Raises `ConfigError` for a key that is nobody's, with the nearest one that exists.
     """
@@ -120,7 +120,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 def worker_door(values: Values, note: Note) -> Values:
-    """A mesh over hosts needs a door for the workers of the others; there, a coordinator's address is enough."""
+    """A mesh over hosts needs a door for the other hosts' workers; in SkyRL tx, a coordinator's address is enough."""
     backend = values.get("backend_config")
     if values.get("worker_address") or not isinstance(backend, dict):
         return values
@@ -128,7 +128,9 @@ def worker_door(values: Values, note: Note) -> Values:
     if not host or int(backend.get("num_processes") or 1) < 2 or host in ("localhost", "127.0.0.1", "[::1]"):
         return values
     address = f"tcp://0.0.0.0:{WORKER_PORT}"
-    note(f"backend_config.coordinator_address is on {host}: workers of others attach at {address} (worker_address).")
+    note(
+        f"backend_config.coordinator_address is on {host}: workers of other hosts attach at {address} (worker_address)."
+    )
     return {**values, "worker_address": address}
 
 
@@ -138,5 +140,5 @@ def host_of(address: str) -> str:
 
 
 def connect_of(coordinator_address: str) -> str:
-    """Where a worker finds the server of this coordinator, unless it is told another place."""
+    """Where a worker finds this coordinator's server, unless it is told another address."""
     return f"tcp://{host_of(coordinator_address)}:{WORKER_PORT}"

@@ -1,4 +1,4 @@
-"""Configuration of the server: one frozen struct; file (TOML) < environment (`TX_…`) < flags. Unknown keys are
+"""The server's configuration: one frozen struct, read from file (TOML) < environment (`TX_…`) < flags. Unknown keys are
 refused by name."""
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that the server can be told. Units and qualifiers stand last in the names."""
+    """Every setting of the server. Units and qualifiers come last in the names."""
 
     base_model: str = ""
     """Folder, or hub name, of the Hugging Face model that every adapter belongs to."""
     base_model_name: str = ""
-    """Name that clients use for it, or several, separated by commas (in a file: a list); the first is reported. Empty =
-    `base_model` itself."""
+    """Name that clients use for the base model, or several, separated by commas (in a file: a list); the first is
+    reported. Empty = `base_model` itself."""
     tokenizer: str = ""
     """Hub name or folder where clients find the tokenizer; empty = `base_model_name` if that is a hub name, else
     `base_model`. The server reads its own from `base_model`."""
@@ -37,36 +37,36 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     database_url: str = ""
     """`sqlite:///absolute/path.db` or `postgresql://…`; empty = `tx_async.db` in `data_dir`."""
     database_prepared_statements: bool = True
-    """`false` for a PostgreSQL pooler that loses prepared statements (pgbouncer before 1.21, RDS Proxy); they are off
-    by themselves where it gives sessions to transactions."""
+    """`false` for a PostgreSQL pooler that loses prepared statements (pgbouncer before 1.21, RDS Proxy). They are
+    always off behind one that lends sessions to transactions."""
     data_dir: str = ""
     """Home of everything durable that has no place of its own; empty = `~/.local/share/tx_async`."""
     checkpoints_base: str = ""
-    """Folder, or `s3://`, `gs://`, `az://` address, of checkpoints; empty = `checkpoints` in `data_dir`."""
+    """Folder, or `s3://`, `gs://` or `az://` address, for checkpoints; empty = `checkpoints` in `data_dir`."""
     compilation_cache_dir: str = ""
-    """Compiled programs, run as they are found, so let nobody else write there; empty = `compilation_cache` in
-    `data_dir`."""
+    """Folder for compiled programs. They are run as they are found, so let nobody else write there; empty =
+    `compilation_cache` in `data_dir`."""
     adopt: bool = False
-    """This start means it that the base model or the storage is another than the journal's; not remembered, and never
-    in a file."""
+    """Accept, for this start only, that the base model or the storage is not the journal's. It cannot stand in a
+    file."""
     api_keys_file: str = ""
-    """File of hashed API keys (`tx-async keys`); required unless the server listens on loopback only. A change of it
-    counts at once."""
+    """File of hashed API keys (`tx-async keys`); required unless the server listens on loopback only. Changes take
+    effect at once."""
     allowed_hosts: str = ""
     """Names, separated by commas, that a server without keys answers to besides those of loopback; `*` = any."""
     allowed_origins: str = ""
     """Origins (`https://host:port`), separated by commas, whose pages may use a server without keys; `*` = any."""
     cors_origins: str = ""
     """Origins, separated by commas, whose pages may call the OpenAI- and Anthropic-compatible routes and read the
-    answers; `*` = any; empty = none. A server without keys wants them in `allowed_origins`, too."""
+    answers; `*` = any; empty = none. On a server without keys, list them in `allowed_origins`, too."""
     trusted_proxies: str = ""
     """Addresses or networks, separated by commas, of proxies whose X-Forwarded-Proto and X-Forwarded-Host are
     believed."""
     dashboard: bool | None = None
-    """The page at `/`; by default where `host` is loopback. Where there are keys the page asks for one, and shows a
-    key's own runs; to an admin's all of them, and the server's state."""
+    """Serve the page at `/`; on by default where `host` is loopback. Where there are keys, the page asks for one and
+    shows that key's runs; an admin's key sees all runs and the server's state."""
     tls_cert: str = ""
-    """PEM file with the certificate, and those between it and its root, to speak https with."""
+    """PEM file with the certificate for https, and the intermediate certificates up to its root."""
     tls_key: str = ""
     """PEM file with the private key of `tls_cert`, without a passphrase."""
 
@@ -79,20 +79,20 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Shared secret that a worker over tcp must prove."""
     worker_heartbeat_interval_ms: int = 1_000
     worker_lease_ms: int = 60_000
-    """A worker that has been silent for so long is lost; its work is done again."""
+    """A worker that has been silent for this long is lost; its work is done again."""
     commands_in_flight_max: int = 2
-    """Commands that the device has ahead, so that it never waits for the event loop."""
+    """Commands that are sent ahead to a device, so that it never waits for the event loop."""
     shared_memory_bytes: int = 512 * 2**20
-    """Size of each arena between the server and a worker of its own host."""
+    """Size of each shared-memory arena between the server and a worker on its own host."""
 
     external_inference_url: str = ""
-    """vLLM that samples what it can beside the local worker, for example `http://127.0.0.1:8001`; commas between
-    several."""
+    """URL of a vLLM that samples what it can beside the local worker, for example `http://127.0.0.1:8001`; several are
+    separated by commas."""
     external_inference_lora_base: str = ""
     """Folder for adapters that vLLM can read as well; empty = `external_inference` in `data_dir`."""
     external_inference_api_key: str = ""
     external_inference_api_key_file: str = ""
-    """File with that key, which a command line would show to everybody on the host."""
+    """File with vLLM's API key, which a command line would show to everybody on the host."""
     external_inference_allow_unproven: bool = False
     """Let vLLM sample adapters of mixtures of experts, too."""
 
@@ -101,13 +101,13 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     bodies_bytes_max: int = 256 * 2**20
     """Bytes of all request bodies that are being read, unpacked and decoded; more of them wait."""
     tenant_bodies_bytes_max: int = 128 * 2**20
-    """The same of one API key; a body that takes more than three quarters of it is answered 413."""
+    """The same for one API key; a body that takes more than three quarters of it is answered 413."""
     body_timeout_ms: int = 30_000
-    """A request body that makes no progress for so long is answered 408, and its connection closed."""
+    """A request body that makes no progress for this long is answered 408, and its connection closed."""
     request_datums_max: int = 4_096
     """Datums of one request."""
     json_values_max: int = 1_000_000
-    """Numbers and texts of one JSON body; a body of more is answered 413, before it is decoded."""
+    """Numbers and strings in one JSON body; a body with more is answered 413, before it is decoded."""
     json_depth_max: int = 64
     """How deep JSON may nest; deeper is answered 400."""
     queued_requests_max: int = 20_000
@@ -119,7 +119,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     long_poll_ms: int = 25_000
     """How long `retrieve_future` waits before it answers 408."""
     seq_gap_ms: int = 15_000
-    """A missing predecessor in `seq_id` order is taken for burned when its client has been silent for so long."""
+    """A missing predecessor in `seq_id` order counts as burned when its client has been silent for this long."""
     chunk_gap_ms: int = 60_000
     """The same while it may be the first piece of a batch, which the SDK sends last."""
     seq_ahead_max: int = 10_000
@@ -127,10 +127,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     train_share: float = 1.0
     """Weight of training against sampling when both have work."""
     sample_share: float = 1.0
-    """Weight of sampling that nobody watches, likewise."""
+    """Weight of sampling that nobody watches live, likewise."""
     live_share: float = 1.0
-    """Weight of requests that are answered token by token, likewise; its part comes on top of `sample_share` while both
-    have work."""
+    """Weight of requests that are answered token by token, likewise; it is added to `sample_share` while both have
+    work."""
 
     tenant_sessions_max: int = 10_000
     """Sessions of one API key; more are answered 429. Old ones are forgotten after `session_retention_s`."""
@@ -139,7 +139,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tenant_samplers_max: int = 100_000
     """Sampling sessions of one API key; more are answered 429."""
     tenant_records_bytes_max: int = 32 * 2**20
-    """Bytes of all of these of one API key, metadata included; more are answered 429."""
+    """Bytes of one API key's sessions, training runs and sampling sessions, with metadata; more are answered 429."""
     user_metadata_bytes_max: int = 64 * 1024
     """Bytes of one `user_metadata`; more are answered 400."""
     text_bytes_max: int = 1024
@@ -147,51 +147,52 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tags_max: int = 64
     """Tags of one session; more are answered 400."""
     heartbeat_timeout_s: int = 60
-    """A client without heartbeat or poll for so long will not fetch its samples: they are cancelled."""
+    """A client without heartbeat or poll for this long will not fetch its samples: they are cancelled."""
     session_timeout_s: int = 600
-    """A session without heartbeat for so long has ended: its queued samples are cancelled."""
+    """A session without heartbeat for this long has ended: its queued samples are cancelled."""
     result_retention_s: int = 24 * 3600
-    """Results that can be fetched again, after they were first ready."""
+    """How long results can be fetched again, after they were first ready."""
     results_kept_max: int = 100_000
-    """Results that are kept; beyond that the oldest go before their time."""
+    """Number of results that are kept; beyond it, the oldest go before their time."""
     result_cache_bytes: int = 256 * 2**20
     """Newest results kept in memory; older ones are read from the journal."""
     session_retention_s: int = 30 * 24 * 3600
-    """Sessions that have ended, with their training runs (not their checkpoints), since their last use."""
+    """How long ended sessions and their training runs (not their checkpoints) are kept after their last use."""
     audit_events_max: int = 10_000
-    """Events that the audit log keeps; beyond that the oldest go."""
+    """Events that the audit log keeps; beyond them, the oldest go."""
     history_steps_max: int = 1_024
-    """Optimizer steps that the history of one training run keeps: of those beyond it the older ones are thinned."""
+    """Optimizer steps that one training run's history keeps; beyond them, the older ones are thinned."""
     history_bytes_max: int = 256 * 2**20
-    """All histories of training runs; beyond that those of the longest unused runs go first."""
+    """Bytes of all histories of training runs; beyond them, those of the longest unused runs go first."""
     stability_head_tokens: int = 64
-    """Tokens that are recorded with each sampled one where a client asks for it (`record_stability_info`), 1 to 127."""
+    """Tokens that are recorded with each sampled one when a client asks for it (`record_stability_info`), 1 to 127."""
     stability_support_max: int = 4_096
-    """Tokens that top_k and top_p may leave to draw where a client asks for that, at most 4,096: all are recorded."""
+    """Tokens that top_k and top_p may leave to draw from when a client asks for that, at most 4,096: all are
+    recorded."""
     stability_retention_s: int = 24 * 3600
-    """Recorded sequences, since they were last sampled or trained on."""
+    """How long recorded sequences are kept after they were last sampled or trained on."""
     stability_bytes_max: int = 4 * 2**30
-    """Recorded sequences of one API key; beyond that the longest unused go first."""
+    """Bytes of one API key's recorded sequences; beyond them, the longest unused go first."""
     retention_interval_s: int = 60
-    """Between two looks for what these limits let go."""
+    """Time between two sweeps for what these limits no longer keep."""
     storage_patience_s: int = 600
-    """How long a save waits for storage that does not take it, and a sampler or load_state for files that it does not
-    deliver, before they fail."""
+    """How long a save waits for storage that does not accept it, and a sampler or load_state for files that storage
+    does not deliver, before they fail."""
     snapshot_every_steps: int = 16
     """Optimizer steps between two snapshots of a model."""
     snapshot_every_bytes: int = 256 * 2**20
-    """Request bodies that a snapshot would free before one is taken early."""
+    """Bytes of request bodies that a snapshot would free; beyond them, one is taken early."""
     snapshot_idle_s: int = 30
-    """A model without requests for so long is snapshotted."""
+    """A snapshot is taken of a model without requests for this long."""
     shutdown_ms: int = 10_000
     """Longest time that a shutdown spends on draining and snapshots."""
     otlp_endpoint: str = ""
     """Where OpenTelemetry traces go, over OTLP/HTTP: http://127.0.0.1:4318; "" = nowhere. Needs the extra `otel`."""
     metrics_by_key: bool = False
-    """`/metrics` has the bytes of each key by its id, not of each role alone: a series for each key."""
+    """Whether `/metrics` has a series for each key: its bytes, by its id. Otherwise it has only those of each role."""
     log_level: str = "info"
     log_format: str = "text"
-    """`text`, or `json`: an object a line."""
+    """`text`, or `json`: one object per line."""
 
     @property
     def data_path(self) -> Path:
@@ -246,7 +247,7 @@ def _in_our_names(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _say(line: str) -> None:
-    """What is taken and means something else here."""
+    """Print a line about a setting that is accepted but means something else here."""
     logger.warning("%s", line)
 
 
@@ -258,7 +259,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     if "adopt" in values:
-        raise ConfigError(f"{path} sets adopt, which is meant for one start only: use --adopt or TX_ADOPT=1.")
+        raise ConfigError(f"{path} sets adopt, which is for one start only: use --adopt or TX_ADOPT=1.")
     return values
 
 

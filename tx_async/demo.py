@@ -1,4 +1,4 @@
-"""`tx-async demo`: the whole line on one machine, in about half a minute, and nothing left behind.
+"""`tx-async demo`: the whole pipeline on one machine, in about half a minute, with nothing left behind.
 
 A tiny Qwen3 is made on the spot, a real server with one worker is started in a temporary folder, and the program below
 (what any user of the Tinker SDK would write) teaches it three phrases of Pig Latin.
@@ -133,7 +133,7 @@ def _train_and_sample(
 
 
 def _configure_sdk(offline: bool) -> None:
-    """Before its first import: no telemetry, no advice, and for a local model no network."""
+    """Set up the SDK before its first import: no telemetry, no advice, and for a local model no network."""
     os.environ["TINKER_TELEMETRY"] = "0"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -149,7 +149,7 @@ def prompt_of(english: str) -> str:
 
 
 def datum_of(tokenizer: Any, english: str, pig_latin: str) -> tinker.Datum:
-    """Learn the completion only: the prompt's tokens have weight 0."""
+    """A datum that teaches the completion only: the prompt's tokens have weight 0."""
     from tx_async.examples import common
 
     return common.datum_of(tokenizer, prompt_of(english), f" {pig_latin}\n\n")
@@ -161,7 +161,7 @@ def train(
     learning_rate: float,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> list[float]:
-    """Cross-entropy steps over all examples; returns the weighted mean loss before each step."""
+    """Take cross-entropy steps over all examples; returns the weighted mean loss before each step."""
     import tinker
 
     tokenizer = trainer.get_tokenizer()

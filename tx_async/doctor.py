@@ -1,7 +1,7 @@
 """`tx-async doctor`: looks for what would keep a server from running here, and says it in plain words.
 
-Each check answers with a `Finding`; none changes anything but for a database, which is opened (and so migrated) as
-`serve` would do. JAX is asked in a process of its own: a broken accelerator driver may take its process down.
+Each check returns a `Finding`; none changes anything except that the database is opened (and so migrated), as `serve`
+would do. JAX runs in a process of its own: a broken accelerator driver may take its process down.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in 
 
 
 def run_plan(config: ServerConfig, device: str, devices: int) -> int:
-    """Print what the memory of each of `devices` devices of that name would be for, from the base model's
-    `config.json` alone: no weights, no such device and nothing of its packages is needed. 2 when it does not fit.
+    """Print how the memory of each of `devices` devices of that name would be used, from the base model's `config.json`
+    alone: it needs neither weights nor such a device nor its packages. Returns 2 when it does not fit.
 
     devices: 0 = as many as the parallel sizes in backend_config ask for. Raises `ConfigError`, `BaseModelError`.
     """
@@ -73,7 +73,7 @@ def _devices_of(config: ServerConfig) -> int:
 
 
 def run(config: ServerConfig) -> int:
-    """Print the findings; 1 when one is a problem."""
+    """Print the findings. Returns 1 when one is a problem."""
     checks: dict[str, Callable[[ServerConfig], Finding]] = {
         "python": _python,
         "jax": _jax,
@@ -183,7 +183,7 @@ def _base_model(config: ServerConfig) -> Finding:
 
 
 def _loader_says(folder: str) -> str:
-    """What a worker would find wrong with the folder; "" when nothing."""
+    """What a worker would find wrong with the folder; "" when nothing is."""
     if not any(Path(folder).glob("*.safetensors")):
         return ""  # a hub name whose weights the worker will fetch
     command = [sys.executable, "-m", "tx_async.models.check", folder]

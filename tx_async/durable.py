@@ -1,4 +1,4 @@
-"""What a crash of the host must not take back: for whoever writes files."""
+"""Makes files survive a crash of the host."""
 
 from __future__ import annotations
 

@@ -63,19 +63,19 @@ class BodyTimeout(UserError):
 
 
 class Unauthorized(UserError):
-    """No valid API key in the X-API-Key header."""
+    """The X-API-Key header has no valid API key."""
 
     status = 401
 
 
 class Forbidden(UserError):
-    """This is not allowed to who asks for it."""
+    """This key is not allowed to do that."""
 
     status = 403
 
 
 class NotFound(UserError):
-    """Nothing of that name exists here, or it belongs to somebody else."""
+    """Nothing with that name exists here, or it belongs to somebody else."""
 
     status = 404
 
@@ -98,7 +98,7 @@ class UnknownSampler(NotFound):
 
 
 class UnknownCheckpoint(NotFound):
-    """No checkpoint of that path exists here: it was never saved, was deleted, or has expired."""
+    """No checkpoint with that path exists here: it was never saved, was deleted, or has expired."""
 
 
 class SessionGone(UserError):
@@ -108,7 +108,7 @@ class SessionGone(UserError):
 
 
 class ResultGone(UserError):
-    """No such request, or its result is no longer kept. Submit the request again."""
+    """This request does not exist, or its result is no longer kept. Submit the request again."""
 
     status = 410
 
@@ -120,7 +120,7 @@ class Conflict(UserError):
 
 
 class CheckpointExists(UserError):
-    """A checkpoint of that name exists already: choose another name, or save with overwrite=True."""
+    """A checkpoint with that name already exists: choose another name, or save with overwrite=True."""
 
 
 class CorruptedCheckpoint(UserError):
@@ -132,17 +132,17 @@ class CorruptedModel(UserError):
 
 
 class OtherBase(UserError):
-    """This belongs to another base model than the one that is served here. It is kept, and works again when a server
-    has that base."""
+    """This belongs to a different base model than the one served here. It is kept, and works again when a server has
+    that base."""
 
 
 class NonFiniteGradients(UserError):
-    """The gradients are NaN or infinite. The step was not taken, the weights are as before, the gradients were
+    """The gradients are NaN or infinite. The step was not taken, the weights are unchanged, and the gradients were
     cleared."""
 
 
 class NonFiniteLoss(UserError):
-    """The loss is NaN or infinite. The request left no gradients behind; those of other requests are as before."""
+    """The loss is NaN or infinite. The request left no gradients behind; those of other requests are unchanged."""
 
 
 class Cancelled(UserError):
@@ -176,7 +176,7 @@ class BaseModelError(ConfigError):
 
 
 class WrongIdentity(ConfigError):
-    """The journal belongs to another base model or to another storage. Start with those, or say `--adopt`."""
+    """The journal belongs to another base model or another storage. Start with that one, or say `--adopt`."""
 
 
 class LeaseHeld(ConfigError):
@@ -184,8 +184,8 @@ class LeaseHeld(ConfigError):
 
 
 class JournalReplaced(LeaseHeld):
-    """The journal under this server is not the one that it wrote: it was deleted, replaced or set back. What the server
-    has in memory is out of date, so it stops."""
+    """The journal under this server is not the one that it wrote: it was deleted, replaced or set back. The server's
+    memory is out of date, so it stops."""
 
 
 class WorkerRefused(ConfigError):
@@ -201,7 +201,7 @@ class EngineError(ServerError):
 
 
 class StorageError(ServerError):
-    """The journal or the checkpoint storage could not be read or written: its disk is full, read-only or out of reach.
+    """The journal or the checkpoint storage could not be read or written: its disk is full, read-only or unreachable.
     Try again in a moment."""
 
     status = 503
@@ -212,6 +212,6 @@ class JournalUnusable(ConfigError, StorageError):
 
 
 class ContentLost(StorageError):
-    """What was stored is gone or damaged: trying again will not help."""
+    """Stored content is gone or damaged: trying again will not help."""
 
     status = 500

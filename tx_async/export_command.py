@@ -1,4 +1,4 @@
-"""`tx-async checkpoints export`: a checkpoint of a running server as a folder for PEFT and what is built on it."""
+"""`tx-async checkpoints export`: a running server's checkpoint as a folder for PEFT and the tools built on it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tx_async.errors import ConfigError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNEMBEDDING = "lm_head"
-"""PEFT's name of it, in tensors and among the modules."""
+"""PEFT's name for the unembedding, in tensors and among the modules."""
 
 
 def export(base_url: str, api_key: str, path: str, folder: Path, no_unembed: bool) -> None:
-    """Raises `ConfigError` when the checkpoint cannot be had, or the folder holds something."""
+    """Raises `ConfigError` when the checkpoint cannot be downloaded, or the folder is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--to {folder} is not empty: choose another folder.")
     files = _download(base_url, api_key, path)
@@ -51,7 +51,7 @@ def _download(base_url: str, api_key: str, path: str) -> dict[str, bytes]:
     urls: dict[str, str] = server_client.call(base_url, api_key, "GET", where)["urls"]
     if missing := [wanted for wanted in (CONFIG, WEIGHTS) if wanted not in urls]:
         raise ConfigError(
-            f"{path} has no {missing[0]}: what is encrypted is downloaded and decrypted by its recipients."
+            f"{path} has no {missing[0]}: an encrypted checkpoint is downloaded and decrypted by its recipients."
         )
     wanted = {name: url for name, url in urls.items() if name in (CONFIG, WEIGHTS)}
     return {name: server_client.fetch(base_url, "", "GET", urlsplit(url).path) for name, url in wanted.items()}
@@ -61,6 +61,6 @@ def _parts(path: str) -> tuple[str, str, str]:
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or not all(parts):
         raise ConfigError(
-            f"{path} is no checkpoint's path: tinker://RUN/KIND/NAME, as `tx-async checkpoints list` prints."
+            f"{path} is not a checkpoint's path: tinker://RUN/KIND/NAME, as `tx-async checkpoints list` prints."
         )
     return parts[0], parts[1], parts[2]

@@ -1,4 +1,4 @@
-"""What one scrape of `GET /metrics` reads from the running server, and who may read it."""
+"""Collects what one scrape of `GET /metrics` reports of the running server, and decides who may read it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tx_async.scheduler.scheduler import Scheduler
 from tx_async.scheduler.statistics import sampling_statistics_of
 
 BYTES_OF = ("queued", "records", "checkpoints", "recordings")
-"""What the bytes of a key are: bodies of its open requests, its sessions and runs and samplers, its checkpoints, its
+"""What a key's bytes are for: bodies of its open requests; its sessions, runs and samplers; its checkpoints; its
 recorded sequences."""
 NO_ROLE = "any"
-"""Of keys that no registry knows: all of them where there is none, later those that were revoked."""
+"""The role of keys that no registry knows: all keys where there is no registry, otherwise those that were revoked."""
 
 
 def families(
     scheduler: Scheduler, router: Router, roles: Mapping[str, tuple[str, str]], by_key: bool
 ) -> Iterator[Metric]:
-    """Beside the actors' statistics. roles: owner -> (role, id) of the keys that are registered."""
+    """Metrics beside the actors' statistics. roles: owner -> (role, id) of each registered key."""
     yield from families_of("", router.worker_statistics())
     yield from families_of("", sampling_statistics_of(scheduler.state))
     failures = scheduler.state.training.failures
@@ -74,8 +74,8 @@ def metrics_route(
     gate: Gate,
     owners: Owners,
 ) -> Route:
-    """For a Prometheus that scrapes it: numbers of the whole server, which this machine may read without a key, and an
-    admin from everywhere."""
+    """The route that Prometheus scrapes: numbers about the whole server, which this machine may read without a key, and
+    an admin from anywhere."""
 
     async def answer(request: Request) -> Response:
         if not gate.is_local(request.scope):
@@ -86,7 +86,7 @@ def metrics_route(
         own = [family for name, actor in statistics.items() for family in families_of(name, actor.statistics())]
         more = families(scheduler, router, owners.roles(), config.metrics_by_key)
         scrape = Scrape([*own, *more], metrics)
-        # On a thread: text of some thousand lines would hold everybody up.
+        # On a thread: encoding some thousand lines would hold up the event loop.
         text, content_type = await anyio.to_thread.run_sync(scrape.encode, request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
 

@@ -16,7 +16,7 @@ class FieldDoc(Struct, frozen=True):
     type: str
     default: Any
     doc: str
-    """On one line; empty for a field whose name says everything."""
+    """The docstring on one line; empty for a field whose name says everything."""
 
 
 def field_docs(struct: type[Struct]) -> list[FieldDoc]:

@@ -1,9 +1,9 @@
-"""Which base model a folder holds: the same numbers under another path are the same, other numbers under the same path
-are not.
+"""Identifies the base model in a folder: the same numbers under another path are the same model, other numbers under
+the same path are not.
 
-The fingerprint is a hash over what of `config.json` changes numbers, and over every tensor's name, dtype, shape and a
-few KiB of its content. How the tensors are divided into files does not matter. It needs no JAX, and reads so little
-that a folder of 70B parameters costs about a second.
+The fingerprint is a hash over those fields of `config.json` that change numbers, and over every tensor's name, dtype,
+shape and a few KiB of its content. How the tensors are divided into files does not matter. It needs no JAX, and reads
+so little that a folder of 70B parameters takes about a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tx_async.errors import BaseModelError
 from tx_async.models import tensor_files
 
 SAMPLE_BYTES = 4 * 2**10
-"""Of each tensor's beginning, middle and end; a tensor of at most three times as many bytes is read whole."""
+"""Bytes read of each tensor's beginning, middle and end; a tensor of at most three times this size is read whole."""
 READERS = 16
 """Small reads that wait for the disk at the same time."""
 DIGEST_CHARACTERS = 32
@@ -51,8 +51,8 @@ _CHANGES_NO_NUMBER = frozenset(
         "use_cache",
     )
 )
-"""Keys of `config.json` that say where a model comes from, how it was trained or how far it is served. Those of rope
-are here because they are taken in one spelling, below."""
+"""Keys of `config.json` that do not count: where a model comes from, how it was trained or how far it is served. Those
+of rope are here because they are taken in one spelling, below."""
 
 
 class _Tensor(Struct, frozen=True):
@@ -79,7 +79,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _numeric(config: dict[str, Any]) -> dict[str, Any]:
-    """What changes numbers. Absent and null are the same, except for `head_dim`, which some families read."""
+    """The fields that change numbers. Absent and null are the same, except for `head_dim`, which some families read."""
     kept = {key: value for key, value in config.items() if key not in _CHANGES_NO_NUMBER}
     return {key: value for key, value in kept.items() if value is not None or key == "head_dim"} | {
         "rope": _rope(config)
@@ -87,7 +87,8 @@ def _numeric(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """In the spelling of transformers 5, from either; the context counts only where frequencies depend on it."""
+    """The rope fields in transformers 5's spelling, from either; the context counts only if frequencies depend on
+    it."""
     rope = {
         key: value
         for key, value in (config.get("rope_scaling") or config.get("rope_parameters") or {}).items()

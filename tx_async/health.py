@@ -1,7 +1,7 @@
 """The health of a server: its storage, journal, workers, disk and memory, each probed within seconds.
 
-`healthz?verbose` and `tx-async doctor` ask the same questions. Storage is written to, read and cleared; what is wrong
-with it is said in an operator's words.
+`healthz?verbose` and `tx-async doctor` ask the same questions. Storage is written to, read and cleared; its problems
+are reported in an operator's words.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tx_async.errors import TxError
 from tx_async.storage.store import Store
 
 PROBE_S = 14.0
-"""A probe that takes longer has failed, whatever the client library still tries."""
+"""A probe that takes longer has failed, even if the client library is still trying."""
 FRESH_S = 10.0
-"""Whoever asks again so soon gets the same answer: asking must not be a load."""
+"""Whoever asks again within this time gets the same answer, so that asking puts no load on the server."""
 CLOCK_S_MAX = 60.0
 DISK_BYTES_MIN = 2 * 2**30
 DISK_BYTES_LEAST = 64 * 2**20

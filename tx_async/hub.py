@@ -1,5 +1,5 @@
-"""Files of a model by its hub name, through `huggingface_hub` and its cache: what is there is kept, what is missing
-resumed. `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean there."""
+"""Downloads a model's files by its hub name, through `huggingface_hub` and its cache: files that are there are kept,
+missing ones are resumed. `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean there."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tx_async.errors import BaseModelError
 
 
 def snapshot(name: str, patterns: list[str], without: list[str] | None = None) -> Path:
-    """The folder with those files, but not those of `without`. Raises `BaseModelError` that says what is missing, in
-    one line."""
+    """The folder with the files of `patterns`, except those of `without`. Raises `BaseModelError`, which says in one
+    line what is missing."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -29,10 +29,10 @@ def _message(name: str, error: Exception) -> str:
         case errors.RepositoryNotFoundError():
             return f"{name} is neither a folder here nor a model on {hub}; if it is private, set HF_TOKEN."
         case errors.HFValidationError():
-            return f"{name} is neither a folder here nor the name of a model on a hub, as owner/name is."
+            return f"{name} is neither a folder here nor a model's name on a hub (owner/name)."
         case errors.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
-            return f"{name} is no folder here, nor complete in the cache, and HF_HUB_OFFLINE is set."
+            return f"{name} is not a folder here, nor complete in the cache, and HF_HUB_OFFLINE is set."
         case errors.LocalEntryNotFoundError():
-            return f"{name} is no folder here, nor complete in the cache, and {hub} cannot be had."
+            return f"{name} is not a folder here, nor complete in the cache, and {hub} cannot be reached."
     why = " ".join(str(error).split()) or type(error).__name__
-    return f"Downloading {name} from {hub} failed: {why} What is complete is kept: start again to go on."
+    return f"Downloading {name} from {hub} failed: {why} Complete files are kept: start again to resume."

@@ -3,7 +3,7 @@
 The journal's `IdentityRecord` names the bases that it was served with, and its storage; the storage carries its own
 identity (`storage/identity.py`), the base model its fingerprint (`fingerprint.py`). Another base or another storage is
 a mistake until the operator says `--adopt`. A storage that does not answer, or is empty, is an outage: it may be a
-share that is not mounted, so the server starts and waits, and nothing that is not found there is given up.
+share that is not mounted. So the server starts and waits, and gives up no file that it does not find there.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _log = logging.getLogger(__name__)
 
 
 def identity_of(records: Sequence[Record]) -> IdentityRecord:
-    """The journal's own, or a new one."""
+    """The journal's own identity, or a new one."""
     found = next((record for record in records if isinstance(record, IdentityRecord)), None)
     return found or IdentityRecord(journal_id=secrets.token_hex(16))
 
 
 def with_base(identity: IdentityRecord, base: BaseModelInfo, adopt: bool, now: float) -> IdentityRecord:
-    """With this base as the one that is served. Raises `WrongIdentity`."""
+    """The identity with this base as the one that is served. Raises `WrongIdentity`."""
     if not base.fingerprint:
-        return identity  # no weights on this host: the worker says later what it has loaded
+        return identity  # no weights on this host: the worker will say what it has loaded
     new = KnownBase(fingerprint=base.fingerprint, name=base.name, path=base.path, since=now)
     if not identity.bases:
         return msgspec.structs.replace(identity, bases=(new,))
@@ -73,7 +73,7 @@ class Identity:
     name = "identity"
 
     def __init__(self, config: ServerConfig, base: BaseModelInfo, journal: Journal, records: Sequence[Record]):
-        """Raises `ConfigError` for a storage that cannot be."""
+        """Raises `ConfigError` for a storage address that can never work."""
         self._adopt = config.adopt
         self._base = base
         self._journal = journal
@@ -81,11 +81,11 @@ class Identity:
         self.record = identity_of(records)
         known = "" if self._adopt or self.record.storage is None else self.record.storage.storage_id
         self.store = Store(config.resolved_checkpoints_base, known)
-        #: why the storage is not met yet; "" once it is
+        #: why the storage has not been identified yet; "" once it has
         self._outage = ""
 
     async def settle(self) -> list[Record]:
-        """Meet base and storage, and return the records with the identity among them. Raises `WrongIdentity`."""
+        """Identify base and storage, and return the records, the identity among them. Raises `WrongIdentity`."""
         self.record = with_base(self.record, self._base, self._adopt, time.time())
         await self._meet_storage()
         others = [record for record in self._records if not isinstance(record, IdentityRecord)]
@@ -94,7 +94,7 @@ class Identity:
         return [*others, self.record]
 
     async def run(self) -> None:
-        """Until the storage is met. Raises `WrongIdentity` when another one answers."""
+        """Wait until the storage is identified. Raises `WrongIdentity` when another one answers."""
         pause_s = 1.0
         while self._outage:
             await asyncio.sleep(pause_s)
@@ -107,7 +107,7 @@ class Identity:
                 _log.info("The storage %s is there: the server no longer waits for it.", self.store.address)
 
     def waiting_for(self) -> list[str]:
-        """For healthz: nothing, or the storage."""
+        """What `healthz` reports as missing: the storage, or nothing."""
         return [self._outage] if self._outage else []
 
     @property
@@ -115,8 +115,8 @@ class Identity:
         return self.record.bases[-1].fingerprint if self.record.bases else ""
 
     def base_loaded(self, fingerprint: str) -> None:
-        """A worker has loaded the base model: the first time that somebody sees its weights, where the server does
-        not."""
+        """Take the fingerprint that a worker has loaded: where the server has no weights, nobody has seen them
+        before."""
         if fingerprint and not self.record.bases:
             base = msgspec.structs.replace(self._base, fingerprint=fingerprint)
             self.record = with_base(self.record, base, False, time.time())
@@ -135,7 +135,7 @@ class Identity:
             self._check_storage(found)
 
     def _ask_storage_sync(self) -> str:
-        """Its identity; a new one only where nothing was ever stored that could be missing."""
+        """The storage's identity; a new one only if nothing was ever stored that could be missing."""
         try:
             return self.store.identity_sync()
         except NotFound:
@@ -147,7 +147,7 @@ class Identity:
             return ensure_identity_sync(self.store)
 
     def _misses_files(self) -> bool:
-        """A journal from before identities were kept, with files that must be somewhere else."""
+        """Whether the journal is from before identities were kept, and its files must be somewhere else."""
         has_files = any(
             isinstance(record, CheckpointRecord) or (isinstance(record, ModelRecord) and record.snapshots)
             for record in self._records

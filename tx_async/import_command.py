@@ -1,4 +1,4 @@
-"""`tx-async import`: into a running server over HTTP, or into the data of one that stands still."""
+"""`tx-async import`: imports into a running server over HTTP, or into the data of a stopped one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tx_async.wire.records import CheckpointRecord, ModelRecord, Put, Record
 
 
 def over_http(path: Path, name: str, base_url: str, api_key: str) -> list[str]:
-    """-> tinker:// paths. Raises `ConfigError`: what the server says, or that there is none."""
+    """Returns tinker:// paths. Raises `ConfigError` with what the server says, or when no server is there."""
     with own_checkpoint.opened(path) as folder:
         return [_upload(found, name, base_url, api_key) for found in adapters_in(folder, path, name)]
 
@@ -42,7 +42,7 @@ def _upload(folder: Path, name: str, base_url: str, api_key: str) -> str:
 
 
 async def into_data(path: Path, name: str, config: ServerConfig, api_key: str) -> list[str]:
-    """-> tinker:// paths. Raises `ConfigError`: also where a server runs on these data."""
+    """Returns tinker:// paths. Raises `ConfigError`, also when a server is running on these data."""
     try:
         with own_checkpoint.opened(path) as folder:
             return await _into_data(adapters_in(folder, path, name), name, config, owner_of(api_key))
@@ -76,8 +76,7 @@ async def _into_data(folders: list[Path], name: str, config: ServerConfig, owner
 async def _store(
     folder: Path, name: str, store: Store, base: BaseModelInfo, owner: str, records: list[Record]
 ) -> adapter_import.Imported:
-    """A checkpoint of ours keeps the path that it had, where that is free: after a lost journal its name still
-    leads to it."""
+    """A checkpoint of ours keeps its path where that is free: after a lost journal its name still leads to it."""
     named = validation.checkpoint_name(name or name_of(folder))
     async with adapter_import.converted(folder, base, is_trusted=True) as adapter:
         model_id = "" if name else str(adapter.metadata.get("model_id", ""))
@@ -87,7 +86,7 @@ async def _store(
 
 
 def _is_free(model_id: str, kind: str, name: str, owner: str, records: list[Record]) -> bool:
-    """The path, in a run that is not there or was imported by the same owner."""
+    """Whether the path is free, in a run that does not exist or was imported by the same owner."""
     path = f"tinker://{model_id}/{kind}/{name}"
     if any(isinstance(record, CheckpointRecord) and record.path == path for record in records):
         return False
@@ -99,20 +98,21 @@ def _is_free(model_id: str, kind: str, name: str, owner: str, records: list[Reco
 
 
 def adapters_in(folder: Path, path: Path, name: str) -> list[Path]:
-    """Folders of adapters: all of ours, or the one of PEFT's. `path`: what the operator named. Raises `ConfigError`."""
+    """The folders of adapters: all of ours, or a single one of PEFT's. `path`: as the operator named it. Raises
+    `ConfigError`."""
     if own := own_checkpoint.checkpoints_below(folder):
         if name and len(own) > 1:
             raise ConfigError(f"{path} holds {len(own)} checkpoints, which keep their names: leave out --as.")
         return own
     for file in FILES:
         if not (folder / file).is_file():
-            raise ConfigError(f"{path} has no {file}, nor metadata.json: it holds no adapter of PEFT's or ours.")
+            raise ConfigError(f"{path} has neither {file} nor metadata.json: it holds no adapter of PEFT's or ours.")
     if not name:
-        raise ConfigError("Which name shall the checkpoint have? Give --as NAME.")
+        raise ConfigError("The checkpoint needs a name: give --as NAME.")
     return [folder]
 
 
 def name_of(folder: Path) -> str:
-    """What its own server called it."""
+    """The name that its own server gave it."""
     manifest = decode_manifest(str(folder), (folder / METADATA).read_bytes())
     return str(manifest.metadata.get("name") or folder.name.partition("~")[0])

@@ -1,4 +1,4 @@
-"""The file of API keys, edited: `tx-async keys`. `api/key_file.py` says what its lines look like and reads it.
+"""`tx-async keys`: edits the file of API keys. `api/key_file.py` defines its lines and reads it.
 
 A key is printed once, when it is made; the file holds its SHA-256. Every change replaces the file as a whole, so that a
 server that reads it meanwhile sees the old file or the new one; a running server follows by itself.
@@ -51,8 +51,8 @@ def listed(path: Path) -> list[Key]:
 
 
 def revoke(path: Path, name_or_id: str) -> str:
-    """Remove one key by its name or id; returns its name. Raises `ConfigError` when none is meant, or several."""
-    read_keys(path)  # no lock file beside a file that is not there
+    """Remove one key by its name or id; returns its name. Raises `ConfigError` when no key matches, or several do."""
+    read_keys(path)  # make no lock file beside a file that is not there
     with _locked(path):
         keys = read_keys(path)
         meant = [key for key in keys.values() if name_or_id in (key.name, key.key_id, key.digest)]
@@ -72,7 +72,7 @@ def parse_expiry(text: str, now: float) -> float:
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ConfigError(f"--expires {text!r} is no time: write 90d, 12h, or 2027-01-01T12:00:00Z.") from error
+        raise ConfigError(f"--expires {text!r} is not a time: write 90d, 12h, or 2027-01-01T12:00:00Z.") from error
     expires_at = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     if expires_at <= now:
         raise ConfigError(f"--expires {text!r} has passed already.")
@@ -81,7 +81,7 @@ def parse_expiry(text: str, now: float) -> float:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Two that edit at the same time lose neither's change."""
+    """Two commands that edit at the same time lose neither's change."""
     try:
         make_folder(path.parent)
         with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_S, mode=FILE_MODE):

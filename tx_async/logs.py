@@ -1,7 +1,7 @@
 """One line per event, on stderr: time, level, where, what; as text, or as JSON. Rotation is left to the host.
 
-A line about a request ends with the id of the HTTP request that brought it, which its answer carries, too
-(`X-Request-Id`): whoever reports a failure can name its lines, those that come long after that answer included.
+A line about a request ends with the id of the HTTP request that brought it. The answer carries that id, too
+(`X-Request-Id`), so whoever reports a failure can name its lines, even those that come long after the answer.
 
 debug: what a developer looks for. info: what an operator wants to read over breakfast: starts and ends, workers, runs,
 requests that failed by their own fault, the load. warning: something did not work and is tried again, or works worse
@@ -25,15 +25,15 @@ LEVELS = ("debug", "info", "warning", "error")
 _CHATTY = ("httpx", "httpcore", "jax", "urllib3", "filelock", "hypercorn.access")
 
 _LINE_BREAKS = str.maketrans({"\n": "\\n", "\r": "\\r"})
-"""A message is one line, whatever some client has put into it."""
+"""A message stays on one line, whatever a client has put into it."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that is being handled; "" elsewhere."""
+"""The id of the request that is being handled; "" elsewhere."""
 
 
 @contextmanager
 def about(request: str) -> Iterator[None]:
-    """Lines in here are about that request."""
+    """Lines that are logged inside this context are about that request."""
     token = request_id.set(request)
     try:
         yield
@@ -42,7 +42,7 @@ def about(request: str) -> Iterator[None]:
 
 
 def configure(level: str = "info", format: str = "text", process: str = "") -> None:
-    """Set up logging of this process. process: a worker's name. Raises `ConfigError` for an unknown level or format."""
+    """Set up this process's logging. process: a worker's name. Raises `ConfigError` for an unknown level or format."""
     if level.lower() not in LEVELS:
         raise ConfigError(f"log_level {level!r} is unknown; known: {', '.join(LEVELS)}.")
     if format not in FORMATS:
@@ -68,7 +68,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line, whatever the message holds."""
+    """One JSON object per line, whatever the message holds."""
 
     def __init__(self, process: str = ""):
         super().__init__()

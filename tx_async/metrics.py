@@ -1,8 +1,8 @@
 """`GET /metrics`: what the server counts, for Prometheus.
 
-An actor's `statistics()` returns a struct of `Counter` and `Gauge` fields. The field is the metric's only declaration,
-as its source says it: `commits: Counter` of the journal is the counter `tx_async_journal_commits_total`, the docstring
-below it is its HELP line. What is no plain number (histograms, numbers by label) is declared in `Metrics`, once.
+An actor's `statistics()` returns a struct of `Counter` and `Gauge` fields. The field is the metric's only declaration:
+`commits: Counter` of the journal is the counter `tx_async_journal_commits_total`, and the docstring below it is its
+HELP line. Metrics that are not plain numbers (histograms, numbers by label) are declared once, in `Metrics`.
 """
 
 from __future__ import annotations
@@ -20,49 +20,54 @@ from prometheus_client.metrics_core import Metric
 from tx_async.field_docs import field_docs
 
 Counter = float
-"""Only rises, from 0 at the server's start."""
+"""A number that only rises, from 0 at the server's start."""
 Gauge = float
-"""What is the case now."""
+"""A number that describes the present."""
 
 PREFIX = "tx_async"
 DEVICE_KINDS = ("forward_backward", "forward", "optim_step", "save_weights", "load_weights", "sample")
-"""Requests that a device works on, as `kind` has them."""
+"""The kinds of requests that a device works on: values of the label `kind`."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 COMMIT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-prometheus_client.disable_created_metrics()  # one more line for each series, which nobody reads
+prometheus_client.disable_created_metrics()  # it would add a line for each series, which nobody reads
 
 
 class Metrics:
-    """One server's. Each is fed by one owner."""
+    """The metrics of one server. Each is fed by one owner."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         # The scheduler's watch
         self.time_to_first_token = self._histogram(
-            "time_to_first_token_seconds", "From a sample's acceptance until its first token was there.", SECONDS
+            "time_to_first_token_seconds", "From a sample's acceptance until its first token.", SECONDS
         )
         self.time_per_output_token = self._histogram(
-            "time_per_output_token_seconds", "What a token of a sample took on average.", TOKEN_SECONDS
+            "time_per_output_token_seconds", "Average time for one token of a sample.", TOKEN_SECONDS
         )
         self.queue = self._histogram(
-            "queue_seconds", "From a request's acceptance until the first of it was sent to a worker.", SECONDS, "kind"
+            "queue_seconds", "From a request's acceptance until its first dispatch to a worker.", SECONDS, "kind"
         )
         self.run = self._histogram(
-            "run_seconds", "From then until its result was known; the last token of a sample.", SECONDS, "kind"
+            "run_seconds",
+            "From a request's first dispatch until its result, or a sample's last token.",
+            SECONDS,
+            "kind",
         )
         self.micro_batch_fill = self._histogram(
-            "micro_batch_fill", "Tokens of a training micro-batch, as a part of the positions that it computes.", TENTHS
+            "micro_batch_fill",
+            "Tokens of a training micro-batch, as a fraction of the positions that it computes.",
+            TENTHS,
         )
         # The journal
-        self.commit = self._histogram("commit_seconds", "What it took to make a transaction durable.", COMMIT_SECONDS)
+        self.commit = self._histogram("commit_seconds", "Time to make a transaction durable.", COMMIT_SECONDS)
         # The API
         self.http_request = self._histogram(
             "http_request_seconds",
-            "Answers over HTTP; a poll for a result that is not there yet waits, for at most long_poll_ms.",
+            "Time to answer over HTTP; a poll for a result that is not ready waits for at most long_poll_ms.",
             SECONDS,
             "route",
             "status",
@@ -79,7 +84,7 @@ class Metrics:
 
 
 class Scrape:
-    """What one answer tells. The statistics are those of the moment in which it was made; the rest is read while it is
+    """The content of one answer. The statistics are those of the moment it was made; the rest is read while it is
     encoded, on whatever thread does that."""
 
     def __init__(self, families: Iterable[Metric], metrics: Metrics):
@@ -95,13 +100,13 @@ class Scrape:
         try:
             encode, content_type = choose_encoder(accept)
             return encode(self), content_type  # type: ignore[arg-type]
-        except (ValueError, TypeError):  # a version that is none
+        except (ValueError, TypeError):  # a version that is not a number
             encode, content_type = choose_encoder("")
             return encode(self), content_type  # type: ignore[arg-type]
 
 
 def families_of(actor: str, statistics: Struct) -> Iterator[Metric]:
-    """actor: whose they are; "" for what belongs to the server as a whole."""
+    """The metrics of a struct. actor: its name; "" for statistics of the server as a whole."""
     for field in _fields(type(statistics)):
         name, value = "_".join(filter(None, (PREFIX, actor, field.name))), getattr(statistics, field.name)
         family = CounterMetricFamily if field.type == "Counter" else GaugeMetricFamily

@@ -1,7 +1,7 @@
-"""A base model's folder as both sides read it: the server, which never imports JAX, and the loader.
+"""Reads a base model's folder for both sides: the server, which never imports JAX, and the loader.
 
-Whatever a file holds, what is wrong with it is one line that names the file and the field: nothing here, and nothing
-that reads what comes from here, meets a value of another type than it expects.
+Whatever is wrong with a file is reported in one line that names the file and the field. Neither this module nor its
+callers ever meet a value of an unexpected type.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ OBJECTS = ("text_config", "quantization_config", "rope_scaling", "rope_parameter
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`, every field that is known of the type that it has in transformers. Raises `BaseModelError`."""
+    """`config.json`; every known field has the type that it has in transformers. Raises `BaseModelError`."""
     path = folder / CONFIG
     config = read_json(path)
     if config is None:
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_fields(path: Path, config: Mapping[str, Any]) -> None:
-    """Null is an absent field."""
+    """Check the types of known fields. Null counts as absent."""
     _check_each(path, config, INTEGERS, "a whole number, not negative", _is_count)
     _check_each(path, config, NUMBERS, "a number", _is_number)
     _check_each(path, config, TRUTHS, "true or false", lambda value: isinstance(value, bool))
@@ -91,15 +91,15 @@ def check_fields(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def need(path: Path, config: Mapping[str, Any], key: str) -> Any:
-    """Sizes are never defaulted."""
+    """A field that must be there: sizes have no defaults."""
     if config.get(key) is None:
         raise BaseModelError(f"{path} lacks {key}.")
     return config[key]
 
 
 def context_length(config: Mapping[str, Any]) -> int:
-    """Positions that the model takes: `max_position_embeddings`, or with YaRN `factor` times the original ones, as vLLM
-    takes it. The config has been checked."""
+    """Positions that the model takes: `max_position_embeddings`, or with YaRN `factor` times the original ones, as in
+    vLLM. The config must have been checked."""
     positions = config["max_position_embeddings"]
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type")) != "yarn" or not rope.get("factor"):
@@ -109,7 +109,7 @@ def context_length(config: Mapping[str, Any]) -> int:
 
 
 def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """generation_config.json wins, as in transformers' `generate`."""
+    """End-of-sequence tokens. generation_config.json wins, as in transformers' `generate`."""
     path = folder / "generation_config.json"
     generation = read_json(path) or {}
     _check_each(path, generation, ("eos_token_id",), "a whole number or a list of them", _are_tokens)
@@ -120,7 +120,7 @@ def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object that a file holds; None without one. Raises `BaseModelError`."""
+    """The object in a file; None without a file. Raises `BaseModelError`."""
     try:
         content = path.read_bytes()
         check_no_pointer(path, content)
@@ -150,7 +150,7 @@ def _check_each(
 
 
 def _check_rope(path: Path, key: str, rope: Mapping[str, Any]) -> None:
-    """`rope_parameters` may hold one object for each kind of layer."""
+    """Check rope's fields; `rope_parameters` may hold one object for each kind of layer."""
     for field, value in rope.items():
         if isinstance(value, dict):
             _check_rope(path, f"{key}.{field}", value)
@@ -185,7 +185,8 @@ def _shown(value: Any) -> str:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files: of `model.safetensors.index.json` where there is one, which then must be whole.
+    """Names of the safetensors files: those in `model.safetensors.index.json` if there is one, which must then be
+    complete.
 
     Raises `BaseModelError`.
     """

@@ -9,18 +9,18 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def listed(base_model_name: str) -> tuple[str, ...]:
-    """The names of a comma-separated list; the first is the one that is reported."""
+    """The names in a comma-separated list; the first is the one that is reported."""
     return tuple(name for part in base_model_name.split(",") if (name := plain(part)))
 
 
 def plain(name: str) -> str:
-    """Without the slash that completion of a shell leaves behind."""
+    """A name without the slash that a shell's completion leaves at its end."""
     name = name.strip()
     return name.rstrip("/") or name
 
 
 def names_of(base_model: str, base_model_name: str, folder: Path) -> tuple[str, ...]:
-    """Everything that the base model is known by: the listed names, itself, its folder, its last name."""
+    """Every name of the base model: the listed names, the setting itself, its folder, and its last part."""
     own = plain(base_model)
     names = (*listed(base_model_name), own, *((str(folder),) if Path(own).expanduser().is_dir() else ()))
     return tuple(dict.fromkeys((*names, own.rpartition("/")[2])))
@@ -31,7 +31,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def tokenizer_id(tokenizer: str, base_model: str, base_model_name: str, folder: str) -> str:
-    """What clients give to `AutoTokenizer`: the setting, else a hub name, else the folder by its resolved path."""
+    """What clients pass to `AutoTokenizer`: the setting, else a hub name, else the folder's resolved path."""
     if tokenizer:
         return tokenizer
     if hub_name := next(filter(is_hub_name, listed(base_model_name)), ""):

@@ -1,5 +1,5 @@
-"""Checkpoints that a server of ours has written, found again as folders or archives: what they hold and whether it is
-whole, for a server with the same base model.
+"""Reads checkpoints that a tx_async server has written, as folders or archives, and checks that they are complete, for
+a server with the same base model.
 
 A folder with `metadata.json` is one; a storage, or a part of it, holds many. Snapshots of runs stay where they are.
 """
@@ -29,7 +29,7 @@ KINDS = {"training": "weights", "sampler": "sampler_weights", "external": "exter
 
 class OwnCheckpoint(Struct, frozen=True):
     files: dict[str, Path]
-    """All but metadata.json."""
+    """All files except metadata.json."""
     metadata: dict[str, Any]
     lora: AdapterConfig
 
@@ -44,7 +44,7 @@ def is_own(folder: Path) -> bool:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Path]:
-    """The folder itself, or an archive's content while the context is open. Raises `ConfigError`."""
+    """The folder itself, or an archive's content, while the context is open. Raises `ConfigError`."""
     if path.is_dir():
         yield path
         return
@@ -59,7 +59,7 @@ def opened(path: Path) -> Iterator[Path]:
 
 
 def checkpoints_below(folder: Path) -> list[Path]:
-    """Folders of our checkpoints: this one, or all below it; none for what others have made."""
+    """The folders of our checkpoints: this one, or all below it; none in a folder that others have made."""
     if is_own(folder):
         return [folder]
     found = (path.parent for path in folder.rglob(METADATA) if not _is_hidden(path.relative_to(folder)))
@@ -67,7 +67,8 @@ def checkpoints_below(folder: Path) -> list[Path]:
 
 
 def read(folder: Path, base: BaseModelInfo) -> OwnCheckpoint:
-    """Raises `CorruptedCheckpoint` naming what is damaged, `InvalidRequest` where it cannot be used here."""
+    """Read one checkpoint. Raises `CorruptedCheckpoint` naming what is damaged, `InvalidRequest` if it is unusable
+    here."""
     manifest = decode_manifest(str(folder), (folder / METADATA).read_bytes())
     metadata = manifest.metadata
     if metadata.get("kind") not in KINDS:
@@ -78,14 +79,16 @@ def read(folder: Path, base: BaseModelInfo) -> OwnCheckpoint:
     try:
         lora = msgspec.convert(metadata["adapter"], AdapterConfig)
     except (KeyError, msgspec.ValidationError) as error:
-        raise CorruptedCheckpoint(f"{folder} is damaged: {METADATA} says nothing of its adapter ({error}).") from error
+        raise CorruptedCheckpoint(
+            f"{folder} is damaged: {METADATA} does not describe its adapter ({error})."
+        ) from error
     if OPTIMIZER in files:
         _check_moments(folder)
     return OwnCheckpoint(files, metadata, lora)
 
 
 def _check_base(folder: Path, metadata: dict[str, Any], base: BaseModelInfo) -> None:
-    """By fingerprint; a checkpoint from before there were any by name."""
+    """Compare the base by fingerprint, or by name for a checkpoint from before there were fingerprints."""
     theirs, name = metadata.get("base_fingerprint"), metadata.get("base_model")
     if theirs and base.fingerprint and theirs != base.fingerprint:
         raise InvalidRequest(
@@ -105,7 +108,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_moments(folder: Path) -> None:
-    """The optimizer's state has the adapter's own shapes: it is read into the same slot."""
+    """Check that the optimizer's state has the adapter's shapes: it is read into the same slot."""
     weights, moments = _shapes(folder / ADAPTER), _shapes(folder / OPTIMIZER)
     expected = {f"{moment}.{name}": shape for name, shape in weights.items() for moment in "mv"}
     if moments != expected:

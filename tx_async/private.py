@@ -1,7 +1,7 @@
-"""What a server keeps is its user's alone: files 0600, folders 0700, whatever the umask of the shell that started it.
+"""Keeps a server's data private to its user: files 0600, folders 0700, whatever the umask of the shell that started it.
 
-The umask of the process covers what libraries write; what must not depend on it uses `opener` and `make_folder`. Data
-of earlier releases, or a folder that was made by hand, are closed by `close_folder`.
+The umask of the process covers what libraries write; code that must not depend on it uses `opener` and `make_folder`.
+`close_folder` closes data of earlier releases, and folders that were made by hand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def private_umask() -> Iterator[None]:
-    """Everything that this process, and the processes that it starts, make meanwhile is its user's alone."""
+    """Files that this process, and processes that it starts, make in this context are private to its user."""
     before = os.umask(UMASK)
     try:
         yield
@@ -34,12 +34,12 @@ def private_umask() -> Iterator[None]:
 
 
 def opener(path: str, flags: int) -> int:
-    """For `open(…, opener=opener)`: a file that is made is private from its first moment."""
+    """For `open(…, opener=opener)`: a file that it creates is private from its first moment."""
     return os.open(path, flags, FILE_MODE)
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents, where they are missing; each is private."""
+    """Make a folder and its missing parents; each is private."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> None:
 
 
 def close_data(config: ServerConfig) -> None:
-    """What an earlier release, or a hand, has left open of everything that this server keeps."""
+    """Close whatever an earlier release, or somebody by hand, has left open of the data that this server keeps."""
     journal = [config.data_path / "tx_async.db"]
     if config.database_url.startswith("sqlite:///"):
         journal = [Path("/" + config.database_url.removeprefix("sqlite:///").lstrip("/"))]
@@ -59,10 +59,10 @@ def close_data(config: ServerConfig) -> None:
 
 
 def close_folder(folder: Path, contents: Iterable[Path] = ()) -> None:
-    """Make a folder of ours private, and what `contents` names in it, with everything below; warn where we may not.
+    """Make a folder of ours private, with `contents` and everything below them; warn where that is not permitted.
 
-    The folder comes first, because nobody reaches what is in it then. A folder that programs share (sticky, the root
-    of the file system, a home) is left as it is.
+    The folder comes first, because then nobody can reach its content. A folder that programs share (sticky, the root of
+    the file system, a home) is left as it is.
     """
     if _is_shared(folder):
         _log.warning("%s is a folder for other things, too: its mode is left as it is", folder)
@@ -82,7 +82,7 @@ def _is_shared(folder: Path) -> bool:
 
 
 def _close(path: Path) -> bool:
-    """Whether anything was open."""
+    """Make one path private. Returns whether it was open."""
     try:
         mode = stat.S_IMODE(path.stat(follow_symlinks=False).st_mode)
         if path.is_symlink() or not mode & _OTHERS:

@@ -1,4 +1,4 @@
-"""`tx-async runs` and `tx-async run`: what a running server says of its training runs."""
+"""`tx-async runs` and `tx-async run`: show what a running server says about its training runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE = 1000
 
 
 def everything(base_url: str, api_key: str) -> list[TrainingRun]:
-    """Most recently used first."""
+    """All runs, most recently used first."""
     found: list[TrainingRun] = []
     while True:
         path = f"/api/v1/training_runs?limit={PAGE}&offset={len(found)}"
@@ -34,7 +34,7 @@ def history_csv(base_url: str, api_key: str, run: str) -> str:
 
 
 def cells(row: dict[str, float]) -> list[str]:
-    """One step as a person reads it; - where nothing is known."""
+    """The cells of one step for a person to read; - where nothing is known."""
     seconds = row.get("finished_at", 0.0) - row.get("started_at", 0.0)
     shown = {
         "step": row.get("step"),
@@ -48,7 +48,7 @@ def cells(row: dict[str, float]) -> list[str]:
 
 
 def mean_loss(row: dict[str, float]) -> float | None:
-    """Of a token: by its weight where the loss has weights."""
+    """The mean loss of a token, weighted if the loss has weights."""
     count = row.get("weights:sum", row.get("tokens", 0.0))
     return row["loss:sum"] / count if count and "loss:sum" in row else None
 

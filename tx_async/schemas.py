@@ -34,12 +34,12 @@ Rows = Sequence[tuple[str, str, str]]
 
 
 def run(check: bool, commands: Rows) -> int:
-    """Write what is stale, or with `check` only name it; 1 when something was stale and still is.
+    """Write stale files, or with `check` only name them. Returns 1 when files were stale and still are.
 
-    commands: what the command line says of each of its commands: name, what it does, its flags.
+    commands: for each command of the command line its name, what it does, and its flags.
     """
     if not (ROOT / "schemas").is_dir() or not (ROOT / "README.md").exists():
-        raise ConfigError(f"{ROOT} is no checkout of tx_async: only there are generated files to write.")
+        raise ConfigError(f"{ROOT} is not a checkout of tx_async: only a checkout has generated files to write.")
     stale = stale_files(commands)
     for path, content in stale.items():
         if not check:
@@ -50,7 +50,7 @@ def run(check: bool, commands: Rows) -> int:
 
 
 def stale_files(commands: Rows) -> dict[Path, str]:
-    """Path -> what it should hold, of the files that hold something else."""
+    """Path -> the right content, for each file whose content is different."""
     return {path: content for path, content in generated_files(commands).items() if _read(path) != content}
 
 
@@ -76,7 +76,7 @@ def worker_schema() -> dict[str, Any]:
 
 
 def worker_examples() -> dict[str, Any]:
-    """Envelopes of every message: what `dispatch/frames.py` puts into the header frame, readable and as it travels."""
+    """An envelope for every message: what `dispatch/frames.py` puts into the header frame, readable and as bytes."""
     return {
         "protocol_version": PROTOCOL_VERSION,
         "to_worker": [_example(EnvelopeToWorker(message)) for message in messages.to_worker()],
@@ -92,7 +92,7 @@ def _example(envelope: EnvelopeToWorker | EnvelopeFromWorker) -> dict[str, Any]:
 
 
 def fill_tables(page: str, text: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """A page with every table anew. Raises `ConfigError` for a table that nobody knows."""
+    """A page with every table rewritten. Raises `ConfigError` for an unknown table."""
 
     def fill(match: re.Match[str]) -> str:
         if (table := tables.get(match["name"])) is None:
@@ -136,7 +136,7 @@ def _json(value: Any) -> str:
 
 
 def _ordered_sets(schema: Any) -> Any:
-    """The schema with the defaults of sets in one order: Python's own changes from process to process."""
+    """The schema with the defaults of sets in a fixed order: Python's own order changes from process to process."""
     if isinstance(schema, dict):
         ordered = {key: _ordered_sets(value) for key, value in schema.items()}
         default = ordered.get("default")

@@ -1,6 +1,6 @@
 """The app under hypercorn on uvloop, in this process: `tx-async serve`.
 
-Hypercorn speaks HTTP; what is decided here is how a server for long polls starts and stops. The port is taken before
+Hypercorn speaks HTTP; this module decides how a server for long polls starts and stops. The port is taken before
 anything else starts, so a second server on it changes nothing. The first SIGINT or SIGTERM stops it, in bounded time:
 open polls get `GRACEFUL_S` to finish, then the app's lifespan drains and takes its snapshots within `shutdown_ms`. A
 second signal ends the process at once. When the app dies of a broken invariant the process stops with exit code 1: the
@@ -34,25 +34,25 @@ from tx_async.tls import Certificate
 logger = logging.getLogger(__name__)
 
 GRACEFUL_S = 1.0
-"""How long open requests may take to end once the server stops; a client asks again for a poll that was cut."""
+"""How long open requests may take to end once the server stops; a client repeats a poll that was cut."""
 KEEP_ALIVE_S = 120
 BACKLOG = 4096
 HEADERS_BYTES_MAX = 64 * 1024
 SWITCH_INTERVAL_S = 0.001
 """How long a thread that decodes a body may keep the event loop waiting for the interpreter."""
 UNREAD_PIECES_MAX = 3
-"""Pieces (of 64 KiB) of a body that wait to be read: what comes faster than the budget allows stays in the socket. A
-small body that nobody reads is three of them, with its end and the request's: were there room for fewer, its connection
+"""Pieces (of 64 KiB) of a body that may wait to be read: what comes faster than the budget allows stays in the socket.
+A small body that nobody reads is three pieces, with its end and the request's: with room for fewer, its connection
 would never go on to the next request."""
 STARTUP_S = 600
-"""Recovery of a long journal happens before the server accepts."""
+"""How long a start may take: a long journal is recovered before the server accepts requests."""
 
 EXIT_BROKEN = 1
 EXIT_SECOND_SIGNAL = 130
 
 
 def serve(config: ServerConfig) -> int:
-    """Serve until a signal; returns the exit code. Raises `ConfigError` for what the operator can change."""
+    """Serve until a signal; returns the exit code. Raises `ConfigError` for errors that the operator can fix."""
     check_exposure(config)
     Gate(config)
     logs.configure(config.log_level, config.log_format)
@@ -107,7 +107,7 @@ class _Server:
 
     def _on_signal(self, number: int) -> None:
         if self.failure:
-            return  # the app's own way to end the process, and it is ending
+            return  # the app ends the process this way, and it is ending already
         if self.is_signalled:
             logger.warning("second signal: ending at once")
             os._exit(EXIT_SECOND_SIGNAL)
@@ -157,8 +157,8 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _as_operators_own(error: BaseException) -> BaseException:
-    """Whatever keeps a server from starting and is said in our own words, or by the system, is the operator's to
-    change: one line, exit code 2."""
+    """Errors that keep a server from starting and come from us or the system are for the operator to fix: one line,
+    exit code 2."""
     if isinstance(error, TxError) and not isinstance(error, ConfigError):
         return ConfigError(error.message)
     if isinstance(error, OSError):
@@ -195,11 +195,11 @@ def _hypercorn_settings(config: ServerConfig) -> _Settings:
 
 
 def _use_tls(settings: _Settings, config: ServerConfig) -> None:
-    """HTTP/1.1 alone: it is what every poll and its latency are measured with. Raises `ConfigError`."""
+    """Only HTTP/1.1 is offered, because all latencies were measured with it. Raises `ConfigError`."""
     if not config.tls_cert and not config.tls_key:
         return
     if not config.tls_cert or not config.tls_key:
-        raise ConfigError("tls_cert and tls_key belong together: name the certificate's file and its key's.")
+        raise ConfigError("tls_cert and tls_key belong together: set both.")
     settings.certificate = certificate = Certificate(config.tls_cert, config.tls_key)
     settings.certfile, settings.keyfile = certificate.cert, certificate.key
     settings.alpn_protocols = ["http/1.1"]
@@ -213,7 +213,7 @@ def _bind(settings: HypercornConfig, config: ServerConfig) -> Sockets:
 
 
 def _raise_open_files_limit() -> None:
-    """Every long poll is a connection: allow as many as the system lets us."""
+    """Every long poll is a connection: allow as many open files as the system lets us."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

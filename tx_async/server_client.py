@@ -1,4 +1,4 @@
-"""What commands ask of a running server, over HTTP."""
+"""HTTP calls that commands make to a running server."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ TIMEOUT_S = 3600
 def call(
     base_url: str, api_key: str, method: str, path: str, body: IO[bytes] | None = None, **headers: str
 ) -> dict[str, Any]:
-    """The JSON that it answers. Raises `ConfigError`: what it says is wrong, or that it is not there."""
+    """The JSON that the server answers. Raises `ConfigError` with what it says is wrong, or when it is not there."""
     content = fetch(base_url, api_key, method, path, body, **headers)
     try:
         return json.loads(content or b"{}")
     except ValueError as error:
-        raise ConfigError(f"{base_url} answers what is no JSON: is it a server of the Tinker API?") from error
+        raise ConfigError(f"{base_url} does not answer with JSON: is it a server of the Tinker API?") from error
 
 
 def fetch(base_url: str, api_key: str, method: str, path: str, body: IO[bytes] | None = None, **headers: str) -> bytes:
-    """What it answers, as it is. Raises `ConfigError` as `call` does."""
+    """The server's raw answer. Raises `ConfigError` as `call` does."""
     if not base_url:
         raise ConfigError("Which server? Give --base-url URL.")
     if api_key:

@@ -1,4 +1,4 @@
-"""The text model of a `config.json`: the whole of it, or the `text_config` of a folder that also sees."""
+"""Finds the text model in a `config.json`: all of it, or the `text_config` beside a vision tower."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from tx_async.errors import BaseModelError
 
 SHARED = ("architectures", "quantization_config", "torch_dtype", "dtype")
-"""Keys that stand at the top of a folder with a `text_config`."""
+"""Keys that stand beside the `text_config`, at the top level."""
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ Version = tuple[tuple[int, int, int], ...]
 
 
 class Certificate:
-    """Every handshake looks whether the files are others than before: two system calls. New ones count from then on; a
-    pair that cannot be used, because the renewal is half done or wrong, changes nothing."""
+    """Every handshake checks whether the files have changed, with two system calls. New ones count from then on; a pair
+    that cannot be used, because the renewal is half done or wrong, changes nothing."""
 
     def __init__(self, cert: str, key: str):
         """Raises `ConfigError`."""
@@ -25,7 +25,7 @@ class Certificate:
             self.load_into(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise ConfigError(f"tls_cert {self.cert} with tls_key {self.key} cannot be used: {error}.") from error
-        #: what newer files have made; None while those of the start count
+        #: the context made from newer files; None while the first ones count
         self._newer: ssl.SSLContext | None = None
 
     def __repr__(self) -> str:
@@ -35,7 +35,7 @@ class Certificate:
         context.load_cert_chain(self.cert, self.key, password=_no_passphrase)
 
     def follow(self, context: ssl.SSLContext) -> None:
-        """Handshakes of this context use the newest certificate."""
+        """Make handshakes of this context use the newest certificate."""
         context.sni_callback = self._on_hello
 
     def _on_hello(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
@@ -48,7 +48,7 @@ class Certificate:
         try:
             version = self._look()
         except OSError:
-            return False  # between two names
+            return False  # a file is being replaced
         is_new, self._version = version != self._version, version
         return is_new
 
@@ -61,7 +61,9 @@ class Certificate:
         try:
             self.load_into(context)
         except (OSError, ValueError) as error:
-            _log.warning("tls_cert %s with tls_key %s cannot be used, and stay as they were: %s", *self._files, error)
+            _log.warning(
+                "tls_cert %s with tls_key %s cannot be used; the previous certificate stays: %s", *self._files, error
+            )
             return
         self._newer = context
         _log.info("tls_cert %s and tls_key %s were read again.", *self._files)
@@ -72,5 +74,5 @@ class Certificate:
 
 
 def _no_passphrase() -> str:
-    """Instead of the question on the terminal."""
-    raise ValueError("the key wants a passphrase; take it off with `openssl pkey`")
+    """Raise an error instead of asking on the terminal."""
+    raise ValueError("the key has a passphrase; remove it with `openssl pkey`")

@@ -1,4 +1,4 @@
-"""Whether a folder has a tokenizer that stop strings could be found with: asked at start and by `doctor`.
+"""Checks, at start and in `doctor`, that a folder has a tokenizer with which stop strings can be found.
 
 The server itself never needs it: workers load it at the first stop string (`engine/stops.py`).
 """
@@ -18,7 +18,7 @@ OTHERS = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
 )
-"""What transformers makes a tokenizer of where there is no tokenizer.json."""
+"""Files from which transformers makes a tokenizer when there is no tokenizer.json."""
 
 
 def problem_of(folder: Path) -> str:
@@ -30,7 +30,7 @@ def problem_of(folder: Path) -> str:
     if path.exists():
         return _problem_of_fast(path)
     if any(all(_has_content(folder / name) for name in names) for names in OTHERS) or "snapshots" in folder.parts:
-        return ""  # of a hub name, the worker fetches the rest
+        return ""  # for a hub name, the worker fetches the rest
     return f"{folder} has no {FAST}, nor any other tokenizer file"
 
 
@@ -50,6 +50,6 @@ def _problem_of_fast(path: Path) -> str:
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare ones
-        return f"{path} is no tokenizer: {error}"
+    except Exception as error:  # the library raises bare exceptions
+        return f"{path} is not a tokenizer: {error}"
     return "" if tokenizer.get_vocab_size() > 0 else f"{path} has no tokens"

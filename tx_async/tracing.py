@@ -1,9 +1,9 @@
-"""OpenTelemetry: a request is one trace, from HTTP to the device and back. Off unless `otlp_endpoint` says where to.
+"""OpenTelemetry: a request is one trace, from HTTP to the device and back. Off unless `otlp_endpoint` is set.
 
-The HTTP request that submits is the root, or a child of the client's own span (`traceparent`, as W3C has it). Below it
-lies the request, and in that each station, with the times that the scheduler's watch has noted. The poll that fetches
-the result joins the same trace, unless its client says otherwise. Spans of stations are made when the request has
-ended, and are sent by a thread.
+The HTTP request that submits is the root, or a child of the client's own span (`traceparent`, W3C). Below it is the
+request, and below that each station, with the times that the scheduler's watch has noted. The poll that fetches the
+result joins the same trace, unless its client says otherwise. Spans of stations are made when the request has ended,
+and are sent by a thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tracing:
     """Sends spans to one receiver."""
 
     def __init__(self, endpoint: str):
-        """endpoint: of the receiver, http://host:4318. Raises `ConfigError`."""
+        """endpoint: the receiver's, http://host:4318. Raises `ConfigError`."""
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ConfigError(f"otlp_endpoint {endpoint!r} must look like http://127.0.0.1:4318.")
@@ -55,7 +55,7 @@ class Tracing:
         self._trace = trace
 
     def shutdown(self) -> None:
-        """Send what is left. Takes a while: on a thread."""
+        """Send what is left. This takes a while: call it on a thread."""
         self._provider.force_flush(SHUTDOWN_MS)
         self._provider.shutdown()
 
@@ -73,13 +73,13 @@ class Tracing:
         return self._tracer.start_span("HTTP", parent, kind=kind, start_time=_nanoseconds(started))
 
     def context_of(self, span: Span) -> Context:
-        """For its children."""
+        """The context for a span's children."""
         return self._trace.set_span_in_context(span)
 
     # ---- stations
 
     def accepted(self, passage: Passage) -> None:
-        """Over HTTP: its span begins."""
+        """A request was accepted over HTTP: its span begins."""
         if http := current.get():
             attributes = {
                 "tx_async.request_id": passage.request_id,
@@ -93,7 +93,7 @@ class Tracing:
             http.join(self.context_of(passage.trace))
 
     def published(self, passage: Passage) -> None:
-        """It has ended: so have the stations that it has passed."""
+        """A request has ended: so have the stations that it passed."""
         if passage.trace is None:
             return
         for name, began, ended in passage.stations():
@@ -116,10 +116,10 @@ class Tracing:
 
 
 class HttpSpan:
-    """One HTTP request. It is started when somebody needs its context, at the latest when it ends."""
+    """The span of one HTTP request. It is started when somebody needs its context, at the latest when it ends."""
 
     def __init__(self, tracing: Tracing, parent: Context | None):
-        """parent: as the client says; None where it says nothing."""
+        """parent: the client's context; None if it sent none."""
         self._tracing = tracing
         self._parent = parent
         self._began = time.time()
@@ -130,7 +130,7 @@ class HttpSpan:
         return self._tracing.context_of(self._started())
 
     def join(self, context: Context | None) -> None:
-        """It is about a request of this trace."""
+        """Join the trace of the request that this HTTP request is about."""
         if self._span is None and self._parent is None:
             self._parent = context
 
@@ -149,7 +149,7 @@ class HttpSpan:
 
 
 def open_tracing(endpoint: str) -> Tracing | None:
-    """None where no receiver is named. Raises `ConfigError`."""
+    """The tracing for an endpoint; None if none is named. Raises `ConfigError`."""
     return Tracing(endpoint) if endpoint else None
 
 

@@ -50,7 +50,7 @@ async def test_an_ephemeral_sampler_has_a_session_and_no_name(call, client, mode
         ("save_weights_for_sampler", {"path": None}, "sampling_session_seq_id"),
         ("save_weights_for_sampler", {"sampling_session_seq_id": 1}, "sampling_session_seq_id"),
         ("save_weights_for_sampler", {"kind": "forever"}, "kind"),
-        ("save_weights_external", {"age_encryption_recipients": ["age1x"]}, "'age1x' is no recipient"),
+        ("save_weights_external", {"age_encryption_recipients": ["age1x"]}, "'age1x' is not a recipient"),
         ("load_weights", {"path": "final", "optimizer": True}, "tinker://"),
         ("load_weights", {"path": "tinker://a/b/c", "optimizer": True}, "tinker://"),
         ("load_weights", {"path": "tinker://none/weights/x", "optimizer": True}, "checkpoint"),

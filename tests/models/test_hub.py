@@ -156,7 +156,7 @@ def test_a_download_that_was_cut_off_goes_on_where_it_stopped(hub, found):
 
 
 def test_the_next_start_fetches_only_what_is_missing(hub, found):
-    assert "What is complete is kept" in found["failing"]["error"]
+    assert "Complete files are kept" in found["failing"]["error"]
     assert found["failing, again"] == found["folder"]
     assert len(hub.downloads("failing", SHARDS[0])) == len(hub.downloads("failing", "config.json")) == 1
     assert len(hub.downloads("failing", SHARDS[1])) == 2
@@ -180,7 +180,7 @@ def test_what_is_in_the_cache_loads_without_the_hub(found):
         ("lacking", f"lacks {SHARDS[1]}"),
         (
             "unreachable",
-            "never-seen is no folder here, nor complete in the cache, and http://127.0.0.1:9 cannot be had",
+            "never-seen is not a folder here, nor complete in the cache, and http://127.0.0.1:9 cannot be reached",
         ),
     ],
 )

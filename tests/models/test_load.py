@@ -135,7 +135,7 @@ def test_a_truncated_file_and_a_missing_shard_are_named(tmp_path):
 
 
 def test_a_hub_name_that_cannot_be_had_says_so():
-    with pytest.raises(BaseModelError, match="nobody/nothing is no folder here, nor complete in the cache"):
+    with pytest.raises(BaseModelError, match="nobody/nothing is not a folder here, nor complete in the cache"):
         load_model("nobody/nothing")
 
 
