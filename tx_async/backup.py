@@ -1,9 +1,9 @@
 """`tx-async backup` and `tx-async restore`: a consistent copy of the journal and of every file that it names, taken
 while the server runs.
 
-    DIR/tx_async.db, tx_async.db.payloads/   the journal as of one moment DIR/checkpoints/                         the
-    storage's identity, and what the journal's records name DIR/backup.json written last: a folder without it is not a
-    backup
+    DIR/tx_async.db, tx_async.db.payloads/   the journal as of one moment
+    DIR/checkpoints/                         the storage's identity, and what the journal's records name
+    DIR/backup.json                          written last: a folder without it is not a backup
 
 The journal is copied first. A running server goes on meanwhile and may delete files that the copy still names; then the
 copy is taken again. Every checkpoint and body is compared with its hash, here and after a restore.

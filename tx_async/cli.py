@@ -155,23 +155,27 @@ def _add_worker(commands: Any) -> None:
     )
     command.add_argument(
         "--coordinator-address", metavar="HOST:PORT", default="",
-        help=f"of the mesh; without --connect, the server is on that host, at port {compatibility.WORKER_PORT}",
+        help="where the mesh joins; without --connect, the server is on that host, "
+        f"at port {compatibility.WORKER_PORT}",
     )  # fmt: skip
     command.add_argument(
-        "--num-processes", type=int, default=0, help="of its mesh [as Slurm, Kubernetes or MPI says, else the server]"
+        "--num-processes",
+        type=int,
+        default=0,
+        help="processes of its mesh [from Slurm, Kubernetes or MPI, else the server]",
     )
     command.add_argument(
         "--token", default=os.environ.get("TX_WORKER_TOKEN", ""), help="the server's worker_token [TX_WORKER_TOKEN]"
     )
     command.add_argument(
-        "--process-id", type=int, help="its place in the mesh, from 0 [as Slurm, Kubernetes or MPI says, else 0]"
+        "--process-id", type=int, help="its place in the mesh, from 0 [from Slurm, Kubernetes or MPI, else 0]"
     )
     command.add_argument(
         "--engine", default="", metavar="MODULE:FACTORY", help="vllm, or an engine of your own [the JAX engine]"
     )
     command.add_argument("--name", default="", help="the worker that this process is a part of [w0]")
     command.add_argument(
-        "--capabilities", default="", help="what the engine can do [train,sample,score; of vllm: sample]"
+        "--capabilities", default="", help="what the engine can do [train,sample,score; for vllm: sample]"
     )
     command.add_argument("--vllm-url", default="", metavar="URL", help="where vLLM listens, http://127.0.0.1:8001")
     command.add_argument("--vllm-lora-dir", default="", metavar="DIR", help="folder for adapters that vLLM also sees")

@@ -17,13 +17,13 @@ def add_import(
 ) -> None:
     command = commands.add_parser(
         "import",
-        help="make checkpoints of a PEFT adapter, or of what another server has saved, and print their tinker:// paths",
+        help="turn a PEFT adapter, or another server's checkpoints, into checkpoints here and print their paths",
         description="Imports into a running server (--base-url), or into the data of a stopped one (--data-dir and "
         "--base-model). A PEFT adapter is checked: base, modules, rank, alpha, dtype. Checkpoints of another server "
         "with the same base (a folder or archive of one, or a storage with many) are checked against their hashes.",
     )
     command.add_argument(
-        "adapter", metavar="FOLDER_OR_ARCHIVE", type=Path, help="with adapter_config.json, or our metadata.json"
+        "adapter", metavar="FOLDER_OR_ARCHIVE", type=Path, help="contains adapter_config.json, or our metadata.json"
     )
     command.add_argument(
         "--as", dest="name", metavar="NAME", default="", help="name of the checkpoint [ours keep theirs]"
@@ -34,8 +34,10 @@ def add_import(
 
 
 def _add_server(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base-url", default="", metavar="URL", help="of a running server")
-    command.add_argument("--api-key", default="", metavar="KEY", help="whose they are [of those who send no key]")
+    command.add_argument("--base-url", default="", metavar="URL", help="a running server's URL")
+    command.add_argument(
+        "--api-key", default="", metavar="KEY", help="the owner's API key [that of clients that send none]"
+    )
 
 
 def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace], ServerConfig]) -> int:

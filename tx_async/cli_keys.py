@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     add.add_argument("name", help="whose key it is")
     add.add_argument(
         "--role", choices=("user", "admin"), default="user",
-        help="admin: also metrics from other machines, all runs, the whole audit log [user]",
+        help="admin: also sees metrics from other machines, all runs, the whole audit log [user]",
     )  # fmt: skip
     add.add_argument(
         "--expires", default="", metavar="WHEN", help="90d, 12h, 2027-01-01, or 2027-01-01T12:00:00Z [never]"

@@ -15,19 +15,19 @@ def add(commands: Any) -> None:
     runs = commands.add_parser(
         "runs",
         help="training runs of a running server",
-        description="Id, base model, rank, state and last use, most recently used first. Those of one API key; of an "
-        "admin's, all.",
+        description="Prints id, base model, rank, state and last use, most recently used first: one API key's runs, "
+        "or all for an admin's key.",
     )
     run = commands.add_parser(
         "run",
-        help="the history of one training run: a line an optimizer step",
+        help="the history of one training run, one line for each optimizer step",
         description="Older steps of a long run are thinned.",
     )
     run.add_argument("run_id", metavar="ID", help="as `tx-async runs` prints it")
     run.add_argument("--csv", action="store_true", help="everything that is known of each step, with a header row")
     for command, action in ((runs, _runs), (run, _run)):
-        command.add_argument("--base-url", default="", metavar="URL", help="of the server [TINKER_BASE_URL]")
-        command.add_argument("--api-key", default="", metavar="KEY", help="whose runs they are [TINKER_API_KEY]")
+        command.add_argument("--base-url", default="", metavar="URL", help="the server's URL [TINKER_BASE_URL]")
+        command.add_argument("--api-key", default="", metavar="KEY", help="the owner's API key [TINKER_API_KEY]")
         command.set_defaults(run=action)
 
 

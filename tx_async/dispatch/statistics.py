@@ -39,13 +39,13 @@ class RouterStatistics(Struct, frozen=True, kw_only=True):
     kernels_plain: Gauge
     """Tasks that have a kernel of their own but run in the plain version on the attached workers."""
     memory_weights_bytes: Gauge
-    """Planned on each device of the attached workers for the base model; 0 where no plan was made, as on a CPU."""
+    """Memory planned on each device of the attached workers for the base model; 0 without a plan, as on a CPU."""
     memory_slots_bytes: Gauge
-    """Planned for training slots and samplers."""
+    """Memory planned for training slots and samplers."""
     memory_temporaries_bytes: Gauge
-    """Planned for the temporaries of the largest program."""
+    """Memory planned for the temporaries of the largest program."""
     memory_kv_cache_bytes: Gauge
-    """Planned for keys and values of sequences and cached prefixes."""
+    """Memory planned for keys and values of sequences and cached prefixes."""
     compilations: Gauge
     """Programs that the attached workers have compiled or loaded from the compilation cache."""
 
@@ -72,9 +72,9 @@ class WorkerStatistics(Struct, frozen=True, kw_only=True):
     device_memory_used_bytes: Gauge
     """Memory in use on the fullest device; on a CPU the worker process's own memory."""
     device_memory_limit_bytes: Gauge
-    """Memory that this device has for the worker; 0 where it does not say, as on a CPU."""
+    """Memory that the fullest device has for the worker; 0 where it does not say, as on a CPU."""
     device_memory_planned_bytes: Gauge
-    """What the plan for a device's memory adds up to; 0 where no plan was made, as on a CPU."""
+    """Sum of the plan for a device's memory; 0 without a plan, as on a CPU."""
 
 
 class Totals(Struct):

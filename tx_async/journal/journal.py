@@ -81,11 +81,11 @@ class JournalStatistics(Struct, frozen=True, kw_only=True):
     changes: Counter
     """Changes in the durable transactions."""
     bytes: Counter
-    """Bodies and payloads in them."""
+    """Bytes of bodies and payloads in the durable transactions."""
     waiting_changes: Gauge
     """Changes that are not durable yet, those of the transaction in flight included."""
     waiting_bytes: Gauge
-    """Bodies and payloads in them."""
+    """Bytes of bodies and payloads that are not durable yet."""
     last_commit_ms: Gauge
     """How long the newest durable transaction took."""
 

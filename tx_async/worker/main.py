@@ -63,7 +63,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--connect", required=True, help="address of the server's worker door, ipc:// or tcp://")
     parser.add_argument("--token", default="", help=f"shared secret of a tcp door; better set {TOKEN_VARIABLE}")
     parser.add_argument("--process-id", type=int, default=0, help="this process's place in its mesh")
-    parser.add_argument("--num-processes", type=int, default=0, help="of its mesh; 0 = the server knows")
+    parser.add_argument("--num-processes", type=int, default=0, help="processes of its mesh; 0 = the server knows")
     parser.add_argument("--coordinator-address", default="", help="where they join; empty = the server knows")
     parser.add_argument("--name", default="w0", help="the worker that this process belongs to")
     parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that makes the engine, or vllm")
