@@ -106,9 +106,9 @@ def test_an_index_that_is_there_but_broken_is_refused_although_the_weights_are_t
     ("content", "words"),
     [
         (POINTER.encode(), "git-lfs pointer"),
-        (b"", "truncated or no safetensors file"),
-        (b"\x02\0\0\0\0\0\0\0[]", "no safetensors file"),
-        (b'\x0f\0\0\0\0\0\0\0{"x": {"a": 1}}', "no safetensors file"),
+        (b"", "truncated or not a safetensors file"),
+        (b"\x02\0\0\0\0\0\0\0[]", "not a safetensors file"),
+        (b'\x0f\0\0\0\0\0\0\0{"x": {"a": 1}}', "not a safetensors file"),
     ],
 )
 def test_broken_weights_are_named(folder, content, words):

@@ -127,7 +127,7 @@ def test_adapters_with_features_that_have_no_counterpart_are_refused(settings, m
     ("name", "tensor", "message"),
     [
         ("model.layers.9.self_attn.q_proj.lora_A.weight", np.zeros((4, 64)), "only half of model.layers.9"),
-        ("model.layers.0.self_attn.q_proj.lora_A.weight", np.zeros((4, 63)), "is of another model"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", np.zeros((4, 63)), "belongs to another model"),
         ("model.layers.0.self_attn.q_proj.weight", np.zeros((4, 64)), "is no LoRA weight"),
     ],
 )

@@ -29,15 +29,15 @@ HostWeights = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
 
 
 class TrainingState(NamedTuple):
-    """Everything of training adapters: stacked over the slots, or one adapter's slice without that axis. All fp32."""
+    """All state of training adapters, in fp32: stacked over the slots, or one adapter's slice without that axis."""
 
     weights: LoraWeights
     m: LoraWeights
     v: LoraWeights
     gradients: LoraWeights
-    """Sum since the last optimizer step."""
+    """The sum since the last optimizer step."""
     step: Array
-    """int32: optimizer steps taken."""
+    """int32: how many optimizer steps were taken."""
 
 
 def zeros(
@@ -58,11 +58,11 @@ def slot_bytes(targets: Targets, rank: int) -> int:
     return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
 
 
-# ---- one slot of a stack: the slot axis is 1, of the step 0
+# ---- one slot of a stack: the slot axis is 1, and 0 for the step
 
 
 def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraWeights:
-    """Of rank `rank` where the padding above is not wanted."""
+    """The adapter in a slot; with `rank`, without the padding above that rank."""
 
     def read(x: Array, axis: int) -> Array:
         sizes = list(x.shape)
@@ -73,7 +73,7 @@ def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraW
 
 
 def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
-    """What lies above the adapter's rank stays."""
+    """Write an adapter into a slot. What lies above its rank stays as it is."""
 
     def write(x: Array, one: Array) -> Array:
         return jax.lax.dynamic_update_slice(x, one[:, None].astype(x.dtype), at(slot, x))
@@ -82,7 +82,7 @@ def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWei
 
 
 def at(slot: Array, stack: Array) -> list[Array | int]:
-    """Where a slot begins in a stack [layers, slots, ...]."""
+    """The index at which a slot begins in a stack [layers, slots, ...]."""
     return [0, slot, *[0] * (stack.ndim - 2)]
 
 
@@ -98,7 +98,7 @@ def write_state(state: TrainingState, slot: Array, one: TrainingState) -> Traini
 
 
 def load_weights(state: TrainingState, slot: Array, weights: LoraWeights) -> TrainingState:
-    """A slot with these weights; moments, step and gradients are zero."""
+    """Put these weights into a slot and set its moments, step and gradients to zero."""
     empty = jax.tree.map(jnp.zeros_like, read_state(state, slot))
     return write_state(state, slot, empty._replace(weights=weights))
 
@@ -138,7 +138,7 @@ def create_adapter(targets: Targets, state: TrainingState, slot: Array, creation
 
 def _draws(creation: Creation, shapes: list[tuple[int, ...]], rank: int) -> list[Array]:
     """U(±1) of each shape [...] as [..., rank]. Every column has its own key, so a value depends on the seed, its
-    target and its place: not on the slot or the maximum rank. One draw for all: random bits are slow to compile.
+    target and its place: not on the slot or the maximum rank. One draw makes them all: random bits are slow to compile.
     """
     key = jax.random.fold_in(jax.random.key(creation.seed[0]), creation.seed[1])
     sizes = [math.prod(shape) for shape in shapes]
@@ -187,7 +187,8 @@ def _sampler_zeros(targets: Targets, num_slots: int, rank: int, dtype: Any) -> L
 
 
 class SamplerStacks:
-    """Adapter versions that are sampled. Both fields are replaced, never changed: running quanta may read them."""
+    """The adapter versions in the sampler slots. Both fields are replaced, never changed: running quanta may read
+    them."""
 
     def __init__(
         self,
@@ -198,10 +199,10 @@ class SamplerStacks:
         allocate: Allocate = on_device,
         dtype: Any = jnp.float32,
     ):
-        """sharding: `LoraWeights` of shardings; None is the default device. dtype: of the base model, in which its
-        products take A and B; the unembedding's, whose products are in fp32, stay in fp32."""
+        """sharding: `LoraWeights` of shardings; None is the default device. dtype: the base model's; its products take
+        A and B in it. The unembedding's products are in fp32, so its A and B stay in fp32."""
         self.weights: LoraWeights = allocate(partial(_sampler_zeros, targets, num_slots, rank, dtype), sharding)
-        #: fp32 [slots], on the host: data of each quantum
+        #: fp32 [slots], on the host: each quantum takes it as data
         self.scale: Any = np.zeros(num_slots, np.float32)
 
     def load(self, slot: int, weights: LoraWeights, scale: float) -> None:

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 AHEAD_MAX = 24
 SHARES = (("decode ", 14), ("prefill ", 3), ("forward_backward ", 5), ("score ", 1), ("optim_step ", 1))
-"""Most programs of each kind, in the order in which they are compiled; together AHEAD_MAX."""
+"""At most so many programs of each kind, in the order in which they are compiled; AHEAD_MAX is their sum."""
 
 
 RARE = (" wide", " K=1024 ", " K=4097 ")
-"""In the names of programs for what few ever ask for: large supports of stable_reinforce."""
+"""Parts of the names of programs that few ever ask for: large supports of stable_reinforce."""
 
 
 def is_rare(name: str) -> bool:
-    """Compiled when it is first wanted, and never before."""
+    """Whether a program is compiled only when it is first wanted."""
     return any(mark in f"{name} " or name.endswith(mark) for mark in RARE)
 
 
 def likeliest(names: Sequence[str]) -> list[str]:
-    """Of all programs of an engine, at most AHEAD_MAX; what is left is compiled when it is first wanted.
+    """The likeliest of an engine's programs, at most AHEAD_MAX; the others are compiled when they are first wanted.
 
-    Of training those with one target per token, at the highest rank, the shortest rows first.
+    Training programs are those with one target per token, at the highest rank, the shortest rows first.
     """
     chosen: list[str] = []
     for kind, share in SHARES:
@@ -33,5 +33,5 @@ def likeliest(names: Sequence[str]) -> list[str]:
 
 
 def _highest_rank(names: Sequence[str]) -> str:
-    """As names end: "rank=32"."""
+    """The highest rank, in the form in which names end: "rank=32"."""
     return f"rank={max((int(name.rpartition('=')[2]) for name in names), default=0)}"

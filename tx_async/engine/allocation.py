@@ -1,4 +1,4 @@
-"""How an engine gets its arrays: on the device, or described for a device that is not here."""
+"""How an engine gets its arrays: made on the device, or only described, for a device that is not here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Allocate = Callable[[Callable[[], Any], Any], Any]
 
 
 def on_device(make: Callable[[], Any], shardings: Any = None) -> Any:
-    """Made where they will lie, by one program."""
+    """Make the arrays where they will lie, with one program."""
     return jax.jit(make, out_shardings=shardings)()
 
 
 def described_on(device: Any) -> Allocate:
-    """Shapes in the place of arrays, on `device` where no sharding says otherwise: an engine of them has every program
-    that it would have there, and `bench/gpu_programs.py` compiles those without the device."""
+    """Make shapes instead of arrays, on `device` unless a sharding says otherwise. An engine made of them has every
+    program that it would have on the device, and `bench/gpu_programs.py` compiles those without the device."""
 
     def allocate(make: Callable[[], Any], shardings: Any = None) -> Any:
         shapes = jax.eval_shape(make)

@@ -51,10 +51,10 @@ def shapes(rows: int, length: int, k: int) -> dict[str, jax.ShapeDtypeStruct]:
 def row_batch(
     command: TrainMicroBatch, tensors: Sequence[np.ndarray], ranks: np.ndarray, vocab_size: int
 ) -> tuple[RowBatch, int]:
-    """-> (the batch, the highest rank in it). Copies: the tensors belong to the transport again when this returns.
+    """-> (the batch, the highest rank in it). It copies: when this returns, the tensors belong to the transport again.
 
-    ranks: int [slots + 1], of each slot's adapter, 0 for none; the last slot is the scratch slot. Asserts what the
-    scheduler must have ensured.
+    ranks: int [slots + 1], the rank of each slot's adapter, 0 for none; the last slot is the scratch slot. Asserts what
+    the scheduler must have ensured.
     """
     scratch_slot = len(ranks) - 1
     slots = np.array([scratch_slot if slot < 0 else slot for slot in command.slots], np.int32)

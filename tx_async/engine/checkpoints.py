@@ -1,11 +1,11 @@
-"""Adapters as files, and those that were written or read lately in memory.
+"""Adapters as files, and in memory those that were written or read lately.
 
     adapter_config.json, adapter_model.safetensors    the weights, as PEFT reads them: every kind
     optimizer.safetensors                             training, snapshot: `m.<PEFT name>`, `v.<PEFT name>`
     gradients.safetensors                             snapshot: accumulated since the last optimizer step
     metadata.json                                     kind, AdapterConfig, step; sizes and hashes; written last
 
-A saved adapter is kept here from the moment its command runs, so what loads it next waits for no file. What is kept
+A saved adapter is kept here from the moment its command runs, so a load that follows waits for no file. What is kept
 is immutable, as checkpoints are. A crash while files are written leaves no metadata.json, hence no checkpoint.
 """
 
@@ -112,8 +112,8 @@ class Checkpoints:
     # ---- save
 
     def keep(self, key: str, adapter: SavedAdapter) -> None:
-        """From now on `load(key)` returns this adapter, until newer ones need its memory. Raises `InvalidRequest` for
-        a key that leads elsewhere.
+        """From now on `load(key)` returns this adapter, until newer ones need its memory. Raises `InvalidRequest` for a
+        key that leads out of the store.
 
         What is kept depends on the command stream alone, so that it is the same on every host of a mesh: a write that
         fails, which only one host tries, takes nothing away.
@@ -152,7 +152,7 @@ class Checkpoints:
         return files | ({README: "\n".join(notes).encode()} if notes else {})
 
     def _notes(self, config: AdapterConfig) -> list[str]:
-        """Where other programs do not compute what this one does with the adapter."""
+        """Notes for the user, where other programs compute something else with this adapter than this server does."""
         is_tied, is_passed_over = self.model.tied and config.train_unembed, not self.model.peft_knows_experts
         return [TIED_NOTE] * is_tied + [EXPERTS_NOTE] * (is_passed_over and config.train_mlp)
 
@@ -161,7 +161,7 @@ class Checkpoints:
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
     def kept(self, key: str) -> SavedAdapter:
-        """What is in memory. Raises `UnknownCheckpoint`."""
+        """The adapter that is in memory. Raises `UnknownCheckpoint`."""
         with self._lock:
             if key not in self._cached:
                 raise UnknownCheckpoint(f"The adapter {key} is not in memory any more.")
@@ -170,7 +170,8 @@ class Checkpoints:
     # ---- load
 
     def load(self, key: str) -> SavedAdapter:
-        """From memory, else from its files. Raises `UnknownCheckpoint`, `CorruptedCheckpoint`, `InvalidRequest`."""
+        """The adapter from memory, else from its files. Raises `UnknownCheckpoint`, `CorruptedCheckpoint`,
+        `InvalidRequest`."""
         with self._lock:
             if key in self._cached:
                 self._cached.move_to_end(key)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def use_cache(folder: str) -> None:
-    """Keep compiled programs in `folder`, whatever they took to compile; "" = as JAX itself is configured.
+    """Keep compiled programs in `folder`, however short their compilation was; "" leaves JAX's own configuration.
 
     Call before the first jit.
     """
@@ -61,8 +61,8 @@ def keep_cache_on_every_host() -> None:
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """JAX writes an entry, then its time of use. A process killed between the two leaves an entry without, and from
-    then on JAX can add nothing: looking for the oldest entry fails.
+    """JAX writes an entry, then its time of use. A process killed between the two leaves an entry without a time, and
+    from then on JAX can add nothing, because its search for the oldest entry fails.
     """
     for entry in folder.glob("*-cache"):
         if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
@@ -100,12 +100,12 @@ class Program:
     ):
         """arguments: arrays or ShapeDtypeStructs, one per parameter. donate: indices of those whose memory is reused.
 
-        out_shardings: as `jax.jit`; None lets the compiler choose, which on a mesh is not what the next call expects.
-        options: of the compiler, by XLA's names.
-        Where one argument lies on a mesh, every host array among them is whole on each of its devices.
+        out_shardings: as in `jax.jit`; None lets the compiler choose, which on a mesh is not what the next call
+        expects. options: compiler options, by XLA's names. Where one argument lies on a mesh, every host array among
+        them is whole on each of its devices.
         """
         self.name = name
-        #: where what an earlier process compiled may lie; None = nowhere
+        #: where the executable of an earlier process may lie; None = nowhere
         self.executables: Executables | None = None
         self._function = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
         self.options = options
@@ -151,16 +151,16 @@ def _shapes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _refuse_untrusted(name: str, compiled: Any) -> None:
-    """gloo's reduce-scatter has returned wrong values: no program of several processes on CPU may hold one."""
+    """gloo's reduce-scatter has returned wrong values: no program of several CPU processes may use one."""
     if jax.process_count() > 1 and not platform.current().reduce_scatter:
         assert "reduce-scatter(" not in compiled.as_text(), f"{name} uses a reduce-scatter"
 
 
 @cache
 def row_independent() -> dict[str, Any] | None:
-    """Compiler options with which a CPU sums a row the same way whatever number of rows stands around it.
+    """Compiler options with which a CPU sums a row the same way however many rows the batch has.
 
-    XLA hands larger reductions to a library that adds in another order. None where that is not to be chosen.
+    By default, XLA hands larger reductions to a library that adds in another order. None where there is no such option.
     """
     options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
     try:

@@ -1,9 +1,9 @@
 """Sampling: sequences are admitted, prefilled, decoded in quanta, and leave.
 
-`quantum` first finishes the host's part of the quantum before it (which needs that one's tokens), then schedules,
-then only dispatches: the device works while the caller goes on. So the host's state is a function of the command
-stream alone, and all that lives on the device between two quanta are the page pools. `Pending` waits for the tokens,
-on another thread.
+`quantum` first finishes the host's part of the previous quantum (which needs that quantum's tokens), then schedules,
+then dispatches without waiting: the device works while the caller goes on. So the host's state is a function of the
+command stream alone, and only the page pools live on the device between two quanta. `Pending` waits for the tokens, on
+another thread.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Samp
 from tx_async.worker.engine_api import Pending, Reply
 
 CACHE_BYTES = 1 << 30
-"""Size of the KV cache where the device does not say how much memory it has."""
+"""The KV cache's size where the device does not say how much memory it has."""
 COPY_BYTES_MAX = 4 << 30
-"""Most weights that a CPU keeps a second time, laid out for decoding. Its programs hold every layer of such a model."""
+"""The largest weights of which a CPU keeps a second copy, laid out for decoding. Its programs hold every layer of such
+a model."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Quantum:
     schedule: Schedule
     progress: dict[int, int]
     began_at: float
-    """Monotonic seconds: when it was dispatched, or the one before it ended."""
+    """Monotonic seconds: when it was dispatched, once the quantum before it was settled."""
     decoded: tuple[Sequence[Sample], Decoded] | None = None
     scored: list[tuple[list[Piece], tuple[Array, ...]]] = field(default_factory=list)
     reply: Reply | None = None
@@ -98,9 +99,8 @@ class SamplingEngine:
         allocate: Allocate = on_device,
         kernels: Kernels = NO_KERNELS,
     ):
-        """context: most tokens of prompt and completion; folder: of the base model, for its tokenizer; stream: what
-        every program of sampling is dispatched on; kernels: what runs in the place of
-        plain versions."""
+        """context: the most tokens of prompt and completion together; folder: the base model's, for its tokenizer;
+        stream: every program of sampling is dispatched on it; kernels: what runs in place of the plain versions."""
         self.model, self.context, self.folder, self.platform = model, context, folder, platform
         self.kernels = kernels
         self.use_params(params)
@@ -116,7 +116,7 @@ class SamplingEngine:
         self.layout = replace(self.layout, num_slots=1 + num_states + num_snapshots if num_states else 0)
         self.tile_tokens = _tile_tokens(model, self.layout, platform)
         mesh = model.mesh
-        #: of results: every device has them whole; None without a mesh
+        #: the sharding of results: every device has them whole; None without a mesh
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._pool_shardings = pool_shardings(model, mesh) if mesh else None
         #: page pools on the device; replaced by every dispatch
@@ -146,7 +146,7 @@ class SamplingEngine:
 
     def use_params(self, params: Any) -> None:
         self.params = params
-        #: the same weights, where steps of few tokens want them laid out in another way
+        #: the same weights, laid out in another way where steps of few tokens want that
         self.decode_params = self._for_decoding(params)
 
     def _for_decoding(self, params: Any) -> Any:
@@ -158,8 +158,8 @@ class SamplingEngine:
     # ---- commands
 
     def admit(self, specs: Sequence[SequenceSpec], tensors: Sequence[np.ndarray], loaded: Sequence[bool]) -> None:
-        """Queue sequences; `tensors` are only read now. Those of a sampler slot that is not `loaded` fail alone. Raises
-        `InvalidRequest` before it queued any."""
+        """Queue sequences; `tensors` are read only during this call. Sequences of a sampler slot that is not `loaded`
+        fail alone. Raises `InvalidRequest` before it has queued any."""
         able = [spec for spec in specs if spec.sampler_slot == BASE_SLOT or loaded[spec.sampler_slot]]
         samples = [self._sample(spec, tensors) for spec in able]
         with self._lock:
@@ -363,7 +363,7 @@ class SamplingEngine:
 
 
 def _tile_tokens(model: Any, layout: CacheLayout, platform: Platform) -> int:
-    """Whole pages."""
+    """Tokens of a prefill tile, in whole pages."""
     pages = 1 if model.state_layers else max(1, platform.prefill_tile_tokens // layout.page_size)
     return pages * layout.page_size
 
@@ -375,7 +375,8 @@ def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) ->
 
 
 def _cache_bytes() -> int:
-    """A part of the device's whole memory, not of what is free: every process of a mesh must come to the same."""
+    """A share of all of the device's memory, not of what is free: every process of a mesh must compute the same
+    number."""
     memory = jax.local_devices()[0].memory_stats() or {}
     return memory.get("bytes_limit", 0) // CACHE_PART or CACHE_BYTES
 

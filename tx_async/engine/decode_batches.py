@@ -18,9 +18,9 @@ from tx_async.engine.state_slots import NULL_SLOT
 from tx_async.wire.worker import BASE_SLOT, INT32_MAX
 
 SCORE_ROWS = 128
-"""Prompt positions that one scoring call handles."""
+"""The prompt positions that one scoring call handles."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Rows of a decode call."""
+"""The row counts that decode calls have."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,23 @@ class Piece:
 
 
 def batch_sizes(num_sequences_max: int, platform: Platform) -> tuple[int, ...]:
-    """Ascending; of more sequences than the last one some decode in one quantum, others in the next."""
+    """Ascending. When there are more sequences than the last size, some decode in one quantum, the others in the
+    next."""
     least, limit = platform.least_decode_rows, platform.decode_rows_max or num_sequences_max
     most = max(least, min(num_sequences_max, limit))
     return (*(size for size in BATCHES if least <= size < most), most)
 
 
 def bucket(sizes: Sequence[int], count: int) -> int:
-    """The least of `sizes` (ascending) that is at least `count`; there is one."""
+    """The smallest of `sizes` (ascending) that is at least `count`; there always is one."""
     return next(size for size in sizes if size >= count)
 
 
 def prefill_calls(
     segments: Sequence[PrefillPiece], tile_tokens: int, sizes: Sequence[int]
 ) -> Iterator[tuple[int, list[Tile]]]:
-    """Tiles in order, with the rows of their call. A tile reads what those before it have written, in its call too."""
+    """The tiles in order, call by call, with each call's row count. A tile reads what earlier tiles have written, also
+    within its call."""
     tiles = [tile for segment in segments for tile in _tiles(segment, tile_tokens)]
     for rows in prefill_rows(len(tiles), sizes):
         yield rows, tiles[:rows]
@@ -76,7 +78,7 @@ def _tiles(segment: PrefillPiece, tile_tokens: int) -> Iterator[Tile]:
 
 
 def prefill_rows(num_tiles: int, sizes: Sequence[int]) -> Iterator[int]:
-    """Rows of each call for so many tiles: the most of `sizes` of which what is left fills more than half."""
+    """The rows of each call for so many tiles: the largest of `sizes` that the remaining tiles fill more than half."""
     while num_tiles > 0:
         rows = max((rows for rows in sizes if num_tiles > rows // 2), default=sizes[0])
         yield rows
@@ -148,7 +150,7 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
 
 
 def score_batches(tiles: Sequence[Tile], tile_tokens: int) -> Iterator[tuple[list[Piece], ScoreBatch]]:
-    """Whatever of these tiles somebody wants scored, SCORE_ROWS positions at a time."""
+    """Those positions of these tiles that somebody wants scored, SCORE_ROWS at a time."""
     batch, pieces, filled = empty_scores(), [], 0
     for row, tile in enumerate(tiles):
         scoring = tile.sample.scoring

@@ -1,7 +1,7 @@
 """The device programs of sampling: prefill, prompt scores, decode. Pure functions of arrays, one compilation per shape.
 
-Every row is a function of its own tokens, adapter and random stream. Rows that are not used have remaining = 0
-(decode), alive = False (prefill): they compute something, write to the null page, and nobody looks.
+Every row is a function of its own tokens, adapter and random stream. Unused rows have remaining = 0 (decode) or alive =
+False (prefill): what they compute goes to the null page, and nobody reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tx_async.layers.lora import LOW_RANK, LoraActive, LoraGrouped, LoraWeights,
 from tx_async.models.decoder import unembedding
 
 STOP_TOKENS_MAX = 16
-"""Stop tokens that the device knows per row; further ones are found by the host a quantum later."""
+"""The stop tokens of a row that the device knows; the host finds further ones a quantum later."""
 
 
 Data = Any
@@ -45,11 +45,11 @@ class Adapters(NamedTuple):
 
     @property
     def without_lora(self) -> Adapters:
-        """Of a batch in which nobody has an adapter."""
+        """The adapters of a batch in which nobody has one."""
         return self._replace(weights={})
 
     def for_tokens(self, platform: Platform, row_adapter: Data) -> LoraActive:
-        """Of rows of one token each."""
+        """The active adapters of rows of one token each."""
         return LoraGrouped(*self, row_adapter) if platform.grouped_lora else self.for_rows(platform, row_adapter)
 
     def for_rows(self, platform: Platform, row_adapter: Data) -> LoraActive:
@@ -59,7 +59,7 @@ class Adapters(NamedTuple):
 
     @classmethod
     def of(cls, weights: LoraWeights, scale: Data, row_adapter: np.ndarray) -> Adapters:
-        """For a batch whose rows have these slots (-1 = none)."""
+        """The adapters of a batch whose rows have these slots (-1 = none)."""
         used = np.unique(row_adapter[row_adapter >= 0])
         active = np.zeros(scale.shape[0], np.int32)
         active[: len(used)] = used
@@ -79,7 +79,7 @@ class PrefillBatch(NamedTuple):
     tables: Data
     """int32 [R, table_pages]"""
     states: TileStates
-    """Where recurrent layers find and leave what they keep."""
+    """Where recurrent layers read and write their states."""
 
 
 class ScoreBatch(NamedTuple):
@@ -94,18 +94,18 @@ class ScoreBatch(NamedTuple):
     """uint32 [T, 2]"""
     sample_index: Data
     position: Data
-    """int32 [T]: of the token that is scored."""
+    """int32 [T]: the token that is scored."""
     any_topk: Data
     any_alt: Data
 
 
 class DecodeBatch(NamedTuple):
     token: Data
-    """int32 [B]: the last token of each sequence."""
+    """int32 [B]: each sequence's last token."""
     position: Data
-    """int32 [B]: where that token stands."""
+    """int32 [B]: the position of that token."""
     remaining: Data
-    """int32 [B]: tokens that it may still sample; 0 for an unused row."""
+    """int32 [B]: how many tokens it may still sample; 0 for an unused row."""
     adapter: Data
     temperature: Data
     top_k: Data
@@ -118,11 +118,11 @@ class DecodeBatch(NamedTuple):
     tables: Data
     """int32 [B, table_pages]"""
     any_topk: Data
-    """bool: somebody wants the likeliest candidates of each step."""
+    """bool: whether somebody wants the likeliest candidates of each step."""
     slot: Data
-    """int32 [B]: of each sequence's recurrent state."""
+    """int32 [B]: the slot of each sequence's recurrent state."""
     any_head: Data
-    """bool: somebody wants what they were drawn with."""
+    """bool: whether somebody wants the probabilities that tokens were drawn with."""
 
 
 class Decoded(NamedTuple):
@@ -134,9 +134,9 @@ class Decoded(NamedTuple):
     """int32 [steps, B, topk]"""
     topk_logprobs: Data
     count: Data
-    """int32 [B]: tokens sampled."""
+    """int32 [B]: how many tokens were sampled."""
     head_probabilities: Data
-    """fp32 [steps, B, topk]: of the candidates, as they were drawn from."""
+    """fp32 [steps, B, topk]: the candidates' probabilities in the distribution that was drawn from."""
     head_is_whole: Data
     """uint8 [steps, B]: see `sampler.head_of`."""
 
@@ -161,7 +161,8 @@ def prefill(
 def score(
     platform: Platform, params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """-> log-probabilities of the next tokens [T]; top-k ids and theirs; the targets'; alternatives' ids and theirs."""
+    """-> log-probabilities of the next tokens [T]; top-k ids and their log-probabilities; those of the targets; the
+    alternatives' ids and log-probabilities."""
     logits = unembed(params, adapters.for_rows(platform, batch.adapter), hidden[batch.row])
     lse = logsumexp(logits)
     topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
@@ -204,8 +205,8 @@ def decode(
     kernel: bool = False,
     num_candidates: int = TOPK_MAX,
 ) -> tuple[Decoded, Pools]:
-    """At most `num_steps` ≤ max_steps tokens for every row; ends early when every row has ended. kernel:
-    attention by `paged_kernel.py`."""
+    """Sample at most `num_steps` ≤ max_steps tokens for every row, fewer when every row has ended. kernel: whether
+    `paged_kernel.py` computes attention."""
     rows = batch.token.shape[0]
     lora = adapters.for_tokens(platform, batch.adapter)
     min_p = None if shaping is None else shaping.min_p

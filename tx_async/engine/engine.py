@@ -1,7 +1,7 @@
 """The engine: the base model and every adapter on the device, driven by one ordered stream of commands.
 
 `Engine.execute` changes host-side state and issues device work; it waits for nothing. The returned `Pending` waits,
-on another thread. Training lives here; sampling in `decode.py`; each program in the file of what it computes.
+on another thread. Training lives here; sampling in `decode.py`; each program in the file named after what it computes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
 TARGETS_PER_TOKEN = (1, 8, 32, 128)
 WIDE_TARGETS_PER_TOKEN = (1_024, 1 + SUPPORT_TOKENS_MAX)
-"""For stable_reinforce where top-k or top-p has left many tokens: compiled when somebody trains on such."""
+"""For stable_reinforce where top-k or top-p has left many tokens: compiled when somebody first trains on such data."""
 REMAT_TOKENS = 16_384
 """Where nobody planned the memory, micro-batches of more tokens recompute each layer in the backward pass."""
 
@@ -76,8 +76,8 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
 
 
 def planned_memory(model: Decoder, config: EngineConfig, here: Platform) -> MemoryPlan | None:
-    """What this device's memory is for, in the log; None where it does not say how much it has, as a CPU does not.
-    Raises `ConfigError` that names the setting to change where it does not fit."""
+    """Plan this device's memory and log the plan; None where the device, like a CPU, does not say how much it has.
+    Raises a `ConfigError` that names the setting to change where the plan does not fit."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     if not memory:
         return None
@@ -105,9 +105,9 @@ class JaxEngine:
         kernels: Kernels | None = None,
         allocate: Allocate = on_device,
     ):
-        """folder: of the base model; base_model_digest: of what it holds, for hosts that must have the same; on: the
-        platform, None = where JAX runs; planned: what its memory is for, None = as configured; kernels: what runs
-        in the place of plain versions, None = what is right here; allocate: how arrays are made."""
+        """folder: the base model's; base_model_digest: of the folder's contents, for hosts that must have the same; on:
+        the platform, None = where JAX runs; planned: the memory plan, None = as configured; kernels: what runs in place
+        of the plain versions, None = what runs on this device; allocate: how arrays are made."""
         self.platform = on or platform.current()
         self._counter = CompilationCounter()
         self.base_model_digest = base_model_digest
@@ -127,9 +127,9 @@ class JaxEngine:
             )
         self.config = config
         self.targets: adapter_slots.Targets = model.lora_targets()
-        #: of results: every device has them whole; None without a mesh
+        #: the sharding of results: every device has them whole; None without a mesh
         self.replicated = NamedSharding(model.mesh, PartitionSpec()) if model.mesh else None
-        #: of adapters: cut as their base weights are
+        #: the sharding of adapters: cut as their base weights are
         self.cut: Any = mesh.adapter_shardings(model, model.mesh) if model.mesh else None
         self.cut_state = TrainingState(*4 * (self.cut,), self.replicated) if model.mesh else None  # type: ignore[arg-type]
         self.num_slots = config.max_lora_adapters
@@ -140,7 +140,7 @@ class JaxEngine:
         self.training = adapter_slots.zeros(
             self.targets, self.num_slots + 1, config.max_lora_rank, self.cut_state, allocate
         )
-        #: of the adapter in each training slot; 0 where nothing was created yet
+        #: the rank of the adapter in each training slot; 0 where none was created yet
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
         self.checkpoints = Checkpoints(store, model, config.max_lora_rank, writes=jax.process_index() == 0)
         dtype = jax.tree.leaves(params)[0].dtype
@@ -185,7 +185,7 @@ class JaxEngine:
         )
 
     def recomputes(self, rows: int, length: int) -> bool:
-        """Whether a micro-batch of that shape makes each layer again in its backward pass."""
+        """Whether a micro-batch of that shape recomputes each layer in its backward pass."""
         if self.memory:
             return any(x.recomputes for x in self.memory.row_shapes if (x.rows, x.length) == (rows, length))
         return self.config.gradient_checkpointing or rows * length > REMAT_TOKENS
@@ -217,7 +217,7 @@ class JaxEngine:
             program.executables = kept
 
     def compile_ahead(self, progress: ReportProgress, everything: bool = True) -> None:
-        """Every program of both halves, or the likeliest, now."""
+        """Compile every program of both halves now, or only the likeliest."""
         common = [program for program in self.programs if not is_rare(program.name)]
         names = set(likeliest([program.name for program in common]))
         programs = [program for program in common if everything or program.name in names]
@@ -290,7 +290,7 @@ class JaxEngine:
         try:
             return self._load_into_slot(command)
         except TxError:
-            # What is in the slot is another run's: no command that is already on its way may take it for this one's.
+            # The slot holds another run's adapter: no command that is already on its way may take it for this run's.
             self._create_adapter(wire.CreateAdapter(slot=command.slot, config=command.config))
             raise
 
@@ -314,7 +314,7 @@ class JaxEngine:
 
     def _save_adapter(self, command: wire.SaveAdapter) -> Pending:
         saved = self.checkpoints.kept(command.key) if command.again else self._read_slot(command)
-        if not command.age_recipients:  # what is encrypted is for others, and nothing here loads it
+        if not command.age_recipients:  # an encrypted checkpoint is for others, and nothing here loads it
             self.checkpoints.keep(command.key, saved)
         write = partial(self.checkpoints.write, command.key, saved, command.metadata, command.age_recipients)
         return lambda: (wire.Saved(size_bytes=write()), [])
@@ -337,14 +337,15 @@ class JaxEngine:
 
 
 def lora_ranks(rows: int, max_rank: int) -> tuple[int, ...]:
-    """Ranks that training programs are compiled for, ascending; lower ones run padded. An adapter alone in its program
-    meets the same one always. Neighbours of other ranks must not choose it: they would change how its sums are formed.
+    """The ranks that training programs are compiled for, ascending; lower ones run padded. An adapter that is alone in
+    its program always gets the same program. Neighbours of other ranks must not choose it: they would change how its
+    sums are formed.
     """
     return rank_classes(max_rank) if rows == 1 else (max_rank,)
 
 
 def rank_classes(max_rank: int) -> tuple[int, ...]:
-    """Ascending: an adapter costs what the least of these does that holds its rank."""
+    """Ascending: an adapter costs as much as the smallest of these that holds its rank."""
     return (LOW_RANK, max_rank) if max_rank > LOW_RANK else (max_rank,)
 
 

@@ -1,12 +1,12 @@
-"""Executables as files: what an earlier process compiled is loaded again, and nothing of it is traced or lowered.
+"""Executables as files: what an earlier process compiled is loaded again, without tracing or lowering it.
 
-JAX's own cache (`compilation.use_cache`) finds a program by what it lowers to, which takes a second to know where the
-model has many layers. Here a program is found by all that decides what it lowers and compiles to: the sources of this
-package, the versions of what compiles them, JAX's settings, the processor; and of the program itself its function with
-what is bound to it, its shapes and the compiler's options. What cannot be found, read or loaded is compiled.
+JAX's own cache (`compilation.use_cache`) finds a program by what it lowers to, which takes a second to compute where
+the model has many layers. Here a program's key is all that decides what it lowers and compiles to: the sources of this
+package, the versions of the compilers, JAX's settings and the processor; and the program's own function with what is
+bound to it, its shapes and the compiler's options. A program whose file cannot be found, read or loaded is compiled.
 
-What came out of JAX's cache is not kept here: an executable of a CPU that was serialized, loaded and serialized again
-has lost its functions (JAX 0.10, 0.12), and says so only when it runs.
+An executable that came out of JAX's cache is not kept here: a CPU executable that was serialized, loaded and serialized
+again has lost its functions (JAX 0.10, 0.12), and fails only when it runs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from tx_async.engine.platform import current
 from tx_async.private import make_folder
 
 BYTES_MAX = 2**30
-"""At a start, the files that were used longest ago are removed until the others take this."""
+"""At start, the least recently used files are removed until the others take no more than this."""
 ABANDONED_S = 3600
-"""A file that is still not complete after this time belongs to a process that was killed."""
+"""A file that is still incomplete after this time belongs to a process that was killed."""
 COMPILED_BY = ("jax", "jaxlib", "numpy", "ml_dtypes")
 HIT_EVENT = "/jax/compilation_cache/cache_hits"
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -47,15 +47,15 @@ log = logging.getLogger(__name__)
 
 
 class _Hits(threading.local):
-    """Of JAX's cache, in the thread that asks: several compile at the same time."""
+    """Hits of JAX's cache, counted per thread: several threads compile at the same time."""
 
     count = 0
 
 
 class Executables:
-    """One folder of them. Any number of processes may use it at once.
+    """One folder of executables. Any number of processes may use it at once.
 
-    A file is code that this process will run: who may write to the folder may do whatever the server may.
+    A file is code that this process will run: whoever may write to the folder may do whatever the server may do.
     """
 
     def __init__(self, folder: Path):
@@ -70,7 +70,8 @@ class Executables:
         return f"<Executables in {self._folder}>"
 
     def get(self, function: Any, decides: Any, compile: Callable[[], Compiled]) -> Compiled:
-        """decides: what else the executable depends on, all of it in its repr. compile: makes one that is not here."""
+        """decides: what else the executable depends on; its repr must tell all of it. compile: makes an executable that
+        is not here."""
         key = self._key(function, decides)
         if key is None:
             return compile()
@@ -87,7 +88,8 @@ class Executables:
             self._hits.count += 1
 
     def _key(self, function: Any, decides: Any) -> str | None:
-        """None: nobody can tell what `function` does, as it is bound to something that has no value of its own."""
+        """The file's key; None where `function` is bound to an object without a value of its own, so that nothing tells
+        what it does."""
         try:
             bound = pickle.dumps(function)
         except (pickle.PicklingError, AttributeError, TypeError):
@@ -95,7 +97,7 @@ class Executables:
         return hashlib.sha256(self._environment + bound + repr(decides).encode()).hexdigest()
 
     def _save(self, path: Path, compiled: Compiled) -> None:
-        """A failure costs the next start some time, and is no more than a warning."""
+        """A failure costs only the next start's time, so it is logged as a warning."""
         try:
             stored = pickle.dumps(serialize_executable.serialize(compiled))
             self._write(path, hashlib.sha256(stored).digest() + stored)
@@ -125,7 +127,7 @@ class Executables:
 
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._folder.glob(pattern):
-            with contextlib.suppress(FileNotFoundError):  # another process tidies, too
+            with contextlib.suppress(FileNotFoundError):  # another process tidies up, too
                 yield path, path.stat()
 
 
@@ -136,19 +138,19 @@ def _load(path: Path) -> Compiled | None:
         return None
     digest, stored = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(stored).digest() != digest:
-        log.warning("%s is damaged: it is made anew", path)
+        log.warning("%s is damaged: it is compiled again", path)
         return None
     with contextlib.suppress(OSError):
         os.utime(path)
     try:
         return serialize_executable.deserialize_and_load(*pickle.loads(stored))
-    except Exception as error:  # whatever is wrong with a copy, the original can be compiled
-        log.warning("%s cannot be loaded: it is made anew: %s", path, error)
+    except Exception as error:  # whatever is wrong with the file, the program can be compiled
+        log.warning("%s cannot be loaded, so it is compiled again: %s", path, error)
         return None
 
 
 def _environment() -> bytes:
-    """A digest of what decides, beside a program itself, what becomes of it here."""
+    """A digest of all that decides, beside a program itself, what it compiles to here."""
     digest = hashlib.sha256()
     package = Path(tx_async.__file__).parent
     for source in sorted(package.rglob("*.py")):
@@ -169,7 +171,7 @@ def _environment() -> bytes:
 
 
 def _processor() -> list[str]:
-    """Its name and everything that it can do."""
+    """The processor's name and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

@@ -1,10 +1,10 @@
 """Unembedding, log-probabilities, loss and their gradients, chunk by chunk: `[tokens, vocab]` of a whole row never
 exists.
 
-Every loss but one is pointwise, so a chunk's derivative by its logits is known as soon as its logits are: the pass
-that computes the loss also computes the gradients by hidden states and adapter. Nothing is computed twice, nothing of
-the size of the vocabulary is kept. gspo needs a mean over its sequence first: rows that hold it get one more pass,
-log-probabilities only.
+Every loss but one is pointwise, so a chunk's derivative by its logits is known as soon as its logits are known: the
+pass that computes the loss also computes the gradients with respect to hidden states and adapter. Nothing is computed
+twice, nothing of the size of the vocabulary is kept. gspo needs a mean over its sequence first: rows that use it get
+one more pass, which computes log-probabilities only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HeadGradients(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """What the pass over the vocabulary needs of C positions."""
+    """What the pass over the vocabulary needs to know of C positions."""
 
     hidden: Array
     """[R, C, D]"""
@@ -119,7 +119,7 @@ def _backward(chunk: _Chunk, w: Unembedding, logits: Array, lse: Array, low: Arr
 def _dlogits(logits: Array, lse: Array, targets: Array, slopes: Array) -> Array:
     """Σ_k slope_k (onehot(target_k) - p)"""
     spread = jnp.exp(logits - lse[..., None]) * -jnp.sum(slopes, -1, keepdims=True)
-    if targets.shape[-1] == 1:  # a comparison joins the same elementwise pass; a scatter would be a pass of its own
+    if targets.shape[-1] == 1:  # a comparison fuses into the elementwise pass; a scatter would be one of its own
         hit = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets
         return spread + jnp.where(hit, slopes, 0.0)
     rows, columns = (jnp.arange(n) for n in targets.shape[:2])
@@ -141,8 +141,7 @@ def _loss_inputs(batch: RowBatch, log_sequence_ratio: Array) -> LossInputs:
 
 
 def _split(tree):
-    """[R, L, ...] leaves -> [chunks, R, C, ...]; a last chunk that is not full is padded with zeros, which are not
-    valid.
+    """[R, L, ...] leaves -> [chunks, R, C, ...]; the last chunk is padded with zeros, which are not valid.
     """
 
     def split(x: Array) -> Array:
@@ -163,7 +162,7 @@ def _join(tree, length: int):
 
 
 def _chunks(rows: int, length: int) -> tuple[int, int]:
-    """(number, positions of each row) of the chunks."""
+    """-> (number of chunks, positions of each row in one)."""
     num_chunks = -(-length * rows // CHUNK_TOKENS)
     size = -(-length // min(num_chunks, length))
     return -(-length // size), size

@@ -1,5 +1,5 @@
-"""What stable_reinforce is to know of each draw, on the host: the likeliest tokens with their probabilities, or all
-that top-k and top-p have left."""
+"""What stable_reinforce needs to know of each draw, on the host: the likeliest tokens with their probabilities, or all
+tokens that top-k and top-p have left."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Head = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def num_candidates(head_tokens: int) -> int:
-    """What a decode program must look at for a head of so many tokens: one of two numbers, so that there are two
-    programs."""
+    """How many candidates a decode program must look at for a head of so many tokens: one of two numbers, so that there
+    are only two programs."""
     return TOPK_MAX if head_tokens <= TOPK_MAX else SUPPORT_TOKENS_MAX
 
 
 def head_of_steps(out: Any, steps: slice, row: int, k: int) -> Head:
-    """The k likeliest of what was drawn from in these steps of a `Decoded`; fewer where fewer could be drawn. Copies:
-    `out` goes."""
+    """The k likeliest tokens of the distributions that these steps of a `Decoded` drew from; fewer where fewer could be
+    drawn. It copies, because `out` is dropped."""
     probabilities, is_whole = out.head_probabilities[steps, row, :k], np.array(out.head_is_whole[steps, row])
     others = (out.head_probabilities[steps, row, k:] > 0).any(-1)
     if is_whole.all():
@@ -33,7 +33,7 @@ def head_of_steps(out: Any, steps: slice, row: int, k: int) -> Head:
 
 
 def joined(heads: Sequence[Head]) -> Head:
-    """Of all steps; the narrower ones get unused cells."""
+    """The heads of all steps as one; the narrower ones get unused cells."""
     k = max(ids.shape[1] for ids, _, _ in heads)
 
     def wide(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which kernels run: each is compiled and compared with the plain version on the device itself, at start.
+"""Which kernels run: at start, each is compiled and compared with the plain version on the device itself.
 
 Where one fails or differs the plain version runs; the log says so in one line, `/metrics` counts them, and
 `EngineInfo.kernels` names what runs.
@@ -21,7 +21,7 @@ from tx_async.engine.platform import Platform
 from tx_async.layers.attention import packed_attention
 
 TOLERANCE = 2e-2
-"""Largest difference in bf16, of the largest value."""
+"""The largest difference allowed in bf16, relative to the largest value."""
 PLAIN = "plain"
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Kernels:
     flash_attention: bool = False
     """`layers/flash_attention.py` in training."""
     paged_attention: bool = False
-    """`paged_kernel.py` in decode steps."""
+    """Whether `paged_kernel.py` runs in decode steps."""
 
     def names(self) -> tuple[tuple[str, str], ...]:
         """(task, what runs it)"""
@@ -47,7 +47,7 @@ ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True)
 
 
 def choose(here: Platform, is_alone: bool) -> Kernels:
-    """What runs on this device. is_alone: without a mesh; kernels are not cut."""
+    """The kernels that run on this device. is_alone: there is no mesh; kernels are not cut over one."""
     return Kernels(
         flash_attention=here.flash_kernel and is_alone and _is_right("flash_attention", flash_difference),
         paged_attention=here.paged_kernel and is_alone and _is_right("paged_attention", paged_difference),
@@ -57,7 +57,7 @@ def choose(here: Platform, is_alone: bool) -> Kernels:
 def _is_right(name: str, difference: Callable[[], float]) -> bool:
     try:
         found = difference()
-    except Exception as error:  # whatever a compiler or a driver makes of it, the plain version runs
+    except Exception as error:  # however a compiler or a driver fails, the plain version runs
         log.warning("%s does not run here, the plain version does: %s", name, str(error).splitlines()[:1])
         return False
     if not found <= TOLERANCE:
@@ -66,7 +66,7 @@ def _is_right(name: str, difference: Callable[[], float]) -> bool:
 
 
 def flash_difference(interpret: bool = False) -> float:
-    """Of the kernels and the plain attention: outputs and gradients of two packed rows."""
+    """The difference between the kernels and plain attention, in outputs and gradients of two packed rows."""
     from tx_async.layers.flash_attention import flash_attention
 
     rng = np.random.default_rng(0)
@@ -89,13 +89,13 @@ def flash_difference(interpret: bool = False) -> float:
 
 
 def _gap(plain: Array, kernel: Array) -> Array:
-    """Largest difference, of the largest value."""
+    """The largest difference, relative to the largest value."""
     plain, kernel = plain.astype(jnp.float32), kernel.astype(jnp.float32)
     return jnp.max(jnp.abs(plain - kernel)) / jnp.max(jnp.abs(plain))
 
 
 def paged_difference(interpret: bool = False) -> float:
-    """Of the kernel and the plain attention, on a tiny case."""
+    """The difference between the kernel and plain attention, on a tiny case."""
     from tx_async.engine import paged_kernel
 
     layout = CacheLayout.plan(cache_tokens=1024, page_size=16, max_context_length=256)

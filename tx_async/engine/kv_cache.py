@@ -3,7 +3,7 @@
 A pool holds the keys (or values, or MLA's latents) of every layer: [layers * pages, page_size, heads, features]; page
 p of layer l is row `l * num_pages + p`. A sequence owns a list of page numbers, the same in every layer; its token at
 position i lies in its page i // page_size. Page 0 is the null page: unused rows write there and nobody reads it
-unmasked. What reads the pages is `paged_attention.py`.
+unmasked. `paged_attention.py` reads the pages.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tx_async.wire.worker import EngineConfig
 Pools = dict[str, Array]
 NULL_PAGE = 0
 CACHE_PART = 4
-"""The KV cache takes one part in so many of a device's memory."""
+"""The KV cache takes one in so many parts of a device's memory."""
 MIN_STATES = 4
-"""Sequences of a recurrent model that always may run at once."""
+"""How many sequences of a recurrent model may always run at once."""
 
 
 class CachedModel(Protocol):
-    """What the cache must know of a model."""
+    """What the cache must know about a model."""
 
     @property
     def cache_layers(self) -> int: ...
@@ -55,9 +55,9 @@ class CacheLayout:
     """Width of a page table: pages of the longest context, rounded up to whole chunks."""
     chunk_pages: int
     num_slots: int = 0
-    """Of recurrent state, the null slot included."""
+    """Slots of recurrent state, the null slot included."""
     reads_in_place: bool = False
-    """How a decode step's attention reads (`page_products.py`)."""
+    """How a decode step's attention reads pages (`page_products.py`)."""
 
     @classmethod
     def plan(
@@ -94,7 +94,8 @@ class CacheLayout:
 
 
 def pool_shardings(model: CachedModel, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Heads over the tensor axis, as the projections that make them; whole where their number does not divide."""
+    """Heads are cut over the tensor axis, as the projections that make them; they stay whole where the axis does not
+    divide their number."""
 
     def of(heads: int) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(None, None, None if heads % mesh.shape["tensor"] else "tensor"))
@@ -125,13 +126,13 @@ def state_bytes(model: CachedModel, dtype: Any, tensor: int = 1) -> int:
 
 
 def _is_cut(shape: tuple[int, ...], wide: bool, tensor: int) -> bool:
-    """The fp32 part is by heads; the convolution's is of all."""
+    """Only the fp32 part, which is by heads, is cut; the convolution's part stays whole."""
     return wide and shape[0] % tensor == 0
 
 
 def state_slots(model: CachedModel, dtype: Any, config: EngineConfig, cache_bytes: int) -> tuple[int, int]:
-    """(of running sequences, of snapshots): as many as may run, and as many again, while each of the two takes no more
-    than a quarter of what the KV cache may take. A model without recurrent layers has none."""
+    """(slots of running sequences, slots of snapshots): as many as may run, and as many again, while each of the two
+    takes no more than a quarter of what the KV cache may take. A model without recurrent layers has none."""
     if not model.state_layers:
         return 0, 0
     fit = max(MIN_STATES, cache_bytes // 4 // state_bytes(model, dtype))
@@ -140,8 +141,8 @@ def state_slots(model: CachedModel, dtype: Any, config: EngineConfig, cache_byte
 
 
 def copy_pages(pools: Pools, sources: Array, targets: Array, num_pages: int, names: tuple[str, ...] = ()) -> Pools:
-    """Copy pages (or slots) in every layer of the pools called `names`, of all without. sources, targets int32 [n];
-    unused entries are 0 -> 0."""
+    """Copy pages (or slots) in every layer of the pools called `names`, or of all pools without names. sources, targets
+    int32 [n]; unused entries are 0 -> 0."""
 
     def copy(pool: Array) -> Array:
         layers = jnp.arange(pool.shape[0] // num_pages)[:, None] * num_pages

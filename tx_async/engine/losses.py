@@ -17,11 +17,11 @@ from tx_async.wire.worker import LOSS_FNS
 
 CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO, STABLE_REINFORCE = range(len(LOSS_FNS))
 TAIL_MIN = 1e-6
-"""Least probability that the policy is taken to leave outside of a sampler's head."""
+"""The least probability that the policy is assumed to leave outside of a sampler's head."""
 
 
 class LossInputs(NamedTuple):
-    """One entry per position, any shape [...]; `weights` has a last axis K more."""
+    """One entry per position, any shape [...]; `weights` has an additional last axis K."""
 
     loss_fn: Array
     """int32: index in LOSS_FNS."""
@@ -43,15 +43,15 @@ LOG_RATIO_MAX = 20.0
 
 
 def _ratio(log_ratio: Array, weight: Array) -> Array:
-    """exp(log_ratio). Where its product with `weight` is not finite, of the log-ratio clamped to ±LOG_RATIO_MAX: a
-    position that counts nothing (0 · ∞), with a placeholder for its log-probability, must not spoil the others."""
+    """exp(log_ratio). Where its product with `weight` is not finite, the log-ratio is clamped to ±LOG_RATIO_MAX: a
+    position of weight 0 (0 · ∞), with a placeholder for its log-probability, must not spoil the others."""
     ratio = jnp.exp(log_ratio)
     clamped = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_MAX, LOG_RATIO_MAX))
     return jnp.where(jnp.isfinite(ratio * weight), ratio, clamped)
 
 
 def _weighted(weight: Array, x: Array) -> Array:
-    """weight · x, with 0 · ∞ = 0. NaN stays: it is no log-probability, and its cause must come to light."""
+    """weight · x, with 0 · ∞ = 0. NaN stays NaN: it is no log-probability, and its cause must come to light."""
     return jnp.where((weight == 0) & ~jnp.isnan(x), 0.0, weight * x)
 
 
@@ -80,7 +80,7 @@ def dro(lp: Array, x: LossInputs) -> Terms:
 
 
 def gspo(lp: Array, x: LossInputs) -> Terms:
-    """ppo's form with the sequence's ratio s in the place of r; its gradient flows through the position's own lp."""
+    """ppo's form with the sequence's ratio s in place of r; its gradient flows through the position's own lp."""
     return _clipped_surrogate(x.log_sequence_ratio, x)
 
 
@@ -97,7 +97,7 @@ def stable_reinforce(lp: Array, x: LossInputs) -> Terms:
     Where `weights[..., 0]` is set, top-k or top-p left nothing but H to draw: p is normalised over H, and there is no
     tail. -> (term [...], its derivative by lp [..., K]).
     """
-    if lp.shape[-1] == 1:  # nobody's head: every advantage is 0
+    if lp.shape[-1] == 1:  # no position has a head: every advantage is 0
         return _weighted(-x.advantages, lp[..., 0]), -x.advantages[..., None]
     listed = x.weights[..., 1:] > 0
     q = jnp.where(listed, x.weights[..., 1:], 0.0)

@@ -4,10 +4,10 @@
 
 The weights and the slots are counted from the model's own table of parameters, cut as the mesh cuts them. Temporaries
 are bounded by a formula (`train_temporaries`) that a test holds against compiled programs. What is left belongs to the
-KV cache. Row shapes whose temporaries are large recompute; those that still do not fit are not offered. A plan that
-does not fit names the setting that would help.
+KV cache. Row shapes with large temporaries recompute activations; shapes that still do not fit are not offered. A plan
+that does not fit names the setting that would help.
 
-Pure arithmetic on `config.json`: it runs where there is no accelerator, and no weights.
+It is pure arithmetic on `config.json`: it runs without an accelerator and without weights.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tx_async.wire.worker import EngineConfig, MemoryPart
 
 GIB = 2**30
 MARGIN_BYTES = GIB
-"""Left free: fragmentation, and what a bound has missed."""
+"""Left free for fragmentation and for what a bound has missed."""
 RECOMPUTE_SHARE = 4
-"""A row shape recomputes where it would keep more than one part in so many of the device's memory."""
+"""A row shape recomputes where it would keep more than one in so many parts of the device's memory."""
 HEAD_CHUNK_TOKENS = 512
-"""As `head.py` cuts a row."""
+"""Tokens of a chunk, as `head.py` cuts a row."""
 CONTEXT_MIN = 512
 """A KV cache that cannot hold one sequence of this length is no use."""
 CONTEXT_USEFUL = 8192
@@ -58,21 +58,21 @@ class RowShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Of one device; every device of a mesh has the same."""
+    """The plan of one device; every device of a mesh has the same."""
 
     memory: int
     """Bytes that the worker may use."""
     parts: tuple[MemoryPart, ...]
     row_shapes: tuple[RowShape, ...]
-    """Offered ones, ascending."""
+    """The shapes that are offered, ascending."""
     context: int
-    """The longest sequence: what the configuration says, or what the KV cache can hold of it."""
+    """Tokens of the longest sequence: what the configuration says, or as much of it as the KV cache can hold."""
     kv_cache_tokens: int
     num_training_slots: int
     num_sampler_slots: int
     """As configured, or as many as leave room for the rest."""
     wanted_context: int = 0
-    """Of the configuration and the model."""
+    """The context that configuration and model ask for."""
     problem: str = ""
     """Why it does not fit, and what to set; "" = it fits."""
 
@@ -85,7 +85,7 @@ class MemoryPlan:
         return max((shape.length for shape in self.row_shapes), default=0)
 
     def lines(self) -> Iterator[str]:
-        """A table for people: GiB of each part, and what it is for."""
+        """A table for people: the GiB of each part and what it is for."""
         for part in (*self.parts, MemoryPart("in all", sum(part.num_bytes for part in self.parts), "")):
             yield f"{part.num_bytes / GIB:8.2f} GiB  {part.name:<15} {part.note}".rstrip()
         yield f"{self.memory / GIB:8.2f} GiB  {'usable':<15} of one device"
@@ -106,7 +106,7 @@ def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int) 
 
 def _with_slots_that_fit(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:
     """Slots are a cache: with fewer of them adapters change places more often, and that is all. So where adapters are
-    large, as those of experts are, there are as many as leave room for a context that is of use."""
+    large, as those of experts are, there are only as many slots as leave room for a useful context."""
     plans = [_Planner(model, fewer, platform, memory).plan() for fewer in _with_fewer_slots(config)]
     fitting = [made for made in plans if made.fits]
     useful = (
@@ -270,7 +270,8 @@ class _Planner:
     # -- temporaries
 
     def _offered(self, context: int, room: int) -> tuple[RowShape, ...]:
-        """Those beside which the cache still holds a sequence of that length: what is trained can be sampled."""
+        """The row shapes beside which the cache still holds a sequence of that length, so that what is trained can be
+        sampled."""
         for_each = {
             (rows, length): room - self._kv_bytes(length)
             for rows, length in row_shapes(self.config, context, self.platform)
@@ -307,8 +308,8 @@ class _Planner:
         return sum(self._adapter_elements(weight, rank) for weight in self._adapted) + self._head_elements(rank)
 
     def _features(self) -> tuple[int, int]:
-        """(features that a layer keeps of each token for its backward pass, all that one layer makes), of the widest
-        stack: outputs of products, low ranks, the attention's output."""
+        """(features that a layer keeps of each token for its backward pass, all features that one layer makes), for the
+        widest stack: outputs of products, low ranks, the attention's output."""
         by_stack: dict[str, tuple[int, int]] = {}
         for weight in self.model.weights:
             if weight.stack and len(weight.dims) == 2:
@@ -335,7 +336,8 @@ class _Planner:
         return router.num_experts_per_tok if router else 1
 
     def _sampling_temporaries(self) -> int:
-        """Of decode, prefill and prompt scores: logits several times over, and a prefill's inner features."""
+        """Temporaries of decode, prefill and prompt scores: logits several times over, and a prefill's inner
+        features."""
         rows = max(self.config.sample_max_num_sequences, 128)
         logits = 6 * rows * self.model.vocab_size * 4
         tokens = self.config.prefill_chunk_tokens or self.platform.prefill_tokens

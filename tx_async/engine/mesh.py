@@ -1,11 +1,11 @@
-"""From processes to one mesh: join the others, count the devices, and trust no collective before it was tried.
+"""From processes to one mesh: join the others, count the devices, and trust no collective before it has been tried.
 
-Every process of a mesh runs this, then the same programs in the order of the command stream. Nothing is exchanged by
-the engine itself: inputs of a program are host arrays that every process has (the stream brought them), results come
+Every process of a mesh runs this, then the same programs in the order of the command stream. The engine itself
+exchanges nothing: a program's inputs are host arrays that every process has (the stream brought them), its results come
 back whole on every device, and process 0 answers for all.
 
-A mesh that cannot work is a `ConfigError`: the server hears it as this process's last words, the operator reads it in
-the log of both.
+A mesh that cannot work is a `ConfigError`: it is the last message that this process sends the server, and the operator
+reads it in the logs of both.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SELF_TEST_SIZES = (4, 65_536)
 Collective = Callable[[jax.Array, str], jax.Array]
 """(one device's values [n], axis) -> what that device has afterwards; n is a multiple of the axis's size."""
 
-#: by name; XLA's own, and each is tried under its name
+#: by name: XLA's own names, under which each is tried
 COLLECTIVES: dict[str, Collective] = {
     "all-reduce": jax.lax.psum,
     "all-gather": partial(jax.lax.all_gather, tiled=True),
@@ -69,7 +69,7 @@ def _mesh_of_all(config: EngineConfig) -> Mesh | None:
         return make_mesh(config)
     except ConfigError:
         if config.num_processes > 1:
-            # Whoever fails first takes the connection with it: the others must have counted, too, to know why.
+            # The first process that fails closes the connection: the others must have counted before, to know why.
             multihost_utils.sync_global_devices("counted devices")
         raise
 
@@ -83,7 +83,7 @@ def _join(config: EngineConfig, process_id: int, progress: ReportProgress) -> No
     progress("joining the mesh", 0, config.num_processes)
     # Only the CPU's client reads it; the other implementations would need MPI.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It would take SIGTERM away from the worker, which knows how to stop.
+    # It would take the handling of SIGTERM from the worker, which knows how to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

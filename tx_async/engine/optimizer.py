@@ -8,8 +8,8 @@
     optax.apply_updates     w ← w + u
 
 Every part reads its hyperparameters from `adam`, an argument of the update: they are data, so one program serves every
-learning rate. Where m = 0 no step is taken, also when eps = 0: padding stays zero, and 0/0 does not arise. Another
-optimizer is another `GradientTransformationExtraArgs` with the same arguments in the place of `adamw`.
+learning rate. Where m = 0 no step is taken, even when eps = 0: padding stays zero, and 0/0 does not arise. Another
+optimizer is another `GradientTransformationExtraArgs` with the same arguments in place of `adamw`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLIP_EPSILON = 1e-6
 
 
 class Adam(NamedTuple):
-    """`AdamParams` as fp32 scalars. What fp32 would round away (1 - β, log β) is computed in double before."""
+    """`AdamParams` as fp32 scalars. What fp32 would round away (1 - β, log β) is first computed in double precision."""
 
     learning_rate: np.float32
     decay: np.float32
@@ -73,17 +73,17 @@ class Moments(NamedTuple):
 
 class StepOutcome(NamedTuple):
     taken: Array
-    """bool: False when gradients, or what the step would make of them, are not finite; nothing changed then."""
+    """bool: False when the gradients, or the state after the step, are not finite; nothing has changed then."""
     grad_norm: Array
     """Before clipping."""
     step: Array
 
 
-# ---- the chain. Arguments of every update: adam, hyperparameters; norm, of the gradients; step, from 1 on.
+# ---- the chain. Every update takes adam, the hyperparameters; norm, the gradients' norm; step, counted from 1.
 
 
 def adamw() -> optax.GradientTransformationExtraArgs:
-    """Its state is {"clip_by_global_norm": (), "scale_by_adam": `Moments`, …}: what only Adam keeps is kept."""
+    """Its state is {"clip_by_global_norm": (), "scale_by_adam": `Moments`, …}: only Adam keeps a state."""
     return optax.named_chain(
         ("clip_by_global_norm", clip_by_global_norm()),
         ("scale_by_adam", scale_by_adam()),
@@ -102,7 +102,7 @@ def clip_by_global_norm() -> optax.GradientTransformationExtraArgs:
 
 
 def scale_by_adam() -> optax.GradientTransformationExtraArgs:
-    """torch's, without the correction of m, which torch takes into the learning rate."""
+    """torch's Adam without the bias correction of m, which torch applies to the learning rate."""
 
     def init(params: Any) -> Moments:
         return Moments(*(jax.tree.map(jnp.zeros_like, params) for _ in Moments._fields))
@@ -132,7 +132,8 @@ def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
 
 
 def add_decayed_weights() -> optax.GradientTransformationExtraArgs:
-    """torch decays a weight and then moves it: the update is what leads there, so that it rounds as torch does."""
+    """torch decays a weight and then moves it: the update is the difference to that result, so that it rounds as torch
+    does."""
 
     def update(updates: Any, state: Any, params: Any = None, *, adam: Adam, **_: Any) -> tuple[Any, Any]:
         return jax.tree.map(lambda u, w: (w * adam.decay + u) - w, updates, params), state
@@ -155,20 +156,20 @@ def _bias_correction(log_beta: Array | np.float32, step: Array) -> Array:
 def optim_step(
     state: TrainingState, slot: Array, adam: Adam, rank: int | None = None
 ) -> tuple[TrainingState, StepOutcome]:
-    """Apply and clear the gradients of one slot. Every other slot keeps its bits. rank: the adapter has no more; None
-    reads the slot's padding with it."""
+    """Apply and clear the gradients of one slot. Every other slot keeps its bits. rank: no less than the adapter's;
+    None reads the slot's padding as well."""
     old = read_state(state, slot, rank)
     norm = global_norm(old.gradients)
-    # A branch of its own: how its loops round must not depend on how wide the slots are that it reads from.
+    # A branch of its own: how its loops round must not depend on the width of the slots that it reads from.
     new, taken = jax.lax.cond(jnp.isfinite(norm), partial(_step, adam), lambda old, _: (old, False), old, norm)
-    # Always zero. Written as a choice that needs the old gradients: were it a constant, it could be stored before they
-    # are read, and to prevent that the compiler would copy the gradients of every slot.
+    # Always zero, but written as a choice that needs the old gradients: a constant could be stored before they are
+    # read, and to prevent that the compiler would copy the gradients of every slot.
     new = new._replace(gradients=jax.tree.map(lambda g: jnp.where(new.step < 0, g, 0.0), old.gradients))
     return write_state(state, slot, new), StepOutcome(taken, norm, new.step)
 
 
 def _step(adam: Adam, old: TrainingState, norm: Array) -> tuple[TrainingState, Array]:
-    """-> (after the step, or as it was; whether that is finite)."""
+    """-> (the state after the step, or as it was; whether the step was finite)."""
     new = _updated(adamw(), adam, old, norm)
     taken = jax.tree.reduce(jnp.logical_and, jax.tree.map(_all_finite, new.weights, new.m, new.v))
     return jax.tree.map(lambda after, before: jnp.where(taken, after, before), new, old), taken
@@ -189,7 +190,7 @@ def _updated(
 
 
 def not_taken_because(norm: float) -> str:
-    """What to tell the owner of a step that was not taken. norm: of its gradients."""
+    """What to tell the owner of a step that was not taken. norm: the norm of its gradients."""
     if math.isnan(norm):
         reason = "The gradients are NaN or infinite"
     elif math.isinf(norm):
@@ -200,7 +201,7 @@ def not_taken_because(norm: float) -> str:
 
 
 def global_norm(tree: LoraWeights) -> Array:
-    """Scaled by the largest entry, so that gradients up to fp32's limit have a norm, not an overflow."""
+    """Entries are scaled by the largest one, so that gradients up to fp32's limit have a norm and do not overflow."""
     leaves = jax.tree.leaves(tree)
     largest = reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in leaves))
     unit = jnp.where(largest > 0, largest, 1.0)

@@ -1,11 +1,11 @@
 """Products of a chunk of pages with queries and with weights, in the forms that an accelerator or a CPU does best.
 
-`PLAIN` serves any number of tokens per row. Of one token per row (decoding) the arithmetic is little and what costs is
-moving keys and values about:
+`PLAIN` serves any number of tokens per row. With one token per row (decoding) there is little arithmetic, and the cost
+is moving keys and values about:
 
-- `IN_PLACE` goes over the pages once for each query head of a key head and stores nothing of what it read: a CPU's
+- `IN_PLACE` goes over the pages once for each query head of a key head and stores nothing that it has read: a CPU's
   choice while few query heads share a key head;
-- `BLOCK_DIAGONAL` makes one product of all heads': a query is laid into its key head's part of a column of zeros and
+- `BLOCK_DIAGONAL` makes one product for all heads: a query is laid into its key head's part of a column of zeros and
   meets the keys as they lie in the page. The products with zeros are worth it while there are few key heads.
 """
 
@@ -22,9 +22,9 @@ from jax import Array
 from tx_async.layers import cpu
 
 BLOCK_DIAGONAL_HEADS_MAX = 8
-"""Up to here the products with zeros cost less than laying each head's keys together."""
+"""Up to so many key heads, the products with zeros cost less than laying each head's keys together."""
 IN_PLACE_GROUP_MAX = 2
-"""Query heads of a key head up to which a CPU rather reads the pages again for each than stores what it read."""
+"""Up to so many query heads of a key head, a CPU reads the pages again for each rather than storing what it read."""
 
 
 class Products(NamedTuple):
@@ -37,7 +37,8 @@ class Products(NamedTuple):
 
 
 def of_one_token(pool: Array, group: int, in_place: bool) -> Products:
-    """For rows of one token (L = 1). group: query heads that share a key head; in_place: whether `IN_PLACE` may be."""
+    """For rows of one token (L = 1). group: query heads that share a key head; in_place: whether `IN_PLACE` may be
+    used."""
     num_heads, features = pool.shape[2:]
     if in_place and group <= IN_PLACE_GROUP_MAX and features % cpu.LANES == 0:
         return IN_PLACE
@@ -85,11 +86,11 @@ BLOCK_DIAGONAL = Products(_scores_block_diagonal, _weighted_block_diagonal)
 
 
 def _read_anew(pool: Array, pages: Array, number: int) -> Array:
-    """As `_read`, in fp32, within the pass that uses it: were it the same for two passes, it would be stored."""
+    """Like `_read`, in fp32, within the pass that uses it: one read for two passes would be stored."""
     pages, _ = jax.lax.optimization_barrier((pages, jnp.int32(number)))
     return _read(pool, pages).astype(jnp.float32)
 
 
 def _read(pool: Array, pages: Array) -> Array:
-    """Tokens of a chunk: [R, C, heads, features]."""
+    """The tokens of a chunk: [R, C, heads, features]."""
     return pool[pages].reshape(pages.shape[0], -1, *pool.shape[2:])

@@ -1,7 +1,7 @@
 """Attention over the paged KV cache (`kv_cache.py`).
 
 It reads a sequence's pages in chunks at absolute positions and combines them by an online softmax in fp32. The number
-of chunks is data, so context length is never a shape; a chunk that lies wholly behind a row's end changes none of its
+of chunks is data, so the context length is never a shape; a chunk wholly behind a row's end changes none of the row's
 bits.
 """
 
@@ -25,15 +25,15 @@ class TileStates(NamedTuple):
     """What the rows of a prefill do to recurrent states; int32 [R]. Slot 0 is the null slot."""
 
     count: Any
-    """Tokens of a row that are there."""
+    """How many tokens of a row are real."""
     load: Any
     """Slot of the state before a row's first token; at position 0 it is zeros."""
     store: Any
-    """Slot that gets the state after its last token."""
+    """The slot that gets the state after its last token."""
     save: Any
-    """A second one: a snapshot."""
+    """A second such slot: a snapshot."""
     continues: Any
-    """bool: the row before it ends where it begins."""
+    """bool: whether the row before it ends where it begins."""
 
 
 class PagedAttention:
@@ -41,7 +41,7 @@ class PagedAttention:
 
     def __init__(self, layout: CacheLayout, tables: Array, positions: Array, alive: Array, states: Any = None):
         """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write. states: for
-        recurrent layers, `TileStates`; of a decode step the slot of each row."""
+        recurrent layers, `TileStates`; in a decode step, the slot of each row."""
         self.layout = layout
         self.states = states
         self.tables = tables
@@ -68,7 +68,7 @@ class PagedAttention:
         return out, cache | written
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
-        """Row after row: a state may come from the row before, and only one is held."""
+        """Rows run one after another: a state may come from the row before, and only one is held."""
         states, first = self.states, layer * self.layout.num_slots
         begins = self.positions[:, 0] == 0
         loaded = jnp.where(begins[:, None, None], 0, cache["conv"][first + states.load])
@@ -92,8 +92,8 @@ class PagedAttention:
         return out, cache | {"conv": conv, "state": state}
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
-        """Whole pages: what stands behind a row's last token is overwritten before anything unmasks it. Those behind
-        the sequence's last page are null."""
+        """Write whole pages: what stands behind a row's last token is overwritten before anything unmasks it. Pages
+        behind the sequence's last one are null."""
         L = new.shape[1]
         page_size = self.layout.page_size
         first = self.positions[:, 0] // page_size
@@ -127,7 +127,7 @@ class PagedAttention:
         return out.transpose(0, 2, 1, 3, 4).reshape(R, L, H, features).astype(q.dtype)
 
     def _first_chunk(self, window: int) -> Array | int:
-        """What lies before every row's window is not read."""
+        """The first chunk that is read: what lies before every row's window is skipped."""
         if not window:
             return 0
         oldest = jnp.where(self.alive, self.positions[:, 0], jnp.iinfo(jnp.int32).max)
@@ -168,7 +168,7 @@ class DecodeAttention(PagedAttention):
         states: Any = None,
         kernel: bool = False,
     ):
-        """kernel: by `paged_kernel.py`, where it can."""
+        """kernel: whether `paged_kernel.py` computes it where it can."""
         super().__init__(layout, tables, positions, alive, states)
         self.kernel = kernel
 
@@ -213,5 +213,5 @@ class DecodeAttention(PagedAttention):
 
 
 def _finite(x: Array) -> Array:
-    """A masked weight is an exact zero, but 0 × NaN is NaN: what one tenant leaves in a page must never be that."""
+    """A masked weight is an exact zero, but 0 × NaN is NaN: no tenant may ever leave a NaN in a page."""
     return jnp.nan_to_num(x)

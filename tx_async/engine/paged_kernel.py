@@ -1,8 +1,8 @@
 """Paged attention of a decode step as one kernel: pages are read where they lie, lengths and tables are data.
 
-For a GPU, in Pallas (Triton). A program of the kernel has one row, one key head with its query heads, and one part of
-the row's pages; parts are combined afterwards by their log-sum-exp, so that a long row alone keeps the whole device
-busy (FlashDecoding). `paged_attention.py` computes the same with XLA alone, and is what this is tested against.
+For a GPU, in Pallas (Triton). A program of the kernel handles one row, one key head with its query heads, and one part
+of the row's pages; parts are combined afterwards by their log-sum-exp, so that a long row alone keeps the whole device
+busy (FlashDecoding). `paged_attention.py` computes the same with XLA alone, and this kernel is tested against it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from jax.experimental.pallas import triton as plgpu
 from tx_async.layers.attention import MASKED
 
 BLOCK_TOKENS = 64
-"""Keys that a program reads at once."""
+"""How many keys a program reads at once."""
 GROUP_MIN = 16
-"""A tensor core's least number of rows: fewer query heads of a key head are filled up with zeros."""
+"""The fewest rows that a tensor core takes: fewer query heads of a key head are padded with zeros."""
 PROGRAMS = 264
-"""Two for each multiprocessor of an H100: rows are split until there are about as many."""
+"""Two programs for each multiprocessor of an H100: rows are split until there are about as many."""
 SPLITS_MAX = 32
 
 
 def fits(pool: Array, page_size: int) -> bool:
-    """Triton's blocks have sides of powers of two."""
+    """Whether the kernel can run these shapes: the sides of Triton's blocks are powers of two."""
     features = pool.shape[-1]
     return features & (features - 1) == 0 and 16 <= features <= 256 and BLOCK_TOKENS % page_size == 0
 
@@ -60,7 +60,7 @@ def attend(
 
 
 def _splits(num_programs: int, tokens: int) -> int:
-    """A power of two; no more parts than blocks."""
+    """The parts of a row: a power of two, and no more parts than blocks."""
     wanted = max(1, min(PROGRAMS // num_programs, SPLITS_MAX, tokens // BLOCK_TOKENS))
     return 1 << (wanted.bit_length() - 1)
 

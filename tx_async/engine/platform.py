@@ -1,7 +1,8 @@
-"""What differs between a CPU and an accelerator: one table with a column for each, and nothing of it anywhere else.
+"""What differs between a CPU and an accelerator: one table with a column for each, and the only place that tells them
+apart.
 
-`current()` alone asks JAX where it runs. It is asked once at start; what came out is handed in, as the sharding rules
-are, so that programs for a device that is not there are made from the same table (`bench/gpu_programs.py`).
+`current()` alone asks JAX where it runs. It is called once at start; the result is passed in, as the sharding rules
+are, so that programs for a device that is absent are made from the same table (`bench/gpu_programs.py`).
 """
 
 from __future__ import annotations
@@ -16,78 +17,78 @@ import jax
 @dataclass(frozen=True)
 class Platform:
     name: str
-    """As JAX calls it: cpu, gpu, tpu."""
+    """JAX's name for it: cpu, gpu, tpu."""
     dtype: str
-    """Of the base weights, where the configuration does not say."""
+    """The dtype of the base weights, where the configuration names none."""
 
     # training
     shortest_row: int
-    """Packed rows are no shorter. A short one keeps an accelerator busy for no longer than it takes to start it."""
+    """The least length of packed rows. A short row keeps an accelerator busy no longer than starting it takes."""
     micro_batch_tokens: int
-    """Tokens of a micro-batch; 0 = one row, which meets the same kernels whatever its neighbours are."""
+    """Tokens of a micro-batch; 0 = one row, which runs in the same kernels whatever its neighbours are."""
     micro_batch_overhead: int
-    """What a micro-batch costs beside its positions, in positions: 30 ms where 1,024 of them take 1.2 s (two cores)."""
+    """The fixed cost of a micro-batch, counted in positions: 30 ms where 1,024 of them take 1.2 s (two cores)."""
     attention_blocks: tuple[int, int]
     """Positions of an attention block, in rows up to ATTENTION_SHORT_ROW and in longer ones. Small blocks skip more,
     larger ones are fewer and faster products."""
     joins_lora: bool
-    """W and B of one row in one matrix (`layers/cpu.py`)."""
+    """W and B of one row are joined in one matrix (`layers/cpu.py`)."""
 
     layers_apart: bool
-    """The layers' weights as a list, which training and sampling unroll over: under a scan each would be copied out of
-    its stack before its product. Without a mesh."""
+    """The layers' weights are a list, over which training and sampling unroll: under a scan each would be copied out of
+    its stack before its product. Only without a mesh."""
 
     # sampling
     decode_steps: int
     """Steps of one quantum: a newcomer waits for one or two quanta, and on a CPU a step is long."""
     prefill_tokens: int
-    """Prompt tokens of one quantum."""
+    """The prompt tokens of one quantum."""
     prefill_tile_tokens: int
-    """Consecutive prompt tokens that one row of a prefill call has, at least a page: each row reads what stands before
-    it. 0 = a page, as of every model with recurrent layers, of whose rule a page is a chunk."""
+    """Consecutive prompt tokens in one row of a prefill call, at least a page: each row reads what stands before it. 0
+    = a page, as in every model with recurrent layers, whose rule takes a page as its chunk."""
     prefill_rows: tuple[int, ...]
-    """Rows of the prefill calls, ascending."""
+    """The row counts of prefill calls, ascending."""
     decode_rows_max: int
-    """Up to here the kernels give every row the same bits in every batch, and larger batches are no faster per row;
-    0 = no limit."""
+    """Up to so many rows the kernels give every row the same bits in every batch, and larger batches are no faster per
+    row; 0 = no limit."""
     cache_chunk_tokens: int
     """Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache."""
     reads_pages_in_place: bool
-    """`layers/cpu.py` reads pages again for each query head rather than store what it read."""
+    """`layers/cpu.py` reads pages again for each query head rather than storing what it read."""
     low_rank_programs: bool
-    """What a CPU waits for is reading the adapters; an accelerator would rather not branch in every layer."""
+    """A CPU waits for adapters to be read; an accelerator is slowed by a branch in every layer."""
     least_decode_rows: int
-    """Rows of the smallest decode call. On a CPU one row alone would meet another matrix kernel, and round otherwise,
-    than in company; on an accelerator one costs what one costs."""
+    """Rows of the smallest decode call. On a CPU a single row would run in another matrix kernel, and round
+    differently, than among others; on an accelerator a single row costs only itself."""
     grouped_lora: bool
-    """The adapters of a decode batch in one product each, without a branch (`layers/lora.py`); batches without
-    adapters have programs of their own. What an accelerator waits for is the host's answer at each branch."""
+    """Each adapter of a decode batch takes one product, without a branch (`layers/lora.py`); batches without
+    adapters have programs of their own. At each branch an accelerator waits for the host's answer."""
     fixed_passes: bool
-    """Top-k and top-p by a fixed number of passes over the vocabulary, not by a search that ends when it is done."""
+    """Top-k and top-p take a fixed number of passes over the vocabulary, not a search that ends when it is done."""
     flash_kernel: bool
-    """Training attention by `layers/flash_attention.py` where the self-test found it right."""
+    """Training attention runs in `layers/flash_attention.py` where the self-test found it right."""
     paged_kernel: bool
-    """Decode attention by `paged_kernel.py` where the self-test found it right."""
+    """Decode attention runs in `paged_kernel.py` where the self-test found it right."""
     copies_weights: bool
-    """A second copy of small models' weights, laid out for decoding."""
+    """Small models' weights are kept twice, the second copy laid out for decoding."""
     overlaps: bool
     """Two threads' programs run side by side (`streams.py`)."""
 
     # what is trusted
     same_sums_in_every_batch: bool
-    """The compiler is asked for kernels that sum a row alike whatever number of rows stands around it."""
+    """The compiler is asked for kernels that sum a row alike however many rows the batch has."""
     reduce_scatter: bool
-    """False: gloo's has returned wrong values, and no program of several processes may hold one."""
+    """False: gloo's reduce-scatter has returned wrong values, and no program of several processes may use one."""
     compiles_ahead: bool
-    """The likeliest programs before the engine says that it is ready, also where `compile_ahead` does not ask."""
+    """The likeliest programs are compiled before the engine says that it is ready, even without `compile_ahead`."""
     compile_threads: int
-    """Programs that are compiled at the same time."""
+    """How many programs are compiled at the same time."""
     keeps_executables: bool
     """Executables can be written to files and loaded again."""
 
     def attention_block(self, length: int) -> int:
-        """Positions of a block in a row of `length`. On a CPU short rows hold short sequences; a long one is there for
-        a long sequence, which skips little."""
+        """Positions of a block in a row of `length`. On a CPU short rows hold short sequences; a long row exists for a
+        long sequence, which skips little."""
         short, long = self.attention_blocks
         return short if length <= ATTENTION_SHORT_ROW else long
 
@@ -157,17 +158,17 @@ ACCELERATOR = Platform(
 
 
 def of(name: str) -> Platform:
-    """The column for a backend by JAX's name."""
+    """The column of a backend, by JAX's name for it."""
     return CPU if name == CPU.name else replace(ACCELERATOR, name=name)
 
 
 def current() -> Platform:
-    """Where JAX runs here. Joins no mesh and starts the backend: call it after `jax.distributed.initialize`."""
+    """Where JAX runs here. This starts the backend but joins no mesh: call it after `jax.distributed.initialize`."""
     return of(jax.default_backend())
 
 
 def device_memory() -> tuple[int, int]:
-    """(bytes in use, bytes that it can have or 0) of the first device here; of this process on a CPU."""
+    """(bytes in use, bytes that it may use or 0) of the first device here; on a CPU, of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats.get("bytes_in_use", 0), stats.get("bytes_limit", 0)

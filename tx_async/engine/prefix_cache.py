@@ -30,7 +30,7 @@ class PrefixCache:
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
         #: references per page; 0 for free and idle pages
         self._references = [0] * num_pages
-        #: content -> page, for pages in use or idle; the inverse of `_keys`
+        #: content -> page, for pages in use or idle; inverse of `_keys`
         self._pages: dict[PageKey, int] = {}
         self._keys: dict[int, list[PageKey]] = {}
         #: unreferenced pages with content, least recently used first
@@ -50,7 +50,8 @@ class PrefixCache:
         return self.num_pages - 1 - self.num_available
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, or None when there are not so many. Idle ones lose their content."""
+        """`count` pages with one reference each, or None when there are not so many. Idle pages that are handed out
+        lose their content."""
         if count > self.num_available:
             return None
         while len(self._free) < count:
@@ -80,9 +81,9 @@ class PrefixCache:
             self._idle.pop(page, None)
 
     def register(self, page: int, key: PageKey) -> None:
-        """A page in use now holds the content `key`. The first page of a content stays the known one.
+        """A page in use now holds the content `key`. The first page with some content stays the one that is found.
 
-        A page may be known by two: that of a prompt's last tokens, which fill it in part, and that of the whole page.
+        A page may have two keys: that of a prompt's last tokens, which fill it in part, and that of the whole page.
         """
         if self.enabled and key not in self._pages:
             self._pages[key] = page

@@ -1,4 +1,4 @@
-"""What a request wants to know of its prompt: gathered chunk by chunk while the prompt is prefilled.
+"""What a request wants to know about its prompt, gathered chunk by chunk while the prompt is prefilled.
 
 The hidden state at position h scores the token at h + 1. Nothing of size [prompt, vocabulary] ever exists.
 """
@@ -49,11 +49,11 @@ class PromptScoring:
 
     @property
     def is_planned(self) -> bool:
-        """Every position has been given to the device."""
+        """Whether every position has been given to the device."""
         return self.next >= self.num_prompt - 1
 
     def results(self) -> dict[str, np.ndarray]:
-        """What was asked for, by the names that `FinishedSequence` has for their indexes."""
+        """The results that were asked for, by the names that `FinishedSequence` has for their indexes."""
         results = {}
         if self.wanted.logprobs:
             results["prompt_logprobs"] = self.logprobs
@@ -66,7 +66,7 @@ class PromptScoring:
         return results
 
     def store(self, start: int, scores: Scores) -> None:
-        """Keep the scores of hidden positions from `start` on."""
+        """Keep the scores of the hidden positions from `start` on."""
         stop = start + len(scores.logprobs)
         first = max(start + 1, self.first_scored)
         if first < stop + 1:

@@ -1,4 +1,4 @@
-"""What a quantum says of its sequences: from the device's arrays to the structs and tensors of `Sampled`."""
+"""What a quantum reports of its sequences: from the device's arrays to the structs and tensors of `Sampled`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tx_async.wire.worker import FinishedSequence, SequencePiece
 
 
 def fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
-    """On the host; the candidates only if somebody wants them."""
+    """Copy to the host; the candidates only if somebody wants them."""
     tokens, logprobs, count = (np.asarray(array) for array in (decoded.tokens, decoded.logprobs, decoded.count))
     decoded = decoded._replace(tokens=tokens, logprobs=logprobs, count=count)
     wanted: list[str] = []

@@ -1,4 +1,4 @@
-"""Shapes of training micro-batches: few, known at start, and no other is ever met."""
+"""The shapes of training micro-batches: few, known at start, and the only ones that ever occur."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ along contiguous lanes. Nothing is sorted: top-k and top-p are thresholds found 
 weights, exact to the last token, and a draw inverts the cumulative distribution in two steps, lane then segment, with
 two uniforms per row.
 
-Order as in transformers: temperature, top-k, top-p; min_p stands before top-k, as in vLLM. Ties at the k-th place all
-stay; ties at the edge of top-p stay from the lowest token on, as many as p needs.
+The order is that of transformers: temperature, top-k, top-p; min_p stands before top-k, as in vLLM. Ties at the k-th
+place all stay; of ties at the edge of top-p, as many as p needs stay, from the lowest token on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tx_async.wire.worker import GREEDY_BELOW
 
 SEGMENTS = 128
 TOPK_MAX = 128
-"""Most candidates that are reported per position."""
+"""At most so many candidates are reported per position."""
 KEY_BITS = 30
 """Weights are at most 1.0, whose bits are 0x3f800000."""
 
@@ -43,11 +43,11 @@ class Choices(NamedTuple):
 
 
 PASS_BITS = 2
-"""Bits that one of a fixed number of passes over the vocabulary decides: three thresholds are counted at once."""
+"""How many bits each of a fixed number of passes over the vocabulary decides: it counts three thresholds at once."""
 
 
 class _Limit(NamedTuple):
-    """The tokens that stay: weights whose bits are above `key`, and among its equals those up to token `last`."""
+    """The tokens that stay: those whose weight's bits are above `key`, and among equals those up to token `last`."""
 
     key: Array
     last: Array
@@ -66,8 +66,8 @@ def sample(
     logits: Array, choices: Choices, position: Array, fixed_passes: bool = False, drawn_from: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """Draw the tokens that will stand at `position` [B]. fixed_passes: without loops and with one branch, taken where
-    anybody wants top-k or top-p: what an accelerator would rather do than ask the host; the same tokens stay.
-    drawn_from: other logits than the model's own, to be drawn from in their place (`shaping.py`).
+    anybody wants top-k or top-p, so that an accelerator need not ask the host; the same tokens stay. drawn_from: logits
+    to draw from in place of the model's own (`shaping.py`).
 
     logits fp32 [B, V] -> (tokens int32 [B], their log-probabilities in the plain model [B], the logits' logsumexp [B]).
     """
@@ -91,10 +91,10 @@ def sample(
 
 
 def head_of(logits: Array, candidates: Array, choices: Choices, fixed_passes: bool = False) -> tuple[Array, Array]:
-    """The distribution that `sample` draws from, of a few tokens.
+    """The distribution that `sample` draws from, for a few tokens.
 
     logits fp32 [B, V], candidates int32 [B, K] -> (their probabilities fp32 [B, K], uint8 [B]: 0 where the whole
-    vocabulary can be drawn, 1 where only candidates can, 2 where a limit leaves others, too).
+    vocabulary can be drawn, 1 where only candidates can, 2 where a limit also leaves others).
     """
     z = _lanes(logits)
     top = z.max((1, 2))
@@ -139,7 +139,7 @@ def draw_many(logits: Array, temperature: Array, keys: Array, k: int) -> Array:
 def _draw(z: Array, top: Array, greedy: Array, choices: Choices, position: Array, limit: Any) -> Array:
     weights = _weights(z, top, jnp.maximum(choices.temperature, GREEDY_BELOW))
     if choices.min_p is not None:
-        weights = jnp.where(weights >= choices.min_p[:, None, None], weights, 0.0)  # the likeliest one's is 1
+        weights = jnp.where(weights >= choices.min_p[:, None, None], weights, 0.0)  # the likeliest token's is 1
     weights = jnp.where(_kept(weights, limit(weights, choices)), weights, 0.0)
     u = jax.vmap(_uniforms)(choices.key, position)
     lane = _invert(weights.sum(1), u[:, 0])
@@ -152,7 +152,7 @@ def _uniforms(key: Array, position: Array) -> Array:
 
 
 def _token(z: Array, column: Array, lane: Array, u: Array, greedy: Array) -> Array:
-    """The token of a lane whose weights by segment are `column`; the likeliest one where rounding left no weight."""
+    """The token of a lane whose weights by segment are `column`; the likeliest token where rounding left no weight."""
     segment = _invert(column, u)
     weight = jnp.take_along_axis(column, segment[:, None], axis=1)[:, 0]
     return jnp.where(weight > 0, segment * z.shape[2] + lane, greedy)
@@ -180,7 +180,7 @@ def _limit(weights: Array, choices: Choices) -> _Limit:
 
 
 def _active(choices: Choices, vocab: int) -> tuple[Array, Array]:
-    """Rows whose top-k, and whose top-p, limits anything."""
+    """Which rows' top-k, and which rows' top-p, limits anything."""
     draws = choices.temperature >= GREEDY_BELOW
     return (choices.top_k >= 1) & (choices.top_k < vocab) & draws, (choices.top_p < 1.0) & draws
 
@@ -201,8 +201,8 @@ def _limit_in_fixed_passes(weights: Array, choices: Choices) -> _Limit:
 
 
 def _largest_key(enough: Callable[[Array], Array], bits: int = KEY_BITS) -> Array:
-    """Largest key of `bits` bits for which `enough` (key [B, 1, 1] -> [B]) holds, two bits a pass. It holds for 0, and
-    for no key that is larger than one for which it does not."""
+    """The largest key of `bits` bits for which `enough` (key [B, 1, 1] -> [B]) holds, two bits a pass. It holds for 0,
+    and never for a key above one for which it does not hold."""
     key: Array | int = 0
     for shift in range(-(-bits // PASS_BITS) * PASS_BITS - PASS_BITS, -1, -PASS_BITS):
         steps = [enough(jnp.asarray(key + (step << shift))) for step in range(1, 1 << PASS_BITS)]
@@ -211,7 +211,7 @@ def _largest_key(enough: Callable[[Array], Array], bits: int = KEY_BITS) -> Arra
 
 
 def _kth_key(weights: Array, k: Array, active: Array) -> Array:
-    """The bits of the k-th largest weight, or others that split at the same place."""
+    """The bits of the k-th largest weight, or other bits that split the weights at the same place."""
     keys = _bits(weights)
 
     def enough(key: Array) -> tuple[Array, Array]:
@@ -223,7 +223,7 @@ def _kth_key(weights: Array, k: Array, active: Array) -> Array:
 
 
 def _nucleus(weights: Array, p: Array, active: Array, inside: _Limit, fixed_passes: bool = False) -> _Limit:
-    """The smallest set of largest weights whose share of all that is inside is at least p."""
+    """The smallest set of largest weights whose share of the total `inside` is at least p."""
     keys = _bits(weights)
     weights = jnp.where(keys >= inside.key[:, None, None], weights, 0.0)
     total = _total(weights)
@@ -250,7 +250,8 @@ def _nucleus(weights: Array, p: Array, active: Array, inside: _Limit, fixed_pass
 
 
 def _bisect(enough, low: Array, active: Array) -> Array:
-    """Largest key for which `enough` (key -> holds, exactly) holds. It holds for `low`, and for nothing above 1.0."""
+    """The largest key for which `enough` (key -> holds, exactly) holds. It holds for `low`, and for nothing above
+    1.0."""
 
     def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state
@@ -265,7 +266,7 @@ def _bisect(enough, low: Array, active: Array) -> Array:
 
 
 def _nth_index(mask: Array, n: Array, count: Array) -> Array:
-    """Index of the n-th set token (1-based) of each row; the whole vocabulary where n reaches the count."""
+    """The index of the n-th set token (1-based) of each row; the end of the vocabulary where n reaches the count."""
     vocab = mask.shape[1] * mask.shape[2]
     index = _token_index(mask.shape[1], mask.shape[2])
 
@@ -318,7 +319,7 @@ def _kept(weights: Array, limit: _Limit) -> Array:
 
 
 def _first_index(mask: Array) -> Array:
-    """Lowest token of each row's mask; 0 for an empty one (a row of NaN)."""
+    """The lowest token of each row's mask; 0 for an empty one (a row of NaN)."""
     index = _token_index(mask.shape[1], mask.shape[2])
     beyond = mask.shape[1] * mask.shape[2]
     first = jnp.where(mask, index, beyond).min(1).min(1)

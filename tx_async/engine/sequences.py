@@ -1,11 +1,11 @@
 """Which sequences wait, which run, and what the next quantum does for each: the host's side of continuous batching.
 
-Pure bookkeeping, a function of the calls and their order: no clock, no device. `schedule` decides, `decode.py`
-dispatches. A sequence waits, then is prefilled (all of its tokens but the last one, in chunks that begin at page
-boundaries), then decodes: a decode step computes the last token and samples the next. When pages run out the youngest
-running sequence goes back to the head of the queue; its tokens are kept, so it continues where it was. Sequences that
-somebody watches (`SequenceSpec.stream`) come first wherever not all can: they are prefilled first, decode in every
-quantum, and give way last.
+It is pure bookkeeping, a function of the calls and their order, without clock or device. `schedule` decides,
+`decode.py` dispatches. A sequence waits, then is prefilled (all of its tokens but the last one, in chunks that begin at
+page boundaries), then decodes: a decode step computes the last token and samples the next. When pages run out the
+youngest running sequence goes back to the head of the queue; its tokens are kept, so it continues where it was.
+Sequences that somebody watches (`SequenceSpec.stream`) come first where there is no room for all: they are prefilled
+first, decode in every quantum, and give way last.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ PromptKey = tuple[str, bytes]
 
 @dataclass
 class Times:
-    """In monotonic seconds. Nothing is decided by them: hosts of a mesh have their own."""
+    """Times in monotonic seconds. No decision uses them: each host of a mesh has its own."""
 
     admitted_at: float = 0.0
     decode_began_at: float = 0.0
-    """When the quantum began that brought its first tokens; 0 before."""
+    """When the quantum that brought its first tokens began; 0 before."""
     first_token_at: float = 0.0
 
     def decoded(self, began_at: float, now: float) -> None:
-        """A quantum has brought tokens."""
+        """Note that a quantum has brought tokens."""
         if not self.first_token_at:
             self.decode_began_at, self.first_token_at = max(began_at, self.admitted_at), now
 
     def until(self, now: float) -> SequenceTimes:
-        """Its last token has come."""
+        """The times of a sequence whose last token has come."""
         return SequenceTimes(
             decode_began=1000 * (self.decode_began_at - self.admitted_at),
             first_token=1000 * (self.first_token_at - self.admitted_at),
@@ -55,35 +55,36 @@ class Sample:
     """One sequence, from admission to its end."""
 
     order: int
-    """Place in the line: lower is older."""
+    """Its place in the line: lower is older."""
     spec: SequenceSpec
     prompt_key: PromptKey
     num_prompt: int
     limit: int
-    """Tokens, prompt included, at which it ends."""
+    """How many tokens, prompt included, it may have at its end."""
     tokens: list[int]
     keys: PageKeys
     stops: StopStrings | None = None
     scoring: PromptScoring | None = None
     pages: list[int] = field(default_factory=list)
     slot: int = NULL_SLOT
-    """Of its recurrent state while it runs."""
+    """The slot of its recurrent state while it runs."""
     loads: int = NULL_SLOT
-    """Where its next tile finds the state before it: a snapshot, then its own slot."""
+    """The slot in which its next tile finds the state before it: a snapshot's, then its own."""
     shared_tokens: int = 0
-    """Whole pages of its prompt that others had computed, and of whose end there was no snapshot: it is worth one."""
+    """Whole pages of its prompt that others had computed without a snapshot at their end, which is then worth
+    making."""
     num_computed: int = 0
-    """Tokens whose keys and values are in `pages`; one fewer than all of them while it decodes."""
+    """How many tokens have their keys and values in `pages`; all but one while it decodes."""
     last_turn: int = 0
-    """The quantum that it decoded in last, or began in."""
+    """The quantum in which it last decoded, or in which it began."""
     num_cached: int = 0
-    """Prompt tokens that it found in the prefix cache when it was first admitted."""
+    """How many prompt tokens it found in the prefix cache when it was first admitted."""
     was_admitted: bool = False
     times: Times = field(default_factory=Times)
     logprobs: list[float] = field(default_factory=list)
     topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     heads: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
-    """(token ids, probabilities, whether they are all) of the recorded draws, a piece for each quantum."""
+    """(token ids, probabilities, whether they are complete) of the recorded draws, a piece for each quantum."""
 
     @property
     def num_to_prefill(self) -> int:
@@ -91,12 +92,12 @@ class Sample:
 
     @property
     def scoring_start(self) -> int | None:
-        """First position whose hidden state must still be computed for its prompt scores."""
+        """The first position whose hidden state must still be computed for its prompt scores."""
         return None if self.scoring is None or self.scoring.is_planned else self.scoring.next
 
     @property
     def num_left(self) -> int:
-        """Tokens that it may still sample."""
+        """How many tokens it may still sample."""
         return self.limit - len(self.tokens)
 
 
@@ -137,14 +138,14 @@ class Sequences:
         states: StateSlots | None = None,
         window: int = 0,
     ):
-        """num_decoding_max: sequences that one quantum decodes; more take turns. states: of a model with recurrent
-        layers. window: tokens that the layer that sees most of them sees; 0 = all."""
+        """num_decoding_max: sequences that one quantum decodes; more take turns. states: the slots of a model with
+        recurrent layers. window: how many tokens the layer with the widest view sees; 0 = all."""
         self.cache = cache
         self.window = window
         self.states = states or StateSlots()
         self.num_running_max = num_running_max
         self.num_decoding_max = num_decoding_max
-        #: number of the newest quantum
+        #: the newest quantum's number
         self._turn = 0
         #: oldest first; disjoint from `running`
         self.waiting: deque[Sample] = deque()
@@ -173,7 +174,7 @@ class Sequences:
             self.finish(sample)
 
     def finish(self, sample: Sample) -> None:
-        """It leaves; what it computed stays findable in the prefix cache."""
+        """The sequence leaves; what it computed can still be found in the prefix cache."""
         self._register(sample, min(sample.num_computed, len(sample.tokens)))
         self.cache.release([page for page in sample.pages if page != NULL_PAGE])
         self.states.release(sample.slot)
@@ -201,8 +202,8 @@ class Sequences:
         return schedule
 
     def _decoding(self) -> list[Sample]:
-        """Who decodes now. Where not all can, three quarters of the places go to those that are watched, the longest
-        unseen first, as far as there are so many."""
+        """Which sequences decode now. Where not all can, up to three quarters of the places go to watched sequences,
+        those that waited longest first."""
         self._turn += 1
         ready = [sample for sample in self.running if sample.num_to_prefill == 0]
         if len(ready) > self.num_decoding_max:
@@ -215,9 +216,9 @@ class Sequences:
         return ready
 
     def _most_urgent(self, ready: list[Sample], num_places: int) -> list[Sample]:
-        """A quarter of the places go to those that are nearest to their end: only a finished sequence is worth anything
-        to its client. The others go by tokens left times quanta waited: a client that waits for many waits for the
-        longest, which must not be left to run alone in the end.
+        """A quarter of the places goes to the sequences nearest to their end: only a finished sequence is worth
+        anything to its client. The other places go by tokens left times quanta waited: a client of many sequences waits
+        for the longest, which must not be left to run alone at the end.
         """
         ready.sort(key=lambda sample: (sample.num_left, sample.order))
         near = num_places // 4
@@ -228,8 +229,8 @@ class Sequences:
         return ready[:near] + others[: num_places - near]
 
     def _leave_windows(self) -> None:
-        """Pages that lie before every layer's window are free again; as a part of a known prefix they can be found.
-        The null page stands in their places: what is read there is masked."""
+        """Free the pages that lie before every layer's window; as part of a known prefix they can still be found. The
+        null page takes their places: what is read there is masked."""
         if not self.window:
             return
         for sample in self.running:
@@ -241,10 +242,10 @@ class Sequences:
                 sample.pages[:count] = [NULL_PAGE] * count
 
     def _reserve(self, decode_steps: int, schedule: Schedule) -> None:
-        """Pages for the next tokens of everyone who runs; the youngest gives way, of the unwatched as long as there
-        are any."""
+        """Allocate pages for the next tokens of every running sequence; the youngest gives way, unwatched ones before
+        watched ones."""
         for sample in list(self.running):
-            if not sample.pages:  # preempted a moment ago
+            if not sample.pages:  # was preempted a moment ago
                 continue
             while (pages := self.cache.allocate(self._missing(sample, decode_steps))) is None:
                 victim = next(filterfalse(_is_watched, reversed(self.running)), self.running[-1])
@@ -261,8 +262,8 @@ class Sequences:
         self.waiting.appendleft(sample)
 
     def _continue_prefill(self, budget: int, schedule: Schedule) -> int:
-        """Prompts under way, watched ones first, then the oldest; none takes more than half of a quantum that another
-        one needs too."""
+        """Continue the prompts under way, watched ones first, then the oldest; none takes more than half of a quantum
+        that another prompt needs too."""
         unfinished = [sample for sample in self.running if sample.num_to_prefill]
         unfinished.sort(key=_is_watched, reverse=True)
         for sample in unfinished:
@@ -285,14 +286,14 @@ class Sequences:
 
     @property
     def _has_room(self) -> bool:
-        """Somebody waits, and may run."""
+        """Whether a sequence waits and may run."""
         return bool(self.waiting) and len(self.running) < self.num_running_max
 
     def _share(self, budget: int, contested: bool) -> int:
         return max(0, budget // 2 if contested and budget >= 8 * self.cache.page_size else budget)
 
     def _leader_under_way(self, sample: Sample) -> bool:
-        """Its prompt is being computed for a sequence before it: wait, and share the pages."""
+        """Whether its prompt is being computed for an earlier sequence: then it waits, and shares the pages."""
         if not self.cache.enabled or sample.scoring_start is not None:
             return False
         return any(mate.num_computed < mate.num_prompt - 1 for mate in self._by_prompt.get(sample.prompt_key, ()))
@@ -308,7 +309,7 @@ class Sequences:
             pages, source, state = self._with_state(sample, pages, source)
             matched = len(pages) * self.cache.page_size
         remaining = 0 if source else end - matched
-        # Everyone who runs may need a page soon: without that room the newcomer would only be preempted again.
+        # Every running sequence may need a page soon: without that room the newcomer would only be preempted again.
         needed = self._missing(sample, decode_steps) - len(pages)
         if needed + len(self.running) > self.cache.num_available or (remaining and not budget):
             self.cache.release(pages + source)
@@ -324,7 +325,7 @@ class Sequences:
         return True
 
     def _with_state(self, sample: Sample, pages: list[int], source: list[int]) -> tuple[list[int], list[int], int]:
-        """What of a known prefix there is a state for: -> (its pages, its last page in part, the state's slot)."""
+        """The part of a known prefix that has a state: -> (its pages, its last page in part, the state's slot)."""
         end, keys = len(sample.tokens) - 1, sample.keys.upto(sample.tokens, len(pages) * self.cache.page_size)
         if source:
             tail = sample.keys.tail(sample.tokens, end)
@@ -350,12 +351,12 @@ class Sequences:
         self._by_prompt.setdefault(sample.prompt_key, []).append(sample)
 
     def _cacheable(self, sample: Sample) -> int:
-        """Tokens that may come from the cache: not the last one, and none whose hidden state is still wanted."""
+        """How many tokens may come from the cache: not the last one, and none whose hidden state is still wanted."""
         start = sample.scoring_start
         return len(sample.tokens) - 1 if start is None else min(start, len(sample.tokens) - 1)
 
     def _tail_source(self, sample: Sample, matched: int) -> list[int]:
-        """The page, with a reference, of which a copy gives all that is missing of `sample`'s tokens but the last."""
+        """The page, with a reference, a copy of which completes `sample`'s tokens but for the last one."""
         end = len(sample.tokens) - 1
         if matched != end // self.cache.page_size * self.cache.page_size or sample.scoring_start is not None:
             return []
@@ -363,7 +364,8 @@ class Sequences:
         return self.cache.match([key]) if key else []
 
     def _prefill(self, sample: Sample, share: int, schedule: Schedule) -> int:
-        """Plan the next chunk of a prompt; -> its tokens, up to whole pages: a part of one costs what a page does."""
+        """Plan the next chunk of a prompt; -> the tokens that it costs, rounded up to whole pages: a partial page costs
+        as much as a whole one."""
         start, end = sample.num_computed, len(sample.tokens) - 1
         stop = end if end - start <= share else start + share // self.cache.page_size * self.cache.page_size
         if stop <= start:
@@ -374,8 +376,8 @@ class Sequences:
         return -(-(stop - start) // self.cache.page_size) * self.cache.page_size
 
     def _snapshots(self, sample: Sample, start: int, stop: int) -> dict[int, int]:
-        """Which states within [start, stop] are kept: of the prompt's end, of its last whole page, which a longer
-        prompt shares, and of what it was found to share with others."""
+        """Which states within [start, stop] are kept: those at the prompt's end, at the end of its last whole page,
+        which a longer prompt shares, and at the end of what it was found to share with others."""
         if not self.states.enabled or not self.cache.enabled:
             return {}
         end, size = sample.num_prompt - 1, self.cache.page_size
@@ -389,7 +391,8 @@ class Sequences:
         return saves
 
     def _register(self, sample: Sample, num_tokens: int) -> None:
-        """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial one by its twins."""
+        """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial page by equal
+        prompts."""
         for page, key in zip(sample.pages, sample.keys.upto(sample.tokens, num_tokens), strict=False):
             if page != NULL_PAGE:
                 self.cache.register(page, key)
@@ -398,7 +401,7 @@ class Sequences:
             self.cache.register(sample.pages[end // self.cache.page_size], key)
 
     def _missing(self, sample: Sample, decode_steps: int) -> int:
-        """Pages that it lacks for its tokens and `decode_steps` more."""
+        """How many pages it lacks for its tokens and `decode_steps` more."""
         needed = min(len(sample.tokens) + decode_steps, sample.limit)
         return max(0, -(-needed // self.cache.page_size) - len(sample.pages))
 

@@ -1,4 +1,4 @@
-"""What a request adds to its logits before they are drawn from: minimum length, bias, penalties. Data of a row.
+"""How a request changes its logits before tokens are drawn: minimum length, bias, penalties. All are data of a row.
 
 With z the logits of a step, in the order of vLLM's sampler (`vllm/v1/sample/sampler.py`), before temperature:
 
@@ -8,9 +8,9 @@ With z the logits of a step, in the order of vLLM's sampler (`vllm/v1/sample/sam
     frequency_penalty    z[t] -= f * count[t]                   count: how often the answer has t
     presence_penalty     z[t] -= p * (count[t] > 0)
 
-min_p is applied after temperature (`sampler.py`): tokens stay whose probability is at least min_p times that of the
-likeliest (arXiv:2407.01082). Log-probabilities are those of z itself. A row that asks for nothing gets its z back: it
-is drawn as in the programs that know nothing of this, and a batch without any such row runs those.
+min_p is applied after temperature (`sampler.py`): it keeps the tokens whose probability is at least min_p times that of
+the likeliest (arXiv:2407.01082). Log-probabilities are those of z itself. A row that asks for nothing gets its z back,
+so it is drawn as in the programs without shaping; a batch of only such rows runs those.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tx_async.errors import InvalidRequest
 from tx_async.wire.worker import LOGIT_BIAS_MAX, SequenceSpec
 
 HELD_BACK_MAX = 512
-"""Stop tokens of one sequence that `min_tokens` can hold back."""
+"""How many stop tokens of one sequence `min_tokens` can hold back."""
 
 Data = Any
 """numpy on its way to the device, a traced array inside a program."""
@@ -43,7 +43,7 @@ class Shaping(NamedTuple):
     """fp32 [B]"""
     min_tokens: Data
     num_answered: Data
-    """int32 [B]: tokens of the answer when the quantum begins."""
+    """int32 [B]: how many tokens the answer has when the quantum begins."""
     num_prompt: Data
     """int32 [B]"""
     text: Data
@@ -56,12 +56,12 @@ class Shaping(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """The same by token, [B, V]. What a step draws is added to the first two."""
+    """The same by token, [B, V]. The tokens that a step draws are added to the first two."""
 
     counts: Array
-    """int32: of the answer."""
+    """int32: counts in the answer."""
     seen: Array
-    """bool: in prompt or answer."""
+    """bool: whether it is in prompt or answer."""
     bias: Array
     held_back: Array
 
@@ -108,7 +108,7 @@ def shaping_of(samples: Sequence[Sample], rows: int, context: int) -> Shaping:
 
 
 def shapes(rows: int, context: int) -> Shaping:
-    """Arrays that have the shapes of `shaping_of`'s, and take no memory."""
+    """Arrays with the shapes of those of `shaping_of`, which take no memory."""
     one = shaping_of([], 1, 1)._asdict()
     wide = {name: array.shape[1:] for name, array in one.items()} | {"text": (context,)}
     return Shaping(**{name: np.broadcast_to(array.flat[0], (rows, *wide[name])) for name, array in one.items()})
@@ -121,7 +121,7 @@ def tally(shaping: Shaping, vocab: int) -> Tally:
     rows = jnp.arange(shaping.min_p.shape[0])[:, None]
 
     def place(tokens: Array) -> Array:
-        """Where a token's cell is; none for -1."""
+        """The index of a token's cell; none for -1."""
         return jnp.where(tokens >= 0, tokens, vocab)
 
     def empty(dtype: Any) -> Array:
@@ -148,7 +148,7 @@ def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array) -> Arr
 
 
 def counted(tally: Tally, tokens: Array, alive: Array) -> Tally:
-    """With the tokens [B] that a step has drawn for the rows that are alive."""
+    """The tally with the tokens [B] that a step has drawn for the rows that are alive."""
     rows = jnp.arange(tokens.shape[0])
     counts = tally.counts.at[rows, tokens].add(alive.astype(jnp.int32))
     return tally._replace(counts=counts, seen=tally.seen.at[rows, tokens].max(alive))

@@ -2,7 +2,7 @@
 
 A recurrent layer keeps a state of fixed size instead of pages. A sequence owns one slot while it runs; a snapshot is a
 slot that holds the state after a known prefix, found by the prefix's key (`prefix_cache.py`). Snapshots come from
-prefill alone, at the ends of its tiles, so a state that was found has the bits that computing it again would give. The
+prefill alone, at the ends of its tiles, so a state that is found has the bits that computing it again would give. The
 least recently used one makes room for the next; one that this quantum reads or writes does not.
 """
 
@@ -20,7 +20,7 @@ class StateSlots:
     """Every change is a function of the calls and their order: all hosts of a mesh agree without talking."""
 
     def __init__(self, num_sequences: int = 0, num_snapshots: int = 0):
-        """Without sequences: the model has no recurrent layers, and whoever asks gets the null slot."""
+        """Zero sequences: the model has no recurrent layers, and every caller gets the null slot."""
         self.enabled = num_sequences > 0
         #: slots that no sequence owns; a stack, so that reuse is deterministic
         self._free = list(range(num_sequences, NULL_SLOT, -1))
@@ -29,14 +29,14 @@ class StateSlots:
         self._snapshots: OrderedDict[PageKey, int] = OrderedDict()
         #: read or written by the quantum that is being planned
         self._held: set[PageKey] = set()
-        #: written by it: nobody may load them before its prefill has run
+        #: written by that quantum: nobody may load them before its prefill has run
         self._fresh: set[PageKey] = set()
 
     def __repr__(self) -> str:
         return f"<StateSlots [{len(self._free)} free, {len(self._snapshots)} snapshots]>"
 
     def begin(self) -> None:
-        """A new quantum is planned: what the one before it wrote can be read."""
+        """Begin to plan a quantum: what the previous one wrote can be read now."""
         self._held.clear()
         self._fresh.clear()
 

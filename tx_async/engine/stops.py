@@ -1,4 +1,4 @@
-"""Stop strings: found in the text as tokens arrive, across token boundaries and inside multi-byte characters.
+"""Stop strings, which are found in the text as tokens arrive, across token boundaries and inside multi-byte characters.
 
 A sequence stops after the first token with which the decoded completion contains one of its strings.
 """
@@ -17,25 +17,25 @@ log = logging.getLogger(__name__)
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXT_TOKENS = 4
-"""Tokens of the prompt that the first decoded one may merge with (a leading space, for example)."""
+"""How many tokens of the prompt the first decoded one may merge with (a leading space, for example)."""
 INCOMPLETE = "\ufffd"
 
 
 class StopStrings:
-    """Watches one completion. Only as many of its last tokens are decoded again as a stop string could reach back."""
+    """Watches one completion. It decodes again only as many of the last tokens as a stop string can reach back over."""
 
     def __init__(self, strings: Sequence[str], decode: Decode, prompt: Sequence[int]):
         self._strings = strings
         self._decode = decode
-        #: tokens that surely cover a stop string: a token has at least one byte, a character at most four
+        #: how many tokens surely cover a stop string: a token has at least one byte, a character at most four
         self._reach = 4 * max(map(len, strings)) + 4
         #: a few tokens of the prompt, then the completion's last `_reach` to 2 * `_reach`
         self._window = [int(token) for token in prompt[-CONTEXT_TOKENS:]]
-        #: characters of the window's text that are the prompt's
+        #: how many characters of the window's text are the prompt's
         self._skip = len(decode(self._window).rstrip(INCOMPLETE))
-        #: tokens of the window within which no string may end
+        #: the first tokens of the window, in which no string may end
         self._num_closed = 0
-        #: characters of their text
+        #: how many characters their text has
         self._closed = 0
 
     def pass_over(self, tokens: Sequence[int]) -> None:
@@ -71,7 +71,7 @@ class StopStrings:
         return any(text.find(string, self._first(string)) >= 0 for string in self._strings)
 
     def _first(self, string: str) -> int:
-        """Where it may begin at the earliest."""
+        """The earliest place at which the string may begin."""
         return max(self._skip, self._closed - len(string) + 1)
 
 
@@ -79,7 +79,7 @@ class StopStrings:
 def load_decoder(folder: str) -> Decode:
     """The base model's tokenizer, loaded at the first stop string: most workloads never need it.
 
-    Raises `InvalidRequest`: a request that needs what cannot be had fails alone, whatever the folder holds.
+    Raises `InvalidRequest`: whatever is wrong with the folder, only a request that needs the tokenizer fails.
     """
     from transformers import AutoTokenizer
 

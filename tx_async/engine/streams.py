@@ -1,9 +1,9 @@
-"""A second stream of device work, beside the one of the thread that executes commands.
+"""A second stream of device work, beside that of the thread that executes commands.
 
-XLA's CPU client runs what one thread dispatches in order, one program after the other, and what two threads dispatch
-side by side. So on a CPU sampling gets a thread of its own: a decode step never waits for the end of a training
-micro-batch. Accelerators run programs in order whoever dispatches them, and on a mesh every process must dispatch in
-one order: there `Stream` adds nothing and is not used.
+XLA's CPU client runs the programs that one thread dispatches one after another, and those of two threads side by side.
+So on a CPU sampling gets a thread of its own: a decode step never waits for the end of a training micro-batch.
+Accelerators run programs in order whichever thread dispatches them, and on a mesh every process must dispatch in one
+order: there `Stream` adds nothing and is not used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Stream(Protocol):
 
 
 class SameStream:
-    """The caller's own."""
+    """Runs on the caller's own thread."""
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
@@ -32,7 +32,7 @@ class SameStream:
 
 
 class OwnStream:
-    """A thread that does nothing else."""
+    """Runs on a thread that does nothing else."""
 
     def __init__(self, name: str):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)

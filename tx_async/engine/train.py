@@ -36,7 +36,7 @@ def forward(
     weights: LoraWeights,
     batch: RowBatch,
 ) -> tuple[Array, Array]:
-    """-> (logprobs [R, L, K], losses [R, L]); leaves no trace. rank: none of the batch's adapters has more."""
+    """-> (logprobs [R, L, K], losses [R, L]); changes no state. rank: no adapter of the batch has a higher one."""
     rows = _gather(weights, batch.slots, rank)
     hidden = _trunk(platform, kernels, model, params, rows, batch, remat=False)
     return head.forward(hidden, _unembedding(params, rows, batch), batch)
@@ -71,7 +71,8 @@ def _gather(weights: LoraWeights, slots: Array, rank: int) -> LoraWeights:
 
 
 def _like_params(rows: LoraWeights, params: Any) -> Any:
-    """As a list of layers where the weights are one: else each layer's gradient would be as wide as all layers'."""
+    """Rows as a list of layers where the weights are such a list: else each layer's gradient would be as wide as all
+    layers'."""
 
     def split(path: tuple[str, str], ab: tuple[Array, Array]) -> Any:
         return tuple(list(x) for x in ab) if isinstance(params.get(path[0]), list) else ab
@@ -94,7 +95,7 @@ def _trunk(
 ) -> Array:
     block = platform.attention_block(batch.tokens.shape[1])
     attend = PackedAttention(batch.positions, batch.segment_ids, block, kernels.flash_attention)
-    # Only of a row that is alone: others would each need their own copy of W.
+    # Only for a row that is alone: with several, each would need its own copy of W.
     joined = platform.joins_lora and batch.slots.shape[0] == 1 and model.mesh is None
     lora = LoraRows(rows, batch.scale, joined)
     return model.forward(params, lora, batch.tokens, batch.positions, attend, remat=remat)[0]
@@ -106,7 +107,7 @@ def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembe
 
 
 def _accumulate(gradients: LoraWeights, of_rows: LoraWeights, slots: Array) -> LoraWeights:
-    """Add row after row: rows of one adapter in a stated order, unused rows into the scratch slot that nobody reads."""
+    """Add row after row: rows of one adapter in a fixed order, unused rows into the scratch slot that nobody reads."""
 
     def add_row(r: Array | int, total: Array, rows: Array) -> Array:
         row = jax.lax.dynamic_slice_in_dim(rows, r, 1, axis=1)

@@ -1,13 +1,13 @@
-"""Attention for packed rows: exact softmax attention, fp32 statistics, never across segments, with windows and sinks
-where a layer has them.
+"""Attention for packed rows: exact softmax attention with fp32 statistics, never across segments, with windows and
+sinks where a layer has them.
 
 Models call an `Attend`; they do not know whether keys come from the same row (training, `PackedAttention`) or from a
 paged cache (sampling, `engine/paged_attention.py`).
 
-`PackedAttention` goes block by block, as FlashAttention does (arXiv 2205.14135, 2307.08691): scores of a whole row
-never exist, the backward pass computes them again from the saved log-sum-exp. A block of queries meets only key
-blocks between the start of its first segment and itself. How many that are is data: a row of short sequences costs
-what the sequences cost, one program serves all.
+`PackedAttention` goes block by block, as FlashAttention does (arXiv 2205.14135, 2307.08691): the scores of a whole row
+never exist, and the backward pass computes them again from the saved log-sum-exp. A block of queries meets only key
+blocks between the start of its first segment and itself. How many that are is data: a row of short sequences costs what
+the sequences cost, and one program serves all.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Cache = Any
 """A pytree that the layer scan carries: () in training, the page pools in sampling."""
 
 MASKED = -1e30
-"""The score of what may not be seen: nothing beside any other, and finite, so that differences are no NaN."""
+"""The score of a key that may not be seen: negligible beside any other, and finite, so that differences are not NaN."""
 
 
 BLOCK = 64
-"""Positions of a block where nobody says otherwise."""
+"""The default number of positions of a block."""
 
 
 class Attend(Protocol):
@@ -49,13 +49,13 @@ class Attend(Protocol):
         """q [R, L, H, Dk], k [R, L, Hkv, Dk], v [R, L, Hkv, Dv] -> ([R, L, H, Dv], cache).
 
         `layer` is the layer's index in the cache. With v None the values are the first `v_features` of each key (MLA's
-        latent cache with absorbed projections). window: tokens that a token sees, itself included; 0 = all before it.
-        sinks: fp32 [H], a logit of each head that takes part in the softmax and has no value.
+        latent cache with absorbed projections). window: how many tokens a token sees, itself included; 0 = all before
+        it. sinks: fp32 [H], for each head a logit that takes part in the softmax and has no value.
         """
         ...
 
     def recur(self, cache: Cache, layer: Array, rule: Any, x: Any) -> tuple[Array, Cache]:
-        """A recurrence instead of attention: rule is a `delta_net.Rule`, x what it takes of each token."""
+        """A recurrence instead of attention: rule is a `delta_net.Rule`, x its input for each token."""
         ...
 
 
@@ -63,9 +63,8 @@ class PackedAttention:
     """Causal attention inside each segment of a row; needs no cache."""
 
     def __init__(self, positions: Array, segment_ids: Array, block: int = 0, flash: bool = False):
-        """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding. block: positions that
-        are met at once, as the platform likes it; 0 = BLOCK. flash: by `flash_attention.py`, where
-        that can."""
+        """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding. block: positions of a
+        block, the platform's choice; 0 = BLOCK. flash: whether `flash_attention.py` computes it where it can."""
         self.positions, self.segment_ids, self.block = positions, segment_ids, block or BLOCK
         self.flash = flash
 
@@ -107,7 +106,7 @@ class _Blocks(NamedTuple):
     """[n, R, B]"""
     segments: Array
     q_positions: Array
-    """[n, R, G * B]: the same, as queries stand."""
+    """[n, R, G * B]: the same in the order of the queries."""
     q_segments: Array
     first: Array
     """[n]: the first key block that each query block needs."""
@@ -164,7 +163,8 @@ def _sink_of_queries(sinks: Array, num_kv_heads: int, size: int) -> Array:
 
 
 def _attend_from(x: _Blocks, sink: Array | None, scale: float, window: int, i: Array) -> tuple[Array, Array]:
-    """One block of queries over its keys, the diagonal block first: there every query meets at least itself."""
+    """Attention of one block of queries to its keys, the diagonal block first: there every query sees at least
+    itself."""
 
     def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = so_far
@@ -184,7 +184,7 @@ def _attend_from(x: _Blocks, sink: Array | None, scale: float, window: int, i: A
 
 
 def with_sink(top: Array, total: Array, out: Array, sink: Array) -> tuple[Array, Array, Array]:
-    """One more logit in an online softmax [...], whose value is zero: `out` [..., D] only shrinks."""
+    """Add to an online softmax [...] one more logit, whose value is zero: `out` [..., D] only shrinks."""
     new_top = jnp.maximum(top, sink)
     shrink = jnp.exp(top - new_top)
     return new_top, total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
@@ -197,8 +197,8 @@ def _backward(scale: float, window: int, block: int, saved: _Saved, dout: Array)
     delta = row_sums(dout.astype(jnp.float32) * saved.out.astype(jnp.float32))[..., 0]  # (n, R, Hkv, G * B)
 
     def pair(i: Array, j: Array) -> tuple[Array, Array, Array]:
-        # Keys before queries: so dk and dv, which sum over queries, are plain products, and only dq reads its first
-        # factor turned round, which takes a CPU half as long again. Queries first, it would be dk and dv.
+        # Keys before queries: then dk and dv, which sum over queries, are plain products, and only dq reads its first
+        # factor transposed, which takes a CPU half as long again. With queries first, dk and dv would.
         weights = jnp.exp(_scores_by_key(x, i, j, scale, window) - saved.lse[i][:, :, None])
         dweights = _dot("rhkd,rhqd->rhkq", x.v[j], dout[i])
         dscores = (weights * (dweights - delta[i][:, :, None]) * scale).astype(x.k.dtype)
@@ -226,7 +226,8 @@ packed_attention.defvjp(_forward, _backward)
 
 
 def _scores(x: _Blocks, i: Array, j: Array, scale: float, window: int) -> Array:
-    """fp32 [R, Hkv, G * B, B]: queries of block i by keys of block j; what may not be seen is very low."""
+    """fp32 [R, Hkv, G * B, B]: queries of block i by keys of block j; scores of keys that may not be seen are very
+    low."""
     seen = x.q_segments[i][:, :, None] == x.segments[j][:, None, :]
     seen &= x.q_positions[i][:, :, None] >= x.positions[j][:, None, :]
     if window:
@@ -248,14 +249,14 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
 
 
 def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, window: int, block: int) -> _Blocks:
-    """A last block that is not full is filled up with padding."""
+    """Cut rows into blocks; the last block is filled up with padding."""
     size = min(block, q.shape[1])
     positions, segments = (_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids))
     keys, values = (jnp.einsum("rnbhd->nrhbd", _split(x, size)) for x in (k, v))
     numbers = jnp.arange(len(positions))[:, None, None]
-    # Padding sees only that of its own block, so its values do not depend on how many blocks other rows need.
+    # Padding sees only the padding of its own block, so its values do not depend on how many blocks other rows need.
     segments = jnp.where(segments > 0, segments, -1 - numbers)
-    # Positions count from the start of their segment; min: all rows go through the same blocks.
+    # Positions count from the start of their segment; min, because all rows go through the same blocks.
     reach = jnp.minimum(positions[:, :, 0], window - 1) if window else positions[:, :, 0]
     first = jnp.min(numbers[..., 0] - -(-reach // size), axis=1)
     group = (1, 1, q.shape[2] // k.shape[2])

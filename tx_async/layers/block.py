@@ -1,7 +1,7 @@
 """What a layer is, as data: a token mixer, an MLP, and where its norms stand.
 
-Mixers and MLPs are frozen dataclasses of static numbers that declare their weights and run. What a mixer keeps of a
-sequence between two calls it declares once (`Keeps`); cache, memory plan and sharding read it there.
+Mixers and MLPs are frozen dataclasses of static numbers that declare their weights and run. A mixer declares once
+(`Keeps`) what it keeps of a sequence between two calls; cache, memory plan and sharding read it there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LayerWeights = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """What all layers of one forward pass share."""
+    """The data that all layers of one forward pass share."""
 
     lora: Lora
     positions: Array
@@ -35,21 +35,21 @@ class Run(NamedTuple):
 
 
 class Keeps(NamedTuple):
-    """What one layer stores of a sequence."""
+    """What one layer stores for a sequence."""
 
     pages: dict[str, tuple[int, int]] = {}  # noqa: RUF012
-    """Of each token: name -> (heads, features)."""
+    """For each token: name -> (heads, features)."""
     state: dict[str, tuple[tuple[int, ...], bool]] = {}  # noqa: RUF012
-    """Of the whole sequence: name -> (shape, whether it is fp32 whatever the model's dtype)."""
+    """For the whole sequence: name -> (shape, whether it is fp32 whatever the model's dtype is)."""
 
     @property
     def kind(self) -> str:
-        """Layers of one kind are numbered together: their places in the cache."""
+        """Layers of one kind are numbered together; the number is their place in the cache."""
         return "pages" if self.pages else "state"
 
 
 class Mixer(Protocol):
-    """Mixes tokens: attention of some kind."""
+    """Mixes tokens: some kind of attention."""
 
     @property
     def keeps(self) -> Keeps: ...
@@ -76,7 +76,7 @@ class Mlp(Protocol):
 
 @dataclass(frozen=True)
 class Norms:
-    """Names in the files of a layer's norms; "" = the family has none there."""
+    """The names of a layer's norms in the files; "" = the family has none there."""
 
     norm: RmsNorm
     before_mixer: str = "input_layernorm"
@@ -96,7 +96,7 @@ class Norms:
 @dataclass(frozen=True)
 class Layer:
     name: str
-    """Of its kind: layers that share it are equal, and are scanned together."""
+    """The name of its kind: layers that share it are equal and are scanned together."""
     mixer: Mixer
     mlp: Mlp = field(repr=False)
     norms: Norms = field(repr=False)

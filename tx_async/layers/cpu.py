@@ -1,10 +1,10 @@
-"""What only a CPU wants of the arithmetic, apart from the way that every platform goes.
+"""Arithmetic in forms that only a CPU wants, apart from the code that every platform shares.
 
 Each of these computes what its plain counterpart does, in a form that suits a CPU's memory; `engine/platform.py` says
-which run. A reader who follows a model need not follow them.
+which of them run. A reader who wants to understand a model can pass over them.
 
-- `OutFirst`: a matrix stored [out, in], for products with few rows (decoding).
-- `joined`: W and B of a row that is alone, in one product (training).
+- `OutFirst`: a matrix stored as [out, in], for products with few rows (decoding).
+- `joined`: W and B of a row that is alone, joined in one product (training).
 - `LowRankActive`: adapters of low rank in wide slots, read at their own rank (sampling).
 - `scores_in_place`, `weighted_in_place`: pages that are read again for each query head rather than stored.
 """
@@ -26,15 +26,16 @@ LANES = 8
 
 
 class OutFirst(NamedTuple):
-    """A matrix stored [out, in], for products with few rows on a CPU: read along its rows, as it lies, while those of
-    x stay in the cache. Stored [in, out] it would be rearranged at every product, which costs more than the product.
+    """A matrix stored as [out, in], for products with few rows on a CPU: it is read along its rows, as it lies, while
+    x's rows stay in the cache. Stored as [in, out] it would be rearranged at every product, which costs more than the
+    product.
     """
 
     matrix: Array
 
     def product(self, x: Array, dtype: Any = None) -> Array:
-        """x [..., in] -> [..., out] in `dtype`, x's own without."""
-        # Without the barriers the compiler turns the product round again, into x Wᵀ.
+        """x [..., in] -> [..., out] in `dtype`, by default x's own."""
+        # Without the barriers the compiler rewrites the product as x Wᵀ again.
         rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
         out = jax.lax.dot_general(self.matrix, rows, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
         return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
@@ -47,8 +48,8 @@ class OutFirst(NamedTuple):
 def joined(x: Array, low: Array, w: Array, b: Array) -> Array:
     """x [L, in], low [L, rank], W [in, out], B [rank, out] -> x W + low B = [x | low] [W ; B]; W is frozen.
 
-    On a CPU the thin products of an adapter cost many times their arithmetic, a few more rows of a wide one next to
-    nothing: two of six products go, and W is copied out of its stack anyway.
+    On a CPU the thin products of an adapter cost many times their arithmetic, and a few more rows of a wide product
+    cost next to nothing: this saves two of six products, and W is copied out of its stack anyway.
     """
     return jnp.concatenate([x, low], axis=1) @ jnp.concatenate([w, b])
 
@@ -71,10 +72,10 @@ joined.defvjp(_forward, _backward)
 
 @struct.dataclass
 class LowRankActive(LoraActive):
-    """Of an adapter whose rank is low no more of its slot is read than that."""
+    """Reads only the first columns of the slot of an adapter whose rank is low."""
 
     is_low: Array = None  # type: ignore[assignment]
-    """[adapters] bool: whose rank is at most `low_rank`."""
+    """[adapters] bool: whether its rank is at most `low_rank`."""
     low_rank: int = struct.field(pytree_node=False, default=0)
 
     def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
@@ -87,7 +88,8 @@ class LowRankActive(LoraActive):
 
 
 def scores_in_place(q: Array, read: Any) -> Array:
-    """q [R, 1, Hkv, G, D]; read(g) -> the chunk's keys [R, C, Hkv, D] anew -> [R, Hkv, 1, G, C] fp32."""
+    """q [R, 1, Hkv, G, D]; read(g) -> the chunk's keys [R, C, Hkv, D], read again for each g -> [R, Hkv, 1, G, C]
+    fp32."""
     heads = [_scores_of_head(q[:, 0, :, g], read(g)) for g in range(q.shape[3])]
     return jnp.stack(heads, axis=2)[:, :, None]
 
@@ -99,8 +101,8 @@ def weighted_in_place(weights: Array, read: Any) -> Array:
 
 
 def _scores_of_head(q: Array, keys: Array) -> Array:
-    """q [R, Hkv, D], one query head of each key head, keys [R, C, Hkv, D] -> [R, Hkv, C] fp32. Summed over all but the
-    last lanes, which a CPU does in its registers, then over those."""
+    """q [R, Hkv, D], one query head of each key head, keys [R, C, Hkv, D] -> [R, Hkv, C] fp32. The sum goes over all
+    but the last lanes first, which a CPU does in its registers, then over those lanes."""
     *lead, Hkv, D = keys.shape
     split = (Hkv, D // LANES, LANES)
     lanes = (keys.reshape(*lead, *split) * q.astype(jnp.float32).reshape(-1, 1, *split)).sum(3)

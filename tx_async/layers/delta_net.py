@@ -1,5 +1,5 @@
-"""Gated DeltaNet (Qwen3-Next, Qwen3.5): a causal convolution over queries, keys and values, the gated delta rule, and a
-norm with a gate."""
+"""Gated DeltaNet (Qwen3-Next, Qwen3.5): a causal convolution over queries, keys and values, then the gated delta rule,
+then a norm with a gate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ L2_EPS = 1e-6
 
 
 class Mixed(NamedTuple):
-    """What a token brings: before the convolution."""
+    """The inputs that a token brings, before the convolution."""
 
     qkv: Array
     """[R, L, channels]"""
@@ -40,13 +40,13 @@ class GatedDeltaNet:
     num_key_heads: int
     num_value_heads: int
     key_dim: int
-    """Of a head."""
+    """Features of a key head."""
     value_dim: int
     kernel: int
-    """Tokens that the convolution sees."""
+    """How many tokens the convolution sees."""
     eps: float
     interleaved: bool
-    """Qwen3-Next: two projections, whose outputs stand by key head; else four."""
+    """Qwen3-Next has two projections, whose outputs are ordered by key head; the others have four."""
 
     @property
     def rope(self) -> Rope | None:
@@ -106,11 +106,11 @@ class GatedDeltaNet:
 
 
 class Rule(NamedTuple):
-    """The recurrence of one layer, for each of the ways that tokens come in (`Attend.recur`)."""
+    """The recurrence of one layer, for each way in which tokens come in (`Attend.recur`)."""
 
     net: GatedDeltaNet
     kernel: Array
-    """[channels, K], the last of the token itself."""
+    """[channels, K]; the last column is for the token itself."""
 
     def packed(self, x: Mixed, positions: Array, segments: Array) -> Array:
         """Training: rows of whole segments -> fp32 [R, L, value heads, value_dim]."""
@@ -118,9 +118,9 @@ class Rule(NamedTuple):
         return delta_rule.packed(self._inputs(x, history, positions), segments)
 
     def chunk(self, x: Mixed, history: Array, counts: Array) -> Chunk:
-        """Prefill: rows of C tokens of one sequence each, of which the first `counts` [R] are there.
+        """Prefill: rows of C tokens of one sequence each, of which the first `counts` [R] are real.
 
-        history [R, K - 1, channels]: what the convolution saw before.
+        history [R, K - 1, channels]: the convolution's inputs before these.
         """
         there = jnp.arange(x.g.shape[1]) < counts[:, None]
         x = x._replace(g=jnp.where(there[..., None], x.g, 0.0), beta=jnp.where(there[..., None], x.beta, 0.0))
@@ -139,7 +139,7 @@ class Rule(NamedTuple):
         return jnp.take_along_axis(rows, columns[..., None], axis=1)
 
     def _inputs(self, x: Mixed, history: Array, positions: Array) -> Inputs:
-        """positions: tokens of the same segment that come before."""
+        """positions: how many tokens of the same segment come before."""
         net = self.net
         wide = jnp.concatenate([history, x.qkv], axis=1).astype(jnp.float32)
         length, total = x.qkv.shape[1], jnp.zeros(x.qkv.shape, jnp.float32)

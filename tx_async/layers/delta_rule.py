@@ -2,9 +2,9 @@
 
     S_t = exp(g_t) S_{t-1} + k_t u_tᵀ    u_t = β_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)    o_t = S_tᵀ q_t
 
-`step` is that, for one token. In chunks of C tokens the u of a chunk solve one triangular system (`Chunk.of`), and only
-the state goes from chunk to chunk. A segment that begins inside of a chunk sees nothing from before it: its terms with
-what came earlier are exact zeros. Everything is fp32.
+`step` computes that for one token. In chunks of C tokens, the u of a chunk solve one triangular system (`Chunk.of`),
+and only the state goes from chunk to chunk. A segment that begins inside of a chunk sees nothing from before it: its
+terms with earlier tokens are exact zeros. Everything is fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK = 64
 
 
 class Inputs(NamedTuple):
-    """Of R rows and L tokens; q and k are normalised, q is scaled."""
+    """The inputs of R rows of L tokens; q and k are normalised, q is scaled."""
 
     q: Array
     """[R, L, H, dk]"""
@@ -33,10 +33,10 @@ class Inputs(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What the C tokens of a chunk do to any state that comes in: [R, H, C, ·]."""
+    """How the C tokens of a chunk change any state that comes in: [R, H, C, ·]."""
 
     u: Array
-    """[R, H, C, dv]: of a state of zeros."""
+    """[R, H, C, dv]: the u for a state of zeros."""
     of_state: Array
     """[R, H, C, dk]: u falls by of_state S."""
     q: Array
@@ -46,7 +46,7 @@ class Chunk(NamedTuple):
     k: Array
     """[R, H, C, dk]: writes the u into the state that goes out."""
     decay: Array
-    """[R, H, 1, 1]: of the state that came in."""
+    """[R, H, 1, 1]: decay of the state that came in."""
 
     @classmethod
     def of(cls, x: Inputs, segments: Array, carried: Array) -> Chunk:
@@ -78,10 +78,11 @@ class Chunk(NamedTuple):
 
 
 def _unit_lower_inverse(system: Array) -> Array:
-    """[..., C, C] -> the inverse of 1 + what lies below the diagonal; the rest of `system` does not count.
+    """[..., C, C] -> the inverse of 1 + the part below the diagonal; the rest of `system` is ignored.
 
-    By blocks, from single elements to the whole: [[A, 0], [B, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]. Products alone: a
-    library's triangular solve is a call out of the program, and on a CPU several at once have been seen to stand still.
+    It goes by blocks, from single elements to the whole: [[A, 0], [B, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]. It uses
+    only products: a library's triangular solve is a call out of the program, and on a CPU several at once have been
+    seen to hang.
     """
     size = system.shape[-1]
     full = 1 << (size - 1).bit_length()
@@ -100,11 +101,11 @@ def _unit_lower_inverse(system: Array) -> Array:
 
 
 def packed(x: Inputs, segments: Array) -> Array:
-    """Rows of several segments, each from a state of zeros -> o [R, L, H, dv]. Memory and time grow with L."""
+    """Rows of several segments, each starting from a state of zeros -> o [R, L, H, dv]. Memory and time grow with L."""
     length, size = x.g.shape[1], min(CHUNK, x.g.shape[1])
     chunks = jax.tree.map(lambda y: _chunked(y, size), (x, segments))
 
-    # A chunk's terms are made again in the backward pass: what is kept is the state before each.
+    # A chunk's terms are computed again in the backward pass: only the state before each chunk is kept.
     @jax.checkpoint
     def one(carry: tuple[Array, Array], chunk: tuple[Inputs, Array]) -> tuple[tuple[Array, Array], Array]:
         state, segment = carry
@@ -119,7 +120,7 @@ def packed(x: Inputs, segments: Array) -> Array:
 
 
 def _chunked(x: Array, size: int) -> Array:
-    """[R, L, ...] -> [n, R, C, ...], zeros at the end: no decay, and nothing written."""
+    """[R, L, ...] -> [n, R, C, ...] with zeros at the end, which decay and write nothing."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
@@ -134,7 +135,7 @@ def step(x: Inputs, state: Array) -> tuple[Array, Array]:
 
 
 def _exp_where(there: Array, x: Array) -> Array:
-    """exp(x) where x ≤ 0 is there, exact zeros elsewhere, also in its gradient."""
+    """exp(x) for x ≤ 0 where `there` is set, exact zeros elsewhere, also in its gradient."""
     return jnp.where(there, jnp.exp(jnp.where(there, x, 0.0)), 0.0)
 
 

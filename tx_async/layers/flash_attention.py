@@ -1,9 +1,9 @@
 """Attention of packed rows as kernels for a GPU, in Pallas (Triton): what `packed_attention` computes, block by block.
 
-FlashAttention-2 (arXiv 2307.08691) with two numbers for each block of a row: the first block of keys that its queries
-need, and the last block of queries that needs its keys. Both are data, so one program serves every packing, and blocks
-between other segments are neither read nor computed. Every sum has one order: gradients are deterministic. Scores never
-leave a kernel. The gradients of a key come out for each of its query heads, and are summed afterwards.
+It is FlashAttention-2 (arXiv 2307.08691) with two numbers for each block of a row: the first block of keys that its
+queries need, and the last block of queries that needs its keys. Both are data, so one program serves every packing, and
+blocks that join different segments are neither read nor computed. Every sum has a fixed order, so gradients are
+deterministic. Scores never leave a kernel. A key's gradients come out per query head and are summed afterwards.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ BLOCK = 64
 
 
 class _Row(NamedTuple):
-    """What the kernels know of a packing; int32."""
+    """What the kernels know about a packing; int32."""
 
     positions: Array
     """[R, L]"""
     segments: Array
-    """[R, L]: padding sees that of its own block only."""
+    """[R, L]: padding sees only the padding of its own block."""
     first: Array
-    """[R, n]: first key block of each query block."""
+    """[R, n]: the first key block of each query block."""
     last: Array
-    """[R, n]: last query block of each key block."""
+    """[R, n]: the last query block of each key block."""
 
 
 def fits(q: Array, v: Array) -> bool:
-    """Triton's blocks have sides of powers of two; in fp32 its products would be rounded to tf32."""
+    """Whether the kernels can run: the sides of Triton's blocks are powers of two; in fp32 its products would be
+    rounded to tf32."""
     features = q.shape[-1]
     return (
         q.dtype.itemsize == 2
@@ -124,7 +125,7 @@ def _row(positions: Array, segment_ids: Array) -> _Row:
 
 
 class _Specs:
-    """Blocks of the arrays: a program has a block of a row, of one query head."""
+    """The blocks of the arrays: a program handles one block of one row and one query head."""
 
     def __init__(self, q: Array, k: Array):
         (num_rows, length, heads, features), group = q.shape, q.shape[2] // k.shape[2]
@@ -146,7 +147,7 @@ def _block(i: Array) -> Any:
 
 
 def _seen(positions_ref: Any, segments_ref: Any, queries: Array, keys: Array) -> Array:
-    """[queries, keys] of two blocks."""
+    """[queries, keys] of two blocks: whether a query sees a key."""
     same = segments_ref[_block(queries)][:, None] == segments_ref[_block(keys)][None, :]
     return same & (positions_ref[_block(queries)][:, None] >= positions_ref[_block(keys)][None, :])
 
@@ -154,7 +155,8 @@ def _seen(positions_ref: Any, segments_ref: Any, queries: Array, keys: Array) ->
 def _gradients_of_scores(
     seen: Array, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, scale: float
 ) -> tuple[Array, Array]:
-    """Of a block of queries and one of keys: the weights again, and what the scores' gradients are. [queries, keys]"""
+    """Recompute the weights of a block of queries and one of keys; -> (weights, gradients of the scores), [queries,
+    keys]."""
     scores = jnp.where(seen, plgpu.dot(q, k.T) * scale, MASKED)
     weights = jnp.exp(scores - lse[:, None])
     return weights, weights * (plgpu.dot(dout, v.T) - delta[:, None]) * scale
@@ -177,7 +179,7 @@ def _forward_kernel(
 
     def add(step: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, top, total = so_far
-        j = i - step  # the diagonal block first: there every query meets at least itself
+        j = i - step  # the diagonal block first: there every query sees at least itself
         k, v = k_ref[_block(j), :], v_ref[_block(j), :]
         scores = jnp.where(_seen(positions_ref, segments_ref, i, j), plgpu.dot(q, k.T) * scale, MASKED)
         new_top = jnp.maximum(top, scores.max(1))

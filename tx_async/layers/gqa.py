@@ -20,7 +20,8 @@ from tx_async.layers.weights import Dim, Stack, Weight
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """Queries far behind the original context grow: 1 + beta · log(1 + ⌊position / original⌋) (Llama 4, Ministral)."""
+    """Queries beyond the original context are scaled up: 1 + beta · log(1 + ⌊position / original⌋) (Llama 4,
+    Ministral)."""
 
     beta: float
     original: int
@@ -37,20 +38,20 @@ class GroupedQueryAttention:
     num_kv_heads: int
     head_dim: int
     rope: Rope | None
-    """None: the layer knows no positions but their order."""
+    """None: the layer has no positional encoding, only the causal order."""
     bias: bool = False
-    """Of queries, keys and values."""
+    """Whether queries, keys and values have biases."""
     out_bias: bool = False
     head_norm: RmsNorm | None = None
-    """Of queries and keys."""
+    """The norm of queries and keys."""
     norms_whole: bool = False
-    """It goes over the whole projection, not over each head (OLMo)."""
+    """The norm goes over the whole projection, not over each head (OLMo)."""
     scale: float = 0.0
-    """Of scores; 0 = head_dim ** -0.5."""
+    """The scale of scores; 0 = head_dim ** -0.5."""
     window: int = 0
     """A token sees itself and the window - 1 before it; 0 = all before it."""
     sinks: bool = False
-    """Each head has a logit that takes part in the softmax and has no value (gpt-oss)."""
+    """Whether each head has a logit that takes part in the softmax and has no value (gpt-oss)."""
     gated: bool = False
     """The query projection also makes a gate of the output, beside each head's query (Qwen3-Next)."""
     fused: bool = False

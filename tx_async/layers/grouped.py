@@ -1,7 +1,7 @@
 """The arithmetic of experts: blocks of tokens, each of which picks its own matrices.
 
 A row of the batch is dispatched by itself: its tokens are sorted by expert and padded to whole blocks, so a block holds
-tokens of one row and one expert, has a fixed shape, and its bits depend on nothing else. RowBlocks that stay empty cost
+tokens of one row and one expert, has a fixed shape, and its bits depend on nothing else. Blocks that stay empty cost
 nothing. Every rearrangement is a gather in both directions (each is the other's inverse): no scatter, so gradients are
 deterministic, and no product with a mask, so a NaN stays in its row.
 """
@@ -22,14 +22,14 @@ BLOCK_MAX = 128
 
 
 class Dispatch(NamedTuple):
-    """Where the A = L · k assignments of each row go: M slots in N blocks."""
+    """The places of each row's A = L · k assignments: M slots in N blocks."""
 
     slot: Array
-    """int32 [R, A]: slot of an assignment; M where its expert is not here."""
+    """int32 [R, A]: the slot of an assignment; M where its expert is not on this device."""
     source: Array
-    """int32 [R, M]: assignment of a slot; A where it is empty."""
+    """int32 [R, M]: the assignment in a slot; A where it is empty."""
     expert: Array
-    """int32 [R, N]: expert of a block."""
+    """int32 [R, N]: the expert of a block."""
     used: Array
     """bool [R, N]."""
 
@@ -37,8 +37,8 @@ class Dispatch(NamedTuple):
 def block_shape(num_assignments: int, num_experts: int, num_devices: int = 1) -> tuple[int, int]:
     """(blocks, rows of a block) that hold a row's assignments however they fall: a function of the shapes alone.
 
-    num_experts: here; as many on each of num_devices. An assignment may go to any of them, so a device's blocks are no
-    larger than if it had all: else it would compute mostly padding.
+    num_experts: those of this device; each of num_devices has as many. An assignment may go to any of them, so a
+    device's blocks are no larger than if it had all experts: else it would compute mostly padding.
     """
     even = max(1, num_assignments // (num_experts * num_devices))
     size = min(BLOCK_MAX, 1 << (even - 1).bit_length())
@@ -71,7 +71,8 @@ def _dispatch_row(experts: Array, num_experts: int, blocks: tuple[int, int]) -> 
 
 @jax.custom_vjp
 def rearrange(x: Array, index: Array, inverse: Array) -> Array:
-    """x [R, A, D] -> [R, M, D] with row m = x[index[m]], zeros where the index is A. `inverse` leads back."""
+    """x [R, A, D] -> [R, M, D] with row m = x[index[m]], zeros where the index is A. `inverse` is the index that leads
+    back."""
     return jnp.take_along_axis(x, index[..., None], axis=1, mode="fill", fill_value=0)
 
 
@@ -82,7 +83,7 @@ rearrange.defvjp(
 
 
 class RowBlocks(NamedTuple):
-    """What each of the N blocks of all rows is made with."""
+    """The inputs of each of the N blocks of all rows."""
 
     expert: Array
     """int32 [N]."""
@@ -97,15 +98,15 @@ Matrices = dict[str, Array]
 
 
 Activation = Callable[[Array, Array], Array]
-"""(gate, up) -> what goes down; hashable, part of the program."""
+"""(gate, up) -> the input of the down projection; hashable, part of the program."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def experts_mlp(activation: Activation, x: Array, blocks: RowBlocks, w: Matrices, lora: ExpertLora) -> Array:
     """x [N, B, D] -> [N, B, D], each block through its expert with its adapter; zeros where not used.
 
-    One loop forward and one backward, which computes a block again instead of keeping its inner features. Gradients are
-    those of x and of the adapters: blocks add up in their order, so an adapter's sum is a function of its own blocks.
+    One loop runs forward and one backward, which computes a block again instead of keeping its inner features. Only x
+    and the adapters get gradients: blocks add up in their order, so an adapter's sum is a function of its own blocks.
     """
 
     def one(_: None, block: tuple[Array, RowBlocks]) -> tuple[None, Array]:

@@ -1,4 +1,4 @@
-"""Linear layers: frozen base weight, optional bias, LoRA beside them."""
+"""Linear layers: a frozen base weight, an optional bias, and LoRA beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tx_async.layers.residuals import keep
 
 
 def product(x: Array, w: Array | OutFirst, dtype: Any = None) -> Array:
-    """x [..., in] W -> [..., out] in `dtype`, x's own without."""
+    """x [..., in] W -> [..., out] in `dtype`, by default x's own."""
     if isinstance(w, OutFirst):
         return w.product(x, dtype)
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)

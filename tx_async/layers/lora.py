@@ -4,7 +4,7 @@
     slices both. A: [layers, adapters, in, rank]    B: [layers, adapters, rank, out]   fp32
 Experts have one more axis: A [layers, adapters, experts, in, rank].
 
-Two ways to apply them, one interface (`deltas`):
+There are two ways to apply them, with one interface (`deltas`):
 - `LoraRows` (training): the adapter axis is the row axis, A is already gathered per row; differentiable per row.
 - `LoraActive` (sampling): a loop over the adapters that are active in this batch; each row selects its own result, so
   no row's bits depend on another adapter, and a batch without adapters costs nothing.
@@ -48,7 +48,7 @@ RowFunction = Callable[[Array, Array, Array, Array], Array]
 
 
 class ExpertLora(NamedTuple):
-    """One layer's adapters of its experts, for `layers/moe.py`."""
+    """The adapters of one layer's experts, for `layers/moe.py`."""
 
     weights: LayerLora
     """name -> (A [adapters, experts, in, rank], B [adapters, experts, rank, out])."""
@@ -65,11 +65,12 @@ class Lora(Protocol):
     def of_experts(self, layer: LayerLora) -> ExpertLora: ...
 
     def per_row(self, ab: tuple[Array, Array], function: RowFunction, x: Array) -> Array:
-        """`function` of each row with its adapter's matrices, zeros for rows without: for what is no plain (x A) B."""
+        """Call `function` on each row with its adapter's matrices; rows without one give zeros. For arithmetic that is
+        no plain (x A) B."""
         ...
 
     def deltas(self, layer: LayerLora, names: tuple[str, ...], x: Array) -> list[Array]:
-        """x [R, L, in] -> for each name [R, L, out] in x's dtype. Names that the layer does not have give zeros of no
+        """x [R, L, in] -> for each name [R, L, out] in x's dtype. Names that the layer does not have give zeros at no
         cost."""
         ...
 
@@ -80,7 +81,7 @@ class LoraRows:
     scale: Array
     """[R] fp32: LORA_ALPHA / rank of the row's adapter."""
     joined: bool = struct.field(pytree_node=False, default=False)
-    """Of one row: `linear.project` forms x W + (x A) B as one product."""
+    """Set for one row alone: `linear.project` forms x W + (x A) B as one product."""
 
     def of_experts(self, layer: LayerLora) -> ExpertLora:
         return ExpertLora(layer, self.scale, None)
@@ -104,11 +105,12 @@ class LoraRows:
 
 TILE_ROWS = 4
 LOW_RANK = 8
-"""Adapters up to this rank meet programs of their own where slots are wider."""
+"""Adapters up to this rank run in programs of their own where slots are wider."""
 
 
 def tiles(row_adapter: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """(tile_start, tile_adapter, num_tiles) of `LoraActive` for int32 [R]; fewest when adapters stand in order."""
+    """(tile_start, tile_adapter, num_tiles) of `LoraActive` for int32 [R]; there are fewest when rows are in order of
+    their adapters."""
     num_rows, count = len(row_adapter), 0
     height, covered = min(TILE_ROWS, num_rows), np.zeros(num_rows, bool)
     start, adapter = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
@@ -139,16 +141,16 @@ class LoraActive:
     """[adapters] int32: the first `num_active` entries are the adapters of this batch."""
     num_active: Array
     tile_start: Array
-    """[R] int32: the first `num_tiles` entries are the tiles of this batch, TILE_ROWS consecutive rows each. Of its
-    rows a tile serves those of its adapter; together they serve every row that has one."""
+    """[R] int32: the first `num_tiles` entries are the tiles of this batch, TILE_ROWS consecutive rows each. A tile
+    serves those of its rows that have its adapter; together the tiles serve every row that has one."""
     tile_adapter: Array
     num_tiles: Array
     row_adapter: Array
-    """[R] int32: adapter of each row; -1 = none."""
+    """[R] int32: the adapter of each row; -1 = none."""
 
     @property
     def weights(self) -> dict[str, dict[str, PairOfLayer]]:
-        """What models scan over: stands for `stacks`, and only what is active is ever read from those."""
+        """What models scan over in place of `stacks`, from which only active adapters are ever read."""
         return by_path(lambda path, ab: PairOfLayer(jnp.arange(ab[0].shape[0]), *path), self.stacks)
 
     def of_experts(self, layer: dict[str, PairOfLayer]) -> ExpertLora:
@@ -167,7 +169,8 @@ class LoraActive:
         return jax.lax.fori_loop(0, self.num_active, add_one, jnp.zeros((x.shape[0], *one.shape), x.dtype))
 
     def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
-        """One adapter meets the whole batch at once; several meet tiles of a few rows, each row computed about once."""
+        """One adapter takes the whole batch at once; several take tiles of a few rows, so that each row is computed
+        about once."""
         pairs = [layer[name] for name in names]
         height = min(TILE_ROWS, x.shape[0])
         zeros = [jnp.zeros((*x.shape[:-1], self._out_features(pair)), x.dtype) for pair in pairs]
@@ -228,8 +231,8 @@ class LoraActive:
 @struct.dataclass
 class LoraGrouped(LoraActive):
     """Of rows of one token: each adapter meets all rows in one product of a group, each row takes its own adapter's
-    result. No branch, so a step is one stretch of work for an accelerator. What another adapter makes of a row is not
-    added, not even times zero: a NaN stays in its adapter's rows."""
+    result. There is no branch, so a step is one stretch of work for an accelerator. What another adapter computes for a
+    row is not added, not even times zero: a NaN stays in its adapter's rows."""
 
     def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
         return [self._of_all(layer[name], x[:, 0])[:, None] for name in names]
@@ -246,7 +249,8 @@ class LoraGrouped(LoraActive):
         return jnp.where((self.row_adapter >= 0)[:, None], mine, 0)
 
     def _adapters_here(self, num_rows: int) -> tuple[Array | None, Array]:
-        """(the adapters to compute, None = of every slot; place of each row's among them): no more than rows."""
+        """(the adapters to compute, None = those of every slot; the place of each row's adapter among them): no more
+        adapters than rows."""
         if num_rows >= self.scale.shape[0]:
             return None, jnp.maximum(self.row_adapter, 0)
         adapters = self.active[:num_rows]
@@ -254,7 +258,7 @@ class LoraGrouped(LoraActive):
 
 
 def init_weights(targets: dict[str, dict[str, LoraTarget]], num_adapters: int, rank: int) -> LoraWeights:
-    """Zeros for `num_adapters` slots. Values of a new adapter come from `engine/adapter_slots.py`."""
+    """Zeros for `num_adapters` slots. A new adapter's values come from `engine/adapter_slots.py`."""
 
     def pair(target: LoraTarget) -> tuple[Array, Array]:
         experts = (target.num_experts,) if target.num_experts else ()
@@ -270,7 +274,7 @@ def layer_slice(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_path(function: Callable[[tuple[str, str], Any], Any], tree: Any) -> Any:
-    """The tree of function((stack, name), what lies there): of every adapted matrix, a pair (A, B) or whatever stands
+    """The tree of function((stack, name), leaf) over all adapted matrices; a leaf is a pair (A, B) or whatever stands
     in its place."""
     visit: Any = function
     return path_aware_map(visit, tree)

@@ -3,8 +3,8 @@ token.
 
 Training expands the latent to keys and values (few features per score). With a cache, only the latent and the shared
 rotary key are stored, and `kv_b` is absorbed: into the query (scores are products with latents), and into the output
-(a weighted mean of latents is expanded once). LoRA on `kv_b` is absorbed the same way, A and B in turn, so both forms
-compute the same.
+(a weighted mean of latents is expanded once). LoRA on `kv_b` is absorbed in the same way, A and B in turn, so both
+forms compute the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tx_async.layers.norm import rms_norm
 from tx_async.layers.rope import Rope, rotate, rotate_interleaved
 from tx_async.layers.weights import Dim, Stack, Weight
 
-LATENT_NORM_EPS = 1e-6  # transformers builds these norms with its default, whatever rms_norm_eps is
+LATENT_NORM_EPS = 1e-6  # transformers builds these norms with its default eps, whatever rms_norm_eps is
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class LatentAttention:
         cache: Cache,
         layer: Array,
     ) -> tuple[Array, Cache]:
-        """As `_expanded`, through the latents that the cache holds."""
+        """Like `_expanded`, through the latents that the cache holds."""
         for_keys, for_values = self._halves(w["kv_b"])
         q = jnp.einsum("rlhn,dhn->rlhd", nope, for_keys)
         if "kv_b" in adapters:

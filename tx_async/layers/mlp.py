@@ -22,7 +22,7 @@ class GatedMlp:
     intermediate_size: int
     bias: bool = False
     prefix: str = ""
-    """Of the parameters' names: "shared_" where a layer has experts too."""
+    """A prefix of the parameters' names: "shared_" where a layer also has experts."""
     module: str = "mlp"
     activation: str = "silu"
     """Key of `ACTIVATIONS`."""
@@ -47,7 +47,8 @@ class GatedMlp:
 
 @jax.custom_vjp
 def gated(gate: Array, up: Array) -> Array:
-    """silu(gate) · up. Its gradients in one pass: derived, they would be four over the layer's largest arrays."""
+    """silu(gate) · up. Its gradients take one pass: if JAX derived them, they would take four over the layer's largest
+    arrays."""
     return jax.nn.silu(gate) * up
 
 
@@ -82,7 +83,7 @@ class ClampedSwiglu:
 
 
 def silu_gated(gate: Array, up: Array) -> Array:
-    """As `gated`, with derived gradients."""
+    """Like `gated`, with gradients that JAX derives."""
     return jax.nn.silu(gate) * up
 
 

@@ -32,11 +32,11 @@ BIASES = tuple(f"{name}_bias" for name in NAMES)
 class MoeMlp:
     hidden_size: int
     intermediate_size: int
-    """Of one expert."""
+    """The features of one expert."""
     router: SoftmaxRouter | SigmoidRouter | ChosenSoftmaxRouter
     shared: GatedMlp | None = None
     bias: bool = False
-    """Of the experts' projections."""
+    """Whether the experts' projections have biases."""
     activation: Activation = silu_gated
     shared_gate: bool = False
     """The shared expert's output is scaled by a sigmoid of the token (Qwen3-Next)."""
@@ -86,21 +86,21 @@ class MoeMlp:
 
 @dataclass(frozen=True)
 class _Cuts:
-    """Mesh axis that cuts each kind of axis here, None where it does not divide."""
+    """The mesh axis that cuts each kind of axis here; None where it does not divide."""
 
     rows: str | None
     experts: str | None
     features: str | None
 
     def weights(self, w: LayerWeights) -> dict[str, PartitionSpec]:
-        """A bias is cut as the output of its matrix."""
+        """A bias is cut like the output of its matrix."""
         return {
             name: PartitionSpec(self.experts, *self._matrix(name.removesuffix("_bias"))[name.endswith("_bias") :])
             for name in w
         }
 
     def lora(self, lora: ExpertLora) -> ExpertLora:
-        """Specs in the places of arrays."""
+        """The adapters with specs in place of arrays."""
         adapters = self.rows if lora.row_adapter is None else None
         lead = (adapters, self.experts)
         pairs: Any = {
@@ -125,11 +125,11 @@ def _routed_here(
     experts: Array,
     weights: Array,
 ) -> Array:
-    """`routed` on one device: with its own experts and features, for its own rows."""
+    """Run `routed` on one device, with its own experts and features, for its own rows."""
     if cuts.experts:
         experts = experts - jax.lax.axis_index(cuts.experts) * w["gate"].shape[0]
         specs = (*specs[:3], PartitionSpec(cuts.rows, cuts.experts), specs[4])
-    if cuts.features and "down_bias" in w:  # every device adds it, and their sums are summed
+    if cuts.features and "down_bias" in w:  # every device would add it, and their results are summed
         w = w | {"down_bias": w["down_bias"] / jax.lax.axis_size(cuts.features)}
     num_devices = jax.lax.axis_size(cuts.experts) if cuts.experts else 1
     inputs = jax.tree.map(partial(_vary, axes), specs, (w, lora, x, experts, weights))
@@ -138,12 +138,12 @@ def _routed_here(
         if axis in (cuts.experts, cuts.features):
             out = jax.lax.psum(out, axis)
         elif axis != cuts.rows:
-            out = jax.lax.pmean(out, axis)  # equal on all of them: this only says so
+            out = jax.lax.pmean(out, axis)  # equal on all devices: this only says so
     return out
 
 
 def _vary(axes: tuple[str, ...], spec: PartitionSpec, x: Array) -> Array:
-    """Mark x as varying along every axis, so that the arithmetic need not know which it is cut along."""
+    """Mark x as varying along every axis, so that the arithmetic need not know along which axes it is cut."""
     missing = tuple(axis for axis in axes if axis not in spec)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -157,7 +157,7 @@ def routed(
     activation: Activation = silu_gated,
     num_devices: int = 1,
 ) -> Array:
-    """The experts' part, or one device's share of it. w: gate, up [E, D, F], down [E, F, D]; x [R, L, D];
+    """The experts' output, or one device's share of it. w: gate, up [E, D, F], down [E, F, D]; x [R, L, D];
     experts int32, weights fp32 [R, L, k]; out [R, L, D]. Experts outside of [0, E) contribute nothing."""
     (R, L, D), k, num_experts = x.shape, experts.shape[-1], w["gate"].shape[0]
     blocks = block_shape(L * k, num_experts, num_devices)

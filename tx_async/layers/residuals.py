@@ -1,7 +1,7 @@
-"""What a layer keeps for its backward pass: the outputs of its large products; all that lies between is made again.
+"""What a layer keeps for its backward pass: the outputs of its large products; all between them is recomputed.
 
 Elementwise work is cheap to repeat, but its results are as large as those of the products: without this choice a layer
-keeps twice the memory, and moving it costs more than making it.
+keeps twice as much memory, and moving it costs more than recomputing it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tx_async.errors import BaseModelError
 @dataclass(frozen=True)
 class Rope:
     frequencies: tuple[float, ...]
-    """Radians per position of each pair."""
+    """Radians per position, for each pair of features."""
     attention_factor: float = 1.0
     """Multiplies cos and sin, hence scores by its square (YaRN)."""
 
@@ -31,8 +31,8 @@ class Rope:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """x [R, L, H, D] with cos, sin [R, L, d/2] in fp32: pairs are (i, i + d/2) (Llama, Qwen). Of the features only the
-    first d turn, which are all of them in most families."""
+    """x [R, L, H, D] with cos, sin [R, L, d/2] in fp32: pairs are (i, i + d/2) (Llama, Qwen). Only the first d features
+    are rotated; in most families those are all."""
     turning, still = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
     turned = _turn(first, second, cos, sin).astype(x.dtype)
@@ -40,8 +40,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate_interleaved(x: Array, cos: Array, sin: Array) -> Array:
-    """As `rotate`, but pairs are (2i, 2i + 1) (DeepSeek). The result is in `rotate`'s order: dot products do not
-    care."""
+    """As `rotate`, but pairs are (2i, 2i + 1) (DeepSeek). The result is in `rotate`'s order, which changes no dot
+    product."""
     wide = x.astype(jnp.float32)
     return _turn(wide[..., 0::2], wide[..., 1::2], cos, sin).astype(x.dtype)
 
@@ -75,8 +75,8 @@ def partial_rotary_factor(config: dict[str, Any]) -> float:
 
 
 def from_hf(config: dict[str, Any], dim: int, partial: bool = False) -> Rope:
-    """dim: of a head. partial: the family knows `partial_rotary_factor`. Raises `BaseModelError` naming a rope type
-    that is not implemented."""
+    """dim: a head's features. partial: the family knows `partial_rotary_factor`. Raises `BaseModelError` naming a rope
+    type that is not implemented."""
     rope, factor = parameters(config), partial_rotary_factor(config)
     if factor != 1.0 and not partial:
         raise BaseModelError(f"partial_rotary_factor {factor} in config.json is not supported; only 1.0 is.")
@@ -112,7 +112,7 @@ def _llama3(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
 
 
 def _yarn(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071), by parts: dimensions that turn often are kept, those that turn rarely are
+    """YaRN (arXiv 2309.00071), by parts: dimensions of high frequency are kept, those of low frequency are
     interpolated."""
     original, theta, factor = rope["original_max_position_embeddings"], rope["rope_theta"], rope["factor"]
 
@@ -130,8 +130,8 @@ def _yarn(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
 
 
 def _longrope(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
-    """LongRoPE (arXiv 2402.13753). One set of factors for all calls: the long ones where the context that is served
-    exceeds the original one."""
+    """LongRoPE (arXiv 2402.13753). All calls use one set of factors: the long ones where the served context exceeds the
+    original one."""
     original = rope["original_max_position_embeddings"]
     context = rope["max_position_embeddings"]
     served = min(rope.get("served_context_length") or context, context)

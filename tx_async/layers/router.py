@@ -1,4 +1,5 @@
-"""Which experts a token goes to, and with what weight. All of it in fp32: a rounding error here is another expert."""
+"""Which experts a token goes to, and with what weight. All of it is in fp32: a rounding error here chooses another
+expert."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ class ChosenSoftmaxRouter:
 
 @dataclass(frozen=True)
 class SigmoidRouter:
-    """DeepSeek V3: sigmoid scores; a bias that only decides the choice; experts come from the best groups only."""
+    """DeepSeek V3: sigmoid scores, with a bias that affects only the choice; experts come from the best groups only."""
 
     hidden_size: int
     num_experts: int

@@ -1,7 +1,7 @@
 """How parameters and rows lie on the mesh: one table from logical axes to mesh axes.
 
-Mesh axes: `fsdp` holds rows of a batch and a piece of every weight, gathered layer by layer while it computes; `expert`
-gives each device some of the experts; `tensor` cuts heads, MLP features and the vocabulary.
+Mesh axes: `fsdp` holds rows of a batch and a piece of every weight, which is gathered layer by layer during
+computation; `expert` gives each device some of the experts; `tensor` cuts heads, MLP features and the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ RULES: dict[str, str] = {
     "mlp": "tensor",
     "mixed": "tensor",
 }
-"""Logical axis -> mesh axis. "mixed" is the output of several projections in one: its pieces are of one of them each,
-and what the product made is put together anew for the heads that need it. An axis whose units the mesh axis does not
+"""Logical axis -> mesh axis. "mixed" is the output of several projections in one: a piece may hold parts of one
+projection only, so the output is rearranged for the heads that need it. An axis whose units the mesh axis does not
 divide stays whole, as when `num_kv_heads` < tensor."""
 
 

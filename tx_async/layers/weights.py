@@ -1,4 +1,4 @@
-"""What a model's parameters are: one declarative list serves loading, sharding, LoRA and export.
+"""The parameters of a model: one declarative list serves loading, sharding, LoRA and export.
 
 A `Weight` is one leaf of `params`. Matrices are stored [in, out], so that y = x W; the files hold [out, in]
 (`transposed`). Layers of one `Stack` run in one scan: their leaves have a leading layer axis (then an expert axis,
@@ -23,16 +23,16 @@ class Dim(NamedTuple):
     axis: str | None = None
     """Logical name that `engine/sharding.py` maps to a mesh axis; None is never cut."""
     units: int = 0
-    """Pieces that must stay whole (heads); 0 = every element may be cut from the next."""
+    """The number of units that must stay whole (heads); 0 = it may be cut between any two elements."""
 
 
 @dataclass(frozen=True)
 class Weight:
     stack: str
-    """Key in `params` of the stack it belongs to; "" for those outside of the layers."""
+    """The key in `params` of the stack that it belongs to; "" for weights outside of the layers."""
     name: str
     dims: tuple[Dim, ...]
-    """Of one layer (of one expert)."""
+    """The axes of one layer (of one expert)."""
     hf_names: tuple[str, ...]
     """Tensor names on the hub: one per layer, or per layer and expert (experts vary fastest)."""
     transposed: bool = False
@@ -40,9 +40,9 @@ class Weight:
     group: Group | None = None
     """LoRA group, for matrices that adapters adapt."""
     projects: bool = False
-    """A matrix of `layers/linear.py`; others are used in ways of their own."""
+    """Whether it is a matrix that `layers/linear.py` applies; others are used in ways of their own."""
     wide: bool = False
-    """Kept in fp32 whatever the model's dtype: routers decide, they do not approximate."""
+    """Whether it is kept in fp32 whatever the model's dtype is: a router's choice must not depend on rounding."""
 
     @property
     def num_layers(self) -> int:
@@ -50,14 +50,14 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the leaf."""
+        """The shape of the leaf."""
         layers = (self.num_layers,) if self.stack else ()
         experts = (self.num_experts,) if self.num_experts else ()
         return (*layers, *experts, *(dim.size for dim in self.dims))
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor in the files."""
+        """The shape of each tensor in the files."""
         sizes = tuple(dim.size for dim in self.dims)
         return sizes[::-1] if self.transposed else sizes
 
@@ -123,7 +123,7 @@ def stacks_of(kinds: tuple[str, ...]) -> tuple[tuple[Stack, ...], ...]:
     stacks.
 
     ("dense", "moe", "moe", "moe") -> [dense: 0], [moe: 1 2 3]; ("dense", "moe") * 4 -> [dense: 0 2 4 6, moe: 1 3 5 7].
-    So that compile time follows the pattern and not the depth, and no stack is ever sliced.
+    This way compile time depends on the pattern and not on the depth, and no stack is ever sliced.
     """
     segments: list[tuple[Stack, ...]] = []
     used: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """The loader's own checks of a folder, without reading a weight: `python -m tx_async.models.check FOLDER`.
 
-For `doctor`, which asks in a process of its own: the server never imports JAX.
+`doctor` runs it in a process of its own, because the server never imports JAX.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tx_async.models.load import check, from_config, read_config
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `BaseModelError`: what a worker would say that loads it."""
+    """Raises the `BaseModelError` that a worker would raise on loading it."""
     check(from_config(read_config(folder)), tensor_files.open_folder(folder))
 
 

@@ -1,5 +1,5 @@
-"""A decoder is a list of layers: embedding, the layers, scanned where neighbours are of one kind, final norm, and the
-table of its parameters."""
+"""A decoder: embedding, a list of layers, scanned where neighbours are of one kind, a final norm, and the table of its
+parameters."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Segments = tuple[tuple[Stack, ...], ...]
 
 @dataclass(frozen=True)
 class Decoder:
-    """Parameters: embed [V, D], norm [D], head [V, D] if it is not tied (see `unembedding`), and a dict of stacked
-    arrays per stack (see `weights`).
+    """A decoder's parameters are embed [V, D], norm [D], head [V, D] if it is not tied (see `unembedding`), and a dict
+    of stacked arrays per stack (see `weights`).
 
-    Frozen and hashable: a model is the static part of a program, `params` are its arrays.
+    It is frozen and hashable: a model is the static part of a program, `params` are its arrays.
     """
 
     vocab_size: int
@@ -40,19 +40,20 @@ class Decoder:
     """The final one."""
     tied: bool
     layers: tuple[Layer, ...]
-    """What each layer is, in order."""
+    """The kind of each layer, in order."""
     embed_scale: float = 1.0
-    """Embeddings are multiplied by it (Gemma)."""
+    """Embeddings are multiplied by this factor (Gemma)."""
     skipped: tuple[str, ...] = ()
-    """Beginnings of the names of tensors in the files that the family has and nothing here uses (multi-token
-    prediction, a vision tower)."""
+    """Name prefixes of tensors that the family's files hold and nothing here uses (multi-token prediction, a vision
+    tower)."""
     interleaved_experts: bool = False
-    """In the files a layer's experts are two parameters, gate and up side by side (gpt-oss): so PEFT knows them."""
+    """In the files a layer's experts are two parameters, with gate and up side by side (gpt-oss), and PEFT knows them
+    by these."""
     peft_knows_experts: bool = True
-    """PEFT finds adapters of experts that are named one by one. Of Qwen3.5 it passes over them: it has no table for it,
-    and as parameters of a layer vLLM cannot read them."""
+    """Whether PEFT finds adapters of experts that are named one by one. It passes over Qwen3.5's, for which it has no
+    table; named as parameters of a layer, vLLM could not read them."""
     mesh: Mesh | None = None
-    """Where it is sharded; set by `load_model`."""
+    """The mesh that it is sharded over; set by `load_model`."""
 
     @property
     def num_layers(self) -> int:
@@ -60,7 +61,7 @@ class Decoder:
 
     @cached_property
     def segments(self) -> Segments:
-        """Each segment is one scan; most models have a single one of a single stack."""
+        """Each segment is one scan; most models have a single segment of a single stack."""
         return stacks_of(tuple(layer.name for layer in self.layers))
 
     @property
@@ -75,33 +76,33 @@ class Decoder:
 
     @property
     def cache_shapes(self) -> dict[str, tuple[int, int]]:
-        """What one token of one layer with pages stores: name -> (heads, features)."""
+        """What one layer with pages stores for one token: name -> (heads, features)."""
         return next((layer.mixer.keeps.pages for layer in self.layers if layer.mixer.keeps.pages), {})
 
     @property
     def state_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """What one recurrent layer stores of a sequence: name -> (shape, whether it is fp32 in any case)."""
+        """What one recurrent layer stores for a sequence: name -> (shape, whether it is fp32 in any case)."""
         return next((layer.mixer.keeps.state for layer in self.layers if layer.mixer.keeps.state), {})
 
     @property
     def state_layers(self) -> int:
-        """Recurrent ones."""
+        """The number of recurrent layers."""
         return sum(bool(layer.mixer.keeps.state) for layer in self.layers)
 
     @property
     def cache_layers(self) -> int:
-        """Layers with pages."""
+        """The number of layers with pages."""
         return sum(bool(layer.mixer.keeps.pages) for layer in self.layers)
 
     @property
     def window(self) -> int:
-        """Tokens that the layer that sees most of them sees; 0 = one of them sees all."""
+        """How many tokens the layer with the widest view sees; 0 = some layer sees all."""
         windows = [getattr(layer.mixer, "window", 0) for layer in self.layers if layer.mixer.keeps.pages]
         return max(windows) if windows and all(windows) else 0
 
     def places(self, stack: Stack) -> tuple[int, ...]:
-        """Where in the cache each layer of a stack has what it keeps: layers that keep the same kind of thing are
-        numbered in order."""
+        """The place of each layer of a stack in the cache: layers that keep the same kind of state are numbered in
+        order."""
         kinds = [layer.mixer.keeps.kind for layer in self.layers]
         return tuple(kinds[:i].count(kinds[i]) for i in stack.layers)
 
@@ -129,8 +130,9 @@ class Decoder:
         return targets
 
     def for_decoding(self, params: Params) -> Params:
-        """The same numbers once more, laid out for steps of few tokens on a CPU: a list of layers for each stack, since
-        a scan copies each layer out of its stack, and projections as `OutFirst`. Memory: all layers' weights again."""
+        """A second copy of the weights, laid out for steps of few tokens on a CPU: a list of layers for each stack,
+        since a scan copies each layer out of its stack, and projections as `OutFirst`. It takes the memory of all
+        layers' weights again."""
         return {
             "embed": params["embed"],
             "norm": params["norm"],
@@ -167,11 +169,11 @@ class Decoder:
             body = partial(self._run_layers, segment, run)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
             if isinstance(params[segment[0].name], list):
-                # Here the compiler could merge the repeated work with the first: what stops it is the default.
+                # Here the compiler could merge the recomputation with the first computation: the default prevents that.
                 body = jax.checkpoint(body, policy=None if remat else KEPT_ONLY)
                 x, cache = _one_by_one(body, (x, cache), layers)
                 continue
-            # Inside of a scan the compiler cannot merge the repeated work with the first, so nothing need stop it.
+            # Inside of a scan the compiler cannot merge the recomputation with the first, so nothing need prevent it.
             body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else KEPT_ONLY)
             (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
         return self.norm(x, params["norm"]), cache
@@ -202,19 +204,19 @@ class Decoder:
         return jax.lax.with_sharding_constraint(w, shardings)
 
     def _by_rows(self, x: Array) -> Array:
-        """Rows stay on their devices, so that weights come to them and not the other way round."""
+        """Keep rows on their devices, so that weights come to them and not the other way round."""
         if self.mesh is None or x.shape[0] % self.mesh.shape["fsdp"]:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("fsdp")))
 
 
 def unembedding(params: Params) -> Any:
-    """The head [V, D]; of a tied model the embedding itself."""
+    """The head [V, D]; in a tied model, the embedding itself."""
     return params.get("head", params["embed"])
 
 
 def layers_apart(params: Params) -> Params:
-    """The same weights as a list of layers for each stack. The stacks are gone afterwards, their memory is free."""
+    """The same weights as a list of layers for each stack. The stacks are gone afterwards and their memory is free."""
 
     def apart(x: Any) -> list[Any]:
         if isinstance(x, jax.ShapeDtypeStruct):
@@ -231,13 +233,13 @@ def layers_apart(params: Params) -> Params:
 
 
 def _of_layer(lora: Any, index: int) -> Any:
-    """Of stacked arrays, or of lists of layers."""
+    """One layer's part of stacked arrays, or of lists of layers."""
     return jax.tree.map(lambda x: x[index], lora, is_leaf=lambda x: isinstance(x, list))
 
 
 def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...]) -> tuple[Array, Cache]:
     """A scan over layers whose weights are a list."""
-    body = jax.jit(body)  # traced once for all layers; the compiler puts it in the place of each call
+    body = jax.jit(body)  # traced once for all layers; the compiler inlines it at each call
     for i in range(len(layers[0][0])):
         of_layer = tuple((index[i], w[i], _of_layer(lora, i)) for index, w, lora in layers)
         carry, _ = body(carry, of_layer)

@@ -64,7 +64,7 @@ def _attention(config: dict[str, Any], hidden: int, rope_dim: int) -> LatentAtte
 
 
 def _mscale(parameters: dict[str, Any]) -> float:
-    """Scaled ropes also sharpen the softmax, by `mscale_all_dim`."""
+    """Scaled ropes also change the softmax's scale, by `mscale_all_dim`."""
     if parameters["rope_type"] == "default" or not parameters.get("mscale_all_dim"):
         return 1.0
     return rope.yarn_mscale(parameters["factor"], parameters["mscale_all_dim"])

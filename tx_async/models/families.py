@@ -1,4 +1,4 @@
-"""Every class of `config.json` that is known, and what reads it."""
+"""Every model class in `config.json` that is known, and the function that reads it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Files in which the experts of a layer are one tensor, read as if they stood one by one.
+"""Files in which a layer's experts are one tensor, read as if each expert had its own.
 
 - Qwen3.5: gate_up_proj [E, 2F, D], gate above up, and down_proj [E, D, F].
 - gpt-oss in bf16: gate_up_proj [E, D, 2F], a column of gate beside its column of up, and down_proj [E, F, D], both
-  turned round, with biases [E, 2F] and [E, D].
-- gpt-oss in MXFP4: `_blocks` [E, 2F, D / 32, 16] of two 4-bit floats a byte, and `_scales` [E, 2F, D / 32], a power of
+transposed, with biases [E, 2F] and [E, D]. - gpt-oss in MXFP4: `_blocks` [E, 2F, D / 32, 16] of two 4-bit floats a
+byte, and `_scales` [E, 2F, D / 32], a power of
   two for each 32.
 """
 
@@ -21,7 +21,7 @@ from tx_async.models.tensor_files import StoredTensor
 FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|_scales|)")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""Values of the 4 bits (OCP Microscaling, E2M1)."""
+"""The values of the 4 bits (OCP Microscaling, E2M1)."""
 
 
 def one_by_one(tensors: dict[str, StoredTensor]) -> Iterator[StoredTensor]:

@@ -47,8 +47,8 @@ def _layer_types(config: dict[str, Any]) -> list[str]:
 
 
 def _rope_of(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    """By kind, or in the old keys: `rope_theta` and `rope_scaling` of full attention, `rope_local_base_freq` of
-    windows."""
+    """The rope of a kind of layer, given by kind, or in the old keys: `rope_theta` and `rope_scaling` of full
+    attention, `rope_local_base_freq` of windows."""
     if {hf_config.FULL, hf_config.SLIDING} & set(config.get("rope_parameters") or {}):
         return rope.of_kind(config, kind)
     if kind == hf_config.FULL:

@@ -1,4 +1,4 @@
-"""Reading `config.json`: what changes the numbers and is not implemented is refused by name, never ignored."""
+"""Reads `config.json`. A setting that changes results and is not implemented is refused by name, never ignored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Config = dict[str, Any]
 
 
 def only(config: Config, key: str, *allowed: Any) -> None:
-    """The first of `allowed` is the value of an absent key."""
+    """Refuses any value but those `allowed`; the first of them is the value of an absent key."""
     value = config.get(key, allowed[0])
     if value not in allowed:
         known = ", ".join(repr(a) for a in allowed)
@@ -52,7 +52,7 @@ def num_layers(config: Config) -> int:
 
 
 def heads(config: Config, head_dim: int) -> dict[str, Any]:
-    """Fields of `GroupedQueryAttention` that all families spell alike."""
+    """The fields of `GroupedQueryAttention` that all families spell alike."""
     return {
         "hidden_size": need(config, "hidden_size"),
         "num_heads": need(config, "num_attention_heads"),
@@ -91,7 +91,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def layer_types(
     config: Config, default: list[str] | None = None, known: tuple[str, ...] = (FULL, SLIDING)
 ) -> list[str]:
-    """One per layer; `default` where the file lists none."""
+    """The type of each layer; `default` where the file lists none."""
     count = num_layers(config)
     types = config.get("layer_types") or default or [FULL] * count
     unknown = sorted(set(types) - set(known))
@@ -103,7 +103,7 @@ def layer_types(
 
 
 def window(config: Config, kind: str) -> int:
-    """Tokens that a layer of this kind sees; 0 = all."""
+    """How many tokens a layer of this kind sees; 0 = all."""
     return need(config, "sliding_window") if kind == SLIDING else 0
 
 

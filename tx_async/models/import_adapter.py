@@ -1,7 +1,8 @@
-"""A PEFT adapter made elsewhere as the files of a checkpoint here: `python -m tx_async.models.import_adapter`.
+"""Turns a PEFT adapter made elsewhere into the files of a checkpoint here: `python -m tx_async.models.import_adapter`.
 
-In a process of its own, because it needs the base model's shapes and so JAX, which the server never imports. It reads
-no weight of the base model. What it prints is the adapter's `AdapterConfig` as JSON, or why the adapter is refused.
+It runs in a process of its own, because it needs the base model's shapes and therefore JAX, which the server never
+imports. It reads no weight of the base model. It prints the adapter's `AdapterConfig` as JSON, or why the adapter is
+refused.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from tx_async.wire.worker import AdapterConfig
 def convert(
     model: Decoder, folder: Path, base_names: Sequence[str], max_rank: int
 ) -> tuple[dict[str, bytes], AdapterConfig]:
-    """-> (files, the adapter's shape): fp32, one rank, alpha as every adapter of this server has it.
+    """-> (files, the adapter's shape): fp32, one rank, and the alpha that every adapter of this server has.
 
-    base_names: of the model served, the first for PEFT to load it by. Raises `InvalidRequest` naming what does not fit.
+    base_names: names of the served model; PEFT loads it by the first. Raises `InvalidRequest` naming what does not fit.
     """
     settings = _settings(folder, base_names)
     weights, config = from_peft(model, _tensors(folder / ADAPTER), settings)
@@ -65,7 +66,8 @@ def _settings(folder: Path, base_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_another(base: str, names: Sequence[str]) -> bool:
-    """Two hub names whose last parts differ. Folders are called what their owner likes: there the shapes must tell."""
+    """Whether these are two hub names whose last parts differ. A folder may have any name: there only the shapes can
+    tell."""
     hub_names = [name for name in names if is_hub_name(name)]
     last = {name.rpartition("/")[2].lower() for name in names}
     return is_hub_name(base) and bool(hub_names) and base.rpartition("/")[2].lower() not in last

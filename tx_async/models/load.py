@@ -1,4 +1,4 @@
-"""Hugging Face folders to parameters on their devices.
+"""Loads Hugging Face folders into parameters on their devices.
 
 Every buffer is made on its devices first; then each tensor is read once, in chunks of rows, and each chunk goes
 straight to its place in the shards that want it: cast, dequantised and transposed there. The host holds two chunks,
@@ -45,11 +45,11 @@ PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
-"""(what a folder that sees puts before the names of its text model, what stands there in a text model's folder)."""
+"""(the prefix that a vision model's folder puts before its text model's names, the prefix in a text model's folder)."""
 CHUNK_BYTES = 32 * 2**20
 HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model"]
-"""All but weights; of those, the files of the index alone: some folders hold a second copy beside them (gpt-oss's
-`original/`, Mistral's `consolidated*`)."""
+"""All files but weights; of the weights, only the files of the index: some folders hold a second copy beside them
+(gpt-oss's `original/`, Mistral's `consolidated*`)."""
 HUB_FOLDERS = ["*/*"]
 
 Report = Callable[[str, float, float], None]
@@ -70,8 +70,8 @@ def load_model(
 
 
 def fetch(base_model: str | Path) -> Path:
-    """The folder itself, or the hub's files in `huggingface_hub`'s cache: what is there is kept, what is missing
-    resumed."""
+    """The folder itself, or the hub's files in `huggingface_hub`'s cache: files that are there are kept, downloads of
+    missing ones resume."""
     if Path(base_model).expanduser().is_dir():
         return Path(base_model).expanduser()
     folder = hub.snapshot(str(base_model), HUB_FILES, HUB_FOLDERS)
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any], served_context_length: int = 0) -> Decoder:
-    """The (text) model that `config.json` describes. served_context_length: of this server, 0 = the model's own.
+    """The (text) model that `config.json` describes. served_context_length: this server's, 0 = the model's own.
     Raises `BaseModelError` naming whatever is not implemented."""
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture not in FAMILIES:
@@ -124,8 +124,8 @@ def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | Non
 
 
 def text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Those of the text model by its own names: vision towers and multi-token prediction are passed over, and what
-    folders that see put before the names is taken away."""
+    """The text model's tensors by its own names: vision towers and multi-token prediction are passed over, and the
+    prefix that vision models' folders put before the names is removed."""
     found = {}
     for name, tensor in tensors.items():
         if not name.startswith(NOT_TEXT):
@@ -158,7 +158,7 @@ def check(model: Decoder, tensors: dict[str, StoredTensor]) -> None:
 
 
 def _harmless(model: Decoder, name: str, expected: dict[str, Any]) -> bool:
-    """Tensors that transformers ignores too."""
+    """Whether transformers ignores the tensor too."""
     if name.endswith(("rotary_emb.inv_freq", ".activation_scale", "_proj_scales")) or (
         model.tied and name == "lm_head.weight"
     ):
@@ -177,19 +177,19 @@ def _some(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows of a tensor as the file has them."""
+    """Rows of a tensor, as they are in the file."""
 
     start: int
     values: np.ndarray
     scale: np.ndarray | None
-    """fp8 only: fp32 of each block, for the blocks that these rows touch."""
+    """fp8 only: the fp32 scale of each block that these rows touch."""
     block: tuple[int, int] = (1, 1)
 
 
 def _read_ahead(
     wanted: list[tuple[StoredTensor, tuple[int, int]]], tensors: dict[str, StoredTensor]
 ) -> Iterator[tuple[StoredTensor, _Chunk]]:
-    """One chunk is read while the one before is being placed."""
+    """Read one chunk while the previous one is being placed."""
     with ThreadPoolExecutor(1) as reader:
         pending = None
         for tensor, (start, stop) in wanted:
@@ -202,7 +202,7 @@ def _read_ahead(
 
 
 def _ranges(tensor: StoredTensor, tensors: dict[str, StoredTensor]) -> Iterator[tuple[int, int]]:
-    """Rows of about CHUNK_BYTES; whole blocks of a quantised tensor, unless it is one block."""
+    """Ranges of rows of about CHUNK_BYTES; of a quantised tensor, whole blocks, unless it is one block."""
     scale = tensors.get(f"{tensor.name}_scale_inv")
     unit = _block_size(tensor, scale)[0] if scale and scale.shape[0] > 1 else 1
     step = max(1, CHUNK_BYTES // max(1, tensor.row_bytes) // unit) * unit
@@ -211,8 +211,7 @@ def _ranges(tensor: StoredTensor, tensors: dict[str, StoredTensor]) -> Iterator[
 
 
 def _block_size(tensor: StoredTensor, scale: StoredTensor) -> tuple[int, int]:
-    """Blocks are as large as the numbers of scales say, rounded up to the power of two that all known checkpoints
-    use."""
+    """A block's size follows from the number of scales, rounded up to a power of two, as in all known checkpoints."""
     rows, cols = (
         1 << (-(-size // count) - 1).bit_length() for size, count in zip(tensor.shape, scale.shape, strict=True)
     )
@@ -236,11 +235,11 @@ class _Shard:
     start: tuple[int, ...]
     shape: tuple[int, ...]
     buffers: dict[Any, Array]
-    """By device."""
+    """The buffers, by device."""
 
 
 def _empty_leaves(weights: Sequence[Weight], shardings: Sequence[Sharding], dtype: str) -> dict[Weight, _Leaf]:
-    """Every buffer on every device, by one program."""
+    """Make every buffer on every device, with one program."""
 
     def zeros() -> list[Array]:
         return [jnp.zeros(weight.shape, jnp.float32 if weight.wide else dtype) for weight in weights]
@@ -299,7 +298,7 @@ class _Leaf:
         return jax.make_array_from_single_device_arrays(self.weight.shape, self.sharding, arrays)
 
     def _lead_of(self, number: int) -> tuple[int, ...]:
-        """Place of a tensor along the leading axes: (layer, expert), (layer,) or ()."""
+        """A tensor's place along the leading axes: (layer, expert), (layer,) or ()."""
         if not self.weight.stack:
             return ()
         experts = self.weight.num_experts
@@ -310,7 +309,7 @@ class _Leaf:
 
 
 def _scale_of(chunk: _Chunk, cut: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    """(scales with columns spread out [blocks, cols], block of each row), for the cut rows and columns."""
+    """(scales with columns spread out [blocks, cols], the block of each row), for the cut rows and columns."""
     if chunk.scale is None:
         return None
     rows, cols = cut

@@ -1,4 +1,4 @@
-"""What whoever watches a worker's log sees while weights load."""
+"""Progress lines in a worker's log while weights load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral (`MistralForCausalLM`), Ministral 3 (`Ministral3ForCausalLM`), and the text of the folders that see
+"""Mistral (`MistralForCausalLM`), Ministral 3 (`Ministral3ForCausalLM`), and the text model of vision models
 (`Mistral3ForConditionalGeneration`): no biases, windows in all layers or in some, queries that grow with the position
 (Ministral 3)."""
 
@@ -12,7 +12,7 @@ from tx_async.models import hf_config
 from tx_async.models.decoder import Decoder
 
 MISTRAL_WINDOW = 4096
-"""Of a `config.json` that does not say: transformers' default for Mistral, of which Ministral 3 has none."""
+"""The window where `config.json` names none: transformers' default for Mistral; Ministral 3 has no default."""
 
 
 def from_hf(config: dict[str, Any]) -> Decoder:

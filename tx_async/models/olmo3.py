@@ -1,6 +1,5 @@
-"""OLMo 3 (`Olmo3ForCausalLM`): norms after the mixer and after the MLP, of queries and keys over the whole
-projection; windows in three of four layers. Scaled rope (YaRN) is in the full-attention layers alone, as it was
-trained."""
+"""OLMo 3 (`Olmo3ForCausalLM`): norms after the mixer and after the MLP, norms of queries and keys over the whole
+projection; windows in three of four layers. Only full-attention layers have scaled rope (YaRN), as in training."""
 
 from __future__ import annotations
 

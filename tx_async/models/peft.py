@@ -24,7 +24,7 @@ AdapterWeights = dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
 """stack -> name -> (A [layers(, experts), in, rank], B [layers(, experts), rank, out]), fp32."""
 PREFIX = "base_model.model."
 BASE_TENSORS = ("lm_head.weight", "lm_head.base_layer.weight", "model.embed_tokens.weight")
-"""PEFT saves the base model's own with adapters that adapt the unembedding."""
+"""PEFT saves the base model's own tensors with adapters that adapt the unembedding."""
 TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."))
 LINEAR_LEAVES = ("gate_proj", "up_proj", "down_proj")
 
@@ -42,8 +42,7 @@ def adapter_shapes(
 def to_peft(
     model: Decoder, weights: AdapterWeights, config: AdapterConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """-> (tensors of adapter_model.safetensors, content of adapter_config.json). Groups that are not trained are left
-    out."""
+    """-> (tensors of adapter_model.safetensors, content of adapter_config.json). Untrained groups are left out."""
     tensors: dict[str, np.ndarray] = {}
     modules: list[str] = []
     for stack, name, target in _targets(model):
@@ -83,7 +82,7 @@ def _peft_config(config: AdapterConfig, modules: list[str]) -> dict[str, Any]:
 
 
 def _beside_experts(modules: list[str]) -> dict[str, Any]:
-    """Dense MLPs beside experts are named as parameters.
+    """Settings by which dense MLPs beside experts are named as parameters.
 
     For a model with experts, PEFT on transformers 5 takes the target module `gate_proj` (and `up_proj`, `down_proj`)
     for the experts' fused parameters only, and would leave the same projections of dense layers and shared experts
@@ -100,7 +99,8 @@ def _beside_experts(modules: list[str]) -> dict[str, Any]:
 def from_peft(
     model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[str, Any]
 ) -> tuple[AdapterWeights, AdapterConfig]:
-    """An adapter of PEFT as ours: scale 32 / rank (differences go into B), one rank (zeros fill smaller ones).
+    """A PEFT adapter in our form: scale 32 / rank (other scales go into B), one rank (smaller ones are padded with
+    zeros).
 
     Raises `InvalidRequest` naming a feature, module or shape that has no counterpart here.
     """
@@ -134,7 +134,7 @@ def _stacked(target: LoraTarget, pairs: dict[str, Pair], rank: int) -> tuple[np.
         a, b, scale = pairs[module]
         if a.shape[1] != target.in_features or b.shape[0] != target.out_features or a.shape[0] != b.shape[1]:
             raise InvalidRequest(
-                f"The adapter's {module} has A {list(a.shape)} and B {list(b.shape)}: it is of another model."
+                f"The adapter's {module} has A {list(a.shape)} and B {list(b.shape)}: it belongs to another model."
             )
         own = a.shape[0]
         flat_a[i, :, :own] = a.T
@@ -167,7 +167,7 @@ def _scale(adapter_config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """As `peft.utils.get_pattern_key`: a pattern matches the module's path or its end."""
+    """Like `peft.utils.get_pattern_key`: a pattern matches the module's path or its end."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -175,14 +175,14 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
 
 
 def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[str, Any]) -> dict[str, Pair]:
-    """module -> its pair, fused experts taken apart."""
+    """module -> its pair; fused experts are taken apart."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         if name.removeprefix(PREFIX) in BASE_TENSORS:
             continue
         match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.lora_([AB])(?:\.default)?\.weight", name)
         if not match:
-            raise InvalidRequest(f"The adapter holds {name}, which is no LoRA weight.")
+            raise InvalidRequest(f"The adapter holds {name}, which is not a LoRA weight.")
         halves.setdefault(text_module(match[1]), {})[match[2]] = np.asarray(tensor, np.float32)
     pairs: dict[str, Pair] = {}
     for module, pair in halves.items():
@@ -202,7 +202,7 @@ def _pairs(model: Decoder, tensors: dict[str, np.ndarray], adapter_config: dict[
 
 
 def text_module(module: str) -> str:
-    """By the text model's own names, as `AutoModelForCausalLM` has them, a module of a folder that sees."""
+    """A vision model's module by its text model's own name, as `AutoModelForCausalLM` has it."""
     return next((new + module.removeprefix(old) for old, new in TEXT_PREFIXES if module.startswith(old)), module)
 
 

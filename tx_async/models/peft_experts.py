@@ -1,6 +1,7 @@
-"""Adapters of experts that are one parameter (transformers 5), to and from one adapter per expert and projection.
+"""Converts adapters of experts that are one parameter (transformers 5) to and from one adapter per expert and
+projection.
 
-PEFT wraps the parameters of `mlp.experts` in one another: gate_up_proj inside (`base_layer`), down_proj outside. A is
+PEFT nests the wrappers of `mlp.experts`' parameters: gate_up_proj inside (`base_layer`), down_proj outside. A is
 [experts · rank, in], B is [out, rank · experts], experts varying slowest in A and fastest in B. The fused gate_up_proj
 has one A for both halves, which are blocks of its output, or, interleaved (gpt-oss), every other feature of it.
 """
@@ -31,7 +32,8 @@ class Pair(NamedTuple):
 
 
 def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those of experts one by one, as two parameters of each layer, gate and up interleaved; others as they are.
+    """Tensors of single experts become two parameters of each layer, with gate and up interleaved; others stay as they
+    are.
 
     gate_up_proj has twice the rank: A holds gate's above up's, B is gate's in even and up's in odd features.
     """
@@ -62,7 +64,7 @@ def _wrapped(module: str, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]
 
 
 def fused_settings(rank: int, alpha: int, trained: bool) -> dict[str, Any]:
-    """Of adapter_config.json. A rank of twice as much keeps the scale with an alpha of twice as much."""
+    """Settings for adapter_config.json. Twice the rank keeps the scale with twice the alpha."""
     if not trained:
         return {}
     both = "mlp.experts.gate_up_proj"
@@ -76,8 +78,8 @@ def fused_settings(rank: int, alpha: int, trained: bool) -> dict[str, Any]:
 def unfused(
     targets: list[LoraTarget], module: str, a: np.ndarray, b: np.ndarray, scale_of: Scale, interleaved: bool
 ) -> dict[str, Pair]:
-    """module -> pair of each expert. targets: the experts' of this layer; the name does not tell which parameter a
-    tensor belongs to, but the shapes do.
+    """module -> the pair of each expert. targets: those of this layer's experts; the name does not tell which parameter
+    a tensor belongs to, but the shapes do.
 
     Where B is block diagonal (PEFT made it from two adapters), each half has its own ranks.
     """
@@ -94,12 +96,14 @@ def unfused(
         halves = dict(zip(("gate_proj", "up_proj"), _split(a, b, interleaved), strict=True))
         scale = scale_of(f"{experts}.gate_up_proj", a.shape[1])
     else:
-        raise InvalidRequest(f"The adapter's {module} maps {shape[0]} to {shape[1]} features: it is of another model.")
+        raise InvalidRequest(
+            f"The adapter's {module} maps {shape[0]} to {shape[1]} features: it belongs to another model."
+        )
     return {f"{experts}.{e}.{name}": Pair(a[e], b[e], scale) for name, (a, b) in halves.items() for e in range(count)}
 
 
 def _split(a: np.ndarray, b: np.ndarray, interleaved: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A [E, R, in], B [E, 2F, R] of a fused gate_up_proj -> those of gate and of up."""
+    """A [E, R, in], B [E, 2F, R] of a fused gate_up_proj -> those of gate, then those of up."""
     features, rank = b.shape[1] // 2, b.shape[2] // 2
     parts = (b[:, 0::2], b[:, 1::2]) if interleaved else (b[:, :features], b[:, features:])
     blocks = not parts[0][..., rank:].any() and not parts[1][..., :rank].any()

@@ -1,4 +1,4 @@
-"""Phi 3 and 4 (`Phi3ForCausalLM`): fused projections, partial rope in some, LongRoPE in those of long contexts."""
+"""Phi 3 and 4 (`Phi3ForCausalLM`): fused projections, partial rope in some, LongRoPE in those with long contexts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def from_hf(config: dict[str, Any]) -> Decoder:
 
 
 def _long(config: dict[str, Any]) -> dict[str, Any]:
-    """Old names of LongRoPE."""
+    """The rope parameters with LongRoPE's old names replaced."""
     found = rope.parameters(config)
     if found["rope_type"] in ("su", "yarn"):
         found["rope_type"] = "longrope"

@@ -9,7 +9,7 @@ from tx_async.errors import BaseModelError
 
 
 def check_quantization(config: dict[str, Any]) -> None:
-    """fp8 (e4m3) in blocks of powers of two, or with one scale per tensor; MXFP4 (gpt-oss)."""
+    """Accepts fp8 (e4m3) in blocks of powers of two, or with one scale per tensor, and MXFP4 (gpt-oss)."""
     quantization = config.get("quantization_config")
     if not quantization:
         return
@@ -25,7 +25,7 @@ def check_quantization(config: dict[str, Any]) -> None:
 
 
 def _name(quantization: dict[str, Any]) -> str:
-    """As its maker calls it: the method, and what that method made of the weights."""
+    """The name that its maker uses: the method, and the format that it gave the weights."""
     groups = quantization.get("config_groups")
     weights = next((group.get("weights") or {} for group in groups.values()), {}) if isinstance(groups, dict) else {}
     bits = weights.get("num_bits") or quantization.get("bits")

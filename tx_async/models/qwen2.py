@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5 (`Qwen2ForCausalLM`): biases of queries, keys and values alone; gated SiLU MLP."""
+"""Qwen2 and 2.5 (`Qwen2ForCausalLM`): biases only on queries, keys and values; gated SiLU MLP."""
 
 from __future__ import annotations
 

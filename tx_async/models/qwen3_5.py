@@ -1,6 +1,6 @@
-"""Qwen3.5 (`Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM`, the text of their `…ForConditionalGeneration`) and Qwen3-Next
-(`Qwen3NextForCausalLM`): gated delta rule in most layers, gated attention with partial rope in the others, norms of
-1 + w; a dense MLP, or experts beside a shared one with a gate."""
+"""Qwen3.5 (`Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM`, the text model of their `…ForConditionalGeneration`) and
+Qwen3-Next (`Qwen3NextForCausalLM`): gated delta rule in most layers, gated attention with partial rope in the others,
+norms of 1 + w; a dense MLP, or experts beside a shared one with a gate."""
 
 from __future__ import annotations
 

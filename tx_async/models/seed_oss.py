@@ -1,5 +1,5 @@
-"""Seed-OSS (`SeedOssForCausalLM`): a Llama with biases of queries, keys and values, and one of the output if its
-config says so."""
+"""Seed-OSS (`SeedOssForCausalLM`): a Llama with biases on queries, keys and values, and one on the output if its config
+says so."""
 
 from __future__ import annotations
 

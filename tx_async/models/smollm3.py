@@ -1,4 +1,4 @@
-"""SmolLM3 (`SmolLM3ForCausalLM`): a Llama some of whose layers have no rope."""
+"""SmolLM3 (`SmolLM3ForCausalLM`): a Llama in which some layers have no rope."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def from_hf(config: dict[str, Any]) -> Decoder:
 
 
 def _kinds(config: dict[str, Any]) -> list[tuple[bool, str]]:
-    """(has rope, kind of attention) of each layer. In `no_rope_layers` a 1 means with."""
+    """(has rope, kind of attention) of each layer. In `no_rope_layers` a 1 means that the layer has rope."""
     count, every = hf_config.num_layers(config), config.get("no_rope_layer_interval", 4)
     listed = config.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(count)]
     windows = bool(config.get("use_sliding_window")) and config.get("sliding_window") is not None

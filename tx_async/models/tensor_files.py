@@ -1,5 +1,5 @@
-"""Safetensors folders, read by ranges of rows: no tensor is ever in memory whole, and no page of a mapping counts as
-ours."""
+"""Safetensors folders, read by ranges of rows: no tensor is ever in memory whole, and no mapped page counts as our
+memory."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ DTYPES: dict[str, Any] = {
 class StoredTensor:
     path: Path
     name: str
-    """As messages say it; the file is read by offset alone."""
+    """The name for messages; the file is read only by offset."""
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """The offset of its first byte in the file."""
 
     @property
     def row_bytes(self) -> int:
@@ -55,7 +55,7 @@ class StoredTensor:
             while done < len(view):
                 count = os.preadv(file.fileno(), [view[done:]], position + done)
                 if count == 0:
-                    raise BaseModelError(f"{self.path} ends inside of {self.name}: it is truncated.")
+                    raise BaseModelError(f"{self.path} ends inside {self.name}: it is truncated.")
                 done += count
         return out
 
@@ -71,7 +71,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def open_file(path: Path) -> Iterator[StoredTensor]:
-    """Every tensor of one file. Raises `BaseModelError` where it is not whole."""
+    """Every tensor of one file. Raises `BaseModelError` when it is not complete."""
     header, start = read_header(path)
     end = start
     for name, entry in header.items():
@@ -88,7 +88,7 @@ def open_file(path: Path) -> Iterator[StoredTensor]:
 
 
 class TensorEntry(Struct):
-    """What a header says of a tensor."""
+    """What a header says about a tensor."""
 
     dtype: str
     shape: tuple[Annotated[int, Meta(ge=0)], ...]
@@ -106,7 +106,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
         header.pop("__metadata__", None)
         return msgspec.convert(header, dict[str, TensorEntry]), 8 + len(content)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError) as error:
-        raise BaseModelError(f"{path} is no safetensors file: {error}") from error
+        raise BaseModelError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _header_of(path: Path) -> bytes:
@@ -115,6 +115,6 @@ def _header_of(path: Path) -> bytes:
         model_folder.check_no_pointer(path, head)
         size = int.from_bytes(head[:8], "little")
         if len(head) < 8 or size > path.stat().st_size - 8:
-            raise BaseModelError(f"{path} is truncated or no safetensors file.")
+            raise BaseModelError(f"{path} is truncated or not a safetensors file.")
         file.seek(8)
         return file.read(size)
