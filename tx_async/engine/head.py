@@ -141,8 +141,7 @@ def _loss_inputs(batch: RowBatch, log_sequence_ratio: Array) -> LossInputs:
 
 
 def _split(tree):
-    """[R, L, ...] leaves -> [chunks, R, C, ...]; the last chunk is padded with zeros, which are not valid.
-    """
+    """[R, L, ...] leaves -> [chunks, R, C, ...]; the last chunk is padded with zeros, which are not valid."""
 
     def split(x: Array) -> Array:
         rows, length = x.shape[:2]

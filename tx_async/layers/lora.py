@@ -230,9 +230,9 @@ class LoraActive:
 
 @struct.dataclass
 class LoraGrouped(LoraActive):
-    """Of rows of one token: each adapter meets all rows in one product of a group, each row takes its own adapter's
-    result. There is no branch, so a step is one stretch of work for an accelerator. What another adapter computes for a
-    row is not added, not even times zero: a NaN stays in its adapter's rows."""
+    """For rows of one token: each adapter multiplies all rows in one grouped product, and each row takes its own
+    adapter's result. There is no branch, so a step is one stretch of work for an accelerator. What another adapter
+    computes for a row is not added, not even times zero: a NaN stays in its adapter's rows."""
 
     def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
         return [self._of_all(layer[name], x[:, 0])[:, None] for name in names]

@@ -80,7 +80,7 @@ def open_file(path: Path) -> Iterator[StoredTensor]:
         tensor = StoredTensor(path, name, np.dtype(DTYPES[entry.dtype]), entry.shape, start + entry.data_offsets[0])
         size = entry.data_offsets[1] - entry.data_offsets[0]
         if size != math.prod(entry.shape) * tensor.dtype.itemsize:
-            raise BaseModelError(f"{name} in {path} has {size} bytes, which is not its shape {list(entry.shape)}.")
+            raise BaseModelError(f"{name} in {path} has {size} bytes, which misfits its shape {list(entry.shape)}.")
         end = max(end, start + entry.data_offsets[1])
         yield tensor
     if path.stat().st_size != end:
