@@ -1,6 +1,7 @@
-"""A submission becomes an accepted request when it is durable, and not before: then the state is told, then the client.
+"""A submission becomes an accepted request only when it is durable: then first the state is told, then the client.
 
-A crash before the commit: the client tries again. After it: recovery finds the request and runs it.
+After a crash before the commit, the client tries again. After a crash behind it, recovery finds the request and runs
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Acceptance:
         self._commits: dict[str, asyncio.Task[None]] = {}
 
     async def submit(self, owner: str, operation: Operation, encoded: Encoded | None = None) -> RequestRecord:
-        """The request of this key: the first one's. Raises `Conflict`, `Overloaded`, `StorageError`."""
+        """Returns the request of this key, which may be an earlier submission's. Raises `Conflict`, `Overloaded`,
+        `StorageError`."""
         try:
             known = self.submissions.submit(owner, operation, self.clock.now(), encoded)
             if not isinstance(known, Submission):
@@ -60,8 +62,8 @@ class Acceptance:
     # ---- stable_reinforce
 
     async def _with_heads(self, submission: Submission) -> Submission:
-        """What the sampler knew of the batch's tokens becomes part of it: a replay needs no recording any more. What
-        cannot be found is the batch's own failure, which takes its place in the order. Raises `StorageError`."""
+        """Add to the batch what the sampler recorded of its tokens, so that a replay needs no recording. If a recording
+        cannot be found, the batch fails in its place in the order. Raises `StorageError`."""
         operation = submission.accepted.operation
         assert isinstance(operation, ForwardBackward)
         try:
@@ -82,6 +84,6 @@ class Acceptance:
 
 
 def _complete(submission: Submission, operation: ForwardBackward, bodies: dict[str, bytes]) -> Submission:
-    """Megabytes: on a thread."""
+    """Runs on a thread, because bodies have megabytes."""
     found = {sequence_id: recordings.decode(body) for sequence_id, body in bodies.items()}
     return submission.with_operation(recordings.with_heads(operation, found))

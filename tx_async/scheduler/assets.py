@@ -78,7 +78,7 @@ class Assets:
         await self.performer.handle_durably(CheckpointDeleted(path))
 
     async def copy_checkpoint(self, owner: str, path: str, session_id: str, model_seq_id: int) -> CheckpointRecord:
-        """The copy names the same immutable files; they go when nothing names them any more."""
+        """The copy names the same immutable files; they are deleted when nothing names them any more."""
         source = self.catalog.find_checkpoint(owner, path)
         model_id = ids.model_id(session_id, model_seq_id)
         copied_path = f"tinker://{model_id}/{source.kind}/{source.name}"
@@ -111,7 +111,7 @@ class Assets:
 def new_sampler(
     catalog: Catalog, session: SessionRecord, sampler_id: str, base_model: str, model_path: str | None, now: float
 ) -> SamplerRecord:
-    """Pinned to the files that the path means now. Raises `UnknownCheckpoint`."""
+    """The new sampler is pinned to the files that the path means now. Raises `UnknownCheckpoint`."""
     checkpoint = catalog.find_checkpoint(session.owner, model_path) if model_path else None
     return SamplerRecord(
         sampler_id=sampler_id,

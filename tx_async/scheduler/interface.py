@@ -32,21 +32,21 @@ class StillPending(Struct, frozen=True):
 
 
 class Passage(Struct, kw_only=True):
-    """When a request passed the stations on its way, in seconds since the epoch; 0 = not yet, or not known any more:
-    what happened before the server's start is known by the journal's two times alone."""
+    """When a request passed the stations on its way, in seconds since the epoch; 0 = not yet, or no longer known: of
+    the time before the server's start, only the journal's two times are known."""
 
     request_id: str
     kind: str
-    """As the API calls it: forward_backward, optim_step, sample …"""
+    """Its name in the API: forward_backward, optim_step, sample …"""
     subject: str
     """model_id or sampling_session_id."""
     seq_id: int
     accepted_at: float
-    """Arrived, whole and valid."""
+    """It arrived, whole and valid."""
     durable_at: float = 0.0
-    """In the journal: it waits for its turn."""
+    """It is in the journal and waits for its turn."""
     begun_at: float = 0.0
-    """The first of it was sent to a worker."""
+    """Its first part was sent to a worker."""
     first_token_at: float = 0.0
     """Of a sample."""
     ended_at: float = 0.0
@@ -61,11 +61,12 @@ class Passage(Struct, kw_only=True):
     http_id: str = ""
     """X-Request-Id of the HTTP request that brought it."""
     trace: Any = None
-    """Its span (`tracing.py`); None where there are no traces."""
+    """Its trace span (`tracing.py`); None where there are no traces."""
 
     def stations(self, until: float = 0.0) -> list[tuple[str, float, float]]:
         """(name, when it came, when it left) of each station that it has passed: the journal, its turn, a worker, the
-        journal again. With `until` also where it is then, its client included. What is not known is passed over."""
+        journal again. With `until`, also the station where it is at that time, its client included. Unknown stations
+        are left out."""
         times = [(name, time) for name, mark in STATIONS.items() if (time := getattr(self, mark))]
         if until:
             times.append(("", until))
@@ -79,37 +80,37 @@ STATIONS = {
     "commit": "ended_at",
     "fetch": "published_at",
 }
-"""Name of a station -> when a request comes there."""
+"""The name of a station -> when a request gets there."""
 
 
 class LivePiece(Struct, frozen=True, kw_only=True):
-    """What one quantum brought for one sample of a live request."""
+    """The tokens that one quantum brought for one sample of a live request."""
 
     index: int
-    """Which of the samples."""
+    """The number of the sample."""
     tokens: bytes
-    """int32 [T]; may be empty on a sample's last piece. Of a stop string, the token that completes it is there."""
+    """int32 [T]; may be empty on a sample's last piece. The token that completes a stop string is included."""
     logprobs: bytes
-    """float32 [T], of the model itself: before temperature, penalties and filters."""
+    """float32 [T]: the model's own, before temperature, penalties and filters."""
     topk: TopkLogprobs | None = None
-    """Of length T, where `topk_sample_logprobs` asks for it."""
+    """T entries, where `topk_sample_logprobs` asks for them."""
     stop_reason: Literal["stop", "length"] | None = None
     """Set on a sample's last piece."""
     cached_tokens: int = 0
-    """Of the prompt, from the prefix cache; on a sample's last piece."""
+    """Prompt tokens that came from the prefix cache; on a sample's last piece."""
     prompt: dict[str, Any] = {}
-    """Fields of `SampleResult` that concern the prompt, where they were asked for; on the last piece of sample 0."""
+    """The fields of `SampleResult` about the prompt, where they were asked for; on the last piece of sample 0."""
 
 
 class BaseModelInfo(Struct, frozen=True, kw_only=True):
-    """What the API must know of the base model to validate a request; read from its files, before any worker is
+    """What the API must know about the base model to validate a request; read from its files, before any worker is
     ready."""
 
     name: str
     aliases: tuple[str, ...] = ()
-    """What else a request may call it."""
+    """Other names by which a request may call it."""
     path: str
-    """Folder of the model's files on this host ("" when it is a hub name)."""
+    """The folder of the model's files on this host ("" when it is a hub name)."""
     architecture: str
     vocab_size: int
     max_context_length: int
@@ -117,9 +118,9 @@ class BaseModelInfo(Struct, frozen=True, kw_only=True):
     max_lora_rank: int = 32
     target_tokens_k_max: int = 128
     fingerprint: str = ""
-    """Of its weights and configuration; "" while no weights are on this host."""
+    """The fingerprint of its weights and configuration; "" while no weights are on this host."""
     tokenizer_problem: str = ""
-    """Why stop strings cannot be found here; "" when they can."""
+    """Why stop strings cannot be found here; "" when they can be."""
 
 
 class SchedulerApi(Protocol):
@@ -141,17 +142,17 @@ class SchedulerApi(Protocol):
 
     @property
     def checkpoints(self) -> Mapping[str, CheckpointRecord]:
-        """By tinker:// path; expired ones are gone."""
+        """All checkpoints by tinker:// path; expired ones are gone."""
         ...
 
     @property
     def audits(self) -> Mapping[str, AuditRecord]:
-        """Every tenant's and the operator's events, oldest first."""
+        """All tenants' and the operator's events, oldest first."""
         ...
 
     def history(self, model_id: str, since: int = 0) -> Sequence[Mapping[str, float]]:
         """A row of numbers for each optimizer step of a run from this `index` on, oldest first, thinned with age; empty
-        for no run."""
+        if there is no such run."""
         ...
 
     def overview(self) -> Overview: ...
@@ -159,19 +160,19 @@ class SchedulerApi(Protocol):
     def run_view(self, model: ModelRecord) -> RunView: ...
 
     def requests_of(self, model_id: str, limit: int) -> Sequence[RequestView]:
-        """Of a run, newest first."""
+        """The requests of a run, newest first."""
         ...
 
     def passages(self, session_id: str) -> list[Passage]:
-        """Of the requests of a session that are on record, oldest first."""
+        """The passages of a session's requests that are on record, oldest first."""
         ...
 
     def note(self, event: str, subject: str, **details: Any) -> None:
-        """An event of the operator's, for the audit log; it becomes durable soon."""
+        """Add an event of the operator's to the audit log; it becomes durable soon."""
         ...
 
     def waiting_for(self) -> list[str]:
-        """What a request could not run without yet; empty when the server is ready."""
+        """What is still missing before a request can run; empty when the server is ready."""
         ...
 
     async def create_session(self, session: SessionRecord) -> SessionRecord: ...
@@ -181,13 +182,13 @@ class SchedulerApi(Protocol):
         ...
 
     async def finish_session(self, owner: str, session_id: str, status: str, detail: str | None) -> None:
-        """The first reason wins."""
+        """End a session; the first reason wins."""
         ...
 
     async def create_sampler(
         self, owner: str, session_id: str, sampling_session_seq_id: int, base_model: str | None, model_path: str | None
     ) -> SamplerRecord:
-        """Idempotent by (session, sequence number); `Conflict` with other content. `model_path` may name any
+        """Idempotent by (session, sequence number); `Conflict` for other content. `model_path` may name any
         checkpoint kind."""
         ...
 
@@ -209,15 +210,15 @@ class SchedulerApi(Protocol):
         ...
 
     async def cancel(self, owner: str, request_id: str) -> None:
-        """Samples only; training is never cancelled. Unknown ids are fine."""
+        """Cancels samples only; training is never cancelled. Unknown ids are ignored."""
         ...
 
     def sample_live(
         self, owner: str, operation: Sample, model_path: str | None = None
     ) -> AsyncGenerator[LivePiece, None]:
-        """Sample for somebody who waits, piece by piece as quanta end; use it within `contextlib.aclosing`.
+        """Sample for a waiting client, piece by piece as quanta end; use it within `contextlib.aclosing`.
 
-        `model_path` is a checkpoint of any kind, None the base model. Nothing of it is journaled: a crash ends it.
+        `model_path` is a checkpoint of any kind, None the base model. Nothing about it is journaled: a crash ends it.
         Closing the generator ends what still runs within a quantum. Raises before the first piece: `UnknownCheckpoint`
         (an unknown or foreign one), `OtherBase`, `InvalidRequest`, `Overloaded`, `NotReady`; later a `TxError` whose
         message says to try again.
@@ -235,7 +236,7 @@ class SchedulerApi(Protocol):
         ...
 
     async def add_checkpoint(self, model: ModelRecord, checkpoint: CheckpointRecord) -> None:
-        """A checkpoint whose files are durable, in a new, untrainable run of an existing session."""
+        """Add a checkpoint whose files are durable, in a new, untrainable run of an existing session."""
         ...
 
     async def update_session(self, owner: str, session: SessionRecord) -> None:

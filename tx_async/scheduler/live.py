@@ -1,6 +1,7 @@
-"""Whoever waits for a live request: a queue each, from the state's instructions to the generator that the API reads.
+"""Clients that wait for live requests: each has a queue, from the state's instructions to the generator that the API
+reads.
 
-A crash ends them all. A client that goes away closes its generator, which cancels what runs.
+A crash ends all live requests. A client that goes away closes its generator, which cancels what still runs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class LiveRequests:
         self.quota = quota
         self.clock = clock
         self._waiting_for = waiting_for
-        #: request_id -> what its client has not read yet; an error is the last
+        #: request_id -> the items that its client has not read yet; an error is the last one
         self._queues: dict[str, asyncio.Queue[LivePiece | TxError]] = {}
         #: since when nothing could be sampled; None while it can
         self._stuck_since: float | None = None
@@ -55,7 +56,7 @@ class LiveRequests:
             self._end(request.request_id)
 
     def deliver(self, instruction: Deliver) -> None:
-        """What the state says; nobody may be there any more."""
+        """Pass on what the state says, unless the client is gone."""
         queue = self._queues.get(instruction.request_id)
         if queue is None:
             return
@@ -65,7 +66,7 @@ class LiveRequests:
             queue.put_nowait(_to_be_repeated(instruction.error))
 
     def tick(self) -> None:
-        """Who waits for a worker that does not come back is told so."""
+        """Tell clients that wait for a worker that it does not come back."""
         missing = self._waiting_for()
         if not missing:
             self._stuck_since = None
@@ -109,14 +110,14 @@ class LiveRequests:
         )
 
     def _end(self, request_id: str) -> None:
-        """Whatever runs of it ends with it."""
+        """End a live request, with all of it that still runs."""
         del self._queues[request_id]
         self.quota.give_back(request_id)
         self.performer.handle(RequestCancelled(request_id))
 
 
 def _to_be_repeated(error: TxError) -> TxError:
-    """Unlike a journaled request, nobody but the client can run it again."""
+    """The error that tells the client to ask again: nobody else can run a live request again."""
     if error.category == "user" or AGAIN in error.message:
         return error
     return type(error)(f"{error.message} {AGAIN}")

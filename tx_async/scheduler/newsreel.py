@@ -1,4 +1,5 @@
-"""What an operator waits for, as lines of the log: runs created, requests that failed, once a minute the load."""
+"""News for an operator, as lines of the log: runs that were created, requests that failed, and the load once a
+minute."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def result_known(request: RequestRecord | None, model: ModelRecord | None, result: ResultRecord) -> None:
-    """A request has ended, and that is durable."""
+    """A request's end is durable."""
     if request is None:
         return
     if result.content == "error":
@@ -32,14 +33,14 @@ def result_known(request: RequestRecord | None, model: ModelRecord | None, resul
 
 
 def _level_of(failure: Failure) -> int:
-    """A client's own mistake is news; ours is more."""
+    """A client's own mistake is information; ours is a warning or worse."""
     if failure.error == Cancelled.default_message():
         return logging.DEBUG
     return logging.INFO if failure.category == "user" else logging.WARNING
 
 
 class LoadReport:
-    """One line a minute while there is anything to say."""
+    """Logs one line a minute while there is anything to say."""
 
     def __init__(self, now: float, statistics: SchedulerStatistics):
         self._before = (now, statistics)

@@ -1,6 +1,6 @@
-"""What follows from accepted work, on its way to the disk: made durable in order, then visible.
+"""The results of accepted work on their way to the disk: made durable in order, then visible.
 
-One transaction at a time, each with everything that was decided meanwhile, so that the disk never has a decision
+One transaction runs at a time, with everything that was decided in the meantime, so that the disk never has a decision
 without those before it. When the disk fails, the same transaction is tried again: a full disk delays results and loses
 none.
 """
@@ -31,7 +31,7 @@ Item = Append | Finish | DeleteFiles
 class _Entry(Struct, eq=False):
     item: Item
     visible: asyncio.Future[None] | None = None
-    """For those who wait until it, and everything before it, is visible."""
+    """Set for those who wait until it, and everything before it, is visible."""
 
 
 class Outbox:
@@ -55,7 +55,7 @@ class Outbox:
         if self._entries:
             newest = self._entries[-1]
             newest.visible = newest.visible or asyncio.get_running_loop().create_future()
-            await asyncio.shield(newest.visible)  # others may wait for the same
+            await asyncio.shield(newest.visible)  # others may wait for the same entry
 
     async def run(self) -> None:
         while await self._entries.wait():
@@ -85,7 +85,7 @@ class Outbox:
                 await self.journal.commit(changes, may_refuse=False)
                 return
             except StorageError as error:
-                _log.error("Results wait for the journal, the oldest one of %s: %s", cause, error)
+                _log.error("Results wait for the journal, the oldest for %s: %s", cause, error)
                 await asyncio.sleep(COMMIT_RETRY_S)
 
 

@@ -1,8 +1,8 @@
-"""What is decided gets done: commands go to workers, bodies are read, changes become durable and then visible, files
-are listed and deleted. What comes of it returns to the state as the next fact.
+"""Carries out instructions: commands go to workers, bodies are read, changes become durable and then visible, files are
+listed and deleted. The outcome returns to the state as the next fact.
 
 A result is published after it is durable, and a file is deleted after the record that named it is gone, because both
-wait their turn in the outbox.
+wait for their turn in the outbox.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tx_async.wire.worker import Command
 
 READ_RETRY_S = 0.5
 BODIES_READ_MAX = 16
-"""Bodies that are read from the journal at the same time."""
+"""How many bodies are read from the journal at the same time."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ ListBelow = Callable[[str], Awaitable[Sequence[str]]]
 
 
 class Performer:
-    """Everything that the state does to the world goes through here, and everything that it hears of."""
+    """Everything that the state does to the world, and everything that it hears, goes through here."""
 
     name = "performer"
 
@@ -98,12 +98,12 @@ class Performer:
         self._is_handling = False
         self._reading = asyncio.Semaphore(BODIES_READ_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
-        #: what a task of its own has died of
+        #: the error of which one of its tasks has died
         self._broken: BaseException | None = None
         self._is_broken = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled; then nothing that was begun goes on. A broken invariant in any of it ends it, too."""
+        """Run until cancelled; then nothing that was begun goes on. A broken invariant in any task ends it, too."""
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self.outbox.run)
@@ -122,7 +122,7 @@ class Performer:
         return task
 
     def _begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Whoever waits for it waits for a fact, which would never come if its error were lost."""
+        """Begin a task whose fact somebody waits for: if its error were lost, the fact would never come."""
         self.spawn(coroutine, Context()).add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -133,7 +133,7 @@ class Performer:
     # ---- facts in
 
     def handle(self, fact: Fact) -> None:
-        """One fact at a time: what performing one brings about is handled after it."""
+        """Handle one fact at a time: facts that result from it are handled afterwards."""
         self._facts.append(fact)
         if self._is_handling:
             return
@@ -187,7 +187,7 @@ class Performer:
         try:
             number = self._send(instruction.worker_id, instruction.command, instruction.tensors)
         except NotReady:
-            _log.debug("%s: %s is gone, and `WorkerLost` on its way", instruction.cause, instruction.worker_id)
+            _log.debug("%s: %s is gone, and `WorkerLost` is on its way", instruction.cause, instruction.worker_id)
             return
         self.watch.sent(instruction)
         assert number == instruction.number, f"command {instruction.number} was sent as {number}"
@@ -205,7 +205,7 @@ class Performer:
         self.handle(BodyLoaded(request_id, operation, message))
 
     async def _read_body(self, request_id: str) -> bytes:
-        """Until it succeeds: a database that does not answer now has lost nothing. Raises `ContentLost`."""
+        """Read until it succeeds: a database that does not answer now has lost nothing. Raises `ContentLost`."""
         while True:
             try:
                 return await self.journal.read_body(request_id)

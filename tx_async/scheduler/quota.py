@@ -1,5 +1,5 @@
-"""How much accepted, unfinished work there may be, and how much of it may be one key's. Counters only: taking and
-giving back cost the same however much there is."""
+"""How much accepted, unfinished work there may be, and how much of it one key may have. It only counts: taking and
+giving back cost the same however much work there is."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tx_async.wire.records import (
 )
 
 UNSHARED_REQUESTS = 4
-"""So many requests a key may have in any queue that has room."""
+"""A key may always have this many requests in a queue that has room."""
 UNSHARED_BYTES = 2**20
 
 
 class Queue:
-    """What counts towards one limit: requests, or their bytes. Together they stay within the limit, and whatever keys
-    have done there is room for a newcomer: a key gets as much as it leaves free, or up to an equal part, where the
-    parts are those of all keys that have something queued and of one that may come, while half a part stays free."""
+    """The use of one limit: requests, or their bytes. All keys together stay within the limit, and whatever they have
+    done there is room for a newcomer: a key gets as much as it leaves free, or up to an equal part, counting all keys
+    that have something queued and one that may come, while half a part stays free."""
 
     def __init__(self, limit: int, unshared: int):
         self.limit = limit
@@ -52,7 +52,7 @@ class Queue:
 
 
 class Share(Struct, frozen=True):
-    """What one request counts."""
+    """What one request counts towards the limits."""
 
     owner: str
     num_bytes: int
@@ -64,7 +64,7 @@ class Quota:
         self.config = config
         #: accepted (or on their way to the journal) and unfinished, by request_id
         self._shares: dict[str, Share] = {}
-        #: sums over them
+        #: their sums
         self.requests = Queue(config.queued_requests_max, UNSHARED_REQUESTS)
         self.bytes = Queue(config.queued_bytes_max, UNSHARED_BYTES)
         self.num_samples: Counter[str] = Counter()
@@ -85,7 +85,7 @@ class Quota:
             if queue.is_full(amount):
                 raise Overloaded(f"Too many {what}. Try again when some requests have finished.")
             if queue.exceeds_share(request.owner, amount):
-                raise Overloaded(f"Of this key too many {what}: the rest is for others. Try again in a moment.")
+                raise Overloaded(f"Too many {what} by this key: the rest is for others. Try again in a moment.")
         samples = len(request.sample_sequence_ids)
         if samples and self.num_samples[request.owner] + samples > self.config.tenant_queued_samples_max:
             raise Overloaded(
@@ -114,7 +114,7 @@ class Quota:
         self._count(share, 1)
 
     def give_back(self, request_id: str) -> None:
-        """The request has ended, or was not accepted. Nothing happens the second time."""
+        """The request has ended, or was not accepted. A second call does nothing."""
         if share := self._shares.pop(request_id, None):
             self._count(share, -1)
 

@@ -1,9 +1,9 @@
 """The scheduler actor: tells `SchedulerState` what happened, and answers the API.
 
-Order of things on disk, and what a crash leaves:
-- A request is accepted after its record and body are durable; only then is it given to the state and does the client
-  learn its id (`acceptance.py`). A crash before: the client retries. After: recovery finds it and runs it.
-- A result is published after it is durable (`performer.py`). A crash before: the request runs again, with the same
+The order of writes to disk, and what a crash leaves:
+- A request is accepted after its record and body are durable; only then does the state get it, and the client learn its
+id (`acceptance.py`). A crash before: the client retries. After: recovery finds it and runs it. - A result is published
+after it is durable (`performer.py`). A crash before: the request runs again, with the same
   outcome.
 - A file is deleted after the record that named it is gone. A crash between: an orphan, never a dangling name.
 """
@@ -165,7 +165,7 @@ class Scheduler:
             load.report(self.clock.monotonic(), self.statistics())
 
     def tell(self, fact: WorkerFact) -> None:
-        """What the router says."""
+        """Take a fact from the router."""
         self.performer.handle(fact)
         if isinstance(fact, CommandEnded):
             fact.release()
@@ -289,21 +289,22 @@ class Scheduler:
         raise ResultGone()
 
     def _heard_of_client(self, request: RequestRecord) -> None:
-        """Who polls is there, whether it sends heartbeats or not."""
+        """A client that polls is alive, whether or not it sends heartbeats."""
         subject = self.catalog.samplers.get(request.subject) or self.catalog.models.get(request.subject)
         session = self.catalog.sessions.get(subject.session_id) if subject else None
         if session is not None and session.status == "active":
             self._sessions.seen(session)
 
     def _timeout_of(self) -> Callable[[str], float]:
-        """Nobody will fetch the samples of a client that was killed: they end when some heartbeats are missing."""
+        """-> the silence after which a session ends. A client that was killed fetches no samples: they end after a few
+        missing heartbeats."""
         sampling = {job.flow[1] for job in self.state.sampling.jobs.values()}
         longest = self.config.session_timeout_s
         shortest = min(self.config.heartbeat_timeout_s, longest)
         return lambda session_id: shortest if session_id in sampling else longest
 
     def _publish(self, result: ResultRecord) -> None:
-        """It is durable: whoever waits for it may see it."""
+        """The result is durable: whoever waits for it may see it."""
         self.quota.give_back(result.request_id)
         self.payloads.put(result)
         self.waiters.wake(result.request_id)

@@ -1,4 +1,4 @@
-"""Client sessions: who is there, who has gone, and when a silent one is taken for gone."""
+"""Client sessions: which are alive, which have ended, and when a silent one counts as ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tx_async.scheduler.performer import Performer
 from tx_async.wire.records import Put, SessionRecord
 
 TimeoutOf = Callable[[], Callable[[str], float]]
-"""Asked once for each look at all sessions."""
+"""Called once for each look at all sessions."""
 
 
 class Sessions:
@@ -50,11 +50,11 @@ class Sessions:
 
     def seen(self, session: SessionRecord) -> None:
         self._last_seen[session.session_id] = self.clock.monotonic()
-        if session.status == "expired":  # it only slept
+        if session.status == "expired":  # the client was only asleep
             self.performer.handle(SessionChanged(replace(session, status="active")))
 
     def expire(self) -> None:
-        """Silent ones have ended, until they are heard of again."""
+        """End silent sessions, until they are heard from again."""
         now, timeout_of = self.clock.monotonic(), self._timeout_of()
         for session_id, seen in list(self._last_seen.items()):
             session = self.catalog.sessions.get(session_id)

@@ -1,4 +1,4 @@
-"""What the scheduler tells an operator in numbers."""
+"""The numbers that the scheduler reports to an operator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SchedulerStatistics(Struct, frozen=True, kw_only=True):
     snapshots_failed: Counter
     """Snapshots of runs that were not taken, and are tried again; the log says why."""
     train_tokens: Counter
-    """Tokens of sequences that forward and forward_backward went through, again when they were replayed."""
+    """Tokens that forward and forward_backward went through, counted again when they were replayed."""
     sample_tokens: Counter
     """Prompt tokens computed and tokens sampled."""
     train_ms: Counter
@@ -43,18 +43,18 @@ class SchedulerStatistics(Struct, frozen=True, kw_only=True):
 
 
 class SamplingStatistics(Struct, frozen=True, kw_only=True):
-    """Of all workers that sample, for the server as a whole."""
+    """Totals over all workers that sample."""
 
     preemptions: Counter
     """Sequences that gave their place in the KV cache to others, and went on later."""
     prefix_cache_lookup_tokens: Counter
-    """Tokens of the prompts of samples that have ended: all of them were looked for in the prefix cache."""
+    """Prompt tokens of samples that have ended: all were looked up in the prefix cache."""
     prefix_cache_hit_tokens: Counter
-    """Tokens of these that were found there."""
+    """How many of these were found there."""
     kv_cache_used_tokens: Gauge
-    """Room that sequences hold in KV caches."""
+    """The room that sequences hold in KV caches."""
     kv_cache_tokens: Gauge
-    """Room that there is in KV caches; 0 where a worker does not say so, as external engines."""
+    """The room that KV caches have; 0 for a worker that does not say, as external engines do not."""
 
 
 def statistics_of(state: SchedulerState, num_unfinished: int, num_polls: int) -> SchedulerStatistics:

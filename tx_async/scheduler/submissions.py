@@ -1,5 +1,5 @@
-"""From an operation to the request that it becomes: recognised as a retry, refused, or new, with all that must be
-durable before its client hears of it. No I/O: `acceptance.py` commits.
+"""Turns an operation into a request: it is recognised as a retry, refused, or new, with all that must be durable before
+its client hears of it. There is no I/O here: `acceptance.py` commits.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tx_async.wire.results import Failure
 from tx_async.wire.worker import AdapterConfig
 
 UNLOAD_SEQ_ID = -1
-"""unload_model carries no seq_id; a second one is the first one's retry."""
+"""unload_model carries no seq_id: a second one is a retry of the first."""
 
 
 class Submission(Struct, frozen=True):
     """A new request whose commit is on its way."""
 
     accepted: RequestAccepted
-    """What the state is told when it is durable."""
+    """The fact that the state is told when it is durable."""
     body: bytes
 
     @property
@@ -56,7 +56,7 @@ class Submission(Struct, frozen=True):
         return (*records, Put(fact.request, None if has_ended else self.body), *fact.events)
 
     def with_operation(self, operation: Operation) -> Submission:
-        """The same request, whose operation was completed. Its digest stays that of what its client sent."""
+        """The same request with its operation completed. Its digest stays that of the client's body."""
         body = encode(operation)
         request = replace(self.request, kind=kind_of(operation), body_bytes=len(body))
         return replace(self, accepted=replace(self.accepted, request=request, operation=operation), body=body)
@@ -69,7 +69,7 @@ class Submission(Struct, frozen=True):
 
 
 class Submissions:
-    """Reads the state, and changes nothing but its own two books: what is on its way, and the quota."""
+    """Reads the state, and changes only its own two books: the submissions on their way, and the quota."""
 
     def __init__(self, state: SchedulerState, quota: Quota, new_id: Callable[[str], str] = ids.new_id):
         self.state = state
@@ -80,7 +80,7 @@ class Submissions:
         self._coming: dict[tuple[str, int], Submission] = {}
 
     def is_new(self, operation: Operation) -> bool:
-        """Whether it would be accepted as a request of its own, not as the repetition of an earlier one."""
+        """Whether it would be accepted as a new request, not as the repetition of an earlier one."""
         key = key_of(operation)
         return key not in self._coming and self.catalog.find_request(*key) is None
 
@@ -109,7 +109,7 @@ class Submissions:
         return submission
 
     def durable(self, submission: Submission) -> RequestAccepted:
-        """Its commit has succeeded: what the state is to be told at once."""
+        """Its commit has succeeded: -> the fact that the state must be told at once."""
         del self._coming[submission.request.subject, submission.request.seq_id]
         return submission.accepted
 
@@ -140,7 +140,7 @@ class Submissions:
             sample_sequence_ids=tuple(f"{subject}:{seq_id}:{i}" for i in range(num_samples)),
         )
 
-    # ---- what creates a training run
+    # ---- operations that create a training run
 
     def _accepted(self, request: RequestRecord, operation: Operation, now: float) -> RequestAccepted:
         match operation:
@@ -159,7 +159,7 @@ class Submissions:
         return replace(fact, events=tuple(events))
 
     def _create_model(self, request: RequestRecord, operation: CreateModel, now: float) -> RequestAccepted:
-        """Needs no device: the adapter is made from its seed when it is first used."""
+        """Create a run without a device: its adapter is made from its seed when it is first used."""
         model = self._new_model(request, operation, operation.lora, now)
         body = results.encode_json({"type": "create_model", "model_id": model.model_id})
         result = ResultRecord(request_id=request.request_id, finished_at=now, content="json", payload=body)
@@ -203,7 +203,7 @@ class Submissions:
 
 
 def key_of(operation: Operation) -> tuple[str, int]:
-    """(subject, seq_id): what makes two submissions the same (`schemas/tinker.md`, "Retries")."""
+    """(subject, seq_id): two submissions with the same key are the same (`schemas/tinker.md`, "Retries")."""
     match operation:
         case CreateModel() | CreateModelFromCheckpoint():
             return operation.model_id, 0
@@ -222,7 +222,7 @@ def kind_of(operation: Operation) -> str:
 
 
 def same(request: RequestRecord, digest: str) -> RequestRecord:
-    """The first request of a key, for its repetition. Raises `Conflict` when that has another body."""
+    """The first request of a key, for a repetition of it. Raises `Conflict` when the repetition has another body."""
     if request.body_digest != digest:
         raise Conflict(
             f"seq_id {request.seq_id} was used before with another body. Use the next seq_id for a new request."
@@ -231,7 +231,7 @@ def same(request: RequestRecord, digest: str) -> RequestRecord:
 
 
 def session_of(catalog: Catalog, owner: str, operation: Operation) -> SessionRecord | None:
-    """The operation's session, unless that was forgotten. What belongs to somebody else does not exist.
+    """The operation's session, unless it was forgotten. A session of somebody else does not exist.
 
     Raises `UnknownSession`, `UnknownSampler`, `UnknownModel`, `SessionGone`.
     """

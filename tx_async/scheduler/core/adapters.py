@@ -1,4 +1,4 @@
-"""Slots on a device as a cache: which adapter is in which slot, and which leaves when another needs the place."""
+"""Slots on a device as a cache: which adapter is in which slot, and which one leaves when another needs its place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ Key = TypeVar("Key")
 
 
 class SlotCache(Generic[Key]):
-    """Least recently used first. Deciding is all it does: saving, loading and clearing are commands of its owner."""
+    """A cache that evicts the least recently used first. It only decides: saving, loading and clearing are commands of
+    its owner."""
 
     def __init__(self, num_slots: int):
         #: free slots, taken from the end

@@ -1,7 +1,7 @@
-"""The audit log: what changes of runs and checkpoints mean to somebody who asks later who did what.
+"""The audit log: changes of runs and checkpoints as events, for somebody who asks later who did what.
 
-Events are derived from the changes themselves, before the catalog has them, and join their commit: what is durable is
-in the log, and nothing else is. The newest `events_max` are kept.
+Events are derived from the changes themselves, before the catalog has them, and join their commit: the log has exactly
+what is durable. The newest `events_max` are kept.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AuditLog:
             case Delete(table="model", key=model_id) if model := self.catalog.models.get(model_id):
                 yield self._event(now, "run.forgotten", model_id, model.owner)
             case _:
-                pass  # nothing that an operator must be able to look up
+                pass  # an operator need not be able to look these up
 
     def _checkpoint_put(
         self, now: float, record: CheckpointRecord, before: CheckpointRecord | None

@@ -1,6 +1,6 @@
 """Everything that the journal knows, as live objects: the fold over its records.
 
-`apply` is the only way to change it, at recovery and while serving alike, so what a restart finds is what was there.
+`apply` is the only way to change it, at recovery and while serving alike, so a restart finds exactly what was there.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Catalog:
         self.histories = Histories()
         self.requests: dict[str, RequestRecord] = {}
         self.results: dict[str, ResultEntry] = {}
-        #: (model_id or sampling_session_id, seq_id) -> request_id: what makes a submission a retry
+        #: (model_id or sampling_session_id, seq_id) -> request_id: a submission of a known key is a retry
         self.request_ids: dict[tuple[str, int], str] = {}
         #: storage key -> how many records need its files
         self.references: Counter[str] = Counter()
         #: by number, oldest first
         self.audits: dict[str, AuditRecord] = {}
-        #: whose data these are; None where nobody has said so
+        #: the server and base that the data belong to; None where nobody has said so
         self.identity: IdentityRecord | None = None
         for record in records:
             self._put(record)
@@ -133,7 +133,7 @@ class Catalog:
 
     @property
     def base_fingerprint(self) -> str:
-        """Of the base that is served; "" while nobody knows it."""
+        """The fingerprint of the served base; "" while nobody knows it."""
         return self.identity.bases[-1].fingerprint if self.identity and self.identity.bases else ""
 
     def is_of_other_base(self, record: ModelRecord | SamplerRecord | CheckpointRecord) -> bool:
@@ -142,7 +142,7 @@ class Catalog:
         return (record.base_fingerprint or self.identity.bases[0].fingerprint) != self.base_fingerprint
 
     def check_base(self, record: ModelRecord | SamplerRecord | CheckpointRecord) -> None:
-        """Raises `OtherBase` when its numbers mean nothing with the base that is served."""
+        """Raises `OtherBase` when its weights belong to another base than the one served."""
         if self.is_of_other_base(record):
             assert self.identity is not None
             theirs = record.base_fingerprint or self.identity.bases[0].fingerprint
@@ -157,21 +157,22 @@ class Catalog:
         return self.requests[request_id] if request_id else None
 
     def find_checkpoint(self, owner: str, path: str, optimizer: bool = False) -> CheckpointRecord:
-        """One's own or a published one. Raises `UnknownCheckpoint`, `OtherBase`, and `InvalidRequest` when it lacks
-        what is asked for."""
+        """The owner's own checkpoint or a published one. Raises `UnknownCheckpoint`, `OtherBase`, and `InvalidRequest`
+        when it lacks the optimizer state asked for."""
         checkpoint = self.checkpoints.get(path)
         if checkpoint is None or (checkpoint.owner != owner and not checkpoint.public):
             raise UnknownCheckpoint(f"{path}: no such checkpoint. It was never saved, was deleted, or has expired.")
         self.check_base(checkpoint)
         if optimizer and checkpoint.kind != "weights":
             raise InvalidRequest(
-                f"{path} holds no optimizer state: load it without, or load a checkpoint of save_state."
+                f"{path} holds no optimizer state: load only its weights, or load a checkpoint of save_state."
             )
         return checkpoint
 
 
 def files_of(record: Record) -> tuple[str, ...]:
-    """Storage keys whose files this record needs; a run's own snapshots are not counted, they belong to it alone."""
+    """The storage keys whose files this record needs. A run's own snapshots are not counted: they belong to it
+    alone."""
     match record:
         case CheckpointRecord():
             return (record.storage_key,)

@@ -1,6 +1,6 @@
 """The instructions of the decision in progress, in order.
 
-What a decision changes shows in the catalog at once, so that the next decision builds on it; only a result shows
+A decision's changes show in the catalog at once, so that the next decision builds on it; only a result shows
 later, when it is durable, because that is when a client may see it. Everything reaches the journal in the order in
 which it was decided, so a crash forgets the newest decisions and never one in the middle.
 """
@@ -47,12 +47,12 @@ class Decisions:
         #: that fact's cause, which every instruction that follows from it carries
         self.cause = ""
         self._instructions: list[Instruction] = []
-        #: storage key -> how many open samples are drawn, or to be drawn, from its files
+        #: storage key -> how many open samples are, or will be, drawn from its files
         self._drawn_from: Counter[str] = Counter()
         self.audit = AuditLog(catalog)
 
     def begin(self, cause: str, now: float) -> None:
-        """A fact is to be handled."""
+        """Begin to handle a fact."""
         self.cause = cause
         self.now = now
 
@@ -61,7 +61,7 @@ class Decisions:
         return instructions
 
     def know(self, *changes: Change) -> None:
-        """These are durable already, or become so with the record's next version."""
+        """Take up changes that are durable already, or become so with the record's next version."""
         self.catalog.apply(changes)
 
     def append(self, *changes: Change) -> None:
@@ -78,14 +78,14 @@ class Decisions:
         tensors: Sequence[np.ndarray] = (),
         requests: Iterable[str] = (),
     ) -> None:
-        """`answer` says what is done when the command has ended; `requests`, who waits for that."""
+        """`answer` says what to do when the command has ended, `requests` who waits for that."""
         self._instructions.append(worker.send(command, answer, tensors, self.cause, tuple(requests)))
 
     def sequence_ended(self, request: RequestRecord, times: SequenceTimes, num_tokens: int) -> None:
         self._instructions.append(SequenceEnded(request, times, num_tokens, self.cause))
 
     def deliver(self, request_id: str, *pieces: LivePiece, error: TxError | None = None) -> None:
-        """To whoever waits for a live request; `error` ends it."""
+        """Send this to whoever waits for a live request; `error` ends the request."""
         self._instructions.append(Deliver(request_id, pieces, error, self.cause))
 
     def dismiss(self, worker: WorkerState, reason: str) -> None:
@@ -98,20 +98,20 @@ class Decisions:
         self._instructions.append(ListFiles(model_id, prefix, self.cause))
 
     def delete_files(self, storage_key: str) -> None:
-        """Unless a record, or a sample that is being drawn, still needs them. Decided before it happens: the deletion
-        waits until everything decided before it is durable, so no record on disk ever names files that are gone."""
+        """Delete files unless a record, or a sample that is being drawn, still needs them. The deletion waits until
+        everything decided before it is durable, so no record on disk ever names files that are gone."""
         if storage_key and not self.catalog.references[storage_key] and storage_key not in self._drawn_from:
             self._instructions.append(DeleteFiles(storage_key, self.cause))
 
     def hold_files(self, storage_key: str) -> None:
-        """A sample is to be drawn from them, whoever forgets them meanwhile."""
+        """Keep these files for a sample that is to be drawn, even if their records are forgotten meanwhile."""
         self._drawn_from[storage_key] += 1
 
     def holds_files(self, storage_key: str) -> bool:
         return storage_key in self._drawn_from
 
     def let_go_of_files(self, storage_key: str) -> None:
-        """The sample has ended: the last one deletes what no record names any more."""
+        """A sample has ended: the last one deletes the files if no record names them any more."""
         self._drawn_from[storage_key] -= 1
         if not self._drawn_from[storage_key]:
             del self._drawn_from[storage_key]
@@ -132,7 +132,7 @@ class Decisions:
         self._instructions.append(Finish(result, changes, self.cause))
 
     def publish(self, result: ResultRecord) -> None:
-        """It is durable: clients may see it from now on."""
+        """The result is durable: clients may see it from now on."""
         self.catalog.apply([Put(result)])
         self._instructions.append(Publish(result, self.cause))
 

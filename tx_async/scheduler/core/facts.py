@@ -1,4 +1,4 @@
-"""What the state is told. What concerns workers stands in `wire/facts.py`, where dispatch can import it.
+"""The facts that the state is told. Those about workers are in `wire/facts.py`, where dispatch can import them.
 
 Every fact has a `cause`: the request, worker command or event behind it. The instructions that follow from a fact carry
 its cause, so a log line about any of them says why it happened.
@@ -26,15 +26,15 @@ from tx_async.wire.records import (
 
 
 class RequestAccepted(Struct, frozen=True):
-    """A new request is durable, with the training run that it creates (if any), and with its result when it ended
-    at once."""
+    """A new request is durable, with the training run that it creates (if any), and with its result if it ended at
+    once."""
 
     request: RequestRecord
     operation: Operation
     model: ModelRecord | None = None
     result: ResultRecord | None = None
     events: tuple[Change, ...] = ()
-    """Changes of the audit log."""
+    """The audit log's changes."""
 
     @property
     def cause(self) -> str:
@@ -42,7 +42,7 @@ class RequestAccepted(Struct, frozen=True):
 
 
 class LiveRequested(Struct, frozen=True):
-    """Somebody waits for samples, token by token. Nothing of it is durable."""
+    """Somebody waits for samples, token by token. Nothing of such a request is durable."""
 
     request: RequestRecord
     operation: Sample
@@ -55,7 +55,7 @@ class LiveRequested(Struct, frozen=True):
 
 
 class SubmissionRefused(Struct, frozen=True):
-    """A submission was refused for now (429, 503): its client is there and will send it again."""
+    """A submission was refused for now (429, 503): its client is alive and will send it again."""
 
     subject: str
     """model_id or sampling_session_id."""
@@ -84,7 +84,7 @@ class ResultDurable(Struct, frozen=True):
 
 
 class BodyLoaded(Struct, frozen=True):
-    """The journal returned the body of a request that has to run (again); None when it is lost."""
+    """The journal returned the body of a request that has to run (again); None when the body is lost."""
 
     request_id: str
     operation: Operation | None
@@ -110,7 +110,7 @@ class SessionCreated(Struct, frozen=True):
 
 
 class SessionChanged(Struct, frozen=True):
-    """A known session gets other contents; it goes on as it is."""
+    """A known session gets new contents; otherwise it goes on as before."""
 
     session: SessionRecord
 
@@ -160,7 +160,7 @@ class SamplerJoined(Struct, frozen=True):
 
 
 class CheckpointChanged(Struct, frozen=True):
-    """A known checkpoint gets other contents; its files stay."""
+    """A known checkpoint's record gets new contents; its files stay."""
 
     checkpoint: CheckpointRecord
 
@@ -189,7 +189,7 @@ class CheckpointCopied(Struct, frozen=True):
 
 
 class EventNoted(Struct, frozen=True):
-    """The operator did something that is no change of a record: the audit log is to know."""
+    """The operator did something that changes no record, but belongs in the audit log."""
 
     event: str
     subject: str
@@ -204,7 +204,7 @@ class EventNoted(Struct, frozen=True):
 
 
 class FilesListed(Struct, frozen=True):
-    """What storage has below a prefix that belongs to a training run; None when it did not answer."""
+    """The keys in storage below a prefix that belongs to a training run; None when storage did not answer."""
 
     model_id: str
     keys: tuple[str, ...] | None
@@ -235,7 +235,7 @@ RecordFact = (
     | EventNoted
     | RecordingsUsed
 )
-"""Facts that only change what is known: nothing can run because of them that could not run before."""
+"""Facts that let nothing run that could not run before."""
 
 Fact = (
     RecordFact

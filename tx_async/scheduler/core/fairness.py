@@ -9,11 +9,11 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
 Flow = tuple[str, ...]
-"""Whose work it is, from the outside in: (API key, session, run). What is fair is decided level by level."""
+"""The owner of some work, from the outside in: (API key, session, run). Fairness is decided level by level."""
 
 QUANTUM_MS_MAX = 2000.0
 PREFIXES_KEPT = 4096
-"""Flows whose prefixes need not be cut again in each quantum."""
+"""For how many flows the prefixes are kept, so that they are not cut again in each quantum."""
 
 
 @lru_cache(PREFIXES_KEPT)
@@ -28,30 +28,31 @@ class _Node:
     __slots__ = ("before", "charged", "children", "flow")
 
     def __init__(self):
-        #: tokens, on a scale shared by the children of one parent; None until the first `settle` levels it with them
+        #: tokens, on a scale shared by the children of one parent; None until the first `settle` levels it with its
+        #: siblings
         self.charged: float | None = None
         #: by name, in the order in which this turn's flows came
         self.children: dict[str, _Node] = {}
-        #: those of the turn before that have not come again
+        #: children of the previous turn that have not come again
         self.before: dict[str, _Node] = {}
         #: the flow that ends here, if one does
         self.flow: Flow | None = None
 
     def begin(self) -> None:
-        """A turn: who has work is about to be said."""
+        """Begin a turn: `enter` will name those who have work."""
         self.before, self.children, self.flow = self.children, {}, None
 
     def enter(self, name: str) -> _Node:
-        """The child's first flow of this turn."""
+        """Add a child with its first flow of this turn."""
         child = self.children[name] = self.before.pop(name, None) or _Node()
         child.begin()
         return child
 
     def settle(self, ordered: list[Flow]) -> None:
-        """All have been said: level the children, and add their flows, least served first."""
+        """All flows have been named: level the children, and add their flows, least served first."""
         self.before = {}
         children = list(self.children.values())
-        if len(children) == 1:  # as most sessions have one run
+        if len(children) == 1:  # most sessions have one run
             children[0].charged = 0.0
         else:
             level = min((child.charged for child in children if child.charged is not None), default=0.0)
@@ -69,15 +70,15 @@ _charged = operator.attrgetter("charged")
 
 
 class FairQueue:
-    """Least-served-first in tokens, at each level among those of one parent: deficit round robin's guarantee without
-    its rounds. A key has its part of the device however many sessions it opens, a session its part of its key's, a run
-    its part of its session's.
+    """Serves the least served first, in tokens, at each level among the children of one parent: the guarantee of
+    deficit round robin without its rounds. A key has its share of the device however many sessions it opens, a session
+    its share of its key's, a run its share of its session's.
 
-    Who was idle starts level with the least served busy one: nobody may save up a claim to a burst.
+    A flow that was idle starts level with the least served busy one: nobody may save up a claim to a burst.
     """
 
     def __init__(self):
-        #: above all keys; below it every prefix of a flow of the last `order`
+        #: the parent of all keys; below it is every prefix of the flows of the last `order`
         self._root = _Node()
 
     def order(self, busy: Iterable[Flow]) -> list[Flow]:
@@ -117,7 +118,7 @@ class FairQueue:
                 node.charged += tokens
 
     def _nodes(self, flow: Flow) -> list[_Node]:
-        """Of its prefixes, as far as they are known."""
+        """The nodes of its prefixes, as far as they are known."""
         nodes: list[_Node] = []
         children = self._root.children
         for name in flow:
@@ -132,8 +133,8 @@ class FairQueue:
 class Shares(Generic[Key]):
     """Classes of work share the device's time by weight; an idle class leaves its share to the others.
 
-    A quantum is charged when it is sent, so that the next one is another class's turn; and because nobody knows yet
-    what it will take, with what the last one of its class took.
+    A quantum is charged when it is sent, so that another class has the next turn; as nobody knows yet what it will
+    cost, it is charged what the last one of its class cost.
     """
 
     def __init__(self, weights: dict[Key, float]):
@@ -142,7 +143,7 @@ class Shares(Generic[Key]):
         self._last_ms = dict.fromkeys(weights, 0.0)
 
     def order(self, is_busy: Callable[[Key], bool]) -> list[Key]:
-        """The classes that have work, or quanta of it at the device, least served first."""
+        """The classes that have work, or quanta on the device, least served first."""
         busy = [name for name in self._weights if is_busy(name)]
         level = min((self._used[name] for name in busy), default=0.0)
         for name in self._used:
@@ -151,20 +152,20 @@ class Shares(Generic[Key]):
         return sorted(busy, key=self._used.__getitem__)
 
     def is_ahead(self, name: Key, num_quanta: int) -> bool:
-        """By more than so many of its quanta, of the least served class of the last `order`."""
+        """Whether it is ahead of the least served class of the last `order` by more than so many of its quanta."""
         return self._used[name] > num_quanta * self._cost(name)
 
     def weigh(self, name: Key, weight: float) -> None:
-        """From now on it has another weight."""
+        """Give it another weight from now on."""
         self._weights[name] = weight
 
     def charge(self, name: Key) -> None:
-        """One of its quanta is sent."""
+        """Note that one of its quanta is sent."""
         self._used[name] += self._cost(name)
 
     def _cost(self, name: Key) -> float:
         return self._last_ms[name] / self._weights[name]
 
     def measured(self, name: Key, cost_ms: float) -> None:
-        """What one took. One that took very long was compiled first, which is nobody's share."""
+        """Note what a quantum cost. One that took very long was compiled first, which counts against nobody's share."""
         self._last_ms[name] = min(cost_ms, QUANTUM_MS_MAX)

@@ -1,6 +1,6 @@
-"""What training runs have been through: a row of numbers for each optimizer step, thinned with age.
+"""The history of training runs: a row of numbers for each optimizer step, thinned with age.
 
-The rows of a run lie in blocks, so that a step writes a small record whatever came before it. Everything here but
+A run's rows lie in blocks, so that a step writes a small record however long the history is. Everything here but
 `Histories` is a pure function over rows.
 """
 
@@ -14,10 +14,10 @@ import numpy as np
 from tx_async.wire.records import Change, Delete, HistoryRecord, Put
 
 HistoryRow = dict[str, float]
-"""Name of a number -> its value. `index` counts the run's optimizer steps from 0."""
+"""The name of a number -> its value. `index` counts the run's optimizer steps from 0."""
 INDEX = "index"
 GATHERING = 0
-"""Number of the record with what the step to come has so far."""
+"""The number of the record that holds the next step's row so far."""
 BLOCK_ROWS = 32
 
 
@@ -36,15 +36,15 @@ def decode_rows(record: HistoryRecord) -> list[HistoryRow]:
 
 
 def newest_of(record: HistoryRecord) -> HistoryRow:
-    """The last row alone."""
+    """Only the last row."""
     width = 8 * len(record.columns)
     return decode_rows(msgspec.structs.replace(record, values=record.values[-width:]))[0]
 
 
 def kept(indexes: Sequence[int], steps_max: int) -> list[int]:
-    """Which steps stay, of ascending `indexes`: of many only `steps_max`. The newest half stays whole. Of what is
-    older every second step stays, or every fourth, …, so what was thinned once is thinned no further until its
-    neighbours are as thin; the first step stays always."""
+    """Which of the ascending `indexes` stay, at most `steps_max`. The newest half stays whole. Of older steps every
+    second stays, or every fourth, …, so steps that were thinned once are thinned no further until their neighbours are
+    as thin; the first step always stays."""
     if len(indexes) <= steps_max:
         return list(indexes)
     num_whole = steps_max // 2
@@ -64,8 +64,8 @@ def in_blocks(model_id: str, rows: Sequence[HistoryRow]) -> list[HistoryRecord]:
 
 
 def gathered(row: Mapping[str, float], batch: Mapping[str, float], positions: int) -> HistoryRow:
-    """A row with one more forward_backward. The part behind a name's colon says how it adds up; a mean counts as many
-    times as the batch has sampled `positions`, as it does in the batch itself."""
+    """A row with one more forward_backward. The part behind a name's colon says how it adds up; a mean is weighted by
+    the batch's number of sampled `positions`, as in the batch itself."""
     known = row.get("sampled_tokens", 0.0)
     total = {**row, "sampled_tokens": known + positions}
     for name, value in batch.items():
@@ -86,7 +86,7 @@ def gathered(row: Mapping[str, float], batch: Mapping[str, float], positions: in
 
 
 class Histories:
-    """Of all runs. The catalog has it, and changes it with the records that it is told."""
+    """The histories of all runs. The catalog owns them, and changes them with the records that it is told."""
 
     def __init__(self) -> None:
         #: model_id -> number of a block -> its record
@@ -114,7 +114,7 @@ class Histories:
             del self._blocks[model_id]
 
     def rows(self, model_id: str, since: int = 0) -> list[HistoryRow]:
-        """From this `index` on, oldest first; blocks of nothing but older rows are not even looked at."""
+        """The rows from this `index` on, oldest first; blocks with only older rows are skipped."""
         blocks = self._blocks.get(model_id, {})
         found: list[list[HistoryRow]] = []
         for number in sorted(blocks, reverse=True):
@@ -125,7 +125,7 @@ class Histories:
         return [row for rows in reversed(found) for row in rows]
 
     def gathering(self, model_id: str) -> HistoryRow:
-        """What the step to come has so far."""
+        """The next step's row so far."""
         record = self._blocks.get(model_id, {}).get(GATHERING)
         return decode_rows(record)[0] if record else {}
 
@@ -134,7 +134,7 @@ class Histories:
         newest = max(blocks, default=GATHERING)
         return newest_of(blocks[newest]) if newest != GATHERING else None
 
-    # ---- what a change of it amounts to
+    # ---- which changes an update makes
 
     def gather(self, model_id: str, row: HistoryRow) -> tuple[Change, ...]:
         return (Put(encode_rows(model_id, GATHERING, [row])),)
@@ -144,7 +144,7 @@ class Histories:
         return (Delete("history", record.key),) if record else ()
 
     def append(self, model_id: str, row: HistoryRow, steps_max: int) -> tuple[Change, ...]:
-        """A step has ended: its row joins the newest block, and all blocks are written anew when they are too many."""
+        """A step has ended: its row joins the newest block, and all blocks are rewritten when there are too many."""
         blocks = self._blocks.get(model_id, {})
         number = max(blocks, default=GATHERING)
         rows = decode_rows(blocks[number]) if number != GATHERING else []

@@ -1,4 +1,4 @@
-"""What each key has made that stays: sessions, training runs and sampling sessions, how many and of how many bytes."""
+"""Counts and bytes of the lasting things that each key has made: sessions, training runs and sampling sessions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Holdings:
         #: sums over them, without zeros
         self.numbers: Counter[tuple[str, str]] = Counter()
         self.num_bytes: Counter[str] = Counter()
-        #: of its checkpoints' files, without zeros
+        #: bytes of its checkpoints' files, without zeros
         self.checkpoint_bytes: Counter[str] = Counter()
 
     def stored(self, before: Record | None, after: Record | None) -> None:
-        """A checkpoint has become another one, or is new, or is gone."""
+        """A checkpoint was replaced, added or deleted."""
         for record, sign in ((before, -1), (after, 1)):
             if isinstance(record, CheckpointRecord):
                 self.checkpoint_bytes[record.owner] += sign * record.size_bytes
@@ -36,7 +36,7 @@ class Holdings:
                     del self.checkpoint_bytes[record.owner]
 
     def put(self, record: Record) -> None:
-        """A record's later versions hold no more of what its client has chosen."""
+        """Count a record once: its later versions hold no more of the client's own data."""
         if isinstance(record, KINDS) and (type_of(record), record.key) not in self._sizes:
             self._sizes[type_of(record), record.key] = record.owner, len(encode_record(record))
             self._count(type_of(record), record.key, 1)

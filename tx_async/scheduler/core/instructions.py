@@ -1,6 +1,6 @@
-"""What the state wants done. `performer.py` does it.
+"""The instructions of the state, which `performer.py` carries out.
 
-`cause` is that of the fact that was being handled: log lines show it.
+`cause` is the cause of the fact that was being handled: log lines show it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Publish(Struct, frozen=True):
 
 
 class Deliver(Struct, frozen=True):
-    """Tell whoever waits for a live request what it has said, or why it ends without all that it would say."""
+    """Tell whoever waits for a live request its next tokens, or why it ends before its end."""
 
     request_id: str
     pieces: tuple[LivePiece, ...] = ()
@@ -56,21 +56,21 @@ class Send(Struct, frozen=True):
     tensors: Sequence[np.ndarray] = ()
     cause: str = ""
     requests: tuple[str, ...] = ()
-    """Whose work it is, where that is a request that waits for its result."""
+    """The requests that this work is for, where they wait for a result."""
 
 
 class SequenceEnded(Struct, frozen=True):
-    """One sample of a request has come back: whoever measures is told."""
+    """One sample of a request has come back: this is for measurements."""
 
     request: RequestRecord
     times: SequenceTimes
-    """As its worker says: this process has only seen the end."""
+    """The times that its worker reports: this process has only seen the end."""
     num_tokens: int
     cause: str = ""
 
 
 class Dismiss(Struct, frozen=True):
-    """Send a worker away: what its engine computes is not what ours does. `WorkerLost` follows."""
+    """Send a worker away, because its engine does not compute what ours does. `WorkerLost` follows."""
 
     worker_id: str
     reason: str

@@ -1,9 +1,9 @@
-"""Which record of the journal is being worked on while it is replayed: in memory that outlives the process, so that the
-next life knows at which one it died.
+"""Marks the journal's record that is being replayed, in memory that outlives the process, so that the next process
+knows at which record this one died.
 
-A record that ends the process would end every life after it. The second death at the same step of the same record sets
-it aside (`recovery.py`). One death may be chance (somebody killed the server just then), and a mark is written in a
-microsecond, with no I/O: the kernel keeps what was written into mapped memory, whatever ends the process.
+A record that ends the process would end every process after it. The second death at the same step of the same record
+sets it aside (`recovery.py`). One death may be chance (somebody killed the server just then), and a mark is written in
+a microsecond, with no I/O: the kernel keeps what was written into mapped memory, whatever ends the process.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from tx_async.errors import TxError
 PLACE_BYTES = 512
 NUM_BYTES = 2 * PLACE_BYTES
 DEATHS_MAX = 2
-"""So many deaths in a row at one step of a record are no chance."""
+"""So many deaths in a row at one step of a record are not chance."""
 
 Stage = Literal["restore", "read", "run"]
-"""What is done with a record: it takes its place in its run; its body is decoded; it becomes commands."""
+"""The steps of a replay: a record takes its place in its run, its body is decoded, it becomes commands."""
 
 
 class ReplayMarks:
-    """Two places: what is being worked on now, and what a life has died of, with the number of deaths.
+    """Two places: the record being replayed now, and the record at which a process has died, with the number of deaths.
 
-    `memory` is read here once, for what the life before has left.
+    `memory` is read once, here, for the marks that the previous process has left.
     """
 
     def __init__(self, memory: MutableSequence[int] | Any = None):
         self._memory = bytearray(NUM_BYTES) if memory is None else memory
-        #: `stage request_id` of the record that lives have died of, and how many in a row
+        #: `stage request_id` of the record at which processes have died, and how many in a row
         self._suspect, self._deaths = _parse(self._get(1))
         if died_of := self._get(0):
             self._deaths = self._deaths + 1 if died_of == self._suspect else 1
@@ -43,17 +43,18 @@ class ReplayMarks:
 
     @property
     def poisoned(self) -> str:
-        """The request that is not to be touched again; "" while there is none."""
+        """The request that must not be replayed again; "" while there is none."""
         return self._suspect.partition(" ")[2] if self._deaths >= DEATHS_MAX else ""
 
     @property
     def may_take_its_place(self) -> bool:
-        """The poisoned record did no harm where it was only put in its run's order."""
+        """Whether the poisoned record did no harm when it was only put in its run's order."""
         return not self._suspect.startswith("restore ")
 
     @contextmanager
     def of(self, stage: Stage, request_id: str) -> Generator[None]:
-        """The body does this to the record. An error that is nobody's answer leaves the mark: it ends the process."""
+        """Mark the record while the body runs. An error that is no answer to anybody leaves the mark: it ends the
+        process."""
         outer, mark = self._get(0), f"{stage} {request_id}"
         self._put(0, mark)
         try:
@@ -74,7 +75,7 @@ class ReplayMarks:
         return bytes(self._memory[begin : begin + PLACE_BYTES]).partition(b"\0")[0].decode("utf-8", "replace")
 
     def _put(self, place: int, text: str) -> None:
-        """A half-written mark names nothing that is there, and does no harm."""
+        """A half-written mark names no existing record, and does no harm."""
         begin, data = place * PLACE_BYTES, text.encode()[: PLACE_BYTES - 1]
         self._memory[begin : begin + len(data) + 1] = data + b"\0"
 

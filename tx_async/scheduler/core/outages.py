@@ -1,22 +1,22 @@
-"""Storage that does not deliver for a while: when it is asked again, and for how long that goes on."""
+"""Outages of storage: when storage is asked again, and for how long."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 RETRY_S = 1.0
-"""The first pause; each next one is twice as long."""
+"""The first pause; each later one is twice as long."""
 PAUSE_MAX_S = 30.0
 
 
 @dataclass
 class Outage:
-    """Of one thing that somebody waits for. It begins with a failure and ends with the next success."""
+    """The outage of one thing that somebody waits for. It begins with a failure and ends with the next success."""
 
     #: when it began; None while all is well
     since: float | None = None
     num_failures: int = 0
-    #: not tried again before this time
+    #: storage is not tried again before this time
     until: float = 0.0
 
     def failed(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""What the machine looks like to somebody who watches: read from its state, never a part of it."""
+"""A view of the machine for somebody who watches: read from its state, never a part of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tx_async.wire.records import ModelRecord, RequestRecord
 
 
 def overview(state: SchedulerState, requests: Mapping[str, int], samples: Mapping[str, int]) -> Overview:
-    """requests, samples: unfinished ones of each key."""
+    """requests, samples: how many unfinished ones each key has."""
     return Overview(
         workers=tuple(map(_worker, state.workers.values())),
         queues=tuple(QueueView(owner=key, requests=n, samples=samples.get(key, 0)) for key, n in requests.items()),
@@ -60,13 +60,13 @@ def _state_of(state: SchedulerState, model: ModelRecord) -> RunState:
 
 
 def mean_loss(row: HistoryRow) -> float | None:
-    """Of a token: by its weight where the loss has weights."""
+    """The mean loss of a token, weighted where the loss has weights."""
     count = row.get("weights:sum", row.get("tokens", 0.0))
     return row["loss:sum"] / count if count and "loss:sum" in row else None
 
 
 def requests_of(state: SchedulerState, model_id: str, limit: int) -> list[RequestView]:
-    """Of one run, newest first."""
+    """The requests of one run, newest first."""
     catalog = state.catalog
     lane = state.training.runs.lanes.get(model_id)
     steps = lane.steps if lane else {}

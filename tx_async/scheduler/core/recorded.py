@@ -28,7 +28,7 @@ class RecordedSequences:
         return self.num_bytes.get(owner, 0)
 
     def put(self, record: RecordedSequence) -> None:
-        """New, or used once more: it is now the one that was used last."""
+        """Add a recording, or note that it was used again: it is now the one used last."""
         self.pop(record.key)
         self._by_id[record.key] = record
         self._by_owner.setdefault(record.owner, {})[record.key] = None
@@ -44,12 +44,12 @@ class RecordedSequences:
             del self._by_owner[record.owner], self.num_bytes[record.owner]
 
     def sort(self) -> None:
-        """By last use: what was read from a journal comes in the order in which it was sampled."""
+        """Sort by last use: recordings read from a journal come in the order in which they were sampled."""
         for record in sorted(self._by_id.values(), key=lambda record: record.used_at):
             self.put(record)
 
     def beyond(self, owner: str, num_bytes_max: int) -> list[RecordedSequence]:
-        """Those of a tenant that have to go, the longest unused first, until the rest fits."""
+        """The recordings of a tenant that have to go, the longest unused first, until the rest fits."""
         excess = self.num_bytes_of(owner) - num_bytes_max
         gone: list[RecordedSequence] = []
         for sequence_id in self._by_owner.get(owner, ()):
@@ -60,7 +60,7 @@ class RecordedSequences:
         return gone
 
     def unused_since(self, time: float) -> list[RecordedSequence]:
-        """Whatever was last used before `time` (seconds since the epoch)."""
+        """The recordings that were last used before `time` (seconds since the epoch)."""
         gone: list[RecordedSequence] = []
         for ids in self._by_owner.values():
             for sequence_id in ids:

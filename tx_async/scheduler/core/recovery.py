@@ -1,5 +1,5 @@
-"""What a restart takes up from the journal. Everything after each run's newest snapshot runs again; what had reported
-its result runs for its effect only."""
+"""How a restart takes up the journal. All operations after each run's newest snapshot run again; those that had
+reported their results run for their effect only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RecoveryProgress:
     """One line a second while runs repeat what a crash has taken from the device."""
 
     def __init__(self):
-        #: when replays were first seen (monotonic), and the most there were; None and 0 when there are none
+        #: when replays were first seen (monotonic), and the largest number of them; None and 0 when there are none
         self._began: float | None = None
         self._most = 0
 
@@ -37,7 +37,7 @@ class RecoveryProgress:
 
 
 def restore(training: Training, marks: ReplayMarks) -> list[RequestRecord]:
-    """Lanes from the catalog. Returns the samples that are unfinished."""
+    """Build lanes from the catalog. Returns the unfinished samples."""
     catalog = training.decisions.catalog
     for model in catalog.models.values():
         if model.status == "live" and not catalog.is_of_other_base(model):
@@ -61,8 +61,8 @@ def restore(training: Training, marks: ReplayMarks) -> list[RequestRecord]:
 
 
 def _is_set_aside(training: Training, request: RequestRecord, marks: ReplayMarks, is_finished: bool = False) -> bool:
-    """It has ended the server too often to be touched again: it fails alone, and its run goes on without it. One whose
-    effect was reported takes its run with it, because nothing else has that effect."""
+    """Whether the request has ended the server too often to run again: it fails alone, and its run goes on without it.
+    A request whose effect was reported takes its run with it, because nothing else has that effect."""
     if request.request_id != marks.poisoned or request.skipped:
         return False
     lane = training.runs.lanes.get(request.subject)
@@ -77,7 +77,7 @@ def _is_set_aside(training: Training, request: RequestRecord, marks: ReplayMarks
     step = training.runs.step(request, finished=is_finished)
     if not is_finished:
         if lane is not None and marks.may_take_its_place and request.kind != UnloadModel.__name__:
-            lane.add(step)  # what comes after it need not wait for it
+            lane.add(step)  # later operations need not wait for it
         training.runs.fail(step, error)
         training.decisions.append(DropBody(request.request_id))
     elif lane is not None and request.seq_id > lane.base_seq_id and step.needs_replay:
@@ -95,8 +95,8 @@ def _restore_operation(training: Training, request: RequestRecord, is_finished: 
 
 
 def _refuse_latecomers(training: Training, lane: Lane) -> None:
-    """An operation whose seq_id was taken for burned came at the moment of the crash: later ones ran without it, as
-    their results tell (they come in order, except those of saves and refusals)."""
+    """Refuse operations that came at the moment of the crash, after their seq_id was taken for burned: later ones ran
+    without them, as their results show (results come in order, except those of saves and refusals)."""
     results = training.decisions.catalog.results
     ran = [
         step.seq_id

@@ -63,7 +63,7 @@ class Registry:
                 )
 
     def _delete_checkpoint(self, path: str) -> None:
-        """Its files go when nothing names them any more."""
+        """Its files are deleted when nothing names them any more."""
         checkpoint = self.catalog.checkpoints.get(path)
         if checkpoint is not None:
             self.decisions.append(Delete("checkpoint", path))

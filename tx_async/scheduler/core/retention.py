@@ -1,4 +1,4 @@
-"""What is forgotten, by named limits, so that memory, journal and storage stay flat however long the server runs."""
+"""Forgets old things, by named limits, so that memory, journal and storage stay flat however long the server runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Retention:
             self._forget_session(session)
 
     def _forget_results(self) -> None:
-        """Those that are too old, and the oldest of those that are too many; but nothing that a replay may need."""
+        """Forget results that are too old, and the oldest when there are too many; but nothing that a replay may
+        need."""
         needed = {
             step.request_id
             for lane in self.runs.lanes.values()
@@ -56,7 +57,7 @@ class Retention:
             self.decisions.delete_files(request.storage_key)
 
     def _forget_steps(self, requests: list[RequestRecord]) -> list[Change]:
-        """Runs forget them, too: what only evaluates takes no snapshot that would cover its operations."""
+        """Runs forget them, too: a run that only evaluates takes no snapshot that would cover its operations."""
         newest: dict[str, int] = {}
         for request in requests:
             if lane := self.runs.lanes.get(request.subject):
@@ -69,7 +70,7 @@ class Retention:
         self.decisions.append(*(Delete("recording", record.key) for record in old))
 
     def _forget_histories(self) -> None:
-        """Those of the longest unused runs, until the rest fits."""
+        """Forget the histories of the longest unused runs, until the rest fits."""
         histories, models = self.catalog.histories, self.catalog.models
         if histories.num_bytes <= self.policy.history_bytes_max:
             return
@@ -88,7 +89,7 @@ class Retention:
     # ---- sessions
 
     def _old_sessions(self) -> list[SessionRecord]:
-        """Ended, and not used for `session_retention_s`."""
+        """Sessions that have ended and were not used for `session_retention_s`."""
         used_at = {session.session_id: session.created_at for session in self.catalog.sessions.values()}
         for model in self.catalog.models.values():
             if model.session_id in used_at:
@@ -97,7 +98,7 @@ class Retention:
         return [s for s in self.catalog.sessions.values() if s.status != "active" and used_at[s.session_id] < limit]
 
     def _forget_session(self, session: SessionRecord) -> None:
-        """With its runs and sampling sessions. Checkpoints have names of their own and stay."""
+        """Forget a session with its runs and sampling sessions. Checkpoints have names of their own and stay."""
         self.sampling.cancel_session(session.session_id)
         for model in [m for m in self.catalog.models.values() if m.session_id == session.session_id]:
             self._forget_model(model)

@@ -4,8 +4,8 @@
 shares with readers; a test holds the rest of the package to that.
 
 A worker always has up to `quanta_in_flight_max` quanta ahead (of each kind, where its engine runs them side by side). A
-quantum is a train micro-batch or a few decode steps; between any two of them anything else may come: that is how
-training and sampling, and all tenants, share one device.
+quantum is a train micro-batch or a few decode steps; any other may come between two of them: that is how training and
+sampling, and all tenants, share one device.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SchedulerState:
         marks: ReplayMarks | None = None,
     ):
         self.catalog = catalog
-        #: what a life that ends now would have died of
+        #: the record at which a process that ends now would have died
         self.marks = marks or ReplayMarks()
         self.base_model = base_model
         self.policy = policy
@@ -70,12 +70,12 @@ class SchedulerState:
         self.workers: dict[str, WorkerState] = {}
         self.training = Training(self.decisions, policy, self.workers, self.marks)
         self.sampling = Sampling(self.decisions, policy, self.workers)
-        #: why no worker can take a sample request, by its id
+        #: why no worker can take a sample request, by the request's id
         self.stranded = Stranded(self.sampling)
         self.registry = Registry(self.decisions)
         self.retention = Retention(self.decisions, self.training.runs, self.sampling, policy)
         self.orphans = Orphans(self.training.runs, self.decisions)
-        #: what workers have spent on each kind of quantum, for an operator
+        #: the time that workers have spent on each kind of quantum, for an operator
         self.busy_ms: dict[Kind, float] = {"train": 0.0, "sample": 0.0}
         #: samples that were accepted before a restart and whose bodies are being read
         self.restoring: set[str] = set()
@@ -99,7 +99,7 @@ class SchedulerState:
         return self.decisions.take()
 
     def handle(self, fact: Fact, now: float) -> list[Instruction]:
-        """The world has changed: know it, and decide what to do about it."""
+        """Take up a change in the world, and decide what to do about it."""
         self.decisions.begin(fact.cause, now)
         if isinstance(fact, RecordFact):
             self._note(fact)
@@ -138,7 +138,7 @@ class SchedulerState:
                 self.registry.end_session(fact)
                 self.sampling.cancel_session(fact.session_id)
             case WorkerReady():
-                self._worker_lost(fact.worker_id, "it has begun anew")  # a new life under an old name
+                self._worker_lost(fact.worker_id, "it has begun anew")  # a new process under an old name
                 worker = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
                 self.workers[fact.worker_id] = worker
                 self.sampling.worker_ready(worker)
@@ -155,11 +155,11 @@ class SchedulerState:
             case WorkerProgress():
                 pass  # nothing can run on it yet
             case _:
-                pass  # of `handle` alone: it lets nothing run that could not run before
+                pass  # only `handle` need know: it lets nothing run that could not run before
 
     def drain(self, now: float) -> tuple[list[Instruction], bool]:
-        """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag: something is still on
-        its way."""
+        """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag says whether something
+        is still on its way."""
         self.decisions.begin("shutdown", now)
         self.training.is_draining = self.sampling.is_draining = True
         if trainer := self._trainer():
@@ -212,7 +212,7 @@ class SchedulerState:
             "operation": operation,
             "version": version,
             "namespace": version or BASE_NAMESPACE,
-            # A seed that nobody asked for still has to survive a restart: it is the request's own.
+            # A seed that nobody asked for must survive a restart, too: it is part of the request.
             "seed": operation.seed if operation.seed is not None else seed_of(request),
             "max_tokens": min(operation.max_tokens or room, room),  # 0: a full context, whose prompt is scored
             "stop_token_ids": tuple(dict.fromkeys((*operation.stop_token_ids, *eos))),
@@ -254,7 +254,7 @@ class SchedulerState:
 
     def _failed(self, worker: WorkerState, failure: CommandFailed) -> None:
         if failure.fatal:
-            return  # `WorkerLost` follows, and what the worker had runs again
+            return  # `WorkerLost` follows, and the worker's requests run again
         answer = worker.answered(failure.number).answer
         if isinstance(answer, TrainingAnswer):
             self.training.failed(answer, failure)
@@ -308,13 +308,13 @@ class SchedulerState:
             pass
 
     def _issue(self, worker: WorkerState, kind: Kind) -> bool:
-        """Send one quantum of this kind. False when there was none, or when it is not its turn."""
+        """Send one quantum of this kind. False when there was none, or when it is not this kind's turn."""
         if worker.is_full(kind) or worker.had_its_share(kind):
             return False
         return self.training.issue(worker) if kind == "train" else self.sampling.issue(worker)
 
     def _end_reservation(self, worker: WorkerState) -> None:
-        """A suspect has had its turn alone, or will not have it."""
+        """End a reservation: a suspect has had its turn alone, or will not have it."""
         match worker.reserved_for:
             case Step() as step if not self._is_due_on(worker, step):
                 worker.reserved_for = None
@@ -326,7 +326,7 @@ class SchedulerState:
                 pass  # nobody, or a suspect whose turn has not come
 
     def _is_due_on(self, worker: WorkerState, step: Step) -> bool:
-        """Whether some of it is on the worker, or comes next."""
+        """Whether part of the step is on the worker, or comes next."""
         lane = self.training.runs.lanes.get(step.model_id)
         if lane is None or lane.steps.get(step.seq_id) is not step or not worker.has_run(lane.model_id):
             return False

@@ -26,27 +26,27 @@ Kind = Literal["train", "sample"]
 
 
 Cause = Literal["no_space", "storage", "user", "engine", "other"]
-"""Why a command failed, for an operator who counts."""
+"""Why a command failed, as an operator's counters tell it."""
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 NO_SPACE = ("os error 28)", "os error 122)", "No space left", "Disk quota exceeded")
-"""How a storage that is full says so."""
+"""The errors by which storage says that it is full."""
 
 
 class Ignored(Struct, frozen=True):
-    """Nothing is done about the answer of a command."""
+    """The answer to this command needs no action."""
 
 
 if TYPE_CHECKING:
     Answer = TrainingAnswer | SamplingAnswer | Ignored
-    """What a command was sent for, so that its answer finds who knows what to do with it."""
+    """What a command was sent for, so that its answer finds the owner that handles it."""
 
 
 class Awaited(Struct, frozen=True):
-    """What is to be done with the answer of a command."""
+    """What to do with the answer to a command."""
 
     answer: Answer
     kind: Kind | None
-    """Of the quantum that the command is, if it is one."""
+    """The kind of quantum that the command is, if it is one."""
 
 
 class RunningSample(Struct, frozen=True):
@@ -67,7 +67,8 @@ class WorkerState:
         self.training_slots: SlotCache[str] = SlotCache(info.num_training_slots)
         #: adapter version (storage key) -> sampler slot
         self.sampler_slots: SlotCache[str] = SlotCache(info.num_sampler_slots)
-        #: versions in `sampler_slots` whose files are being read: nothing is sampled from a slot before that succeeded
+        #: versions in `sampler_slots` whose files are being read: nothing is sampled from a slot until that has
+        #: succeeded
         self.loading_samplers: set[str] = set()
         #: versions that storage does not deliver; disjoint from `sampler_slots` except while they are tried again
         self.sampler_outages: dict[str, Outage] = {}
@@ -79,11 +80,11 @@ class WorkerState:
         self.sequences: dict[int, RunningSample] = {}
         #: the training step or sample job that has the device for itself, or waits until it is empty
         self.reserved_for: Step | SampleJob | None = None
-        #: its engine is compared with ours first: nothing is sampled on it meanwhile
+        #: its engine is still being compared with ours: nothing is sampled on it meanwhile
         self.is_on_trial = info.trial is not None
-        #: versions that its engine cannot take -> why; of those that open samples need
+        #: versions that its engine cannot take -> why; only those that open samples need
         self.refused_versions: dict[str, str] = {}
-        #: room of its KV cache that sequences hold, in tokens, as the newest quantum told
+        #: tokens of its KV cache that sequences hold, as the newest quantum reported
         self.num_kv_tokens = 0
         self._last_number = 0
 
@@ -100,7 +101,7 @@ class WorkerState:
 
     @property
     def is_external(self) -> bool:
-        """It samples, and that is all that it does."""
+        """Whether it only samples."""
         return "sample" in self.capabilities and not self.scores
 
     @property
@@ -116,27 +117,27 @@ class WorkerState:
         return model_id in self.training_slots
 
     def jobs(self) -> list[SampleJob]:
-        """Sample requests of which something runs here."""
+        """The sample requests that run here, at least in part."""
         return list(dict.fromkeys(running.job for running in self.sequences.values()))
 
     def sequences_of(self, job: SampleJob) -> list[int]:
         return [sequence_id for sequence_id, running in self.sequences.items() if running.job is job]
 
     def is_full(self, kind: Kind) -> bool:
-        """It has enough of this kind ahead: what is issued later can still take turns."""
+        """Whether it has enough of this kind ahead; what is issued later can still take turns."""
         if len(self.in_flight) >= self.policy.commands_in_flight_max:
             return True
         if self.info.continuous:
             return self.quanta[kind] >= 1
         if not self.info.overlaps:
             return self.num_quanta >= self.policy.quanta_in_flight_max
-        # The engine decides who decodes when a quantum's predecessor has ended. A second one ahead would save it a
-        # round trip to the server, and keep out whoever comes in the meantime for a whole quantum more.
+        # The engine decides which sequences decode when a quantum's predecessor has ended. A second quantum ahead would
+        # save it a round trip to the server, but keep newcomers out for one whole quantum more.
         return self.quanta[kind] >= (1 if kind == "sample" else self.policy.quanta_in_flight_max)
 
     def had_its_share(self, kind: Kind) -> bool:
-        """Where both kinds run side by side, the one that is ahead by its share waits until the other has had its own.
-        The answer to what the other has in flight ends that."""
+        """Where both kinds run side by side, the kind that is ahead by its share waits until the other has had its own.
+        The next answer to the other kind's quanta ends the wait."""
         is_alone = self.num_quanta == self.quanta[kind]
         return self.info.overlaps and not is_alone and self.shares.is_ahead(kind, self.policy.quanta_in_flight_max)
 
@@ -157,7 +158,7 @@ class WorkerState:
         return Send(self.worker_id, self._last_number, command, tensors, cause, requests)
 
     def answered(self, number: int) -> Awaited:
-        """What was noted for a command, which is no longer in flight."""
+        """Take what was noted for a command, which is no longer in flight."""
         awaited = self.in_flight.pop(number)
         if awaited.kind:
             self.quanta[awaited.kind] -= 1

@@ -1,4 +1,4 @@
-"""Results that were ready a short while ago, so that the poll that waits for one need not read the journal."""
+"""Recent results, so that a poll that waits for one need not read the journal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from tx_async.wire.records import ResultRecord
 
 
 class PayloadCache:
-    """Least recently put out first, bounded in bytes; what falls out is still in the journal."""
+    """A cache bounded in bytes that drops the oldest first; dropped results are still in the journal."""
 
     def __init__(self, bytes_max: int):
         self.bytes_max = bytes_max
         #: request_id -> result, oldest first
         self._results: dict[str, ResultRecord] = {}
-        #: sum of their payloads
+        #: bytes of all their payloads
         self.num_bytes = 0
 
     def __len__(self) -> int:

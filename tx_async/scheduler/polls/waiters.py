@@ -1,4 +1,4 @@
-"""Long polls: each waits for one request and is woken by its result, and by nothing else."""
+"""Long polls: each waits for one request and is woken only by its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets a worker's places for sequences, and the command that gives them."""
+"""Which jobs get a worker's places for sequences, and the command that gives them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tx_async.scheduler.sampling.sampler_slots import SamplerSlots
 from tx_async.wire.worker import SequenceSpec
 
 NEWCOMERS_SHARE = 8
-"""One in so many places on the device stays free for sessions that have nothing running yet; half of these only keys
-that have nothing may take, and a quarter live requests."""
+"""One in so many places on the device stays free for sessions that have nothing running yet; half of these are only for
+keys that have nothing running, and a quarter for live requests."""
 
 
 class Places:
-    """A worker's places for sequences: who has how many, and who may have another one."""
+    """A worker's places for sequences: how many each flow has, and which flows may have another one."""
 
     def __init__(self, worker: WorkerState, policy: Policy):
         self.room = worker.info.num_sequences_max
         newcomers = self.room // NEWCOMERS_SHARE
         keys, live = (newcomers + 1) // 2, newcomers // 4
-        #: live or not -> places that all of them, a key of them and a session of them leave to others
+        #: live or not -> places that all such requests, one key's and one session's leave to others
         self._kept = {True: (0, keys, newcomers), False: (live, keys + live, newcomers)}
         self._shares = {True: policy.live_share, False: policy.sample_share}
-        #: every prefix of a flow -> sequences
+        #: every prefix of a flow -> how many sequences it has
         self._running: Counter[Flow] = Counter()
         #: live ones, others
         self._of_class: Counter[bool] = Counter()
@@ -41,7 +41,7 @@ class Places:
         self._of_class[is_live(flow)] += 1
 
     def rank(self, flow: Flow) -> list[float]:
-        """The lowest is next."""
+        """The flow with the lowest rank is next."""
         live = is_live(flow)
         return [self._of_class[live] / self._shares[live], *(self._running[prefix] for prefix in prefixes_of(flow))]
 
@@ -59,15 +59,15 @@ class Admission:
         self.slots = slots
         self.specs: list[SequenceSpec] = []
         self.tensors: list[np.ndarray] = []
-        #: ids of the requests whose sequences these are
+        #: the ids of the requests that the sequences belong to
         self.requests: dict[str, None] = {}
-        #: versions for which no slot could be had
+        #: versions that could get no slot
         self._without_slot: set[str] = set()
         #: the version that makes room for them: nothing more of it is admitted
         self._leaving: str | None = None
 
     def has_slot(self, job: SampleJob) -> bool:
-        """The job's adapter version is on the device; if not, it is asked for."""
+        """Whether the job's adapter version is on the device; if not, it is requested."""
         version = job.version
         if version is None:
             return True

@@ -1,4 +1,5 @@
-"""A sample request while it is open: cut into sequences, admitted a few at a time, put together when all have ended."""
+"""A sample request while it is open: it is cut into sequences, which are admitted a few at a time and put together when
+all have ended."""
 
 from __future__ import annotations
 
@@ -37,28 +38,29 @@ class SampleJob(Struct, eq=False):
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     pending: list[int]
-    """Sample indices that wait for admission, next one last."""
+    """The sample indices that wait for admission, the next one last."""
     done: dict[int, SampledSequence] = {}
     head_tokens: int = 0
-    """Of each draw, to be recorded for stable_reinforce; 0 records nothing."""
+    """How many tokens of each draw's head are recorded for stable_reinforce; 0 records nothing."""
     recordings: dict[int, bytes] = {}
     """Sample index -> the body of its `RecordedSequence`."""
     prompt: dict[str, object] = {}
-    """Fields of the result that concern the prompt; sample 0 brings them."""
+    """The fields of the result about the prompt; sample 0 brings them."""
     cached: dict[int, int] = {}
-    """Sample index -> tokens of its prompt that came from the prefix cache."""
+    """Sample index -> how many tokens of its prompt came from the prefix cache."""
     num_failures: int = 0
-    """Times that a worker died, or the engine failed, while it ran some of it."""
+    """How often a worker died, or the engine failed, while it ran part of the job."""
     num_desertions: int = 0
-    """Times that an external engine went away while it ran some of it: no failures, unless they are many."""
+    """How often an external engine went away while it ran part of the job: that is no failure, unless it happens
+    often."""
     declined_by: dict[str, str] = {}
-    """External worker -> why a sequence of this job failed there: it gets no other."""
+    """External worker -> why a sequence of this job failed there: that worker gets no other one."""
     order: int = 0
-    """Its turn among those that wait: lower came earlier."""
+    """Its turn among the waiting jobs: lower came earlier."""
 
     @property
     def is_watched(self) -> bool:
-        """Somebody hears of its tokens while they come."""
+        """Whether somebody receives its tokens while they come."""
         return False
 
     @property
@@ -67,12 +69,12 @@ class SampleJob(Struct, eq=False):
 
     @property
     def runs_alone(self) -> bool:
-        """Like a training operation that was there each time: the next death tells who it was."""
+        """Whether it runs alone, like a training operation present at each death: the next death shows the culprit."""
         return self.num_failures >= ALONE_FROM_FAILURES
 
     @property
     def scores_prompt(self) -> bool:
-        """Its sample 0 brings scores of the prompt."""
+        """Whether its sample 0 brings scores of the prompt."""
         op = self.operation
         return bool(
             op.prompt_logprobs or op.topk_prompt_logprobs or op.prompt_alt_tokens_k or op.target_prompt_logprobs
@@ -80,7 +82,8 @@ class SampleJob(Struct, eq=False):
 
     @property
     def waiting_kinds(self) -> tuple[bool, bool]:
-        """Whether its sample with prompt scores waits, and whether others do. `pending` ends with the lowest index."""
+        """Whether the sample with prompt scores waits, and whether others wait. `pending` ends with the lowest
+        index."""
         scoring = self.scores_prompt and bool(self.pending) and self.pending[-1] == 0
         return scoring, len(self.pending) > scoring
 

@@ -1,7 +1,7 @@
-"""Live requests: sample jobs whose samples are told piece by piece to somebody who waits. Nothing of them is journaled.
+"""Live requests: sample jobs whose tokens go piece by piece to a waiting client. Nothing about them is journaled.
 
-When a worker dies, a sample runs again from its seed, and what was told already is not told twice. Should it come out
-otherwise the second time (an accelerator rounds differently in other company), the request ends and says so.
+When a worker dies, a sample runs again from its seed, and tokens that were sent are not sent twice. If the second run
+gives other tokens (an accelerator rounds differently in another batch), the request ends and says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tx_async.wire.results import SampledSequence, TopkLogprobs
 from tx_async.wire.worker import SequencePiece
 
 LIVE = "live"
-"""Stands for the client session in the flow of a live request: one class of work beside all others."""
+"""Takes the client session's place in the flow of a live request: one class of work beside all others."""
 TOKEN_BYTES = 4
 
 
@@ -29,15 +29,15 @@ def is_live(flow: Flow) -> bool:
 
 class LiveJob(SampleJob, eq=False, kw_only=True):
     told: dict[int, bytes] = msgspec.field(default_factory=dict[int, bytes])
-    """Sample index -> the tokens of it that were told."""
+    """Sample index -> its tokens that were sent."""
 
     @property
     def is_watched(self) -> bool:
         return True
 
     def piece(self, index: int, piece: SequencePiece, tensors: Sequence[np.ndarray]) -> LivePiece | None:
-        """What a quantum brought, without what was told before; None when that is all. Raises `ServerError` for other
-        tokens than those that were told."""
+        """The tokens that a quantum brought, without those that were sent before; None when there are no others. Raises
+        `ServerError` when they differ from those that were sent."""
         topk = None
         if piece.topk_token_ids_index >= 0:
             topk = TopkLogprobs.of(tensors[piece.topk_token_ids_index], tensors[piece.topk_logprobs_index])
@@ -47,7 +47,7 @@ class LiveJob(SampleJob, eq=False, kw_only=True):
         return new if new.tokens else None
 
     def last_piece(self, index: int) -> LivePiece:
-        """What was not told yet of a sample that has ended. Raises like `piece`."""
+        """The unsent tokens of a sample that has ended. Raises like `piece`."""
         sequence = self.done[index]
         prompt = dict(self.prompt) if index == 0 else {}
         prompt.pop("prompt_cache_hit_tokens", None)

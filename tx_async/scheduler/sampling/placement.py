@@ -1,8 +1,8 @@
-"""Which worker samples what, where several can.
+"""Which worker samples which job, where several can.
 
-A sequence that a worker for an external engine can take goes there: the engine that trains has more to do. Everything
-else, and everything while no such worker is there, goes to those that score. Among several external engines, an adapter
-version goes where it is already, unless that one has much more to do than another.
+A sequence that an external engine's worker can take goes there, because the engine that trains has other work.
+Everything else, and everything while there is no such worker, goes to workers that score. Among several external
+engines, an adapter version goes where it already is, unless that engine has much more to do than another.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from tx_async.scheduler.sampling.jobs import SampleJob
 from tx_async.wire.worker import GREEDY_BELOW
 
 SPREAD = 4
-"""A version stays with the engine that has it while that one is ahead of the least busy by at most one in so many of
+"""A version stays with the engine that has it while that engine exceeds the least busy one by at most one in so many of
 its places."""
 DESERTIONS_MAX = 3
-"""A job that was there each time when so many external engines went away goes to another kind of worker."""
+"""A job that was running when so many external engines went away goes to another kind of worker."""
 
 
 class Place(NamedTuple):
-    """Jobs with equal places can run on the same workers: they wait in one line."""
+    """Jobs with equal places can run on the same workers and wait in one line."""
 
     version: str | None
     runs_alone: bool
     scoring: frozenset[str]
-    """Workers that can take its sample with prompt scores; empty when that does not wait."""
+    """The workers that can take its sample with prompt scores; empty when that sample does not wait."""
     plain: frozenset[str]
-    """Workers that can take its other samples; empty when none waits."""
+    """The workers that can take its other samples; empty when none waits."""
 
     @property
     def is_nowhere(self) -> bool:
@@ -48,7 +48,7 @@ def place_of(job: SampleJob, workers: Mapping[str, WorkerState]) -> Place:
 
 
 def _candidates(job: SampleJob, workers: Mapping[str, WorkerState], scores: bool) -> frozenset[str]:
-    """Workers that it may go to: external ones where any can take it, else the others."""
+    """The workers that it may go to: external ones where any can take it, else the others."""
     able = [worker for worker in workers.values() if not why_unable(worker, job, scores)]
     external = [worker for worker in able if worker.is_external]
     return frozenset(worker.worker_id for worker in external or able)
@@ -83,14 +83,15 @@ def why_unable(worker: WorkerState, job: SampleJob, scores: bool) -> str:
 
 
 def _candidates_tell(job: SampleJob, candidates_max: int) -> bool:
-    """Candidates are log-probabilities of the plain model: of other distributions they say nothing."""
+    """Whether candidates tell what the sampler could draw: they are the plain model's, and say nothing of other
+    distributions."""
     op = job.operation
     is_plain = op.temperature == 1.0 and op.top_p >= 1.0 and op.top_k < 1
     return is_plain and job.head_tokens <= candidates_max
 
 
 def chosen(names: frozenset[str], version: str | None, workers: Mapping[str, WorkerState]) -> str | None:
-    """The external worker that takes the next sample of a version; None when they all are full."""
+    """The external worker that takes the next sample of a version; None when all are full."""
     free = [worker for name in sorted(names) if (worker := workers[name]).has_room]
     if not free:
         return None
@@ -101,21 +102,21 @@ def chosen(names: frozenset[str], version: str | None, workers: Mapping[str, Wor
 
 
 class Lines:
-    """Jobs with samples that wait for admission: for each flow a line for each place, oldest first."""
+    """Jobs with samples that wait for admission: each flow has a line for each place, oldest first."""
 
     def __init__(self, workers: Mapping[str, WorkerState]):
-        #: the scheduler's; only looked at
+        #: the scheduler's, only read here
         self.workers = workers
-        #: flow -> place -> request_id -> job; nothing in it is empty
+        #: flow -> place -> request_id -> job; no mapping in it is empty
         self._lines: dict[Flow, dict[Place, dict[str, SampleJob]]] = {}
-        #: request_id -> where it stands
+        #: request_id -> where the job stands
         self._places: dict[str, Place] = {}
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
     def __iter__(self) -> Iterator[Flow]:
-        """Flows."""
+        """The flows that have jobs in line."""
         return iter(self._lines)
 
     def __contains__(self, flow: Flow) -> bool:
@@ -125,7 +126,7 @@ class Lines:
         return self._places.get(request_id)
 
     def put(self, job: SampleJob) -> None:
-        """Stand it where it belongs now: out of line when nothing of it waits. Its turn stays what it was."""
+        """Put a job in its right line, or out of line when nothing of it waits. Its turn stays as it was."""
         request_id = job.request.request_id
         place = place_of(job, self.workers) if job.pending else None
         if place == self._places.get(request_id):
@@ -147,12 +148,12 @@ class Lines:
             del self._lines[job.flow]
 
     def sort_again(self) -> None:
-        """Workers have come or gone, or what they take has changed."""
+        """Sort all jobs again: workers have come or gone, or what they can take has changed."""
         for job in [job for lines in self._lines.values() for line in lines.values() for job in line.values()]:
             self.put(job)
 
     def offers(self, worker: WorkerState) -> bool:
-        """Something waits that this worker may take."""
+        """Whether a job waits that this worker may take."""
         return any(
             worker.worker_id in place.scoring or worker.worker_id in place.plain
             for lines in self._lines.values()
@@ -160,7 +161,7 @@ class Lines:
         )
 
     def heads(self, flow: Flow, worker: WorkerState) -> Iterable[SampleJob]:
-        """The oldest job of each line that is this worker's turn, oldest first."""
+        """The oldest job of each line that this worker may serve, oldest first."""
         lines = self._lines.get(flow, {})
         heads = [next(iter(line.values())) for place, line in lines.items() if self._is_turn(worker, place)]
         return sorted(heads, key=lambda job: job.order)

@@ -1,4 +1,4 @@
-"""Keeps what was recorded of sampled sequences, each tenant's within its bytes."""
+"""Keeps the records of sampled sequences, each tenant's within its limit of bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Recorder:
         self.policy = policy
 
     def recorded(self, job: SampleJob) -> list[Put]:
-        """What the job's session may train on with stable_reinforce, to become durable together with the samples."""
+        """The records on which the job's session may train with stable_reinforce; they become durable with the
+        samples."""
         sampler = self.catalog.samplers.get(job.request.subject)
         if sampler is None:
             return []

@@ -1,7 +1,7 @@
-"""What stable_reinforce needs of sampled sequences: recorded as they are drawn, looked up when they are trained on.
+"""What stable_reinforce needs to know of sampled sequences: recorded as tokens are drawn, looked up for training.
 
-A recording belongs to the session that sampled it. What a datum needs of it is copied into the accepted operation, so
-that a recording may expire, or make room for newer ones, and a replay of the run is still exact.
+A recording belongs to the session that sampled it. The part that a datum needs is copied into the accepted operation,
+so that a replay of the run is exact even after a recording has expired or made room for newer ones.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from tx_async.wire.worker import GREEDY_BELOW, FinishedSequence
 
 STABLE_REINFORCE = "stable_reinforce"
 ALL, WHOLE, CUT = range(3)
-"""`FinishedSequence.head_is_whole`: everything can be drawn; only the head; more than the head, but not all."""
+"""Values of `FinishedSequence.head_is_whole`: every token can be drawn; only the head; more than the head, but not
+all."""
 
 
 def head_tokens(operation: Sample, policy: Policy, vocab_size: int) -> int:
     """How many of the likeliest tokens are recorded with each draw: where top_k or top_p limits what can be drawn, up
-    to all of it."""
+    to all that remains."""
     head = min(policy.stability_head_tokens, HEAD_TOKENS_MAX)
     if not operation.record_stability_info:
         return 0
@@ -46,12 +47,13 @@ def head_tokens(operation: Sample, policy: Policy, vocab_size: int) -> int:
         support = policy.stability_support_max
     else:
         return head
-    # Engines look at few candidates or at many: of few they record all, because several may share the k-th place.
+    # Engines look at few candidates or at many; of few they record all, because several may tie for the k-th place.
     return HEAD_TOKENS_MAX if support <= HEAD_TOKENS_MAX else max(head, policy.stability_support_max)
 
 
 def check_whole(finished: FinishedSequence, tensors: Sequence[np.ndarray], policy: Policy) -> None:
-    """Raises `InvalidRequest` where more could be drawn than is recorded: it could not be trained on."""
+    """Raises `InvalidRequest` where more could be drawn than is recorded, because the sample could not be trained
+    on."""
     if finished.head_is_whole_index < 0:
         return
     is_cut = tensors[finished.head_is_whole_index] == CUT
@@ -64,7 +66,7 @@ def check_whole(finished: FinishedSequence, tensors: Sequence[np.ndarray], polic
 
 
 class Recording(Struct, frozen=True, array_like=True):
-    """The body of a `RecordedSequence`. All little-endian; T sampled tokens, a head of k."""
+    """The body of a `RecordedSequence`, all little-endian, for T sampled tokens and a head of k."""
 
     prompt: bytes
     """int32 [P]"""
@@ -111,7 +113,7 @@ def are_needed(operation: Operation) -> TypeGuard[ForwardBackward]:
 
 
 def spans_of(datum: Datum) -> Iterable[tuple[str, ProvenanceSpan]]:
-    """Every span with the name that an error gives it."""
+    """Every span, with the name that errors give it."""
     if datum.provenance:
         for name in ("model_input", "loss_fn_inputs"):
             field = name.removesuffix("s") + "_spans"
@@ -121,8 +123,8 @@ def spans_of(datum: Datum) -> Iterable[tuple[str, ProvenanceSpan]]:
 def needed(
     operation: ForwardBackward, model: ModelRecord, find: Callable[[str], RecordedSequence | None]
 ) -> dict[str, RecordedSequence]:
-    """The recordings that the operation's spans name; `find` looks up a sequence_id. Raises `InvalidRequest` for one
-    that is not there for this run, naming the datum and the span."""
+    """The recordings that the operation's spans name; `find` looks up a sequence_id. Raises `InvalidRequest` for a
+    recording that this run does not have, naming the datum and the span."""
     found: dict[str, RecordedSequence] = {}
     for i, datum in enumerate(operation.data):
         for where, span in spans_of(datum):
@@ -182,8 +184,8 @@ def _check(
     recordings: Mapping[str, Recording],
     sampled_only: bool = False,
 ) -> None:
-    """The field's tokens are those of its spans. sampled_only: targets that are not trained on may be anything, and
-    tinker-cookbook's rl_loop has zeros there."""
+    """Check that the field's tokens are those of its spans. sampled_only: targets that are not trained on may be
+    anything; tinker-cookbook's rl_loop has zeros there."""
     position = 0
     for i, span in enumerate(spans):
         recording = recordings[span.sequence_id]
@@ -225,7 +227,7 @@ def _piece(recording: Recording, span: ProvenanceSpan, position: int, where: str
 
 
 def _joined(pieces: Sequence[_Piece]) -> SamplerHeads:
-    """Heads of several sequences; the shorter ones get unused cells."""
+    """The heads of several sequences joined; the shorter ones get unused cells."""
     k = max(piece.token_ids.shape[1] for piece in pieces)
 
     def wide(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Adapter versions on the devices that sample: immutable, so one is simply overwritten when nothing runs on it."""
+"""Adapter versions on the devices that sample. They are immutable, so a version that nothing uses is simply
+overwritten."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class SamplerSlots:
         self.policy = policy
 
     def bring(self, worker: WorkerState, version: str) -> bool:
-        """Have a version loaded, on its way, or waiting for storage. False while every slot is held by running
-        sequences of other versions."""
+        """Make sure that a version is loaded, being loaded, or waiting for storage. False while every slot is held by
+        running sequences of other versions."""
         slots = worker.sampler_slots
         outage = worker.sampler_outages.get(version)
         if outage is not None and outage.until > self.decisions.now:
@@ -54,7 +55,7 @@ class SamplerSlots:
         worker.sampler_outages.pop(version, None)
 
     def refused(self, worker: WorkerState, version: str, reason: str) -> None:
-        """Its engine will never take this version; another one may."""
+        """The worker's engine will never take this version; another engine may."""
         worker.loading_samplers.discard(version)
         if version in worker.sampler_slots:
             worker.sampler_slots.release(version)
@@ -74,7 +75,7 @@ class SamplerSlots:
         return is_over
 
     def _forget_old_outages(self, worker: WorkerState) -> None:
-        """Of versions that nobody asks for any more."""
+        """Forget outages of versions that nobody asks for any more."""
         oldest = self.decisions.now - self.policy.storage_patience_s
         for version in [name for name, outage in worker.sampler_outages.items() if outage.until < oldest]:
             del worker.sampler_outages[version]

@@ -1,4 +1,5 @@
-"""Sample requests of all sessions: who is admitted next, which adapter versions are on the device, what has ended."""
+"""Sample requests of all sessions: which are admitted next, which adapter versions are on the device, and which have
+ended."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ from tx_async.wire.worker import (
 
 class QuantumSent(Struct, frozen=True):
     sequence_ids: tuple[int, ...]
-    """What was admitted by then."""
+    """The samples that were admitted by then."""
 
 
 class AdmissionSent(Struct, frozen=True):
@@ -54,13 +55,13 @@ class Sampling:
     def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
         self.decisions = decisions
         self.policy = policy
-        #: all that are attached; their sequences are added and removed here
+        #: all attached workers; their sequences are added and removed here
         self.workers = workers
         #: request_id -> accepted, unfinished job
         self.jobs: dict[str, SampleJob] = {}
-        #: how many of them are live
+        #: how many jobs are live
         self.num_live = 0
-        #: of jobs with samples that wait for admission
+        #: the jobs with samples that wait for admission
         self.waiting = Lines(workers)
         self.fair = FairQueue()
         self.slots = SamplerSlots(decisions, policy)
@@ -70,7 +71,8 @@ class Sampling:
         self.left: dict[str, str] = {}
         #: nothing more is admitted or decoded: a sample that is cut off runs again from its seed
         self.is_draining = False
-        #: for an operator: tokens computed and sampled, those of the prompts that came back, and of these the cached
+        #: for an operator: tokens computed and sampled, prompt tokens of finished samples, and the cached ones among
+        #: these
         self.num_tokens = self.num_prompt_tokens = self.num_cached_tokens = 0
         #: sequences that gave their pages to others
         self.num_preempted = 0
@@ -87,7 +89,7 @@ class Sampling:
         self._wait(job)
 
     def _wait(self, job: SampleJob) -> None:
-        """Unless it has ended."""
+        """Put a job in line unless it has ended."""
         if self._is_open(job):
             self.waiting.put(job)
 
@@ -100,7 +102,7 @@ class Sampling:
         self.waiting.sort_again()
 
     def why_waiting(self, request_id: str) -> str:
-        """Why no worker that is there can take what waits of a request; "" while one can, or some of it runs."""
+        """Why no attached worker can take a request's waiting samples; "" while one can, or some of them run."""
         place, job = self.waiting.place(request_id), self.jobs.get(request_id)
         if job is None or place is None or not place.is_nowhere:
             return ""
@@ -113,7 +115,8 @@ class Sampling:
 
     @property
     def weight(self) -> float:
-        """Against training: that of the classes that have work. They decode together, so their parts add up."""
+        """The weight of sampling against training: the sum over classes that have work, because they decode
+        together."""
         unwatched = len(self.jobs) > self.num_live or not self.num_live
         return unwatched * self.policy.sample_share + bool(self.num_live) * self.policy.live_share
 
@@ -123,13 +126,14 @@ class Sampling:
         return not self.is_draining and bool(worker.sequences or self.waiting.offers(worker))
 
     def admit(self, worker: WorkerState) -> None:
-        """On a worker whose sequences run by themselves: whatever there is room for, whatever else is in flight."""
+        """Admit all that there is room for, on a worker whose sequences run by themselves, whatever else is in
+        flight."""
         is_full = len(worker.in_flight) >= self.policy.commands_in_flight_max
         if worker.has_room and not is_full and not self.is_draining and self.waiting.offers(worker):
             self._admit(worker)
 
     def issue(self, worker: WorkerState) -> bool:
-        """Admit what there is room for, then one quantum. False when there is nothing to decode."""
+        """Admit what there is room for, then send one quantum. False when there is nothing to decode."""
         if isinstance(worker.reserved_for, SampleJob):
             self._admit_alone(worker, worker.reserved_for)
         elif worker.reserved_for is None:
@@ -146,7 +150,7 @@ class Sampling:
     def _admit(self, worker: WorkerState) -> None:
         """Live requests and others share the places by weight. Within each, keys take turns, the one with the fewest
         running sequences first, then the sessions of a key, then what a session samples from; the last places stay free
-        for who has nothing running yet."""
+        for those that have nothing running yet."""
         places = Places(worker, self.policy)
         flows = self.fair.order(self.waiting)
         admission = Admission(worker, self.slots)
@@ -163,7 +167,8 @@ class Sampling:
         self._send_admission(admission)
 
     def _next_job(self, admission: Admission, flow: Flow) -> SampleJob | None:
-        """The flow's oldest job that this worker may take and whose adapter is, or can be brought, on its device."""
+        """The flow's oldest job that this worker may take and whose adapter is on its device or can be brought
+        there."""
         for job in self.waiting.heads(flow, admission.worker):
             if job.runs_alone:
                 if admission.worker.reserved_for is None:
@@ -174,7 +179,7 @@ class Sampling:
         return None
 
     def _admit_alone(self, worker: WorkerState, job: SampleJob) -> None:
-        """A suspect: it may have brought down workers. It gets the device when everything else is off it."""
+        """Admit a suspect, which may have brought down workers. It gets the device when everything else is off it."""
         for other in worker.jobs():
             if other is not job:
                 self._withdraw(worker, other)
@@ -241,7 +246,7 @@ class Sampling:
             self._succeed(job, worker)
 
     def _tell(self, job: LiveJob, piece: Callable[[], LivePiece | None]) -> None:
-        """To whoever waits for a live request; one that would contradict what was told ends."""
+        """Send a piece to the client of a live request; a request that would contradict what was sent ends."""
         try:
             news = piece()
         except ServerError as error:
@@ -265,7 +270,8 @@ class Sampling:
             self.slots.finished(worker, version)
 
     def _failed_alone(self, worker: WorkerState, failed: Sequence[tuple[int, Category, str]]) -> None:
-        """Sequences that ended without a result while all others go on. A job fails once, however many were its own."""
+        """Sequences that ended without a result while all others go on. A job fails once, however many of its sequences
+        failed."""
         errors: dict[SampleJob, TxError] = {}
         for sequence_id, category, message in failed:
             if sample := worker.sequences.pop(sequence_id, None):
@@ -301,7 +307,7 @@ class Sampling:
     # ---- how jobs end, or run again
 
     def worker_lost(self, worker: WorkerState, reason: str) -> None:
-        """Sampling changes no weights: the samples that were running run again from their seeds."""
+        """Sampling changes no weights, so the samples that were running run again from their seeds."""
         self.trials.end(worker)
         for job in worker.jobs():
             if worker.is_external:
@@ -316,7 +322,7 @@ class Sampling:
         self.waiting.sort_again()
 
     def _requeue(self, worker: WorkerState, job: SampleJob) -> tuple[int, ...]:
-        """What ran of a job on this worker waits for its next turn. Its sequences there."""
+        """The samples of a job that ran on this worker wait for their next turn. -> the job's sequences there."""
         ids = tuple(worker.sequences_of(job))
         job.requeue([worker.sequences.pop(sequence_id).index for sequence_id in ids])
         self._wait(job)
@@ -330,12 +336,12 @@ class Sampling:
             self._wait(job)
 
     def _withdraw(self, worker: WorkerState, job: SampleJob) -> None:
-        """Take a job off a worker."""
+        """Take a job off one worker."""
         if ids := self._requeue(worker, job):
             self.decisions.send(worker, CancelSequences(sequence_ids=ids), Ignored())
 
     def end(self, job: SampleJob, error: TxError) -> None:
-        """The job ends without a result: whatever of it runs is forgotten."""
+        """The job ends without a result: samples that still run are forgotten."""
         if not self._is_open(job):
             return
         for worker in self.workers.values():
@@ -359,7 +365,7 @@ class Sampling:
             self.end(job, Cancelled())
 
     def cancel_session(self, session_id: str) -> None:
-        """The session has ended: nobody will fetch what its samples would give."""
+        """The session has ended: nobody will fetch the results of its samples."""
         self._end_all((job for job in self.jobs.values() if job.flow[1] == session_id), Cancelled())
 
     def _succeed(self, job: SampleJob, worker: WorkerState) -> None:
@@ -383,7 +389,7 @@ class Sampling:
         self._let_go_of(job.version)
 
     def _drop(self, job: SampleJob) -> None:
-        """Nobody waits for its result."""
+        """Drop a job: nobody waits for its result."""
         if self._is_open(job):
             for worker in self.workers.values():
                 self._withdraw(worker, job)
@@ -402,7 +408,7 @@ class Sampling:
 
 
 class Stranded:
-    """For whoever asks how a request stands: why no worker that is there can take it."""
+    """Why no attached worker can take a request, for whoever asks about its state."""
 
     def __init__(self, sampling: Sampling):
         self._sampling = sampling

@@ -1,4 +1,4 @@
-"""External engines on trial: what they sampled before they attached is scored by a worker of our own.
+"""External engines on trial: a worker of our own scores what they sampled before they attached.
 
 The scoring runs as sample jobs without a client, beside everybody else's. Where the log-probabilities agree, the worker
 is trusted with sequences; where they do not, it is sent away with the reason.
@@ -19,8 +19,8 @@ from tx_async.wire.records import RequestRecord
 from tx_async.wire.worker import Trial, TrialSequence
 
 TOLERANCE_BF16 = 0.25
-"""In nats, where our own worker computes in bfloat16: what rounding makes of a loud adapter, and less than what a
-missing part of one does."""
+"""In nats, where our own worker computes in bfloat16: more than rounding causes with a strong adapter, less than a
+missing part of one causes."""
 
 
 class TrialJob(SampleJob, eq=False, kw_only=True):
@@ -28,9 +28,9 @@ class TrialJob(SampleJob, eq=False, kw_only=True):
 
     worker_id: str
     expected: tuple[float, ...]
-    """Log-probabilities of the last tokens, as the external engine has reported them."""
+    """Log-probabilities of the last tokens, as reported by the external engine."""
     difference: float | None = None
-    """The largest; None until it is known."""
+    """The largest difference; None until it is known."""
 
 
 class Trials:
@@ -51,12 +51,12 @@ class Trials:
                 self._accept(job)
 
     def end(self, worker: WorkerState) -> None:
-        """It is gone, or the trial is over."""
+        """End a trial: the worker is gone, or the trial is over."""
         for job in self.jobs.pop(worker.worker_id, []):
             self._drop(job)
 
     def finished(self, job: TrialJob, worker: WorkerState, is_float32: bool) -> None:
-        """One is scored, by a worker that computes in float32 or not."""
+        """One sequence was scored by a worker, which computes in float32 or not."""
         logprobs = job.prompt["prompt_logprobs"]
         assert isinstance(logprobs, bytes)
         scored = np.frombuffer(logprobs, np.float32)[-len(job.expected) :]

@@ -1,6 +1,6 @@
-"""Which stations each request has passed, and when: of those that are open, and of the newest that have ended.
+"""Which stations each request has passed, and when: for open requests and the newest that have ended.
 
-In memory only: after a restart the journal still knows when a request was accepted and finished.
+They are only in memory: after a restart, the journal still knows when a request was accepted and finished.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tx_async.scheduler.interface import Passage
 from tx_async.wire.records import ModelRecord, RequestRecord, SamplerRecord
 
 ENDED_MAX = 20_000
-"""Requests that have ended and are remembered."""
+"""How many ended requests are remembered."""
 
 
 class Passages:
@@ -36,7 +36,7 @@ class Passages:
         return passage
 
     def end(self, request_id: str) -> Passage | None:
-        """Its result is there: sooner or later it is forgotten. The second time it is None."""
+        """The request has a result, so its passage will be forgotten some time. None on a second call."""
         passage = self._known.get(request_id)
         if passage is None or passage.published_at:
             return None
@@ -46,7 +46,7 @@ class Passages:
         return passage
 
     def of_session(self, session_id: str) -> list[Passage]:
-        """Oldest first: of every request of the session that is on record."""
+        """The passages of all the session's requests on record, oldest first."""
         subjects = {record.key for record in self._of_session(session_id)}
         requests = [request for request in self._catalog.requests.values() if request.subject in subjects]
         return [self._known.get(request.request_id) or self._of(request) for request in requests]
@@ -56,7 +56,7 @@ class Passages:
             yield from (record for record in table.values() if record.session_id == session_id)
 
     def _of(self, request: RequestRecord) -> Passage:
-        """What the journal knows of it."""
+        """The passage as far as the journal knows it."""
         result = self._catalog.results.get(request.request_id)
         return Passage(
             request_id=request.request_id,
@@ -70,5 +70,5 @@ class Passages:
 
 
 def kind_of(operation: str) -> str:
-    """`ForwardBackward` as the API calls it."""
+    """The API's name of an operation, such as `forward_backward` for `ForwardBackward`."""
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in operation).lstrip("_")

@@ -1,6 +1,6 @@
-"""Looks on while facts come in and instructions go out, and says what took how long. Nothing is decided by it.
+"""Watches facts come in and instructions go out, and reports how long each took. It decides nothing.
 
-The machine has no clock: what it tells is told at the moment in which it is done, and this is who looks at the clock.
+The machine has no clock: it reports each step at the moment it happens, and the watch reads the clock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Watch:
         self.passages = Passages(catalog)
         self.metrics = metrics
         self._clock = clock
-        #: what `clock.monotonic()` lacks to the time of day: passages never run backwards
+        #: the difference between `clock.monotonic()` and the time of day: passages never run backwards
         self._epoch = clock.now() - clock.monotonic()
         self._queued = {kind: metrics.queue.labels(kind) for kind in DEVICE_KINDS}
         self._ran = {kind: metrics.run.labels(kind) for kind in DEVICE_KINDS}
@@ -36,14 +36,14 @@ class Watch:
     def now(self) -> float:
         return self._epoch + self._clock.monotonic()
 
-    # ---- what it is shown, in the order of a request's way
+    # ---- the events that it is shown, in the order of a request's way
 
     def recovered(self, request: RequestRecord) -> None:
-        """A request of an earlier life of the server that has no result."""
+        """A request without a result, from before the server's restart."""
         self.passages.begin(request)
 
     def accepted(self, request: RequestRecord) -> None:
-        """It is durable: from now on it waits for its turn."""
+        """The request is durable: from now on it waits for its turn."""
         passage = self.passages.begin(request)
         passage.durable_at, passage.http_id = self.now, logs.request_id.get()
         if self._tracing is not None:
@@ -74,7 +74,7 @@ class Watch:
             passage.first_token_at = max(first_token_at, passage.begun_at)
 
     def finished(self, result: ResultRecord) -> None:
-        """It is decided how a request ends; that becomes durable now."""
+        """A request's end is decided, and becomes durable now."""
         passage = self.passages.get(result.request_id)
         if passage is None:
             return

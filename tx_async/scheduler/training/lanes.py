@@ -1,8 +1,8 @@
-"""A lane is one training run: its operations in `seq_id` order, which of them the device has, and what must run again
+"""A lane is one training run: its operations in `seq_id` order, which of them the device has, and which must run again
 after a loss.
 
 The lane's device state is always "base + operations up to the cursor", where the base is the newest snapshot, or the
-run's creation. Losing the device state therefore only means to move the cursor back to the base; operations that had
+run's creation. Losing the device state therefore only means moving the cursor back to the base; operations that had
 finished by then run again for their effect and their results are not reported twice.
 """
 
@@ -23,11 +23,11 @@ from tx_async.wire.records import ModelRecord, RequestRecord, Snapshot
 from tx_async.wire.tensors import Tensor
 
 FORWARD = "Forward"
-"""Kind of a forward_backward that leaves no gradients."""
+"""The kind of a forward_backward that leaves no gradients."""
 REPLAYED_KINDS = (ForwardBackward.__name__, OptimStep.__name__, LoadWeights.__name__)
-"""What a run's state depends on; saves, forward passes and refusals leave it as it is."""
+"""The operations that a run's state depends on; saves, forward passes and refusals leave it as it is."""
 CHUNK_KINDS = (ForwardBackward.__name__, FORWARD, Rejected.__name__)
-"""What a piece of a batch may be."""
+"""The operations that may be a piece of a batch."""
 
 
 class Step(Struct, eq=False):
@@ -37,22 +37,22 @@ class Step(Struct, eq=False):
     model_id: str
     seq_id: int
     kind: str
-    """Name of the operation; "Forward" for a forward_backward that leaves no gradients."""
+    """The operation's name; "Forward" for a forward_backward that leaves no gradients."""
     requests: Mapping[str, RequestRecord]
-    """The catalog's: what changes of a request's record changes there."""
+    """The catalog's: changes of a request's record are made there."""
     operation: Operation | None = None
     """None when only the journal has the body."""
     finished: bool = False
     """Its result was reported."""
     fetching: bool = False
     is_from_journal: bool = False
-    """`operation` was read from there: it runs again, or a restart has come before its first time."""
+    """`operation` was read from the journal: it runs again, or the server restarted before its first run."""
     num_failures: int = 0
-    """Times in a row that it was running when a worker died or the engine failed."""
+    """How many times in a row it was running when a worker died or the engine failed."""
     failed_in_company: bool = False
     """A micro-batch that it shared with others failed: it runs alone, so that only the culprit fails."""
     outage: Outage | None = None
-    """Storage does not deliver what it is to load."""
+    """The outage of the storage that it must load from."""
 
     # ---- of the current attempt; cleared by `restart`
     attempt: int = 0
@@ -60,11 +60,11 @@ class Step(Struct, eq=False):
     packed: PackedRequest | None = None
     num_rows_sent: int = 0
     is_sent: bool = False
-    """All of its commands are in the device's stream."""
+    """Whether all of its commands are in the device's stream."""
     num_outstanding: int = 0
-    """Rows or commands whose answer is awaited."""
+    """How many rows or commands have answers outstanding."""
     parts: dict[int, tuple[Tensor, float]] = {}
-    """What has come back so far: datum index -> (log-probabilities, its sum of loss terms)."""
+    """The results so far: datum index -> (log-probabilities, its sum of loss terms)."""
 
     @classmethod
     def of(
@@ -98,7 +98,7 @@ class Step(Struct, eq=False):
         return self.is_sent and self.num_outstanding == 0
 
     def settle(self) -> None:
-        """Everything of the operation was answered: it is not under suspicion, and its body is in the journal only."""
+        """All of the operation was answered: it is no longer suspected, and only the journal keeps its body."""
         self.num_outstanding = 0
         self.num_failures = 0
         self.outage = None
@@ -107,11 +107,11 @@ class Step(Struct, eq=False):
         self.parts = {}
 
     def sent_alone(self) -> None:
-        """As one command."""
+        """The operation was sent, as one command."""
         self.num_outstanding = 1
 
     def waits_for_storage(self) -> None:
-        """Nothing of it is on the worker meanwhile."""
+        """The step waits, and nothing of it is on the worker meanwhile."""
         self.num_outstanding = 0
 
     def body_asked(self) -> None:
@@ -123,7 +123,7 @@ class Step(Struct, eq=False):
         self.operation = operation
 
     def out_of_reach(self) -> Outage:
-        """Storage does not deliver what the step is to load."""
+        """Storage does not deliver what the step must load."""
         self.outage = self.outage or Outage()
         return self.outage
 
@@ -146,25 +146,25 @@ class Step(Struct, eq=False):
 
 
 class Lane:
-    """Others look at its fields, and change them through its verbs only."""
+    """A training run. Others read its fields, and change them only through its verbs."""
 
     def __init__(self, model: ModelRecord, models: Mapping[str, ModelRecord], now: float = 0.0):
         """models: the catalog's, which owns the record."""
         self.model_id = model.model_id
-        #: what shares the device fairly: keys, the sessions of each, the runs of each
+        #: its flow: keys, each key's sessions and each session's runs share the device fairly
         self.flow: Flow = (model.owner, model.session_id, model.model_id)
         self._models = models
         #: seq_id -> accepted operations that no snapshot covers beyond doubt
         self.steps: dict[int, Step] = {}
-        #: seq_id of the next operation to give to the device; everything before it is part of the device state
+        #: the seq_id of the next operation for the device; all before it are part of the device state
         self.cursor = self.base_seq_id + 1
         #: seq_ids that will never come: later ones have gone ahead
         self.burned = Ranges()
-        #: largest seq_id that was accepted
+        #: the largest seq_id that was accepted
         self.newest_seq_id = max(self.base_seq_id, model.newest_seq_id)
-        #: when the newest submission of the run arrived, accepted or refused for the moment: its client is there
+        #: when the newest submission of the run arrived, accepted or refused for the moment: its client is alive
         self.heard_at = now
-        #: bases on their way to a slot: until the answer it is not known whether the slot holds what it should
+        #: bases on their way to a slot: until the answer nobody knows whether the slot holds what it should
         self.num_bases_awaited = 0
         #: how often the device state was lost: answers that belong to an earlier one are ignored
         self.num_losses = 0
@@ -175,11 +175,11 @@ class Lane:
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
         self.snapshot_due = False
-        #: storage refuses them: none is taken meanwhile, and the slot is not left if that needed one
+        #: storage refuses snapshots: none is taken meanwhile, and the run keeps its slot if leaving needed one
         self.snapshot_outage = Outage()
         #: when it was last used
         self.last_active = now
-        #: turn of the trainer since which the lane waits to be served
+        #: the trainer's turn since which the lane has waited to be served
         self.waiting_since_turn = 0
         #: it cannot go on before this time
         self.blocked_until = 0.0
@@ -192,20 +192,20 @@ class Lane:
 
     @property
     def model(self) -> ModelRecord:
-        """Until the run is forgotten."""
+        """The run's record, until the run is forgotten."""
         return self._models[self.model_id]
 
     # ---- its client
 
     def add(self, step: Step) -> None:
-        """An operation was accepted, now or in an earlier life of the server."""
+        """An operation was accepted, now or before a restart."""
         self.steps[step.seq_id] = step
         self.newest_seq_id = max(self.newest_seq_id, step.seq_id)
         if step.seq_id == 0:
             self.cursor = 0
 
     def heard(self, now: float) -> None:
-        """Its client is there."""
+        """Its client is alive."""
         self.heard_at = max(self.heard_at, now)
 
     def used(self, now: float) -> None:
@@ -225,14 +225,14 @@ class Lane:
 
     @property
     def newest_snapshot(self) -> Snapshot | None:
-        """Taken or on its way."""
+        """The newest snapshot, durable or on its way."""
         taken = [*self.model.snapshots[:1], *self.durable_snapshots, *self.pending_snapshots]
         return max(taken, key=lambda snapshot: snapshot.seq_id, default=None)
 
     def load_from(self) -> tuple[str | None, bool]:
-        """(storage key or None for a fresh adapter, whether to restore the optimizer) of what a slot must be given now.
+        """(storage key or None for a fresh adapter, whether to restore the optimizer) that a slot must be given now.
 
-        A snapshot on its way will do: its content is in the worker's memory before its files are durable.
+        A snapshot on its way is enough: its content is in the worker's memory before its files are durable.
         """
         if newest := self.newest_snapshot:
             return newest.key, True
@@ -251,13 +251,13 @@ class Lane:
 
     @property
     def is_between_operations(self) -> bool:
-        """No operation is half in the device's stream: what a snapshot holds, and when a slot may be left."""
+        """Whether no operation is half in the device's stream: only then may a snapshot be taken, or a slot left."""
         step = self.steps.get(self.cursor)
         return step is None or step.num_rows_sent == 0
 
     def next_step(self) -> Step | None:
-        """The operation at the cursor, past everything burned or without effect on a replay; None when it is not
-        there yet."""
+        """The operation at the cursor, past everything burned or without effect on a replay; None when that has not
+        come yet."""
         while True:
             self.cursor = self.burned.end_of(self.cursor)
             step = self.steps.get(self.cursor)
@@ -266,12 +266,12 @@ class Lane:
             self.cursor += 1
 
     def forget(self, seq_id: int) -> None:
-        """An operation without effect on the run's state, whose result nobody can ask for any more."""
+        """Forget an operation without effect on the run's state, whose result nobody can ask for any more."""
         if self.steps.pop(seq_id, None) is not None:
             self.burned.add(seq_id, seq_id + 1)
 
     def advance(self) -> None:
-        """The operation at the cursor is wholly in the device's stream."""
+        """Move on: the operation at the cursor is wholly in the device's stream."""
         step = self.steps[self.cursor]
         step.is_sent = True
         self.cursor += 1
@@ -297,7 +297,7 @@ class Lane:
         self.num_bytes_since_snapshot = 0
 
     def snapshot_written(self, snapshot: Snapshot) -> None:
-        """Its files are durable."""
+        """The snapshot's files are durable."""
         self.pending_snapshots.remove(snapshot)
         self.durable_snapshots.append(snapshot)
         self.durable_snapshots.sort(key=lambda durable: durable.seq_id)
@@ -309,7 +309,7 @@ class Lane:
 
     def take_settled_snapshot(self) -> Snapshot | None:
         """The oldest durable snapshot, when everything that it contains was answered and reported: its files may be
-        there before those answers, and the answers may be bad."""
+        durable before those answers, which may report failures."""
         oldest = self.durable_snapshots[0]
         if any(not step.finished or step.num_outstanding for step in self.covered(oldest.seq_id)):
             return None
@@ -322,7 +322,7 @@ class Lane:
         return [step for step in self.steps.values() if step.seq_id <= seq_id]
 
     def cover(self, seq_id: int) -> list[Step]:
-        """Nothing up to this operation will ever run again. The steps that were covered."""
+        """Nothing up to this operation will ever run again. -> the steps that are now covered."""
         covered = self.covered(seq_id)
         for step in covered:
             del self.steps[step.seq_id]
@@ -331,20 +331,19 @@ class Lane:
 
     @property
     def has_gap(self) -> bool:
-        """Something waits for what is missing; what was refused has its answer."""
+        """Whether an operation waits for a missing one; refused ones have their answers."""
         return self.cursor not in self.steps and any(
             step.seq_id > self.cursor and (not step.finished or step.needs_replay) for step in self.steps.values()
         )
 
     def gap_limit(self, policy: Policy) -> float:
-        """Seconds without a word from the client after which what is missing is taken for burned: it will never come.
+        """Seconds of the client's silence after which missing seq_ids count as burned: they will never come.
 
-        The SDK sends an operation when the one before it has been answered, accepted or not. Its one exception is a
+        The SDK sends an operation once the previous one has been answered, accepted or not. Its one exception is a
         batch in pieces: pieces 2..N come first, at once, and piece 1 when they have been accepted. So
-        - when anything else than a piece follows the gap, the missing one was refused on its way, or by the SDK
-          itself after it had taken its number; only clients that send as they like, and a network that reorders, are
-          waited for;
-        - while nothing but pieces follow, piece 1 may be on its way: five megabytes or one huge datum over a thin
+        - when anything but a piece follows the gap, the missing one was refused on its way, or by the SDK itself after
+        it had taken its number; the wait is only for clients that send in any order, and for networks that reorder; -
+        while nothing but pieces follow, piece 1 may be on its way: five megabytes or one huge datum over a thin
           line, or between two attempts of the SDK, which are up to 30 s apart.
         The time counts from the newest submission, so a long upload of many pieces is never cut. A client that
         is blocked by the gap falls silent, so the gap always ends.
@@ -353,12 +352,12 @@ class Lane:
         return policy.chunk_gap_s if is_batch else policy.seq_gap_s
 
     def burn_gap(self) -> None:
-        """Nobody will send what is missing before the next accepted operation."""
+        """Nobody will send the operations missing before the next accepted one."""
         following = min(seq_id for seq_id in self.steps if seq_id > self.cursor)
         self.burned.add(self.cursor, following)
 
     def lose_device_state(self) -> None:
-        """The slot's content is gone or not to be trusted: everything after the base runs again."""
+        """The slot's content is gone or cannot be trusted: everything after the base runs again."""
         self.num_bases_awaited = 0
         self.num_losses += 1
         self.pending_snapshots.clear()
@@ -367,14 +366,14 @@ class Lane:
         self.cursor = 0 if first is not None and not first.finished else self.base_seq_id + 1
         self.num_steps_since_snapshot = 0
         self.num_bytes_since_snapshot = 0
-        # What was skipped once stays skipped: a latecomer must not slip in before operations that ran without it.
+        # A seq_id that was skipped stays skipped: a latecomer must not slip in before operations that ran without it.
         ran = (step.seq_id for step in self.steps.values() if step.finished and step.kind != Rejected.__name__)
         self._burn_what_is_missing(max(max(ran, default=0), self.model.newest_seq_id))
         for step in self.steps.values():
             step.restart()
 
     def _burn_what_is_missing(self, last: int) -> None:
-        """Up to this seq_id."""
+        """Burn all missing seq_ids up to this one."""
         previous = self.base_seq_id
         for seq_id in sorted(seq_id for seq_id in self.steps if previous < seq_id <= last):
             self.burned.add(previous + 1, seq_id)
@@ -396,7 +395,7 @@ class Lane:
         return seq_id not in self.steps and seq_id > 0 and (seq_id < self.cursor or seq_id in self.burned)
 
     def is_settled_before(self, seq_id: int) -> bool:
-        """Whether everything that the state at this operation consists of has been answered, and reported."""
+        """Whether all that makes up the state at this operation has been answered and reported."""
         return not self.num_bases_awaited and not any(
             step.seq_id < seq_id and step.needs_replay and (not step.finished or step.num_outstanding)
             for step in self.steps.values()

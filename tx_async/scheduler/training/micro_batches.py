@@ -46,7 +46,7 @@ class MicroBatches:
         self.decisions = decisions
         self.fair = fair
         self.progress = progress
-        #: of sequences that came back, for an operator
+        #: tokens of sequences that came back, for an operator
         self.num_tokens = 0
 
     # ---- out
@@ -64,7 +64,8 @@ class MicroBatches:
             step.packed = pack(step.operation, info)
 
     def send(self, worker: WorkerState, lane: Lane, step: Step) -> None:
-        """One micro-batch that begins with the lane's next rows. The step was prepared, its lane is resident."""
+        """Send one micro-batch that begins with the lane's next rows. The step was prepared and its lane is
+        resident."""
         operation, packed = step.operation, step.packed
         assert isinstance(operation, ForwardBackward) and packed is not None
         length = packed.rows[step.num_rows_sent].length
@@ -86,7 +87,7 @@ class MicroBatches:
         self.decisions.send(worker, command, RowsSent(tuple(rows)), tensors, requests)
 
     def _take_rows(self, lane: Lane, step: Step, length: int, room: int) -> list[RowSent]:
-        """The next rows of a prepared request, while they have this length and there is room."""
+        """Take the next rows of a prepared request, while they have this length and there is room."""
         assert step.packed is not None
         rows: list[RowSent] = []
         while step.num_rows_sent < len(step.packed.rows) and len(rows) < room:
@@ -101,7 +102,8 @@ class MicroBatches:
         return rows
 
     def _take_neighbours(self, worker: WorkerState, lane: Lane, step: Step, length: int, room: int) -> list[RowSent]:
-        """Fill up with rows of other runs that fit the same program. They are whole rows: nobody's numbers change."""
+        """Fill up with rows of other runs that fit the same program. They are whole rows, so nobody's numbers
+        change."""
         rows: list[RowSent] = []
         if not room:
             return rows
@@ -157,8 +159,8 @@ class MicroBatches:
             self._end(sent.lane, step, operation)
 
     def _end(self, lane: Lane, step: Step, operation: ForwardBackward) -> None:
-        """All of its rows are back. A loss that is not finite has spoiled what other requests had left, too: the run
-        starts again from its base, without this one."""
+        """All of its rows are back. A loss that is not finite has spoiled the gradients of other requests, too: the run
+        starts again from its base, without this request."""
         datum = next((i for i, (_, loss) in sorted(step.parts.items()) if not math.isfinite(loss)), None)
         if datum is None or operation.forward_only:
             self._report(step, operation)

@@ -1,9 +1,9 @@
 """Snapshots that nobody knows: their files were written, or half written, when the worker or the server died, and the
 journal never heard of them.
 
-Looking takes three steps, so that it can never meet a snapshot that is just being taken: the folder is listed; what was
-listed is compared with what the run knows *then*; what it does not know is deleted. A snapshot taken after the listing
-is not in it, because no name is used twice.
+The search takes three steps, so that it can never delete a snapshot that is just being taken: the folder is listed; the
+list is compared with what the run knows *then*; snapshots that it does not know are deleted. A snapshot taken after the
+listing is not in it, because no name is used twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tx_async.scheduler.training.lanes import Lane
 from tx_async.scheduler.training.runs import Runs, snapshots_of
 
 LOOK_AFTER_S = 60.0
-"""After a death; until then a process that was given up may still be writing."""
+"""How long after a death: until then a process that was given up may still be writing."""
 LOOKS_PER_TICK = 16
 
 
@@ -26,7 +26,7 @@ class Orphans:
         self.decisions = decisions
 
     def look(self) -> None:
-        """Have the folders of some runs listed whose worker or server has died."""
+        """Have the folders of some runs listed, after the death of a worker or server."""
         limit = self.decisions.now - LOOK_AFTER_S
         due = [model_id for model_id, since in self.runs.littered.items() if since <= limit]
         for model_id in due[:LOOKS_PER_TICK]:

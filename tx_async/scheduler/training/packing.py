@@ -122,7 +122,7 @@ def _fill_heads(at: dict[str, np.ndarray], heads: SamplerHeads) -> None:
 
 
 def _width(datum: Datum) -> int:
-    """Targets of each position."""
+    """The number of targets of each position."""
     return 1 + datum.heads.k if datum.heads else _targets(datum).shape[1]
 
 

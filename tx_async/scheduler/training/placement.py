@@ -1,4 +1,4 @@
-"""Which sequences share a row: decided by their sizes alone."""
+"""Which sequences share a row, decided only by their sizes."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from dataclasses import dataclass
 from random import Random
 
 Contents = list[list[int]]
-"""The sequences of each row, by number."""
+"""The numbers of the sequences in each row."""
 
 PLACEMENTS_TRIED = 480
-"""Sequences that all orders but the decreasing one may place: a few ms of the server's loop."""
+"""How many sequences all orders but the decreasing one may place: a few ms of the server's loop."""
 
 
 @dataclass(frozen=True)
 class Placement:
     sizes: Sequence[int]
-    """Of each sequence."""
+    """The length of each sequence."""
     lengths: Sequence[int]
-    """That rows may have, ascending; a row has the shortest that holds its sequences."""
+    """The lengths that rows may have, ascending; a row has the shortest that holds its sequences."""
     preferred: int
-    """What a row is filled up to; a longer sequence has a longer row."""
+    """The length that a row is filled up to; a longer sequence has a longer row."""
     overhead: int
-    """What a micro-batch costs beside its positions, in positions (`EngineInfo.micro_batch_overhead`)."""
+    """The fixed cost of a micro-batch, counted in positions (`EngineInfo.micro_batch_overhead`)."""
 
     def of_shared_micro_batches(self) -> Contents:
-        """Where rows of one length share a micro-batch: as few rows as first-fit decreasing makes."""
+        """For rows that share a micro-batch with others of their length: as few rows as first-fit decreasing makes."""
         return self._first_fit(self._decreasing(), self._capacity)
 
     def of_own_micro_batches(self) -> Contents:
-        """Where every row is a micro-batch by itself, what is cheapest of several attempts: a row may become several
+        """For rows that are each a micro-batch of their own: the cheapest of several attempts. A row may become several
         shorter ones, and other orders than the decreasing one are tried.
 
-        16 sequences of 32 to 512 tokens fill 97 % of their rows so; first-fit decreasing alone would fill 94 %.
+        This way 16 sequences of 32 to 512 tokens fill 97 % of their rows; first-fit decreasing alone would fill 94 %.
         """
         orders = (self._decreasing(), *self.other_orders())
         return min((self._in_short_rows(order) for order in orders), key=self._cost)
 
     def other_orders(self) -> Iterator[list[int]]:
-        """Decreasing, but for chance; the same each time. Few for many sequences, whose rows are full anyway; none for
-        sequences of one size, which all orders place alike."""
+        """Decreasing orders with some randomness, the same each time. There are few for many sequences, whose rows are
+        full anyway, and none for sequences of one size, which all orders place alike."""
         chance, are_alike = Random(0), len(set(self.sizes)) == 1
         for _ in range(0 if are_alike else PLACEMENTS_TRIED // max(16, len(self.sizes))):
             keys = [size * chance.uniform(0.5, 1) for size in self.sizes]
@@ -60,8 +60,8 @@ class Placement:
         return [part for content in self._first_fit(order, self._capacity) for part in self._split(content)]
 
     def _first_fit(self, order: Sequence[int], capacity: int) -> Contents:
-        """Each sequence goes where it fits first. One that is longer than `capacity` opens a row that is long
-        enough."""
+        """Put each sequence into the first row that it fits. One that is longer than `capacity` opens a row that is
+        long enough."""
         contents: Contents = []
         free: list[int] = []
         for i in order:
@@ -76,12 +76,12 @@ class Placement:
         return contents
 
     def _split(self, content: list[int]) -> Contents:
-        """One row as the rows that cost least together; itself if none cost less."""
+        """One row as several rows that together cost least; the row itself if none cost less."""
         shorter = self.lengths[: self.lengths.index(self.length_of(content))]
         return min([[content], *(self._first_fit(content, length) for length in shorter)], key=self._cost)
 
     def _cost(self, contents: Contents) -> int:
-        """Of micro-batches of one row each, in positions."""
+        """The cost of micro-batches of one row each, in positions."""
         return sum(self.length_of(content) + self.overhead for content in contents)
 
 

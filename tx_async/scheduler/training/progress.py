@@ -1,6 +1,6 @@
-"""A run's history: what its forward_backwards and optimizer steps have reported, as rows that join their commits.
+"""A run's history: the reports of its forward_backwards and optimizer steps, as rows that join their commits.
 
-Only what is reported counts, so an operation that runs again for its effect leaves no second trace.
+Only reported results count, so an operation that runs again for its effect is not counted twice.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tx_async.wire.records import Change
 from tx_async.wire.worker import Stepped
 
 METRICS_MAX = 32
-"""Names of one step; an engine of one's own may report any."""
+"""How many names one step may have: a custom engine may report any."""
 
 
 class Progress:
-    """Has no state of its own: the rows are in the catalog."""
+    """Makes the rows. It has no state of its own: they are in the catalog."""
 
     def __init__(self, decisions: Decisions, policy: Policy):
         self.decisions = decisions
@@ -55,7 +55,7 @@ class Progress:
         return histories.append(step.model_id, row, self.policy.history_steps_max)
 
     def dropped(self, model_id: str) -> tuple[Change, ...]:
-        """The gradients that were there belong to no step."""
+        """The gradients so far belong to no step."""
         return self.decisions.catalog.histories.drop_gathered(model_id)
 
 
@@ -65,7 +65,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _sum_of_weights(operation: ForwardBackward) -> float | None:
-    """What `loss:sum` of cross_entropy is divided by for a mean; None for the losses that have no weights."""
+    """The divisor that makes a mean of cross_entropy's `loss:sum`; None for losses without weights."""
     if operation.loss_fn != "cross_entropy":
         return None
     return math.fsum(

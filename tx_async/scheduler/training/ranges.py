@@ -1,4 +1,4 @@
-"""A set of whole numbers as ranges: what it costs depends on how many gaps there are, never on how wide they are.
+"""A set of whole numbers as ranges: its cost depends on how many gaps there are, never on their width.
 
 Clients choose the numbers, so a container with one element for each of them would be as large as a client likes.
 """
@@ -33,11 +33,11 @@ class Ranges:
         return max(number, self._stops[i]) if i >= 0 else number
 
     def add(self, start: int, stop: int) -> None:
-        """[start, stop); nothing when that is empty."""
+        """Add [start, stop), which may be empty."""
         if stop <= start:
             return
         first = bisect_right(self._starts, start) - 1
-        first += first < 0 or self._stops[first] < start  # else the one before reaches up to here
+        first += first < 0 or self._stops[first] < start  # else the range before reaches up to here
         last = bisect_right(self._starts, stop)
         if first < last:
             start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
@@ -45,7 +45,7 @@ class Ranges:
         self._stops[first:last] = [stop]
 
     def drop_below(self, number: int) -> None:
-        """Forget what is less than `number`."""
+        """Forget all numbers less than `number`."""
         kept = [(max(start, number), stop) for start, stop in self.pairs() if stop > number]
         self._starts = [start for start, _ in kept]
         self._stops = [stop for _, stop in kept]

@@ -10,10 +10,11 @@ from tx_async.wire.operations import Datum, ForwardBackward
 
 
 def rollout_gap(operation: ForwardBackward, logprobs: Sequence[np.ndarray]) -> dict[str, float]:
-    """Over the sampled positions of all datums, q being the sampler's log-probability of the token and p the trainer's:
-    `kl_sample_train:mean` and `:max` of q - p, and `ratio:mean` of exp(p - q). Without sampled positions 0, 0 and 1.
+    """Metrics over the sampled positions of all datums, q being the sampler's log-probability of the token and p the
+    trainer's: `kl_sample_train:mean` and `:max` of q - p, and `ratio:mean` of exp(p - q). Without sampled positions
+    they are 0, 0 and 1.
 
-    logprobs: per datum float32 [T]. Nothing for a loss without `logprobs`.
+    logprobs: per datum float32 [T]. A loss without `logprobs` has none.
     """
     if not all("logprobs" in datum.loss_fn_inputs for datum in operation.data):
         return {}
@@ -31,7 +32,7 @@ def rollout_gap(operation: ForwardBackward, logprobs: Sequence[np.ndarray]) -> d
 
 
 def num_sampled(operation: ForwardBackward) -> int:
-    """Positions that the gap is taken over."""
+    """How many positions the gap is taken over."""
     if not all("logprobs" in datum.loss_fn_inputs for datum in operation.data):
         return 0
     return sum(int(np.count_nonzero(_is_sampled(datum))) for datum in operation.data)
@@ -42,7 +43,7 @@ def _gap(datum: Datum, p: np.ndarray) -> np.ndarray:
 
 
 def _is_sampled(datum: Datum) -> np.ndarray:
-    """bool [T]: as its spans say; without spans, where an advantage is not 0."""
+    """bool [T]: whether a position was sampled, as its spans say; without spans, where an advantage is not 0."""
     if datum.provenance is None:
         return datum.loss_fn_inputs["advantages"].numpy() != 0
     spans = datum.provenance.loss_fn_inputs

@@ -1,4 +1,4 @@
-"""All live training runs: which of them can go on, how their operations end, how their device state is lost."""
+"""All live training runs: which of them can go on, how their operations end, and how their device state is lost."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tx_async.wire.results import Failure
 from tx_async.wire.worker import ReleaseAdapter
 
 REFUSED_S = 10.0
-"""How long a run that cannot go on here is left alone before its new operations are refused, too."""
+"""How long a run that cannot go on here waits before its new operations are refused, too."""
 
 
 class Runs:
     def __init__(self, decisions: Decisions, policy: Policy, workers: dict[str, WorkerState]):
         self.decisions = decisions
         self.policy = policy
-        #: all that are attached; a run that loses its state, or ends, leaves their slots
+        #: all attached workers; a run that loses its state, or ends, leaves their slots
         self.workers = workers
         self.lanes: dict[str, Lane] = {}
-        #: model_ids whose next operation is there; a superset is harmless, a missing one would stall
+        #: model_ids whose next operation has come; too many are harmless, a missing one would stall
         self.ready: dict[str, None] = {}
         #: model_ids that wait for missing predecessors
         self.gaps: set[str] = set()
         #: model_ids whose storage may hold snapshots that nobody waits for any more -> since when
         self.littered: dict[str, float] = {}
-        #: counts micro-batches: what waiting is measured in
+        #: counts micro-batches, in which waiting is measured
         self.turn = 0
 
     def create(self, model: ModelRecord) -> Lane:
@@ -49,11 +49,11 @@ class Runs:
         return any(worker.has_run(lane.model_id) for worker in self.workers.values())
 
     def changed(self, lane: Lane, **fields: Any) -> Put:
-        """A run's record with other contents, for the caller to append with whatever belongs to it."""
+        """A run's record with new contents, for the caller to append with whatever belongs to it."""
         return Put(msgspec.structs.replace(lane.model, **fields))
 
     def touch(self, lane: Lane) -> None:
-        """The run was used: in memory at once, on disk with the record's next version."""
+        """Note that the run was used: in memory at once, on disk with the record's next version."""
         now = self.decisions.now
         lane.used(now)
         lane.heard(now)
@@ -65,7 +65,7 @@ class Runs:
             lane.heard(self.decisions.now)
 
     def refresh(self, lane: Lane) -> None:
-        """Look again whether the lane can go on."""
+        """Check again whether the lane can go on."""
         if lane.next_step() is not None:
             if lane.model_id not in self.ready:
                 lane.waits_from(self.turn)
@@ -103,7 +103,7 @@ class Runs:
         self.finish(step, "json", results.encode_json(body), *changes)
 
     def fail(self, step: Step, error: TxError, *, had_effect: bool = False) -> None:
-        """`had_effect`: the run's state is another than before, so a replay must include this operation."""
+        """Fail an operation. `had_effect`: it has changed the run's state, so a replay must include it."""
         changes: tuple[Change, ...] = ()
         if step.kind in REPLAYED_KINDS and not step.finished and not had_effect:
             skipped = msgspec.structs.replace(step.request, skipped=True)
@@ -124,7 +124,8 @@ class Runs:
             lane.used(self.decisions.now)
 
     def try_again(self, step: Step, error: TxError) -> None:
-        """It failed by no fault of its own, as far as one can tell: once more from the base, until `attempts_max`."""
+        """It failed, as far as one can tell, through no fault of its own: run it once more from the base, until
+        `attempts_max`."""
         lane = self.lanes.get(step.model_id)
         if lane is None:
             return
@@ -138,13 +139,14 @@ class Runs:
         self.lose_state(lane)
 
     def wait_for_storage(self, lane: Lane, outage: Outage) -> None:
-        """It may only be out of reach for a while: that damages nothing."""
+        """Storage may only be out of reach for a while, which damages nothing."""
         outage.failed(self.decisions.now)
         lane.block_until(outage.until)
         self.lose_state(lane)
 
     def refuse(self, lane: Lane, error: TxError) -> None:
-        """The run cannot go on with the server's present configuration: what is unfinished fails, nothing is lost."""
+        """The run cannot go on with the server's present configuration: unfinished operations fail, but nothing is
+        lost."""
         for step in sorted(lane.steps.values(), key=lambda step: step.seq_id):
             if not step.finished:
                 self.fail(step, error)
@@ -154,7 +156,7 @@ class Runs:
 
     def lose_state(self, lane: Lane) -> None:
         """The device state is gone or spoiled: the run starts again from its base."""
-        for snapshot in lane.durable_snapshots:  # results that it contains were not reported: it cannot be a base
+        for snapshot in lane.durable_snapshots:  # some of its results were not reported, so it cannot be a base
             self.decisions.delete_files(snapshot.key)
         if lane.pending_snapshots:
             self.littered[lane.model_id] = self.decisions.now
@@ -165,7 +167,7 @@ class Runs:
         self.refresh(lane)
 
     def worker_lost(self, trainer: WorkerState) -> None:
-        """It is gone, and every lane's device state with it."""
+        """The trainer is gone, and every lane's device state with it."""
         for lane in list(self.lanes.values()):
             suspects = [step for step in lane.steps.values() if step.num_outstanding]
             if trainer.has_run(lane.model_id) or lane.num_bases_awaited or lane.pending_snapshots or suspects:
@@ -177,12 +179,12 @@ class Runs:
                     self.lose_state(lane)
 
     def corrupt(self, lane: Lane, error: TxError) -> None:
-        """Nothing good is left to start from."""
+        """The run ends: no undamaged state is left to start from."""
         change = self.changed(lane, status="corrupted")
         self.abandon(lane, CorruptedModel(f"{CorruptedModel.default_message()} ({error.message})"), change)
 
     def abandon(self, lane: Lane, error: TxError, *changes: Change) -> None:
-        """The run ends here: what is unfinished fails, what it kept for itself goes."""
+        """The run ends here: unfinished operations fail, and its own files are deleted."""
         self._leave_device(lane)
         del self.lanes[lane.model_id]
         self.ready.pop(lane.model_id, None)

@@ -1,4 +1,4 @@
-"""save_weights in all its kinds, and load_weights into a live run."""
+"""All kinds of save_weights, and load_weights into a live run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Saves:
     # ---- save
 
     def command(self, lane: Lane, step: Step, operation: SaveWeights, slot: int) -> SaveAdapter:
-        """Raises `CheckpointExists`. Two saves of one name never share files: the record decides which ones count."""
+        """Raises `CheckpointExists`. Two saves of one name never share files: the record decides whose count."""
         name = name_of(lane, operation)
         if self._saving.get(name, step.seq_id) != step.seq_id or self._is_taken(name, lane, step, operation):
             if operation.name is None:
@@ -43,7 +43,8 @@ class Saves:
         return self._command(lane, step, operation, slot)
 
     def command_again(self, lane: Lane, step: Step) -> SaveAdapter:
-        """Storage did not take what `command` has read: the worker has it in memory."""
+        """The command that saves again when storage did not take the files: the worker still has the adapter in
+        memory."""
         assert isinstance(step.operation, SaveWeights)
         return self._command(lane, step, step.operation, slot=0, again=True)
 
@@ -99,7 +100,8 @@ class Saves:
             self.decisions.delete_files(existing.storage_key)
 
     def _finish_ephemeral(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
-        """A sampling session for weights that have no name; an inflight save also moves its earlier sessions on."""
+        """Make a sampling session for weights that have no name; an inflight save also moves its earlier sessions
+        on."""
         model = lane.model
         record = SamplerRecord(
             sampler_id=name_of(lane, operation),
@@ -124,7 +126,7 @@ class Saves:
         return [s for s in samplers if s.inflight_model_id == model_id and s.sampler_id != except_id]
 
     def forget(self, lane: Lane, step: Step, operation: SaveWeights) -> None:
-        """The save is over, or will be asked for again."""
+        """The save is over, or will be requested again."""
         name = name_of(lane, operation)
         if self._saving.get(name) == step.seq_id:
             del self._saving[name]
@@ -139,13 +141,13 @@ class Saves:
     # ---- load
 
     def must_wait(self, step: Step, operation: LoadWeights) -> bool:
-        """A save that was asked for earlier is still writing what the path will name."""
+        """Whether an earlier save is still writing the files that the path will name."""
         saving = operation.path in self._saving and run_of(operation.path) in self.runs.lanes
         return saving and not step.request.storage_key
 
     def load_command(self, lane: Lane, step: Step, operation: LoadWeights, slot: int) -> LoadAdapter:
-        """Raises `UnknownCheckpoint`, `InvalidRequest`. The files are settled, durably, before they are first read:
-        the path may mean others by the time that a replay reads them again."""
+        """Raises `UnknownCheckpoint`, `InvalidRequest`. Which files are loaded is made durable before they are first
+        read: the path may mean others when a replay reads them again."""
         if not step.request.storage_key:
             catalog = self.decisions.catalog
             checkpoint = catalog.find_checkpoint(step.request.owner, operation.path, operation.optimizer)
@@ -156,7 +158,8 @@ class Saves:
 
 
 def _saved_config(lane: Lane, operation: SaveWeights) -> AdapterConfig:
-    """Of what is written: an export may leave the unembedding out, unless nothing else was trained."""
+    """The configuration of the written adapter: an export may leave out the unembedding, unless only that was
+    trained."""
     lora = lane.model.lora
     if not operation.exclude_unembed:
         return lora
@@ -188,7 +191,7 @@ def _is_later(key: str, other: str) -> bool:
 
 
 def name_of(lane: Lane, operation: SaveWeights) -> str:
-    """What clients will know the save by."""
+    """The name by which clients will know the save."""
     if operation.name is not None:
         return checkpoint_path(lane.model_id, operation.kind, operation.name)
     assert operation.sampling_session_seq_id is not None

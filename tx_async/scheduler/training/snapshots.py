@@ -1,4 +1,4 @@
-"""Snapshots of training runs: when one is taken, when it counts, and what it makes superfluous.
+"""Snapshots of training runs: when one is taken, when it counts, and what it replaces.
 
 A snapshot is taken in the command stream, between two operations, and written in the background. It counts once its
 files are durable and every operation that it contains has reported its result. The two newest are kept, and the bodies
@@ -20,7 +20,8 @@ from tx_async.wire.records import Change, DropBody, Put, Snapshot
 from tx_async.wire.worker import SaveAdapter
 
 PENDING_MAX = 2
-"""Snapshots of one run on their way; the next one that is merely due waits until storage has caught up."""
+"""How many snapshots of one run may be on their way; a further one that is merely due waits until storage has caught
+up."""
 
 
 class SnapshotSent(Struct, frozen=True):
@@ -91,7 +92,7 @@ class Snapshots:
             self.runs.lose_state(lane)
 
     def settle(self) -> None:
-        """Make durable snapshots count whose operations have all reported their results."""
+        """Let durable snapshots count once all their operations have reported their results."""
         for model_id in list(self._unsettled):
             lane = self.runs.lanes.get(model_id)
             if lane is None or self._settle(lane):

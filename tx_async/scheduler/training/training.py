@@ -1,7 +1,7 @@
 """The trainer's side of the scheduler: which run's operation goes to the device next.
 
-Commands are issued as soon as their predecessors are in the device's stream (not: finished), so that a pipelined client
-never leaves the device idle; answers are matched to the run of the step that asked for them.
+Commands are issued as soon as their predecessors are in the device's stream (not: finished), so that a pipelining
+client never leaves the device idle; answers are matched to the run of the step that asked for them.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from tx_async.wire.worker import OptimStep as OptimStepCommand
 _log = logging.getLogger(__name__)
 
 SESSION_LEVEL = 2
-"""Of a flow: its first two parts say which session it is."""
+"""The depth in a flow: its first two parts name the session."""
 BODIES_AHEAD = 8
-"""Bodies that a replay has read from the journal before their turn."""
+"""How many bodies a replay reads from the journal before their turn."""
 
 
 class StepSent(Struct, frozen=True):
@@ -56,7 +56,7 @@ class StepSent(Struct, frozen=True):
     step: Step
     attempt: int
     is_again: bool = False
-    """Storage has refused a save before."""
+    """The outage of the storage that has refused a save."""
 
     @property
     def is_current(self) -> bool:
@@ -80,13 +80,13 @@ class Training:
         self.saves = Saves(self.runs, decisions)
         self.progress = Progress(decisions, policy)
         self.micro_batches = MicroBatches(self.runs, decisions, self.fair, self.progress)
-        #: saves that are answered while their base, or steps that they contain, are not; with size or failure
+        #: saves that were answered before their base, or steps that they contain, were; with size or failure
         self._held_saves: list[tuple[StepSent, int | TxError]] = []
         #: saves that storage has not taken yet
         self._waiting_saves: list[StepSent] = []
-        #: (save or snapshot, why) -> how many failed, for an operator
+        #: (save or snapshot, reason) -> how many failed, for an operator
         self.failures: Counter[tuple[str, Cause]] = Counter()
-        #: no operation begins any more; those that are half on the device still end
+        #: no operation begins any more; those partly on the device still end
         self.is_draining = False
 
     # ---- accepting
@@ -109,8 +109,8 @@ class Training:
         self.runs.fail(self.runs.step(request), error)
 
     def end_without_lane(self, request: RequestRecord) -> None:
-        """What needs no place in the order of operations: unload_model, whatever comes after it, and whatever is asked
-        of a run that belongs to another base."""
+        """End a request that needs no place in the order of operations: unload_model, whatever comes after it, and any
+        request to a run that belongs to another base."""
         model = self.decisions.catalog.models.get(request.subject)
         try:
             if model is not None:
@@ -160,13 +160,13 @@ class Training:
         return False
 
     def _rank(self, worker: WorkerState, lane: Lane) -> tuple[bool, bool, float, int]:
-        """Within a session, runs on the device go first, because moving adapters costs more than taking turns; but not
-        for ever."""
+        """Within a session, runs on the device go first, because moving adapters costs more than taking turns; but only
+        for a while."""
         is_patient = self.runs.turn - lane.waiting_since_turn < self.policy.patience_turns
         return is_patient, not worker.has_run(lane.model_id), self.fair.charged(lane.flow), lane.waiting_since_turn
 
     def _issue_lane(self, worker: WorkerState, lane: Lane) -> bool:
-        """Everything that the lane has ready, up to its next micro-batch. True when that was sent."""
+        """Send all that the lane has ready, up to its next micro-batch. True when a micro-batch was sent."""
         is_sent = False
         while not is_sent and not worker.is_full("train") and self._may_run(lane):
             step = lane.next_step()
@@ -194,7 +194,7 @@ class Training:
                 self.decisions.fetch_body(step.request_id)
 
     def _is_admitted(self, worker: WorkerState, lane: Lane, step: Step) -> bool:
-        """The lane is, or was just brought, on the device; and a suspect has the device for itself."""
+        """Whether the lane is on the device, or was just brought there, and a suspect has the device to itself."""
         if isinstance(step.operation, Rejected):
             return True
         if isinstance(step.operation, LoadWeights) and self.saves.must_wait(step, step.operation):
@@ -209,7 +209,7 @@ class Training:
         return not step.runs_alone or step.num_outstanding > 0 or worker.num_quanta == 0
 
     def _send_marked(self, worker: WorkerState, lane: Lane, step: Step) -> bool:
-        """`_send`; what came from the journal may be what the last life has died of."""
+        """`_send` with a mark, as an operation from the journal may be what ended the last process."""
         if not step.is_from_journal:
             return self._send(worker, lane, step)
         with self.marks.of("run", step.request_id):
@@ -243,13 +243,13 @@ class Training:
                 command = self.saves.load_command(lane, step, operation, slot)
                 lane.want_snapshot()  # what came before does not matter any more
             case CreateModelFromCheckpoint():
-                lane.advance()  # the base is all there is to it: see `TrainingSlots.finished`
+                lane.advance()  # it is only a new base: see `TrainingSlots.finished`
                 return
             case Rejected(message=message):
                 lane.advance()
                 raise InvalidRequest(message)
             case _:
-                raise AssertionError(f"{type(step.operation).__name__} is no training operation")
+                raise AssertionError(f"{type(step.operation).__name__} is not a training operation")
         lane.advance()
         step.sent_alone()
         requests = () if step.finished else (step.request_id,)
@@ -286,7 +286,7 @@ class Training:
                 pass  # of an attempt that was given up
 
     def settle(self) -> None:
-        """After every fact: make saves and snapshots count whose operations have all been answered."""
+        """After every fact, let saves and snapshots count whose operations have all been answered."""
         held, self._held_saves = self._held_saves, []
         for sent, outcome in held:
             if sent.is_current:
@@ -294,8 +294,9 @@ class Training:
         self.snapshots.settle()
 
     def _end_save(self, sent: StepSent, outcome: int | TxError) -> None:
-        """outcome: bytes, or why not. It may be there before the answers of what the files contain, and one of those
-        may still be bad: then the files are not what they should be, or the failure is not the save's own."""
+        """outcome: bytes, or why not. It may come before the answers of the operations that the files contain, and one
+        of those may still be a failure: then the files are not what they should be, or the failure is not the save's
+        own."""
         lane, step = sent.lane, sent.step
         assert isinstance(step.operation, SaveWeights)
         if not lane.is_settled_before(step.seq_id):
@@ -342,11 +343,11 @@ class Training:
                 self.runs.try_again(step, error)
 
     def _save_failed(self, sent: StepSent, error: TxError) -> None:
-        """What storage does not take is written again from the worker's memory, while the run goes on."""
+        """A save that storage does not take is written again from the worker's memory, while the run goes on."""
         lane, step, now = sent.lane, sent.step, self.decisions.now
         outage = step.out_of_reach()
         if error.category == "user" and sent.is_again:
-            self.runs.wait_for_storage(lane, outage)  # it is not in memory any more: made again in a replay
+            self.runs.wait_for_storage(lane, outage)  # the adapter is no longer in memory: a replay makes it again
             return
         outage.failed(now)
         if error.category == "user" or outage.has_lasted(now) >= self.policy.storage_patience_s:
@@ -357,7 +358,7 @@ class Training:
         self._waiting_saves.append(sent)
 
     def save_again(self, worker: WorkerState) -> None:
-        """Saves that storage has not taken, when their pause is over."""
+        """Write saves again that storage has not taken, when their pause is over."""
         waiting, self._waiting_saves = self._waiting_saves, []
         for sent in waiting:
             lane, step = sent.lane, sent.step
@@ -372,7 +373,7 @@ class Training:
             self.decisions.send(worker, command, StepSent(lane, step, step.attempt, is_again=True))
 
     def _is_given_up(self, step: Step) -> bool:
-        """Storage has not delivered what it is to load for too long."""
+        """Whether storage has not delivered for too long what the step must load."""
         now = self.decisions.now
         return step.outage is not None and step.outage.has_lasted(now) >= self.policy.storage_patience_s
 

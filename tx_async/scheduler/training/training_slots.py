@@ -63,12 +63,13 @@ class TrainingSlots:
         return slot
 
     def _may_leave(self, lane: Lane) -> bool:
-        """Not in the middle of a request, and not while storage refuses to take what the slot holds."""
+        """Whether the lane may leave: not in the middle of a request, and not while storage refuses what the slot
+        holds."""
         is_refused = lane.snapshot_outage.until > self.decisions.now and lane.is_dirty
         return lane.is_between_operations and not is_refused
 
     def _evict(self, worker: WorkerState, lane: Lane) -> None:
-        """Between two operations only: a snapshot holds whole ones."""
+        """Evict a lane, only between two operations: a snapshot holds whole ones."""
         if lane.is_dirty:
             self.snapshots.take(worker, lane)
         worker.training_slots.release(lane.model_id)
@@ -102,7 +103,7 @@ class TrainingSlots:
             self._without(lane, answer.key, error)
 
     def _without(self, lane: Lane, key: str | None, error: TxError) -> None:
-        """What the run starts from is damaged: an older snapshot and a longer replay, or the end of the run."""
+        """The run's base is damaged: it goes on from an older snapshot with a longer replay, or ends."""
         snapshots = lane.model.snapshots
         if key not in {snapshot.key for snapshot in snapshots}:
             if key is None or key == lane.model.created_from:
