@@ -1,4 +1,4 @@
-"""Keys and bills: what a self-hosted server can say of them without inventing anything."""
+"""Keys and bills: what a self-hosted server can say about them without inventing anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def billing_usage(call: Call) -> tinker.BillingUsageResponse:
 
 
 async def checkpoint_storage_usage(call: Call) -> tinker.CheckpointStorageUsageResponse:
-    """Bytes of one's own checkpoints, by project."""
+    """The bytes of the caller's own checkpoints, by project."""
     counts, sizes = Counter[str | None](), Counter[str | None]()
     for checkpoint in call.scheduler.checkpoints.values():
         if checkpoint.owner == call.owner:

@@ -1,4 +1,4 @@
-"""The audit log, as its route serves it; and what happens to keys, as it is told to the log."""
+"""The route that serves the audit log, and the reports of key changes to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY_ADDED, KEY_CHANGED, KEY_REVOKED = "key.added", "key.changed", "key.revoked"
 
 
 async def audit_log(call: Call) -> tinker.AuditLogResponse:
-    """One's own events, oldest first; for an admin everybody's. `day` (UTC) and `event_type` choose among them."""
+    """The caller's own events, oldest first; for an admin, everybody's. `day` (UTC) and `event_type` filter them."""
     prefix, day = _prefix(call.query("event_type", "all")), _day(call.query("day"))
     names, key = call.api.owners.names(), call.api.owners.find(call.key)
     entries = [
@@ -83,7 +83,7 @@ def _of(
 
 
 def follow_keys(file: KeyFile, scheduler: SchedulerApi) -> None:
-    """From now on the log is told of every change; also of those that were made since the last server stopped."""
+    """Report every change to the log from now on, and the changes made since the last server stopped."""
     file.on_change = partial(_note_changes, scheduler)
     known = _known_keys(scheduler.audits)
     keys = file.current()
@@ -95,7 +95,7 @@ def follow_keys(file: KeyFile, scheduler: SchedulerApi) -> None:
 
 
 def _known_keys(audits: Mapping[str, AuditRecord]) -> dict[str, str]:
-    """id -> name of the keys that the log takes for registered."""
+    """id -> name of the keys that are registered according to the log."""
     known: dict[str, str] = {}
     for event in audits.values():
         if event.event == KEY_REVOKED:

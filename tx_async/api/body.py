@@ -23,9 +23,9 @@ from tx_async.errors import BodyTimeout, BodyTooLarge, InvalidRequest
 T = TypeVar("T")
 
 JOIN_BYTES_MAX = 4 * 2**20
-"""Pieces of so much are joined on the event loop: a millisecond."""
+"""Up to so many bytes are joined on the event loop, in a millisecond."""
 HEAD_BYTES = 4096
-"""What is kept of a body over the limit: enough for the ids at the start of a protobuf."""
+"""How much is kept of a body over the limit: enough for the ids at the start of a protobuf."""
 DRAIN_FACTOR = 4
 """A body is read (and forgotten) up to this many times the limit, so that its sender gets to see the answer."""
 
@@ -46,7 +46,7 @@ class OversizedBody(BodyTooLarge):
 
 async def read(request: Request, bytes_max: int, hold: Hold) -> bytes:
     """The whole body, unpacked. `OversizedBody` beyond `bytes_max`, `BodyTooLarge` beyond what its key may have,
-    `BodyTimeout` when it does not go on; `InvalidRequest` when its packing is broken."""
+    `BodyTimeout` when it stops coming; `InvalidRequest` when its compression is broken."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "zstd"):
         raise InvalidRequest(f"Content-Encoding {encoding!r} is not supported: send zstd, or none.")
@@ -60,7 +60,7 @@ async def read(request: Request, bytes_max: int, hold: Hold) -> bytes:
 
 
 async def _unpack(packed: bytes, bytes_max: int, hold: Hold) -> bytes:
-    """What it unfolds to is asked for before it is there."""
+    """Unpack a body; the bytes that it unpacks to are reserved first."""
     size = announced_size(packed, bytes_max)
     if size is None:
         async with hold.bodies.decoding(hold.owner):
@@ -82,7 +82,7 @@ def decode_json(body: bytes, kind: type[T], depth_max: int) -> T:
 
 
 def announced_size(data: bytes, bytes_max: int) -> int | None:
-    """Bytes that a zstd frame says it has; None when it does not say."""
+    """The size that a zstd frame announces; None when it announces none."""
     try:
         size = zstandard.get_frame_parameters(data).content_size
     except zstandard.ZstdError as error:
@@ -95,7 +95,7 @@ def announced_size(data: bytes, bytes_max: int) -> int | None:
 
 
 def count_zstd(data: bytes, bytes_max: int) -> int:
-    """Bytes that a frame unfolds to, none of which are kept."""
+    """How many bytes a frame unpacks to; none of them is kept."""
     return sum(map(len, _unfold(data, bytes_max)))
 
 
@@ -105,7 +105,8 @@ def unpack_zstd(data: bytes, bytes_max: int) -> bytes:
 
 
 def _unfold(data: bytes, bytes_max: int) -> Iterator[bytes]:
-    """A piece of input at a time: a few bytes can unfold to gigabytes, but one piece only to a bounded amount."""
+    """Unpack a piece of input at a time: a few bytes can unpack to gigabytes, but one piece only to a bounded
+    amount."""
     unpacker = zstandard.ZstdDecompressor().decompressobj()
     head, size = b"", 0
     try:
@@ -133,7 +134,7 @@ def _zstd_head(data: bytes) -> bytes:
 
 
 async def _receive(request: Request, bytes_max: int, hold: Hold) -> bytes:
-    """Bytes are asked for before they are read: all that the head announces, or piece by piece."""
+    """Read a body; its bytes are reserved first: all that the head announces, or piece by piece."""
     announced = _content_length(request)
     if announced <= bytes_max:
         await hold.take(announced)
@@ -163,7 +164,7 @@ def _content_length(request: Request) -> int:
 
 
 async def _pieces(request: Request, timeout_s: float) -> AsyncIterator[bytes]:
-    """Raises `BodyTimeout` when the next one does not come."""
+    """Raises `BodyTimeout` when the next piece does not come."""
     stream = request.stream()
     while True:
         try:

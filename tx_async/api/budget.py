@@ -1,10 +1,10 @@
-"""Bytes of request bodies in the process: those being read, unpacked and decoded, bounded together and for each key.
+"""The budget for bytes of request bodies being read, unpacked and decoded: bounded in total and for each key.
 
 A body asks for its bytes before they are read, and waits while its key, or everybody together, has too many. One in
-`READING_SHARE` of each bound is kept for what bodies unfold to, so that bodies which all wait for each other to end do
-not exist; small bodies have a bound of their own, so that a heartbeat waits for nobody's upload. Whoever decodes has a
-turn: one for each key, `DECODERS` in all, because threads that share one interpreter only hold each other up, and with
-them the event loop.
+`READING_SHARE` of each bound is kept for what bodies unpack to, so that bodies never deadlock, each waiting for the
+others to end; small bodies have a bound of their own, so that a heartbeat waits for nobody's upload. Decoding takes
+turns: one at a time for each key, `DECODERS` in all, because threads that share one interpreter only hold up each other
+and the event loop.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SMALL_SHARE = 8
 """One in so many bytes of the budget is for bodies of at most `INLINE_BYTES_MAX`."""
 SMALL_BYTES_MIN = 16 * INLINE_BYTES_MAX
 READING_SHARE = 4
-"""One in so many bytes of a bound is for what bodies unfold to, not for reading more of them."""
+"""One in so many bytes of a bound is for what bodies unpack to, not for reading more of them."""
 DECODERS = 2
 PATIENCE = 2
-"""A body waits for its bytes so many times as long as one that stands still may hold them (`body_timeout_ms`)."""
+"""A body waits for its bytes this many times as long as a stalled body may hold them (`body_timeout_ms`)."""
 
 
 class Ledger:
-    """Who holds how many bytes. The mutable state is what is held, and who waits."""
+    """Which key holds how many bytes. The mutable state is the bytes held and the queue of those that wait."""
 
     def __init__(self, bytes_max: int, key_bytes_max: int):
         self.bytes_max = bytes_max
@@ -43,7 +43,7 @@ class Ledger:
         #: owner -> bytes; without zeros
         self.held: Counter[str] = Counter()
         self.num_bytes = 0
-        #: owner -> who waits for how many bytes, and whether to unfold; oldest first, without empty queues
+        #: owner -> its waiters: how many bytes each wants, and whether to unpack; oldest first, without empty queues
         self._waiting: dict[str, deque[tuple[int, bool, asyncio.Future[None]]]] = {}
 
     def __repr__(self) -> str:
@@ -51,7 +51,7 @@ class Ledger:
         return f"<Ledger [{self.num_bytes} of {self.bytes_max} bytes | {len(self.held)} keys | {waiting} waiting]>"
 
     def fits(self, owner: str, num_bytes: int, unfolds: bool) -> bool:
-        """A key that has some already leaves as much to the others as it takes."""
+        """Whether so many bytes fit. A key that has some already leaves as much to the others as it takes."""
         mine, left = self.held[owner] + num_bytes, self.bytes_max - self.num_bytes - num_bytes
         if not unfolds:
             left -= self.bytes_max // READING_SHARE
@@ -97,7 +97,7 @@ class Ledger:
         self._wake()
 
     def _wake(self) -> None:
-        """Keys take turns: whoever got something goes to the end of the line."""
+        """Wake waiters; keys take turns: a key that got something goes to the end of the line."""
         for owner in list(self._waiting):
             queue = self._waiting[owner]
             while queue and self.fits(owner, *queue[0][:2]):
@@ -109,7 +109,7 @@ class Ledger:
 
 
 class Bodies:
-    """All bodies of the process."""
+    """The request bodies of the process."""
 
     def __init__(self, config: ServerConfig):
         small = max(config.bodies_bytes_max // SMALL_SHARE, SMALL_BYTES_MIN)
@@ -120,17 +120,17 @@ class Bodies:
         self.small = Ledger(small, small // 2)
         self._decoders = asyncio.Semaphore(DECODERS)
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
-        #: owner -> holds that use its turn, or wait for it
+        #: owner -> the holds that use its turn or wait for it
         self._users: Counter[str] = Counter()
 
     @property
     def body_bytes_max(self) -> int:
-        """The largest body that a key can have at all, as it comes or unfolded."""
+        """The largest body that a key can have at all, packed or unpacked."""
         return self.key_bytes_max - self.key_bytes_max // READING_SHARE
 
     @asynccontextmanager
     async def hold(self, owner: str) -> AsyncGenerator[Hold]:
-        """What one request holds is given back when it has been answered."""
+        """A hold for one request; its bytes are given back when the request has been answered."""
         hold = Hold(self, owner)
         try:
             yield hold
@@ -159,8 +159,8 @@ class Hold:
         self._ledger = bodies.large
 
     async def take(self, num_bytes: int, *, unfolds: bool = False) -> None:
-        """So many more, waiting for room. Raises `BodyTooLarge` when there can never be any, `Overloaded` when there
-        was none for too long."""
+        """Take so many more bytes, waiting for room. Raises `BodyTooLarge` when there can never be room, `Overloaded`
+        when there was none for too long."""
         self.check(self.num_bytes + num_bytes)
         if not self.num_bytes:
             self._ledger = self.bodies.small if num_bytes <= INLINE_BYTES_MAX and not unfolds else self.bodies.large
@@ -173,7 +173,7 @@ class Hold:
         """Raises `BodyTooLarge`."""
         if num_bytes > self.bodies.body_bytes_max:
             raise BodyTooLarge(
-                f"The request body takes {num_bytes} bytes when it is unpacked and decoded; of one key "
+                f"The request body takes {num_bytes} bytes when it is unpacked and decoded; for one key "
                 f"{self.bodies.body_bytes_max} are allowed (three quarters of `tenant_bodies_bytes_max`): send smaller "
                 "pieces."
             )
@@ -189,7 +189,7 @@ class Hold:
             self.num_bytes = 0
 
     async def compute(self, function: Callable[..., T], num_bytes: int, *arguments: Any) -> T:
-        """Run a function whose cost grows with `num_bytes`, when that is much in a thread and in the key's turn."""
+        """Run a function whose cost grows with `num_bytes`; if they are many, in a thread and in the key's turn."""
         if num_bytes <= INLINE_BYTES_MAX:
             return function(*arguments)
         async with self.bodies.decoding(self.owner):

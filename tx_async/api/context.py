@@ -1,4 +1,4 @@
-"""What every handler gets: the server's parts, and the one call that it answers."""
+"""What every handler gets: the server's parts, and the call that it answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StoredFile(Protocol):
 
 
 class CheckpointFiles(Protocol):
-    """What downloads need of `storage.store.Store`."""
+    """The part of `storage.store.Store` that downloads need."""
 
     async def list(self, prefix: str) -> Sequence[StoredFile]:
         """Everything below `prefix/`, sorted by key."""
@@ -51,9 +51,9 @@ class Api:
     health: Health | None
     gate: Gate
     redact: Redaction
-    """Takes the server's paths and addresses out of what tenants are told of a failure."""
+    """Removes the server's paths and addresses from what tenants are told about a failure."""
     tokenizer_id: str
-    """Folder or hub name that clients load the tokenizer from."""
+    """The folder or hub name that clients load the tokenizer from."""
     bodies: Bodies
     tokenizer: TokenizerLoader
     news: News
@@ -66,7 +66,7 @@ class Call:
     request: Request
     owner: str
     hold: Hold
-    """What its body takes of the budget."""
+    """The bytes of the budget that its body takes."""
 
     @property
     def scheduler(self) -> SchedulerApi:
@@ -78,7 +78,8 @@ class Call:
 
     @property
     def is_admin(self) -> bool:
-        """The key has the role admin: it may see what belongs to others. Nobody's has where there are no keys."""
+        """Whether the key has the role admin, which may see what belongs to others. Nobody has it where there are no
+        keys."""
         return self.api.owners.is_admin(self.key)
 
     def path(self, name: str) -> str:

@@ -63,7 +63,7 @@ def _permitted(call: Call) -> CheckpointRecord:
 
 
 def permission_of(call: Call) -> Permission:
-    """What the link of this call permits. Raises `NotFound`."""
+    """The permission in this call's link. Raises `NotFound`."""
     permission = call.api.links.permission(call.path("token"), call.api.clock.now())
     digests = call.api.owners.current_digests()
     if digests is not None and permission.key_mark not in map(call.api.links.mark_of, digests):
@@ -89,7 +89,7 @@ class _File:
 
 
 async def _files(call: Call, checkpoint: CheckpointRecord) -> dict[str, _File]:
-    """By name: what the checkpoint's list names, and the list itself. Raises `CorruptedCheckpoint`."""
+    """The files by name: those that the checkpoint's list names, and the list itself. Raises `CorruptedCheckpoint`."""
     key = checkpoint.storage_key
     stored = {file.key: file.num_bytes for file in await call.api.files.list(key)}
     if f"{key}/{METADATA}" not in stored:
@@ -101,12 +101,13 @@ async def _files(call: Call, checkpoint: CheckpointRecord) -> dict[str, _File]:
         if stored.get(file.key) != file.num_bytes:
             raise _damaged(checkpoint, name, "is missing, or not as long as it was")
     if files and all(name.endswith(AGE_SUFFIX) for name in files):
-        return files  # whoever decrypts them takes every name for an encrypted file
+        return files  # programs that decrypt them take every name for an encrypted file
     return files | {METADATA: _File(f"{key}/{METADATA}", len(content), hashlib.sha256(content).hexdigest())}
 
 
 async def _checked(call: Call, checkpoint: CheckpointRecord, name: str, file: _File) -> AsyncIterator[bytes]:
-    """The file in pieces. The last one waits until all have the recorded hash: what is damaged never arrives whole."""
+    """The file in pieces. The last one waits until all have the recorded hash, so a damaged file never arrives
+    whole."""
     state, num_bytes, last = hashlib.sha256(), 0, b""
     async for piece in call.api.files.stream(file.key):
         if last:
@@ -121,7 +122,7 @@ async def _checked(call: Call, checkpoint: CheckpointRecord, name: str, file: _F
 
 
 async def _begun(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """After the first piece: what is wrong until then is still an answer, later only a broken connection."""
+    """Return after the first piece: an error until then is still an answer, later only a broken connection."""
     first = await anext(pieces, b"")
 
     async def all_pieces() -> AsyncIterator[bytes]:

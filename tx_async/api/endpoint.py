@@ -25,7 +25,7 @@ from tx_async.errors import NotReady, Overloaded, TxError
 from tx_async.wire import tinker
 
 CONTROL_BODY_BYTES_MAX = 2**20
-"""Limit of the bodies that carry no data."""
+"""The size limit of bodies that carry no data."""
 LEFTOVERS_S = 1.0
 """How long a request that has been answered may take to send what is left of its body."""
 
@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 class Row:
     """One line of the route table.
 
-    A handler takes the call, and a struct when the endpoint is to decode the body for it; its annotations say which one
-    and what it answers. `request` names the body of handlers that decode it themselves: a struct, or a text about it.
+    A handler takes the call, and a struct when the endpoint is to decode the body for it; its annotations name that
+    struct and the answer's. `request` names the body of handlers that decode it themselves: a struct, or a text about
+    it.
     """
 
     method: str
@@ -48,9 +49,9 @@ class Row:
     summary: str
     request: type[msgspec.Struct] | str | None = None
     public: bool = False
-    """Needs no API key."""
+    """Whether it needs no API key."""
     media_types: tuple[str, ...] = ()
-    """What it may answer besides JSON."""
+    """What it may answer other than JSON."""
     answer: type[msgspec.Struct] | None = None
     """What it answers, where the handler makes the response itself."""
     error: type[msgspec.Struct] = tinker.ErrorBody
@@ -86,7 +87,7 @@ class Endpoint:
             response = await self._respond(request)
         except TxError as error:
             if error.category != "user":
-                # "Later" is no failure: whoever sends too much would fill the log with it.
+                # "Try later" is no failure: a client that sends too much would fill the log with it.
                 level = logging.DEBUG if isinstance(error, Overloaded | NotReady) else logging.WARNING
                 logger.log(level, "%s %s failed: %s", self.row.method, self.row.path, error.message)
             response = error_response(error, self._api.redact, request.url.path)
@@ -100,7 +101,7 @@ class Endpoint:
             await response(scope, receive, send)
             await _read_to_the_end(request)
         else:
-            # Together: sending does not end while the connection's reader waits for somebody to take what it has.
+            # Both at once: sending does not end while the connection's reader waits for somebody to take its data.
             await asyncio.gather(response(scope, receive, send), _read_to_the_end(request))
 
     async def _respond(self, request: Request) -> Response:
@@ -112,7 +113,7 @@ class Endpoint:
             else:
                 content = await body.read(request, CONTROL_BODY_BYTES_MAX, hold)
                 decoded = body.decode_json(content, self._decodes, self._api.config.json_depth_max)
-                hold.release()  # what follows may be a long poll
+                hold.release()  # a long poll may follow
                 answer = await self.row.handler(call, decoded)
         return answer if isinstance(answer, Response) else json_response(answer)
 
@@ -121,7 +122,7 @@ class Endpoint:
 
 
 async def _read_to_the_end(request: Request) -> None:
-    """Of a body that nobody wanted any more: the server's reader of the connection waits until what it has is taken."""
+    """Read the rest of a body that is no longer wanted: the connection's reader waits until its data is taken."""
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LEFTOVERS_S):
             while not request._stream_consumed:  # no public name  # pyright: ignore[reportPrivateUsage]
@@ -131,7 +132,7 @@ async def _read_to_the_end(request: Request) -> None:
 
 
 def _request_id(request: Request) -> str:
-    """The client's own, where it can stand in a line of the log."""
+    """The client's own request id, where it is fit for a line of the log."""
     given = request.headers.get("x-request-id", "")
     is_fit = given.isascii() and given.isprintable() and 0 < len(given) <= REQUEST_ID_CHARACTERS_MAX
     return given if is_fit else secrets.token_hex(6)

@@ -1,4 +1,4 @@
-"""Errors as HTTP, in the form of the API that is spoken below the path: always JSON, never an empty body (the SDK takes
+"""Errors as HTTP, in the form of the API that is served below the path: always JSON, never an empty body (the SDK takes
 an empty 400 for a network glitch and retries)."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tx_async.api.compatible.forms import error_body
 from tx_async.errors import BodyTimeout, Category, TxError
 
 RETRY_AFTER_S = 1
-"""What 429 and 503 suggest; the SDK honours up to 60."""
+"""The seconds that 429 and 503 suggest; the SDK honours up to 60."""
 
 _REASONS = {
     404: "There is no such route: this server speaks the Tinker API under /api/v1, OpenAI's under /oai/api/v1 and "
@@ -29,7 +29,7 @@ def json_response(value: object, status: int = 200, headers: dict[str, str] | No
 
 
 def error_response(error: TxError, redact: Callable[[str], str] = str, path: str = "") -> Response:
-    """redact: takes out of a failure of the server what is not its tenants' business."""
+    """redact: removes from a server failure what is not its tenants' business."""
     headers = {"retry-after": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
     if isinstance(error, BodyTimeout):
         headers = {"connection": "close"}

@@ -12,7 +12,7 @@ from tx_async.wire import json_results, protobuf, results, tinker
 from tx_async.wire.records import ResultRecord
 
 METADATA_FIRST_BYTES = 2**20
-"""From this size on a client that can is told the size first, and asks again when it has room."""
+"""From this size on, a client that supports it is first told the size, and asks again when it has room."""
 
 
 async def retrieve_future(call: Call, request: tinker.RetrieveFutureRequest) -> Response:
@@ -48,7 +48,7 @@ def _encode(record: ResultRecord, wants_protobuf: bool) -> bytes:
 
 
 def _redacted(call: Call, record: ResultRecord) -> results.Failure:
-    """The journal keeps the whole reason."""
+    """The failure for tenants; the journal keeps the whole reason."""
     failure = msgspec.json.decode(record.payload, type=results.Failure)
     return msgspec.structs.replace(failure, error=call.api.redact(failure.error))
 

@@ -1,8 +1,8 @@
-"""What stands before every route: which proxies are believed, and which Host names and Origins are answered.
+"""The gate before every route: which proxies are trusted, and which Host names and Origins are answered.
 
 A server without keys trusts whoever reaches its loopback address. A browser on this machine reaches it as well, on
-behalf of any page: directly (the page's Origin tells), or under a name of the page's own that its owner has pointed
-to 127.0.0.1 (the Host header tells). Both are refused, unless the operator has named them. A server with keys needs
+behalf of any page: directly (the page's Origin shows it), or under a host name that the page's owner has pointed to
+127.0.0.1 (the Host header shows it). Both are refused, unless the operator has named them. A server with keys needs
 none of this: a page cannot send a key that it does not know.
 """
 
@@ -27,7 +27,7 @@ _SCHEMES = ("http", "https")
 
 
 class Gate:
-    """The rules, from the settings. Raises `ConfigError` for a `trusted_proxies` that is no address."""
+    """The rules, from the settings. Raises `ConfigError` for a `trusted_proxies` that is not an address."""
 
     def __init__(self, config: ServerConfig):
         self._is_open = bool(config.api_keys_file)
@@ -48,7 +48,7 @@ class Gate:
                 )
             if name == b"origin" and not self._accepts(value.decode("latin-1")):
                 raise Forbidden(
-                    "This server has no API keys and takes no requests of pages from elsewhere; its operator may name "
+                    "This server has no API keys and takes no requests from other origins; its operator may name "
                     "this page's origin in allowed_origins."
                 )
 
@@ -83,7 +83,7 @@ class Gate:
         return any(address in network for network in self._proxies)
 
     def is_local(self, scope: Scope) -> bool:
-        """Sent on this machine, and not through a proxy for somebody else."""
+        """Whether it was sent on this machine, and not through a proxy for somebody else."""
         client, headers = _client_of(scope), Headers(scope=scope)
         return (
             (not client or is_loopback(client))
@@ -94,7 +94,7 @@ class Gate:
 
 
 class GateMiddleware:
-    """Starlette's way to stand before every route; the app's `state.gate` has the rules once it has started."""
+    """Starlette middleware before every route; the app's `state.gate` has the rules once it has started."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -120,12 +120,12 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         return ipaddress.ip_network(text, strict=False)
     except ValueError as error:
         raise ConfigError(
-            f"trusted_proxies: {text!r} is no address or network, like 10.0.0.7 or 10.0.0.0/8."
+            f"trusted_proxies: {text!r} is not an address or network, like 10.0.0.7 or 10.0.0.0/8."
         ) from error
 
 
 def _host_name(host: str) -> str:
-    """Without the port; "" for what is no host."""
+    """The host's name without the port; "" for text that is not a host."""
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:
@@ -141,6 +141,6 @@ def _client_of(scope: Scope) -> str:
 
 
 def _last(headers: Headers, name: str) -> str:
-    """What the nearest proxy wrote: earlier values may be the client's own."""
+    """The value that the nearest proxy wrote: earlier values may be the client's own."""
     values: Iterable[str] = headers.getlist(name)
     return ",".join(values).rpartition(",")[2].strip()

@@ -1,4 +1,4 @@
-"""A run's history as JSON, or as CSV for whatever plots it."""
+"""A run's history as JSON, or as CSV for plotting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIRST_COLUMNS = (
     "num_batches",
     "grad_norm",
 )
-"""In this order; whatever else there is follows by name."""
+"""The first columns, in this order; others follow by name."""
 
 
 async def get_training_run_history(call: Call) -> TrainingRunHistory | Response:

@@ -22,7 +22,7 @@ FILES = (ADAPTER_CONFIG, ADAPTER)
 
 async def import_adapter(call: Call) -> tinker.ImportAdapterResponse:
     """The body is a tar of a PEFT adapter's two files, or of a checkpoint of another server; it goes to disk as it
-    comes."""
+    arrives."""
     name = validation.checkpoint_name(call.request.query_params.get("name", ""))
     files = call.api.files
     store = files if isinstance(files, Store) else Store(call.api.config.resolved_checkpoints_base)
@@ -49,7 +49,8 @@ async def _receive(call: Call, path: Path) -> None:
 
 
 def _names(tar: tarfile.TarFile) -> tuple[str, ...]:
-    """A checkpoint of ours has `metadata.json` and what that names; of others only the two files count."""
+    """A checkpoint of ours has `metadata.json` and the files that it names; of other uploads only the two files
+    count."""
     found = tuple(member.name for member in tar.getmembers())
     if METADATA not in found:
         return FILES
@@ -63,7 +64,7 @@ def _unpack(upload: Path, folder: Path) -> None:
         with tarfile.open(upload) as tar:
             for name in _names(tar):
                 if (member := tar.extractfile(name)) is None:
-                    raise InvalidRequest(f"{name} in the uploaded tar is no file.")
+                    raise InvalidRequest(f"{name} in the uploaded tar is not a file.")
                 with (folder / name).open("wb") as out:
                     while piece := member.read(1 << 20):
                         out.write(piece)

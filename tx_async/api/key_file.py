@@ -1,6 +1,6 @@
-"""The file of API keys, as a running server reads it: what is added or revoked there counts from the next request on.
+"""The file of API keys, as a running server reads it: additions and revocations count from the next request on.
 
-One key a line: `<sha256 of the key> <name>`, then what `name=value` pairs say of it. `#` begins a comment::
+One key a line: `<sha256 of the key> <name>`, then `name=value` pairs about it. `#` begins a comment::
 
     9f86d081…  alice
     60303ae2…  bob's laptop  role=admin expires=2027-01-01T00:00:00Z added=2026-11-28T02:00:00Z owner=owner-3bf1…
@@ -21,7 +21,7 @@ from tx_async.errors import ConfigError
 
 HASH_DIGITS = 64
 ID_DIGITS = 8
-"""So much of a key's hash is its id in listings."""
+"""So many digits of a key's hash are its id in listings."""
 _PAIRS = ("role", "expires", "added", "owner")
 
 Role = Literal["user", "admin"]
@@ -43,7 +43,7 @@ class Key(Struct, frozen=True, kw_only=True):
     """Seconds since the epoch; None = never."""
     added_at: float | None = None
     owner: str = ""
-    """Under which its records lie (`owner.owner_of`); "" where a line was written by hand."""
+    """The owner under which its records lie (`owner.owner_of`); "" where a line was written by hand."""
 
     @property
     def key_id(self) -> str:
@@ -112,21 +112,21 @@ def _time(text: str | None, where: str) -> float | None:
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ConfigError(f"{where}: {text!r} is no time: write 2027-01-01 or 2027-01-01T12:00:00Z.") from error
+        raise ConfigError(f"{where}: {text!r} is not a time: write 2027-01-01 or 2027-01-01T12:00:00Z.") from error
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 class KeyFile:
-    """The keys that a file lists now. It is looked at for each request (one `stat`), and read when it has changed.
+    """The keys that a file lists now. It is checked at each request (one `stat`), and read when it has changed.
 
     A file that cannot be read, or has a wrong line, changes nothing: the keys stay as they were, and the log says why.
     """
 
     def __init__(self, path: str, on_change: Callable[[Keys, Keys], None] = lambda before, after: None):
-        """Raises `ConfigError` when it cannot be read now. on_change: told the keys before and after."""
+        """Raises `ConfigError` when it cannot be read now. on_change: called with the keys before and after."""
         self.path = Path(path).expanduser()
         self.on_change = on_change
-        #: of the file that was read last, or that could not be read: None when there was none
+        #: the state of the file that was last read, or could not be read; None when there was none
         self._seen = self._signature()
         self._keys = read_keys(self.path)
 

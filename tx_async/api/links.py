@@ -18,17 +18,17 @@ _SIGNATURE_BYTES = 16
 
 
 class Permission(msgspec.Struct, frozen=True, array_like=True):
-    """To read the files of one checkpoint, or the trace of one session: of the one that had this name then, not of a
-    later one."""
+    """Permission to read the files of one checkpoint, or the trace of one session: of the one that had this name then,
+    not of a later one."""
 
     path: str
-    """Or session_id, which no path is."""
+    """Or a session_id, which differs from every path."""
     storage_key: str
     """ "" of a session."""
     created_at: float
     expires_at: float
     key_mark: bytes = b""
-    """Of the key that asked for it: it ends with that key."""
+    """The mark of the key that asked for it: the link ends with that key."""
 
     def is_for(self, record: CheckpointRecord | SessionRecord) -> bool:
         return _identity(record) == (self.path, self.storage_key, self.created_at)
@@ -70,7 +70,7 @@ class Links:
         return permission
 
     def mark_of(self, key_digest: str) -> bytes:
-        """What a link may carry of a key: whoever sees the link learns nothing of the registry."""
+        """The mark of a key that a link may carry: whoever sees the link learns nothing about the registry."""
         return self._sign(b"key " + key_digest.encode())
 
     def _sign(self, text: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""What a body would take if it were decoded, found without decoding it: a few bytes can describe millions of objects,
+"""The cost of decoding a body, measured without decoding it: a few bytes can describe millions of objects,
 and one call that makes them all holds the interpreter for as long as that takes.
 
-Everything here goes over the bytes a piece at a time, so that other threads get their turn.
+All functions here go over the bytes a piece at a time, so that other threads get their turn.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _QUOTE, _OPEN, _CLOSE = ord('"'), (ord("["), ord("{")), (ord("]"), ord("}"))
 
 
 def check_values(body: bytes, values_max: int) -> None:
-    """Raises `BodyTooLarge` for JSON of more numbers, texts and containers: each follows a comma or a bracket, and each
-    becomes an object."""
+    """Raises `BodyTooLarge` for JSON with more numbers, texts and containers: each follows a comma or a bracket, and
+    each becomes an object."""
     if len(body) <= values_max:
         return
     num_values = sum(
@@ -63,14 +63,14 @@ class NestedTooDeep(InvalidRequest):
 
 
 def _outside(places: np.ndarray, quotes: np.ndarray) -> np.ndarray:
-    """Those that an even number of quotes precedes."""
+    """The places that an even number of quotes precedes."""
     return places[np.searchsorted(quotes, places) % 2 == 0]
 
 
 # ---- protobuf
 
 Schema = dict[int, "Schema | None"]
-"""Field number -> the schema of the message that it holds, or None for numbers that stand packed."""
+"""Field number -> the schema of the message that it holds, or None for packed numbers."""
 
 
 def _schema(descriptor: Any) -> Schema:
@@ -88,8 +88,8 @@ _DATA = protobuf.ForwardBackwardRequest.DESCRIPTOR.fields_by_name["data"].number
 
 
 def check_forward_backward(body: bytes, datums_max: int) -> None:
-    """Raises `InvalidRequest` for more datums, or more fields, than so many datums have. What is no protobuf at all is
-    left to the parser to refuse."""
+    """Raises `InvalidRequest` for more datums, or more fields, than so many datums have. A body that is not protobuf at
+    all is left to the parser to refuse."""
     num_datums, num_values = 0, 0
     for number, start, stop in _fields(body, 0, len(body)):
         num_datums += number == _DATA
@@ -102,7 +102,7 @@ def check_forward_backward(body: bytes, datums_max: int) -> None:
 
 
 def _count(body: bytes, start: int, stop: int, schema: Schema | None, room: int) -> int:
-    """Values that a message holds, those of the messages in it included; counting ends beyond `room`."""
+    """How many values a message holds, those of its inner messages included; counting ends beyond `room`."""
     if not schema:
         return stop - start if schema is None else 0
     num_values = 0
@@ -114,7 +114,7 @@ def _count(body: bytes, start: int, stop: int, schema: Schema | None, room: int)
 
 
 def _fields(body: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, where its content starts and stops) of each field; ends where it is no protobuf."""
+    """(field number, where its content starts and stops) of each field; ends where it is not protobuf."""
     position = start
     while position < stop:
         try:

@@ -1,4 +1,4 @@
-"""What each answer took, by route and status; and its span, where there are traces."""
+"""Measures the time of each answer, by route and status, and makes its span where there are traces."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tx_async.metrics import Metrics
 from tx_async.tracing import Tracing, current
 
 ELSEWHERE = "other"
-"""Where there is no route, or the gate has refused the request."""
+"""The route's name where there is none, or where the gate has refused the request."""
 
 
 class MeasureMiddleware:
-    """The app's `state.metrics` are there once it has started. Outside of the gate: what it refuses is counted, too."""
+    """The app's `state.metrics` exist once it has started. It is outside of the gate, so that refusals count, too."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

@@ -59,7 +59,7 @@ def future(record: RequestRecord, model_id: str | None = None) -> tinker.Untyped
 
 
 def _adapter_config(model_id: str, config: tinker.LoraConfig) -> AdapterConfig:
-    """Without a seed it follows from the model's id, which is random: a repeated request is the same request."""
+    """A missing seed is derived from the model's id, which is random: a repeated request is the same request."""
     seed = config.seed
     if seed is None:
         seed = int.from_bytes(hashlib.blake2b(model_id.encode(), digest_size=8).digest(), "little")

@@ -42,7 +42,7 @@ def render() -> bytes:
 
 
 def operation_id(row: Row) -> str:
-    """The handler's name; of a route that has several paths, with what tells them apart."""
+    """The handler's name; for a route with several paths, with a suffix that tells them apart."""
     paths = [other.path for other in ROUTES if other.handler is row.handler]
     if len(paths) == 1:
         return row.handler.__name__

@@ -1,4 +1,4 @@
-"""Who is asking. A tenant is its API key: what it makes belongs to the key's hash, and the key itself is never kept.
+"""Authentication. A tenant is its API key: what it makes belongs to the key's hash, and the key itself is never kept.
 
 Without a registry any key will do, on loopback only (it has one user, or several who trust each other); with one, only
 the keys whose hashes it lists do (`key_file.py`).
@@ -18,7 +18,7 @@ from tx_async.config import ServerConfig
 from tx_async.errors import Forbidden, Unauthorized
 
 KEY_PREFIX = "tml-"
-"""The SDK refuses keys that begin otherwise."""
+"""The SDK refuses keys without this prefix."""
 
 
 def new_key() -> str:
@@ -27,12 +27,13 @@ def new_key() -> str:
 
 
 def hash_key(key: str) -> str:
-    """What the registry holds of a key. Keys are random, so a plain hash is as hard to reverse as to guess."""
+    """The hash of a key that the registry holds. Keys are random, so a plain hash is as hard to reverse as to guess."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def owner_of(key: str) -> str:
-    """The name under which records belong to a key; it reveals nothing of it, and is no registry hash."""
+    """The name under which records belong to a key; it reveals nothing about the key, and is not the registry's
+    hash."""
     return "owner-" + hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
@@ -40,7 +41,7 @@ class Owners:
     """Turns the X-API-Key header into an owner."""
 
     def __init__(self, keys: Callable[[], Keys] | None = None, now: Callable[[], float] = time.time):
-        """keys: those that count at this moment; None accepts every key."""
+        """keys: those valid at this moment; None accepts every key."""
         self._keys = keys
         self._now = now
 
@@ -64,7 +65,8 @@ class Owners:
         return owner_of(key or "")
 
     def require_admin(self, key: str | None, reached_at: str = "") -> None:
-        """Raises `Unauthorized`, or `Forbidden` for a key of role user. Where there are no keys, everybody is one."""
+        """Raises `Unauthorized`, or `Forbidden` for a key of role user. Where there are no keys, everybody is an
+        admin."""
         self.authenticate(key, reached_at)
         if self._keys is not None and not self.is_admin(key):
             raise Forbidden("This is for keys of role admin (`tx-async keys add NAME --role admin`).")
@@ -74,11 +76,11 @@ class Owners:
         return registered is not None and registered.role == "admin"
 
     def find(self, key: str | None) -> Key | None:
-        """What the registry says of a key; None where there is no registry."""
+        """The registry's entry for a key; None where there is no registry."""
         return self._keys().get(hash_key(key or "")) if self._keys else None
 
     def current_digests(self) -> list[str] | None:
-        """Hashes of the keys that count at this moment; None where every key does."""
+        """The hashes of the keys valid at this moment; None where every key is."""
         if self._keys is None:
             return None
         return [digest for digest, key in self._keys().items() if not key.has_expired(self._now())]

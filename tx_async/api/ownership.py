@@ -27,7 +27,7 @@ def owned(records: Mapping[str, R], key: str, owner: str, missing: type[NotFound
 
 
 def readable_checkpoint(call: Call, path: str) -> CheckpointRecord:
-    """A checkpoint of one's own, or a published one."""
+    """The caller's own checkpoint, or a published one."""
     checkpoint = call.scheduler.checkpoints.get(validation.tinker_path(path))
     if checkpoint is None or (checkpoint.owner != call.owner and not checkpoint.public):
         raise UnknownCheckpoint()

@@ -1,7 +1,7 @@
-"""What tenants are told of a failure names no path, bucket or endpoint of the server; the log and the journal do.
+"""Removes paths, buckets and endpoints of the server from failures that tenants see; the log and the journal keep them.
 
-Reasons come from libraries and other processes, so what they mention is recognised by its form, and what the settings
-name by its text. Names of models that were served stay, even where they are paths: clients know them.
+Reasons come from libraries and other processes, so names in them are recognised by their form, and names from the
+settings by their text. Names of models that were served stay, even where they are paths: clients know them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _NAME_CHARACTERS_MIN = 3
 
 class Redaction:
     def __init__(self, config: ServerConfig, model_name: str, former_names: Callable[[], Iterable[str]] = tuple):
-        """former_names: of other base models that tenants' runs were made with."""
+        """former_names: names of other base models that tenants' runs were made with."""
         self._model_name = model_name
         self._former_names = former_names
         named = sorted(_named(config) - {"", model_name}, key=len, reverse=True)
-        #: what the settings name, whole words only
+        #: names from the settings, as whole words only
         self._by_text = re.compile("|".join(rf"(?<![\w-]){re.escape(text)}(?![\w-])" for text in named) or r"(?!)")
 
     def __call__(self, text: str) -> str:
         known = sorted({self._model_name, *self._former_names()} - {""}, key=len, reverse=True)
         pieces = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
-        # Every second piece is a name that was split at.
+        # Every second piece is a name at which the text was split.
         return "".join(piece if number % 2 else self._hide(piece) for number, piece in enumerate(pieces))
 
     def _hide(self, text: str) -> str:
@@ -44,7 +44,7 @@ class Redaction:
 
 
 def _named(config: ServerConfig) -> set[str]:
-    """Folders, buckets, hosts."""
+    """The folders, buckets and hosts that the settings name."""
     found = {
         config.base_model,
         str(config.data_path),

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 async def list_training_runs(call: Call) -> tinker.TrainingRunsResponse:
-    """Most recently used first."""
+    """The caller's runs, most recently used first."""
     checkpoints, scope, project_id = _by_run(call), access_scope(call), call.query("project_id")
     models = [m for m in call.scheduler.models.values() if _may_read(call, m, scope, checkpoints[m.model_id])]
     if project_id:
@@ -65,12 +65,13 @@ def _by_run(call: Call) -> defaultdict[str, list[CheckpointRecord]]:
 
 
 def _may_read(call: Call, model: ModelRecord, scope: str, checkpoints: Sequence[CheckpointRecord]) -> bool:
-    """One's own; with access_scope=accessible also runs with a published checkpoint, and for an admin all."""
+    """Whether a run may be read: the caller's own; with access_scope=accessible also runs with a published checkpoint,
+    and for an admin all."""
     return model.owner == call.owner or (scope == "accessible" and (bool(checkpoints) or call.is_admin))
 
 
 def access_scope(call: Call) -> str:
-    """An admin who asks for nothing else sees all."""
+    """The scope of a listing: an admin who names none sees all."""
     scope = call.query("access_scope", "accessible" if call.is_admin else "owned")
     if scope not in ("owned", "accessible"):
         raise InvalidRequest(f"access_scope is {scope!r}; it must be owned or accessible.")
@@ -106,7 +107,7 @@ def _project_of(call: Call, model: ModelRecord) -> str | None:
 
 
 async def list_checkpoints(call: Call) -> tinker.CheckpointsResponse:
-    """Of one run, newest first."""
+    """The checkpoints of one run, newest first."""
     model = call.scheduler.models.get(call.path("run")) if call.is_admin else None
     model = model or owned(call.scheduler.models, call.path("run"), call.owner, UnknownTrainingRun)
     return tinker.CheckpointsResponse(checkpoints=[checkpoint_info(c) for c in _sorted(_by_run(call)[model.model_id])])
@@ -124,7 +125,7 @@ async def delete_checkpoint(call: Call) -> tinker.Accepted:
 
 
 async def publish_checkpoint(call: Call) -> tinker.Accepted:
-    """Publishing twice is fine: the SDK would retry a 409 for minutes."""
+    """Publishing twice succeeds: the SDK would retry a 409 for minutes."""
     return await _update(call, public=True)
 
 
@@ -133,7 +134,7 @@ async def unpublish_checkpoint(call: Call) -> tinker.Accepted:
 
 
 async def set_checkpoint_ttl(call: Call, request: tinker.CheckpointTtlRequest) -> tinker.Accepted:
-    """Counted from now; null lets the checkpoint live for ever."""
+    """The time counts from now; null keeps the checkpoint for ever."""
     ttl_seconds = validation.ttl_seconds(request.ttl_seconds)
     return await _update(call, expires_at=None if ttl_seconds is None else call.api.clock.now() + ttl_seconds)
 
@@ -190,7 +191,7 @@ def timestamp(seconds: float) -> datetime:
 
 
 def text_metadata(metadata: dict[str, Any]) -> dict[str, str] | None:
-    """The SDK reads text only: other values are shown as JSON."""
+    """The SDK reads only text: other values are shown as JSON."""
     if not metadata:
         return None
     return {

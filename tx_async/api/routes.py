@@ -1,4 +1,4 @@
-"""Every route of the server, in one table. The hot ones stand first: the router looks from the top."""
+"""Every route of the server, in one table. The hot ones come first, because the router searches from the top."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def _route(row: Row, api: Api) -> Route:
 def create_api(
     scheduler: SchedulerApi, config: ServerConfig, files: CheckpointFiles, *, clock: Clock | None = None
 ) -> Starlette:
-    """The API alone as an application: what tests serve. Other routes answer 404, other methods 405, both in JSON."""
+    """The API alone as an application, which tests serve. Other routes answer 404, other methods 405, both in JSON."""
     routes = create_routes(scheduler, config, files, clock=clock)
     app = Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS)
     app.router.redirect_slashes = False

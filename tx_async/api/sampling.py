@@ -95,7 +95,7 @@ def _stops(stop: str | list[str | int] | None) -> tuple[tuple[str, ...], tuple[i
 
 
 def _targets(data: tinker.TensorData | None, bytes_max: int) -> tuple[Tensor | None, tuple[bytes, bytes] | None]:
-    """(dense int32 array with -1 in unlisted cells, sparse layout if the request has one)."""
+    """(dense int32 array with -1 in unlisted cells, the sparse layout if the request has one)."""
     if data is None:
         return None, None
     if data.dtype != "int64":

@@ -72,8 +72,8 @@ async def get_server_capabilities(call: Call) -> tinker.ServerCapabilitiesRespon
 
 
 async def healthz(call: Call) -> Response:
-    """503 with what is missing until a request could run. `?live`: 200 while the server answers at all. `?verbose`:
-    what storage, journal, workers, disk and memory say, 503 where one has a problem."""
+    """503 with what is still missing before a request can run. `?live`: 200 while the server answers at all.
+    `?verbose`: the findings on storage, journal, workers, disk and memory, 503 where one has a problem."""
     if "live" in call.request.query_params:
         return json_response(tinker.HealthResponse(status="ok"))
     if "verbose" in call.request.query_params and call.api.health is not None:

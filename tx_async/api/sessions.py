@@ -98,7 +98,7 @@ def _has_status(session: SessionRecord, query: tinker.SessionStatusQuery) -> boo
 
 
 def _checkpoints_by_session(call: Call) -> tuple[Counter[str], Counter[str]]:
-    """(number, bytes) of one's own checkpoints, by session."""
+    """(number, bytes) of the caller's own checkpoints, by session."""
     counts, sizes = Counter[str](), Counter[str]()
     for checkpoint in call.scheduler.checkpoints.values():
         model = call.scheduler.models.get(checkpoint.model_id)
@@ -123,7 +123,7 @@ def _summary(session: SessionRecord, checkpoints_count: int, checkpoint_bytes: i
 
 
 def _status(session: SessionRecord) -> tinker.SessionStatus | None:
-    """None for a session that stopped sending heartbeats: it neither finished nor is it known to run."""
+    """None for a session that stopped sending heartbeats: it has not finished, and is not known to run."""
     if session.status == "active":
         return tinker.SessionStatus(type="active")
     if session.status in FINISHED:

@@ -1,4 +1,4 @@
-"""Telemetry of the SDK: accepted and forgotten. Its events may hold request headers, API keys among them, so nothing of
+"""The SDK's telemetry is accepted and forgotten. Its events may hold request headers, API keys among them, so none of
 it is decoded, logged or kept."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A session's requests on a timeline, for https://ui.perfetto.dev or chrome://tracing.
 
-The trace event format: a slice for each request, in it one for each station that the request has passed. Requests of
-one run, or of one sampling session, that were open at the same time lie on lanes below each other.
+It uses the trace event format: a slice for each request, and in it one for each station that the request has passed.
+Requests of one run, or of one sampling session, that were open at the same time lie on lanes below each other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Event = dict[str, Any]
 
 
 async def export_session_trace(call: Call) -> tinker.TraceExportResponse:
-    """Made when it is fetched: it is as new as that."""
+    """The trace is made when it is fetched, and is as new as that."""
     session = owned(call.scheduler.sessions, call.path("session_id"), call.owner, UnknownSession)
     url, _ = link(call, "traces", session)
     return tinker.TraceExportResponse(status="ready", url=url)
@@ -44,7 +44,7 @@ async def session_trace(call: Call) -> Response:
 
 
 def trace(session_id: str, passages: Sequence[Passage], now: float) -> bytes:
-    """now: until when what is still open is drawn."""
+    """now: requests that are still open are drawn until then."""
     events = [_name("process_name", 0, session_id), *_events(passages, now)]
     return msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": events})
 

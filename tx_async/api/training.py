@@ -22,12 +22,12 @@ from tx_async.wire.worker import AdamParams
 Ids = TypeVar("Ids", bound=tinker.TrainingIds)
 
 LENIENT_BYTES_MAX = 4 * 2**20
-"""Bodies up to this size are read for their ids although they are not JSON."""
+"""Bodies up to this size are searched for their ids even if they are not JSON."""
 _ids_decoder = msgspec.json.Decoder(tinker.TrainingIds)
 
 
 async def forward_backward(call: Call) -> tinker.UntypedAPIFuture:
-    """Protobuf from SDKs since 0.25, JSON from older ones."""
+    """Takes protobuf from SDKs since 0.25, JSON from older ones."""
     if protobuf.CONTENT_TYPE not in call.header("content-type"):
         return await submit(call, "ForwardBackward", tinker.ForwardBackwardRequest, _from_json)
     try:
@@ -64,7 +64,7 @@ async def submit_body(
 async def submit_decoded(
     call: Call, content: bytes, decode: Callable[..., operations.Operation], *arguments: Any
 ) -> tinker.UntypedAPIFuture:
-    """What grows with the body happens in one place: decoding it, and encoding it again for the journal."""
+    """All work that grows with the body happens in one place: decoding it, and encoding it again for the journal."""
     operation, encoded = await call.hold.compute(_prepare, len(content), decode, call, content, *arguments)
     request = await call.scheduler.submit(call.owner, operation, encoded)
     return future(request, None if isinstance(operation, operations.Sample) else operation.model_id)
@@ -82,8 +82,8 @@ async def read(call: Call) -> bytes:
 
 
 def ids_of(content: bytes) -> tinker.TrainingIds | None:
-    """From a JSON body with whatever other fault: Python's parser also takes the NaN that JSON does not have, but only
-    in a small one, because it makes an object of everything."""
+    """The ids from a JSON body with any other fault. Python's parser also takes NaN, which JSON lacks, but it is used
+    only on small bodies, because it makes an object of everything."""
     try:
         return _ids_decoder.decode(content)
     except msgspec.ValidationError:

@@ -1,5 +1,5 @@
-"""Whether a request makes sense for this base model. Pure: an operation in; out the same operation with its defaults
-filled in, or `InvalidRequest` that names what to change.
+"""Checks whether a request makes sense for this base model. Its functions are pure: an operation goes in; out comes the
+same operation with its defaults filled in, or an `InvalidRequest` that names what to change.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _KINDS = ("weights", "sampler_weights", "external_weights")
 
 
 class LossSpec(Struct, frozen=True):
-    """What a loss takes besides target_tokens."""
+    """The inputs that a loss takes besides target_tokens."""
 
     inputs: dict[str, float | None]
-    """Each with the number that fills in for an absent one; None: required."""
+    """Each input with its default; None: required."""
     config: dict[str, float | None] = {}
     """Likewise."""
     optional: frozenset[str] = frozenset()
@@ -83,7 +83,7 @@ def forward_backward(operation: ForwardBackward, model: BaseModelInfo) -> Forwar
     try:
         _check_values(data, model)
     except InvalidRequest:
-        _each(data, lambda datum: _check_values((datum,), model))  # says which one it is
+        _each(data, lambda datum: _check_values((datum,), model))  # names the datum
         raise
     return msgspec.structs.replace(operation, data=data, loss_fn_config=config)
 
@@ -217,7 +217,7 @@ def _check_values(data: Sequence[Datum], model: BaseModelInfo) -> None:
 
 
 def _check_finite(values: np.ndarray, name: str) -> None:
-    """Clip thresholds may be infinite: no bound."""
+    """Clip thresholds may be infinite, which means no bound."""
     if not np.isfinite(values).all() and (name not in _CLIPS or np.isnan(values).any()):
         raise InvalidRequest(f"{name} has values that are NaN or infinite.")
 
@@ -259,8 +259,8 @@ def adapter(config: AdapterConfig, model: BaseModelInfo) -> AdapterConfig:
 
 
 def base_model(name: str, model: BaseModelInfo) -> str:
-    """The name that it is reported by, whichever of its names this is. `NAME:peft:N` is the hosted service's way to ask
-    for a context of N tokens."""
+    """The name under which the model is reported, whichever of its names this is. `NAME:peft:N` is the hosted service's
+    way to ask for a context of N tokens."""
     known, (plain, marker, length) = {model.name, *model.aliases}, name.strip().rpartition(":peft:")
     if (plain if marker else length).rstrip("/") not in known:
         raise InvalidRequest(f"base_model {name!r} is not served here; this server has {model.name!r}.")
@@ -308,13 +308,13 @@ def tinker_path(path: str) -> str:
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in _KINDS or not (parts[0] and parts[2]):
         raise InvalidRequest(
-            f"{path[:200]!r} is no checkpoint path: that is tinker://<training run>/<{'|'.join(_KINDS)}>/<name>."
+            f"{path[:200]!r} is not a checkpoint path: that is tinker://<training run>/<{'|'.join(_KINDS)}>/<name>."
         )
     return path
 
 
 def metadata(value: dict[str, Any] | None, bytes_max: int) -> dict[str, Any]:
-    """Anything that can be stored and given back."""
+    """Metadata may be anything that can be stored and given back."""
     try:
         size = len(msgspec.msgpack.encode(value or {}))
     except (OverflowError, UnicodeError, RecursionError):
@@ -327,7 +327,7 @@ def metadata(value: dict[str, Any] | None, bytes_max: int) -> dict[str, Any]:
 
 
 def text(field: str, value: str | None, bytes_max: int) -> str | None:
-    """What is kept as it is, and shown again."""
+    """Text that is kept as it is and shown again."""
     size = len((value or "").encode("utf-8", "surrogatepass"))
     if size > bytes_max:
         raise InvalidRequest(f"{field} takes {size} bytes; allowed are {bytes_max} (`text_bytes_max`).")
@@ -375,7 +375,7 @@ def sample(
 
 
 def _check_sampling_params(operation: Sample, model: BaseModelInfo) -> None:
-    # Beyond what the prompt leaves of the context it is a limit that is met earlier; beyond the context, a mistake.
+    # Beyond the rest of the context it only takes effect earlier; beyond the whole context it is a mistake.
     if operation.max_tokens is not None and not 1 <= operation.max_tokens <= model.max_context_length:
         raise InvalidRequest(
             f"max_tokens is {operation.max_tokens}; it must be 1 to {model.max_context_length}, the context of "

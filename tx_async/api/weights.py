@@ -29,7 +29,7 @@ async def save_weights_external(call: Call) -> tinker.UntypedAPIFuture:
 
 
 async def load_weights(call: Call) -> tinker.UntypedAPIFuture:
-    """With (model_id, seq_id): into a live model. With (session_id, model_seq_id): into a new one."""
+    """With (model_id, seq_id) it loads into a live model, with (session_id, model_seq_id) into a new one."""
     content = await training.read(call)
     measure.check_values(content, call.api.config.json_values_max)
     measure.check_nesting(content, call.api.config.json_depth_max)
@@ -55,7 +55,7 @@ async def weights_info(call: Call, request: tinker.WeightsInfoRequest) -> tinker
 
 
 async def copy_weights(call: Call, request: tinker.CopyWeightsRequest) -> tinker.CopyWeightsResponse:
-    """Into a slot of a session of one's own, or into a new session of a project."""
+    """Copy into a slot of the caller's own session, or into a new session of a project."""
     source = readable_checkpoint(call, request.source_path)
     ttl_seconds = validation.ttl_seconds(request.ttl_seconds)
     session_id, model_seq_id = await _destination(call, request)

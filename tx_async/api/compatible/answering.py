@@ -1,4 +1,4 @@
-"""How an answer goes out: whole, or as a stream, and what both have in common."""
+"""Sends an answer, whole or as a stream, with what both have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tx_async.wire.operations import Sample
 
 
 class Answer(Protocol):
-    """Of one request, in one API's form."""
+    """The answer to one request, in one API's form."""
 
     def failed(self, status: int, message: str) -> bytes:
         """The event that ends a stream which failed."""
@@ -33,7 +33,7 @@ class Answer(Protocol):
 
 
 async def respond(call: Call, samples: Samples, answer: Answer, is_streamed: bool) -> Response:
-    """The samples end with the response, whatever becomes of it."""
+    """Send the answer. The samples end with the response, however that ends."""
     is_taken = False
     try:
         if not is_streamed:
@@ -60,7 +60,7 @@ def new_choice(
 
 
 async def fed(samples: Samples, choice_of: Callable[[int, int], Choice]) -> None:
-    """All that comes, to the end."""
+    """Feed all pieces to their choices, to the end."""
     async for arrived in samples.pieces():
         if arrived is not None:
             prompt, piece = arrived

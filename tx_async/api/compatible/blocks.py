@@ -1,4 +1,4 @@
-"""Anthropic's messages and tools as OpenAI's: one road to the chat template for both."""
+"""Turns Anthropic's messages and tools into OpenAI's, so that both take one way to the chat template."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tx_async.api.compatible.prompts import Chat
 from tx_async.wire import anthropic, openai
 
 FAILED = "Error: "
-"""Before a tool's result that has is_error."""
+"""Put before a tool's result that has is_error."""
 _NOT_SERVED = ("image", "document", "search_result", "redacted_thinking", "server_tool_use", "web_search_tool_result")
 
 
 def chat_of(request: anthropic.CountTokensRequest) -> Chat:
-    """Raises `InvalidField` for what makes no sense, or is not served."""
+    """Raises `InvalidField` for a request that makes no sense, or asks for something not served."""
     if not request.messages:
         raise InvalidField("messages", "there are none. Send at least one.")
     if request.messages[0].role != "user":
@@ -45,7 +45,7 @@ def _system(system: str | list[dict[str, Any]] | None) -> list[openai.ChatMessag
 
 
 def _messages(message: anthropic.Message, where: str) -> list[openai.ChatMessage]:
-    """One, or for results of tools several."""
+    """The OpenAI messages of one message: several when it has results of tools."""
     if isinstance(message.content, str):
         return [openai.ChatMessage(role=message.role, content=message.content)]
     if not message.content:
@@ -121,7 +121,7 @@ def _check_tool_choice(request: anthropic.CountTokensRequest) -> None:
 
 
 def _thinking(thinking: anthropic.Thinking | None) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:
-    """Values for the template, and which of them it must know."""
+    """Values for the template, and which of them the template must know."""
     if thinking is None or thinking.type == "adaptive":
         return {}, ()
     if thinking.type == "enabled" and (thinking.budget_tokens or 0) < 1:

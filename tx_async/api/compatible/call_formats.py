@@ -1,4 +1,4 @@
-"""How families write calls: each function reads the inside of a block, or says that it is none."""
+"""How families write calls: each function reads the inside of a block, or returns None when that is no call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tx_async.api.compatible.parsing import Call, Parameters
 
 
 def call_of(value: Any) -> Call | None:
-    """From {"name": …, "arguments": … or "parameters": …}."""
+    """A call from {"name": …, "arguments": … or "parameters": …}."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
@@ -87,7 +87,7 @@ def read_mistral(inside: str, _parameters: Parameters) -> list[Call] | None:
 
 
 def _typed_call(name: str, pairs: list[tuple[str, str]], parameters: Parameters) -> Call:
-    """Text is text; where the tool's schema wants something else, it is JSON, if it can be."""
+    """A value stays text; where the tool's schema wants something else, it is parsed as JSON if it can be."""
     schemas = parameters.get(name, {})
     return Call(name, dumps({key.strip(): _typed(value, schemas.get(key.strip(), {})) for key, value in pairs}))
 
@@ -104,7 +104,7 @@ def _typed(value: str, schema: Mapping[str, Any]) -> Any:
 
 
 def _python(value: str) -> Any:
-    """`True`, `['a']`: how templates write what they do not turn into JSON."""
+    """A value like `True` or `['a']`, as templates write it when they do not turn it into JSON."""
     try:
         parsed = ast.literal_eval(value.strip())
         json.dumps(parsed)
@@ -114,7 +114,7 @@ def _python(value: str) -> Any:
 
 
 def parsed_json(text: str) -> Any:
-    """None for what is no JSON."""
+    """None for text that is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -52,11 +52,12 @@ async def chat_completions(call: Call) -> Response:
 
 
 def check(request: ChatRequest) -> int:
-    """How many likely tokens it wants with each. Raises `InvalidField` for what does not go together."""
+    """How many of the likeliest tokens it wants with each token. Raises `InvalidField` for fields that contradict each
+    other."""
     sampling.check_response_format(request.response_format)
     sampling.check_stream_options(request)
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
-        raise InvalidField("max_tokens", "it says something else than max_completion_tokens. Send one of them.")
+        raise InvalidField("max_tokens", "it differs from max_completion_tokens. Send one of them.")
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidField("top_logprobs", "it goes with logprobs: true only.")
     _check_tool_choice(request)
@@ -164,7 +165,7 @@ class ChatAnswer:
         yield DONE
 
     def _chunks(self, index: int, delta: Delta, num_calls: int) -> Iterator[openai.ChunkChoice]:
-        """num_calls: before this delta. Log-probabilities go with the first of them."""
+        """num_calls: calls before this delta. Log-probabilities go with the first chunk."""
         messages = []
         for event in delta.events:
             messages.append(self._delta(event, num_calls))

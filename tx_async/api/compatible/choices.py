@@ -1,4 +1,4 @@
-"""One answer as it grows: its tokens, their log-probabilities, its text, and what the text means."""
+"""One answer as it grows: its tokens, their log-probabilities, its text, and the events parsed from the text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Scored:
 
 @dataclass
 class Delta:
-    """What one piece brought to an answer."""
+    """The part that one piece added to an answer."""
 
     scored: list[Scored]
     text: str
@@ -53,7 +53,7 @@ class Choice:
     #: tokens so far
     num_tokens: int = 0
     stop_reason: Literal["stop", "length"] | None = None
-    #: tokens of the prompt that were in the cache
+    #: how many tokens of the prompt were in the cache
     cached_tokens: int = 0
     #: of the whole answer
     deltas: list[Delta] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Choice:
 
     @property
     def calls_tools(self) -> bool:
-        """It ended, rather than was cut off, with calls in it."""
+        """Whether it ended, rather than being cut off, with calls in it."""
         return self.num_calls > 0 and self.stop_reason == "stop"
 
 

@@ -55,11 +55,11 @@ def check(request: CompletionRequest) -> None:
     sampling.check_stream_options(request)
     sampling.check_top_logprobs("logprobs", request.logprobs)
     if request.max_tokens == 0 and not request.echo:
-        raise InvalidField("max_tokens", "it may be 0 with echo only.")
+        raise InvalidField("max_tokens", "it may be 0 only with echo.")
 
 
 def prompts_of(prompt: str | list[Any]) -> list[str | list[int]]:
-    """One of the four forms that a prompt may have."""
+    """The prompts in whichever of the four forms was sent."""
     if isinstance(prompt, str):
         return [prompt]
     if prompt and all(type(entry) is int for entry in prompt):
@@ -80,13 +80,13 @@ def _encoded(tokenizer: Tokenizer, prompts: list[str | list[int]]) -> list[list[
         if not tokens:
             raise InvalidField("prompt", "it is empty. Send at least one token.")
         if not (min(tokens) >= 0 and max(tokens) < 2**31):
-            raise InvalidField("prompt", "it has a number that is no token id.")
+            raise InvalidField("prompt", "it has a number that is not a token id.")
         found.append(tokens)
     return found
 
 
 def _operation(call: Call, request: CompletionRequest, tokens: list[int]) -> Any:
-    """With echo, what is said about the prompt is part of the answer."""
+    """With echo, the log-probabilities of the prompt are part of the answer."""
     scores = bool(request.echo) and request.logprobs is not None
     if not scores:
         check_length(tokens, call, "prompt")
@@ -103,8 +103,8 @@ def _operation(call: Call, request: CompletionRequest, tokens: list[int]) -> Any
 
 
 def text_of_prompt(tokenizer: Tokenizer, tokens: list[int], given: str | list[int]) -> tuple[str, list[int]]:
-    """What echo shows, special tokens included, and where each token begins in it. A text stays as it was given: what
-    the tokenizer puts before it has no place in it."""
+    """The text that echo shows, special tokens included, and where each token begins in it. A text stays as it was
+    given, without tokens that the tokenizer puts before it."""
     text, offsets = TextStream(tokenizer, shown=set(tokenizer.special.values())).feed(tokens, "length")
     if isinstance(given, list):
         return text, offsets
@@ -122,9 +122,9 @@ class CompletionAnswer:
     fingerprint: str
     created: int
     id: str = field(default_factory=lambda: new_id("cmpl"))
-    #: what is said about the tokens of each prompt, where it was asked
+    #: the scored tokens of each prompt, where they were asked for
     scored: dict[int, list[Scored]] = field(default_factory=dict)
-    #: text of each prompt, and where its tokens begin in it
+    #: the text of each prompt, and where its tokens begin in it
     prompt_texts: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
 
     def failed(self, status: int, message: str) -> bytes:
@@ -142,7 +142,7 @@ class CompletionAnswer:
         return self._completion(self._whole_choices(), self._usage())
 
     async def _deltas(self, samples: Samples, timeout_s: float | None) -> AsyncIterator[tuple[int, int, Delta] | None]:
-        """(prompt, sample, what came)"""
+        """(prompt, sample, its delta)"""
         async for arrived in samples.pieces(timeout_s):
             if arrived is None:
                 yield None
@@ -189,7 +189,7 @@ class CompletionAnswer:
         )
 
     def _likely(self, entry: Scored) -> dict[str, float] | None:
-        """The likeliest tokens, and the one that is there."""
+        """The likeliest tokens, and the token itself."""
         if np.isnan(entry.logprob):
             return None
         return {name_of(self.tokenizer, token): value for token, value in (*entry.likely, (entry.token, entry.logprob))}
@@ -211,7 +211,7 @@ class CompletionAnswer:
     # ---- streamed
 
     async def events(self, samples: Samples) -> AsyncIterator[bytes]:
-        if self._scores_prompt:  # known with the last piece: then everything is
+        if self._scores_prompt:  # known with the last piece, like everything else
             async for event in self._events_at_the_end(samples):
                 yield event
         else:

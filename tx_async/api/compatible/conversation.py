@@ -1,4 +1,4 @@
-"""OpenAI's messages and tools as a chat template wants them, or the reason why they make no sense."""
+"""Turns OpenAI's messages and tools into the form that chat templates take, or says why they make no sense."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MEDIA = ("image", "image_url", "input_image", "input_audio", "audio", "video", 
 def template_messages(
     messages: Sequence[ChatMessage], *, takes_parts: bool, knows_developer: bool
 ) -> list[dict[str, Any]]:
-    """takes_parts, knows_developer: what the model's chat template can say; otherwise parts are joined, and a developer
-    speaks as the system."""
+    """takes_parts, knows_developer: what the model's chat template can render; otherwise parts are joined, and a
+    developer speaks as the system."""
     check_order(messages)
     found = []
     for i, message in enumerate(messages):
@@ -34,8 +34,8 @@ def template_messages(
 
 
 def check_order(messages: Sequence[ChatMessage]) -> None:
-    """A tool answers a call of the assistant's message before it, and every call is answered before anybody else
-    speaks. What else a model wants, its template says."""
+    """Check that a tool answers a call of the assistant's message before it, and that every call is answered before
+    anybody else speaks. A model's other rules are in its template."""
     if not messages:
         raise InvalidField("messages", "there are none. Send at least one.")
     open_calls: set[str] = set()
@@ -75,7 +75,7 @@ def _content(content: str | list[dict[str, Any]] | None, where: str, takes_parts
 
 
 def text_of_part(part: Mapping[str, Any], where: str) -> str:
-    """Raises `InvalidField` for whatever is not text."""
+    """The text of a part. Raises `InvalidField` for other kinds."""
     kind = part.get("type")
     if kind in _MEDIA:
         raise InvalidField(where, f"{kind}: only text is served here, no vision or audio model.")
@@ -90,7 +90,7 @@ def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
 
 
 def arguments_of(arguments: str | dict[str, Any], where: str) -> dict[str, Any]:
-    """Templates want the object; OpenAI's clients send its JSON."""
+    """The arguments as an object, which templates want; OpenAI's clients send its JSON."""
     if isinstance(arguments, dict):
         return arguments
     try:
@@ -107,7 +107,7 @@ _FUNCTION = {"name", "description", "parameters", "strict"}
 
 
 def parameters_of(tools: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Name of each tool -> the schemas of its parameters. Raises `InvalidField` for a malformed tool."""
+    """The name of each tool -> the schemas of its parameters. Raises `InvalidField` for a malformed tool."""
     found = {}
     for i, tool in enumerate(tools):
         where, function = f"tools[{i}]", tool.get("function")

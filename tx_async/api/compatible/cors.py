@@ -1,4 +1,5 @@
-"""Pages from elsewhere: which may call a route and read its answer. None, unless the operator names them."""
+"""Pages from other origins: which of them may call a route and read its answer. None may, unless the operator names
+it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ EXPOSED_HEADERS = ("x-request-id", "request-id", "retry-after")
 
 
 def open_to(endpoint: ASGIApp, origins: str) -> ASGIApp:
-    """origins: separated by commas; `*` is any. No page gets to send cookies: there are none."""
+    """origins: separated by commas; `*` means any. No page may send cookies: there are none."""
     listed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
     return CORSMiddleware(
         endpoint,

@@ -26,13 +26,13 @@ def data_event(value: Struct) -> bytes:
 
 
 def named_event(value: Struct) -> bytes:
-    """Anthropic's: each has its type as its name, too."""
+    """An event of Anthropic's: its type is also its name."""
     name = str(type(value).__struct_config__.tag).encode()
     return b"event: " + name + b"\n" + data_event(value)
 
 
 class EventStream(StreamingResponse):
-    """Ends its samples with itself, however it ends: sent to its end, failed, or left by its client."""
+    """A stream that ends its samples with itself, however it ends: sent to its end, failed, or left by its client."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class EventStream(StreamingResponse):
         failed: Callable[[int, str], bytes],
         tell: Callable[[str], str],
     ):
-        """failed: the event that says what went wrong, from its status and message. tell: what clients are told of a
-        failure of the server's."""
+        """failed: makes the event for an error from its status and message. tell: makes the text that clients see of a
+        server failure."""
         self._samples, self._failed, self._tell = samples, failed, tell
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(self._guarded(events), media_type="text/event-stream", headers=headers)

@@ -26,7 +26,7 @@ class Family:
     name: str
     tags: Tags = NO_TAGS
     marks: tuple[str, ...] = ()
-    """Markers that may be special tokens of the tokenizer: the parser must see them."""
+    """Markers that may be special tokens of the tokenizer and that the parser must see."""
     has_tools: bool = False
     id_characters: int = _CALL_ID_CHARACTERS
 
@@ -40,14 +40,14 @@ class Family:
         return TagParser(self.tags, parameters, with_tools=with_tools, in_reasoning=in_reasoning)
 
     def new_call_id(self, prefix: str) -> str:
-        """In the family's own form, where it has one."""
+        """A new id in the family's own form, where it has one."""
         alphabet = string.ascii_letters + string.digits
         text = "".join(secrets.choice(alphabet) for _ in range(self.id_characters))
         return text if self.id_characters == _MISTRAL_ID_CHARACTERS else prefix + text
 
 
 def family_of(template: str, has_token: Callable[[str], bool] = lambda text: False) -> Family:
-    """By what its template writes; fine-tuned models keep the template of their family."""
+    """The family by what its template writes; fine-tuned models keep their family's template."""
     if "<|channel|>" in template:
         return Family("gpt-oss", Tags(thinks=("", "")), HARMONY_MARKS, has_tools=True)
     name, calls, read = _calls_of(template)
@@ -65,7 +65,7 @@ def _thinks_of(template: str, has_token: Callable[[str], bool]) -> tuple[str, st
 
 
 def _calls_of(template: str) -> tuple[str, tuple[str, str] | None, Read]:
-    """(name, where calls stand, how they are read)."""
+    """(the format's name, the tags around calls, the function that reads them)."""
     if "<seed:tool_call>" in template:
         return "seed", ("<seed:tool_call>", "</seed:tool_call>"), read_functions
     if "<arg_key>" in template:

@@ -25,12 +25,12 @@ WITHOUT_EFFECT = frozenset(
         "user_profile_id",
     }
 )
-"""Accepted, because they change no answer: who asks, what is kept, and what is cached elsewhere."""
+"""Accepted, because they change no answer: they say who asks, and what is kept or cached elsewhere."""
 WITHOUT_EFFECT_ANYWHERE = frozenset({"cache_control", "eager_input_streaming"})
 """The same within messages, their parts, `system` and `tools`."""
 _NESTED = ("messages", "content", "system", "tools")
 BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN = 16 * 2**20, 64
-"""A body may be so large, or have so many bytes for each token of the context: what is larger is no prompt."""
+"""A body may be this large, or have this many bytes for each token of the context: a larger one is not a prompt."""
 
 T = TypeVar("T")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
@@ -62,12 +62,12 @@ class ModelNotServed(NotFound):
 
 
 async def read(call: Call, kind: type[T]) -> T:
-    """The body as a struct. Large ones are decoded in a thread."""
+    """The body as a struct. Large bodies are decoded in a thread."""
     context = call.scheduler.base_model.max_context_length
     bytes_max = max(BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN * context)
     content = await body.read(call.request, min(bytes_max, call.api.config.request_body_bytes_max), call.hold)
     request = await call.hold.compute(decode, len(content), content, kind, call.api.config)
-    call.hold.release()  # what follows takes as long as the answer
+    call.hold.release()  # from here on it takes as long as the answer
     return request
 
 
@@ -82,7 +82,8 @@ def decode(content: bytes, kind: type[T], config: ServerConfig) -> T:
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Without what has no effect anywhere. Schemas and arguments of tools are data: they stay as they are."""
+    """The value without fields that have no effect anywhere. Schemas and arguments of tools are data and stay as they
+    are."""
     kept = {key: item for key, item in value.items() if key not in WITHOUT_EFFECT_ANYWHERE}
     for key in _NESTED:
         if isinstance(items := kept.get(key), list):
@@ -91,7 +92,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def named(what: str, where: str = "") -> InvalidField:
-    """What msgspec says, with the field's name first. where: the place of the value that was converted."""
+    """msgspec's error, with the field's name first. where: the place of the value that was converted."""
     if found := _UNKNOWN.fullmatch(what):
         name = ".".join(filter(None, (where, found["path"], found["name"])))
         return InvalidField(name, "this field is not known here, or not supported. Leave it out.")

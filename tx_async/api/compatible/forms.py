@@ -1,4 +1,4 @@
-"""Errors in the form of the API that is spoken below a path."""
+"""Errors in the form of the API that is served below a path."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _is_below(path: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def error_body(path: str, status: int, message: str, category: str, error: Exception | None = None) -> Struct:
-    """error: its `field` and `code`, where it has them, are told in OpenAI's form."""
+    """error: its `field` and `code`, where it has them, appear in OpenAI's form."""
     if speaks_anthropic(path):
         return anthropic_error(status, message)
     if speaks_openai(path):

@@ -22,7 +22,7 @@ class HarmonyParser:
     def __init__(self, with_tools: bool):
         self._with_tools = with_tools
         self._buffer = ""
-        #: of the message that is being read; None while its head is
+        #: the channel of the message being read; None while its head is read
         self._channel: str | None = None
         self._function = ""
         self._body = ""
@@ -77,4 +77,4 @@ class HarmonyParser:
             yield from self._say(rest)
             yield from self._end()
         elif rest and "<|channel|>" not in rest and rest.strip() not in ("", "assistant"):
-            yield Text(rest)  # a model that does not keep to its format
+            yield Text(rest)  # the model does not keep to its format

@@ -119,7 +119,7 @@ class MessageAnswer:
 
 
 def new_block(event: Event, family: Family) -> anthropic.AnsweredBlock:
-    """Empty."""
+    """A new, empty block."""
     match event:
         case Text():
             return anthropic.AnsweredText(text="")
@@ -130,7 +130,7 @@ def new_block(event: Event, family: Family) -> anthropic.AnsweredBlock:
 
 
 def blocks_of(events: list[Event], family: Family) -> list[anthropic.AnsweredBlock]:
-    """What belongs together in one block."""
+    """The events as blocks: adjacent ones of a kind belong in one block."""
     blocks: list[anthropic.AnsweredBlock] = []
     for event in events:
         block = new_block(event, family)

@@ -1,4 +1,4 @@
-"""Which weights a request's `model` names, and the list of those that there are."""
+"""Which weights a request's `model` names, and the list of models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _FINGERPRINT_CHARACTERS = 12
 
 
 def model_path(call: Call, name: str) -> str | None:
-    """The checkpoint that it names, None for the base model: `BASE`, `tinker://…` or `BASE;tinker://…`, each perhaps
-    with `:peft:N` behind it. Raises `ModelNotServed`."""
+    """The checkpoint that a name stands for, None for the base model: `BASE`, `tinker://…` or `BASE;tinker://…`,
+    optionally with `:peft:N` behind it. Raises `ModelNotServed`."""
     base, path, context = _parts(name)
     model = call.scheduler.base_model
     try:
@@ -42,13 +42,13 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 
 def fingerprint(call: Call) -> str:
-    """Of what answers: the base model's weights, and this program."""
+    """The fingerprint of what answers: the base model's weights, and this program."""
     base = call.scheduler.base_model.fingerprint[:_FINGERPRINT_CHARACTERS] or "unknown"
     return f"fp_{base}_{__version__}"
 
 
 async def list_models(call: Call) -> openai.Models:
-    """The base model under each of its names, and the key's own checkpoints to sample from."""
+    """The base model under each of its names, and the key's own checkpoints that can be sampled."""
     base, owned_by = call.scheduler.base_model, "tx-async"
     aliases = [name for name in base.aliases if not PurePath(name).is_absolute()]
     found = [openai.Model(id=name, created=0, owned_by=owned_by) for name in dict.fromkeys((base.name, *aliases))]

@@ -1,7 +1,7 @@
-"""An answer's text taken apart as it comes: what is said, what was thought, which tools are called.
+"""Takes an answer's text apart as it comes: the answer proper, the reasoning, and the calls of tools.
 
 A parser is fed pieces of text and gives out events. Text goes through at once unless a marker may begin in it; a call
-is given out when it is complete. What looks like a call and is none is text.
+is given out when it is complete. Text that only looks like a call stays text.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Call(Struct, frozen=True):
 
 Event = Text | Reasoning | Call
 Parameters = Mapping[str, Mapping[str, Any]]
-"""Name of a tool -> the JSON Schemas of its parameters by name."""
+"""The name of a tool -> the JSON Schemas of its parameters by name."""
 Read = Callable[[str, Parameters], list[Call] | None]
-"""The inside of a block -> its calls; None where it is none."""
+"""The inside of a block -> its calls; None where it is no call."""
 
 
 def read_nothing(inside: str, parameters: Parameters) -> list[Call] | None:
@@ -44,7 +44,7 @@ class Parser(Protocol):
     def feed(self, text: str) -> Iterator[Event]: ...
 
     def finish(self) -> Iterator[Event]:
-        """What was held back."""
+        """The events that were held back."""
         ...
 
 
@@ -54,7 +54,7 @@ class Tags:
 
     thinks: tuple[str, str] | None = None
     calls: tuple[str, str] | None = None
-    """The second is "" where calls go on to the end."""
+    """The second tag is "" where calls go on to the end."""
     read: Read = read_nothing
 
 
@@ -70,11 +70,11 @@ class PlainParser:
 
 
 class Trimmed:
-    """A run of text that gives out neither the characters to trim at its begin nor those at its end."""
+    """A run of text without the characters to trim at its beginning and end."""
 
     def __init__(self, before: str = "", after: str = ""):
         self._before, self._after = before, after
-        #: may stand at the end
+        #: held back: may be the text's end
         self._held = ""
 
     def feed(self, text: str) -> str:
@@ -123,7 +123,7 @@ class TagParser:
         if opener:
             self._state = openers[opener]
             if self._state == "block":
-                self._text = self._new_text(WHITESPACE)  # what stood before the block is dropped with it
+                self._text = self._new_text(WHITESPACE)  # text before the block is dropped with it
             else:
                 self._reasoning = Trimmed("\n", "\n")
 
@@ -157,7 +157,7 @@ class TagParser:
             yield Text(given)
 
     def _until(self, marks: list[str]) -> tuple[str, str]:
-        """(what comes before the first of the marks, that mark or ""); what one may begin with stays."""
+        """(what comes before the first of the marks, that mark or ""); a possible beginning of a mark is held back."""
         found = [(place, mark) for mark in marks if (place := self._buffer.find(mark)) >= 0]
         if found:
             place, mark = min(found)
@@ -182,6 +182,6 @@ class TagParser:
 
 
 def overlap(text: str, marks: list[str]) -> int:
-    """Characters at the end of a text with which one of the marks may begin."""
+    """How many characters at the end of a text may be the beginning of one of the marks."""
     longest = min(len(text), max(map(len, marks), default=1) - 1)
     return next((n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TAKEN = ("messages", "tools", "add_generation_prompt")
-"""What a template is given anyway."""
+"""Values that a template is always given."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What a request says to the model."""
+    """The conversation that a request sends to the model."""
 
     messages: Sequence[ChatMessage]
     tools: Sequence[dict[str, Any]] = ()
@@ -37,7 +37,7 @@ class Chat:
     required: tuple[tuple[str, str], ...] = ()
     """(option, field of the request that sets it): the template must know one of these options, if there are any."""
     continues: bool = False
-    """The answer goes on where the last message ends."""
+    """Whether the answer goes on where the last message ends."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Prompt:
 
 
 async def compute(call: Call, function: Callable[[Tokenizer], T]) -> T:
-    """Something with the tokenizer, in a thread."""
+    """Run a function that needs the tokenizer, in a thread."""
     tokenizer = await call.api.tokenizer.get()
     async with call.api.bodies.decoding(call.owner):
         return await anyio.to_thread.run_sync(function, tokenizer)
 
 
 async def chat_prompt(call: Call, chat: Chat) -> Prompt:
-    """Raises `InvalidRequest` for what cannot be said, or is too long."""
+    """Raises `InvalidRequest` for a chat that the template cannot render, or that is too long."""
     prompt = await compute(call, partial(render, chat=chat))
     check_length(prompt.tokens, call, "messages")
     return prompt

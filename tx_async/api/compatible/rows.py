@@ -1,4 +1,4 @@
-"""The routes of both APIs: under the hosted service's prefixes, and under those that tools expect of any host."""
+"""The routes of both APIs: under the hosted service's prefixes, and under those that tools expect on any host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Live samples of one request's prompts, as one stream of pieces that ends with the request."""
+"""The live samples of one request's prompts, as one stream of pieces that ends with the request."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tx_async.wire.operations import Sample
 T = TypeVar("T")
 
 Piece = tuple[int, LivePiece]
-"""Of which prompt, and what came."""
+"""The prompt's number, and the piece that came."""
 PATIENCE_S = 10.0
-"""A client hears something at least so often, where it has asked for a stream."""
+"""A client that asked for a stream hears something at least this often."""
 
 
 class Samples:
-    """Runs operations side by side. `close` ends what still runs; it must be called."""
+    """Runs operations side by side. `close` ends those that still run; it must be called."""
 
     def __init__(self, call: Call, operations: Sequence[Sample], model_path: str | None):
         self._arrived: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
         self._num_running = len(operations)
         self._early: list[Piece | None] = []
-        # A task each: a generator is used by one task from its begin to its end.
+        # One task each: a generator is used by one task from its beginning to its end.
         self._tasks = [
             asyncio.create_task(self._pump(call, prompt, operation, model_path))
             for prompt, operation in enumerate(operations)
@@ -47,12 +47,11 @@ class Samples:
             self._arrived.put_nowait(error)
 
     async def begin(self) -> None:
-        """Until the first piece is there, or for a while: what a request is refused for is told before a stream
-        begins."""
+        """Wait for the first piece, or a while: a refused request gets its error before a stream begins."""
         self._early.append(await self._next(PATIENCE_S))
 
     async def pieces(self, timeout_s: float | None = None) -> AsyncIterator[Piece | None]:
-        """Until all have ended; None where nothing came for `timeout_s`."""
+        """All pieces until all samples have ended; None when nothing came for `timeout_s`."""
         while self._early:
             if (piece := self._early.pop(0)) is not None:
                 yield piece
@@ -61,7 +60,7 @@ class Samples:
                 yield piece
 
     async def _next(self, timeout_s: float | None) -> Piece | None:
-        """Raises what a sample failed with."""
+        """The next piece. Raises the error with which a sample failed."""
         while self._num_running:
             try:
                 async with asyncio.timeout(timeout_s):
@@ -82,7 +81,7 @@ class Samples:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What the work comes to. Raises `ClientDisconnect`, and ends the work, as soon as nobody waits for it."""
+    """The work's result. Raises `ClientDisconnect`, and ends the work, as soon as nobody waits for it."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What OpenAI's fields ask of the sampler, as the operation that the SDK's samples are, too."""
+"""OpenAI's sampling fields as the operation that the SDK's samples also use."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tx_async.wire.operations import Sample
 
 LOGPROBS_MAX = 20
 _RENAMED = {"num_samples": "n", "topk_sample_logprobs": "logprobs", "topk_prompt_logprobs": "logprobs"}
-"""Fields of a sample that clients know under another name."""
+"""The fields of a sample that clients know under another name."""
 
 
 def operation(call: Call, tokens: Any, request: Sampling, max_tokens: int | None, **more: Any) -> Sample:
-    """Validated. max_tokens: as asked; what the context does not hold is cut off."""
+    """The validated operation. max_tokens: as asked; what exceeds the context is cut off."""
     texts, ids = stops(request)
     left = max(call.scheduler.base_model.max_context_length - len(tokens), 1)
     if max_tokens is not None and max_tokens < 1:
@@ -49,7 +49,7 @@ def operation(call: Call, tokens: Any, request: Sampling, max_tokens: int | None
 
 
 def checked(call: Call, sample: Sample) -> Sample:
-    """Raises `InvalidField`, under the names that clients know."""
+    """Raises `InvalidField`, with the names that clients know."""
     try:
         return validation.sample(sample, call.scheduler.base_model, call.api.config.sample_num_samples_max)
     except InvalidRequest as error:
@@ -83,14 +83,14 @@ def check_response_format(form: ResponseFormat | None) -> None:
 
 def check_stream_options(request: Sampling) -> None:
     if request.stream_options is not None and not request.stream:
-        raise InvalidField("stream_options", "they go with stream only.")
+        raise InvalidField("stream_options", "they go only with stream.")
 
 
 def _logit_bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     found = {}
     for token, bias in (given or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise InvalidField("logit_bias", f"{token[:40]!r} is no token id.")
+            raise InvalidField("logit_bias", f"{token[:40]!r} is not a token id.")
         found[int(token)] = bias
     return tuple(found.items())
 

@@ -1,6 +1,6 @@
-"""Chat templates, rendered to the byte as transformers' `apply_chat_template` does, without transformers.
+"""Renders chat templates to the same bytes as transformers' `apply_chat_template`, without transformers.
 
-A template comes with a model, from somebody else: it runs in jinja2's immutable sandbox, and sees plain data only.
+A template comes with a model, from a third party: it runs in jinja2's immutable sandbox and sees only plain data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tx_async.errors import InvalidRequest
 Message = dict[str, Any]
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""What a message's reasoning may be called; templates read the first, gpt-oss's the second."""
+"""Names that a message's reasoning may have; templates read the first, gpt-oss's template the second."""
 CONTINUE_HERE = "CONTINUE_FINAL_MESSAGE_TAG "
 _PROBE = ("first probe", "second probe")
 
@@ -47,7 +47,7 @@ class Template:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether it can say a message whose content is a list of parts; others take text only."""
+        """Whether it can render a message whose content is a list of parts; others take only text."""
         parts = [{"type": "text", "text": text} for text in _PROBE]
         try:
             text = self.render([{"role": "user", "content": parts}], special_tokens={})
@@ -64,8 +64,8 @@ class Template:
         continues: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt. continues: the answer goes on where the last message ends. Raises `InvalidRequest` with what the
-        template has against the messages."""
+        """The prompt. continues: the answer goes on where the last message ends. Raises `InvalidRequest` with the
+        template's objection to the messages."""
         messages = [_with_reasoning(_without_none(message)) for message in messages]
         if continues:
             messages[-1] = messages[-1] | {"content": messages[-1]["content"] + CONTINUE_HERE}
@@ -104,7 +104,7 @@ def _cut_where_it_goes_on(text: str, content: str) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what a model says; here it changes nothing."""
+    """`{% generation %}` marks a model's output; here it changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012 the library's own form
 
@@ -150,7 +150,7 @@ def _check_name(name: Any) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Unlike jinja2's own it leaves <, > and & alone."""
+    """Unlike jinja2's own filter, it leaves <, > and & alone."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

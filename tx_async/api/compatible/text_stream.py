@@ -1,4 +1,4 @@
-"""A sequence's tokens as text, as they come: whole characters only, nothing of a stop string, no special tokens."""
+"""A sequence's tokens as text, as they come: only whole characters, no part of a stop string, no special tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Run(NamedTuple):
 
 
 class TextStream:
-    """The text of one sample. Feed it tokens; it gives out what is certain."""
+    """The text of one sample. Feed it tokens; it gives out the text that is certain."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         #: decoded, but a stop string may begin in it
         self._held: list[_Run] = []
-        #: visible characters decoded so far, those held included
+        #: how many visible characters were decoded so far, held ones included
         self._num_characters = 0
         self.stop: str | None = None
-        """The stop string that ended it; nothing comes after one."""
+        """The stop string that ended it; no text comes after one."""
 
     def feed(self, tokens: Sequence[int], stop_reason: str | None = None) -> tuple[str, list[int]]:
         """(new text, where in the whole text each token begins). stop_reason: set with the last tokens."""
@@ -73,12 +73,12 @@ class TextStream:
         return self._give(len(text) if is_last else len(text) - self._num_uncertain(text))
 
     def _num_uncertain(self, text: str) -> int:
-        """Characters at its end with which a stop string may begin."""
+        """How many characters at its end may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops), default=1) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
 
     def _give(self, length: int) -> str:
-        """The visible part of that many characters of what is held."""
+        """The visible part of that many held characters."""
         visible = ""
         while length and self._held:
             run = self._held.pop(0)
@@ -90,7 +90,7 @@ class TextStream:
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
-    """How a token is called in log-probabilities: its text, or its bytes where it is only a part of a character."""
+    """A token's name in log-probabilities: its text, or its bytes where it is only part of a character."""
     data = tokenizer.bytes_of(token)
     try:
         return data.decode()

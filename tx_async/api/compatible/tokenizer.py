@@ -1,5 +1,5 @@
-"""The base model's tokenizer and its chat templates, read once, when the first request needs them: neither JAX nor
-transformers is imported for it."""
+"""The base model's tokenizer and its chat templates, read once, when the first request needs them, without importing
+JAX or transformers."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Tokenizer:
         settings = _read_json(folder / SETTINGS)
         added = self._fast.get_added_tokens_decoder()
         self.special = {token: entry.content for token, entry in added.items() if entry.special}
-        """Tokens that are not shown, and what they are called."""
+        """Tokens that are not shown, and their names."""
         self.special_tokens = _named_tokens(folder, settings)
-        """What templates know as `bos_token` and so on."""
+        """The values that templates know as `bos_token` and so on."""
         self.template_sources = _template_sources(folder, settings)
         self._templates: dict[str, Template] = {}
         self._frame = _frame(settings)
@@ -64,7 +64,7 @@ class Tokenizer:
         return [] if token is None else [token]
 
     def bytes_of(self, token: int) -> bytes:
-        """Empty for a number that is no token: the vocabulary of a model may be padded."""
+        """A token's bytes; empty for a number that is no token, because a model's vocabulary may be padded."""
         if (found := self._bytes.get(token)) is None:
             found = self._bytes[token] = self._make_bytes(token)
         return found
@@ -130,7 +130,7 @@ def load(folder: str) -> Tokenizer:
         if not folder or not (Path(folder) / FILE).is_file():
             raise ValueError(f"there is no {FILE}")
         return Tokenizer(Path(folder))
-    except Exception as error:  # the library raises bare ones
+    except Exception as error:  # the library raises bare exceptions
         log.warning("The tokenizer of %s cannot be read: %s", folder, error)
         raise InvalidRequest(
             f"This server cannot turn text into tokens: its base model has no {FILE} that can be read (its log says "
@@ -154,7 +154,7 @@ def _named_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _template_sources(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """A file of its own comes before the settings."""
+    """A template file takes precedence over the settings."""
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     files = {path.stem: path for path in more} | (
         {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
@@ -168,7 +168,7 @@ def _template_sources(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _frame(settings: dict[str, Any]) -> tuple[str, str] | None:
-    """(named token before a text, after it), "" for none; None where the tokenizer's file says it."""
+    """(the named token before a text, the one after it), "" for none; None where the tokenizer's file says it."""
     if "add_bos_token" not in settings and "add_eos_token" not in settings:
         return None
     return (

@@ -15,7 +15,7 @@ PYTHON_TAG = "<|python_tag|>"
 class WholeMessageParser:
     def __init__(self, with_tools: bool):
         self._with_tools = with_tools
-        #: what may become a call; None once it is clear that the message is text
+        #: text that may become a call; None once it is clear that the message is text
         self._held: str | None = "" if with_tools else None
 
     def feed(self, text: str) -> Iterator[Event]:
