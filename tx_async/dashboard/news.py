@@ -1,4 +1,4 @@
-"""The stream of events behind the page: the present state at once, then what changes, once a second.
+"""The stream of events behind the page: first the present state, then its changes, once a second.
 
 All pages share one look at the scheduler a second, and pages of one viewer share its bytes; nobody looks when no page
 is open. A page that reads slowly misses intermediate states and never the newest one.
@@ -23,7 +23,7 @@ from tx_async.wire.dashboard import Overview
 
 TICK_S = 1.0
 SILENCE_S = 15
-"""Ticks without news after which a line says that the stream lives: proxies cut what is silent."""
+"""After so many ticks without news, a line says that the stream is alive: proxies cut silent ones."""
 RETRY_MS = 2000
 PAGES_MAX = 512
 
@@ -37,16 +37,16 @@ class News:
         redact: Callable[[str], str] = str,
         rates: Rates | None = None,
     ):
-        """names: of keys, by owner. redact: what a tenant is told of a line for operators."""
+        """names: names of keys, by owner. redact: makes a line for operators fit for a tenant."""
         self.scheduler = scheduler
         self.clock = clock
         self.rates = rates or Rates()
         self.num_pages = 0
         self.num_looks = 0
-        """How often the scheduler was looked at for pages."""
+        """How often pages have had the scheduler looked at."""
         self._names = names
         self._redact = redact
-        #: of the present tick, by viewer
+        #: the pictures of the present tick, by viewer
         self._pictures: dict[Viewer, Picture] = {}
         self._overview = Overview()
         self._server: dict[str, Any] = {}
@@ -134,7 +134,7 @@ class News:
         }
 
     def _change(self, viewer: Viewer, before: Picture, after: Picture) -> bytes:
-        """An event, or nothing."""
+        """An event with the changes, or nothing."""
         key = (viewer, id(before))
         if key not in self._changes:
             changed = picture.change(before, after)

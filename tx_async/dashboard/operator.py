@@ -1,4 +1,5 @@
-"""What only an operator sees: keys and their use, the audit log, sessions, health, settings without their secrets."""
+"""The tables that only an operator sees: keys and their use, the audit log, sessions, health, settings without their
+secrets."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ async def report(call: Call) -> dict[str, Any]:
 
 
 def keys(call: Call) -> list[dict[str, Any]]:
-    """The registered ones, and owners of records that no registered key accounts for."""
+    """The registered keys, and owners of records that belong to no registered key."""
     scheduler = call.scheduler
     num_sessions = Counter(session.owner for session in scheduler.sessions.values())
     num_runs = Counter(model.owner for model in scheduler.models.values())
@@ -103,7 +104,7 @@ async def health(call: Call) -> dict[str, dict[str, str]]:
 
 
 def settings(config: ServerConfig) -> list[dict[str, Any]]:
-    """As resolved; what is secret only says whether it is set."""
+    """The resolved settings; a secret one only says whether it is set."""
     resolved = {
         "database_url": config.resolved_database_url,
         "checkpoints_base": config.resolved_checkpoints_base,

@@ -1,4 +1,4 @@
-"""The page's own files, as they lie in `static/`: nothing is built, and nothing comes from elsewhere."""
+"""The page's own files, as they are in `static/`: nothing is built, and nothing comes from another host."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def is_on(config: ServerConfig) -> bool:
 
 
 def page_routes() -> list[Route]:
-    """`/` is the page; its files lie under `/dashboard/`, after whatever else is there."""
+    """`/` is the page; its files lie under `/dashboard/`, after the other routes there."""
     files = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
     routes = [Route("/", _answer(files["index.html"]), methods=["GET"])]
     return routes + [Route(f"/dashboard/{name}", _answer(path), methods=["GET"]) for name, path in files.items()]

@@ -1,4 +1,4 @@
-"""What a viewer's page shows of the present, and what has changed since an earlier one. No I/O."""
+"""The picture of the present that a viewer's page shows, and the changes since an earlier one. No I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tx_async.wire.dashboard import Overview
 from tx_async.wire.records import ModelRecord
 
 RUNS_MAX = 200
-"""Most recently used runs that a page is told of; all have a page of their own."""
+"""How many of the most recently used runs a page lists; each run has a page of its own."""
 Picture = dict[str, Any]
 """Section -> its content; "runs" by id."""
 
@@ -26,7 +26,7 @@ def take(
     names: Mapping[str, str],
     server: Mapping[str, Any],
 ) -> Picture:
-    """names: of keys, by owner. server: sections about the whole server, which only those see who see all."""
+    """names: names of keys, by owner. server: sections about the whole server, for viewers who may see everything."""
     queues = [queue for queue in overview.queues if viewer.sees(queue.owner)]
     return {
         "base_model": msgspec.to_builtins(_base_model(scheduler)),
@@ -76,7 +76,7 @@ def used_at(model: ModelRecord) -> float:
 
 
 def change(before: Picture, after: Picture) -> Picture:
-    """The sections that are another now; of runs only those that are, None for one that has gone."""
+    """The sections that have changed; of the runs only changed ones, None for a run that is gone."""
     changed = {name: content for name, content in after.items() if name != "runs" and before.get(name) != content}
     old, new = before["runs"], after["runs"]
     moved = {run_id: entry for run_id, entry in new.items() if old.get(run_id) != entry}

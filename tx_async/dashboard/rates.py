@@ -1,4 +1,5 @@
-"""Tokens per second of the last hour, from counters that only rise. A few numbers every ten seconds, page or not."""
+"""Tokens per second of the last hour, from counters that only rise. It keeps a few numbers every ten seconds, whether
+or not a page is open."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Rates:
         self._readings: deque[Reading] = deque(maxlen=int(HOUR_S / INTERVAL_S) + 1)
 
     def note(self, reading: Reading) -> None:
-        """Readings that come too soon are left out."""
+        """Keep a reading; one that comes too soon is left out."""
         if not self._readings or reading.at - self._readings[-1].at >= INTERVAL_S * 0.9:
             self._readings.append(reading)
 
@@ -43,7 +44,7 @@ class Rates:
         return series(self._readings)
 
     def shares(self, now: Reading) -> dict[str, float]:
-        """What the device's time went to in the last minute, of one."""
+        """The shares of the device's time in the last minute; they add up to at most one."""
         minute = [reading for reading in self._readings if reading.at >= now.at - 60] or [now]
         seconds = now.at - minute[0].at
         if seconds <= 0:
@@ -56,14 +57,14 @@ class Rates:
 
 
 async def keep(rates: Rates, scheduler: SchedulerApi, clock: Clock) -> None:
-    """Until cancelled."""
+    """Keep readings until cancelled."""
     while True:
         rates.note(Reading.of(scheduler.overview(), clock.now()))
         await asyncio.sleep(INTERVAL_S)
 
 
 def series(readings: Sequence[Reading]) -> dict[str, list[float]]:
-    """Per second, of each interval, by the time of its end."""
+    """The rates per second of each interval, by the time of its end."""
     pairs = [(before, after) for before, after in pairwise(readings) if after.at > before.at]
     return {
         "at": [round(after.at, 1) for _, after in pairs],

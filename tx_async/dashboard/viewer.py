@@ -1,4 +1,4 @@
-"""Who looks at the page, and what they may see and do.
+"""The viewers of the page, and what they may see and do.
 
 Where there are keys the page asks for one, keeps it in the tab (`sessionStorage`) and sends it as `X-API-Key` with
 every request: there is no cookie that a page from elsewhere could make a browser send. Where there are none, whoever
@@ -36,7 +36,7 @@ class Viewer(Struct, frozen=True):
 
     @classmethod
     def of(cls, call: Call) -> Viewer:
-        """Of a call that was authenticated."""
+        """The viewer behind an authenticated call."""
         key = call.api.owners.find(call.key)
         if key is not None:
             return cls(call.owner, key.name, key.role == "admin", True)
@@ -53,7 +53,7 @@ class Tokens:
         return hmac.digest(self._secret, viewer.owner.encode(), hashlib.sha256).hex()
 
     def check(self, call: Call, viewer: Viewer) -> None:
-        """Raises `Forbidden` for what the page itself has not sent."""
+        """Raises `Forbidden` for a request that the page itself has not sent."""
         origin, host = call.header("origin"), call.header("host")
         is_foreign = bool(origin) and urlsplit(origin).netloc.lower() != host.lower()
         if is_foreign or call.header("sec-fetch-site", "same-origin") not in ("same-origin", "none"):

@@ -1,5 +1,5 @@
-"""What the page asks for, and what it may change. Everything is for the viewer's eyes: a run of somebody else's is not
-there."""
+"""The page's requests, and the changes that it may make. A viewer sees only what is theirs: for others, a run does not
+exist."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVENT_STREAM = "text/event-stream"
 
 
 async def dashboard_viewer(call: Call) -> DashboardViewer:
-    """Who looks, what they may see, and what the page sends with every change."""
+    """The viewer, what they may see, and the token that the page sends with every change."""
     viewer = Viewer.of(call)
     return DashboardViewer(
         name=viewer.name,
@@ -45,7 +45,7 @@ async def dashboard_viewer(call: Call) -> DashboardViewer:
 
 
 async def dashboard_events(call: Call) -> Response:
-    """Server-sent events: `state` at once, then a `change` whenever something is another."""
+    """Server-sent events: `state` at once, then a `change` whenever something has changed."""
     viewer, news = Viewer.of(call), call.api.news
     news.check_room()
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -53,12 +53,12 @@ async def dashboard_events(call: Call) -> Response:
 
 
 def _is_same(call: Call, viewer: Viewer) -> bool:
-    """The key still counts, with the same role."""
+    """Whether the key is still valid, with the same role."""
     return not viewer.has_key or Viewer.of(call) == viewer
 
 
 async def dashboard_run(call: Call) -> Response:
-    """One run: what it is, its checkpoints, its newest requests, and its history from `?since=` on."""
+    """One run: its description, its checkpoints, its newest requests, and its history from `?since=` on."""
     viewer = Viewer.of(call)
     model = _run(call, viewer)
     rows = call.scheduler.history(model.model_id, query_number(call, "since", 0, 2**53))
@@ -98,7 +98,7 @@ def _run(call: Call, viewer: Viewer) -> ModelRecord:
 
 
 async def dashboard_checkpoints(call: Call) -> Response:
-    """What can be sampled: the newest checkpoints that the viewer sees, and those that are published."""
+    """The checkpoints that can be sampled: the newest that the viewer sees, and published ones."""
     viewer = Viewer.of(call)
     seen = (c for c in call.scheduler.checkpoints.values() if c.public or viewer.sees(c.owner))
     newest = heapq.nlargest(CHECKPOINTS_MAX, seen, key=lambda checkpoint: checkpoint.created_at)
@@ -107,7 +107,7 @@ async def dashboard_checkpoints(call: Call) -> Response:
 
 
 async def dashboard_operator(call: Call) -> Response:
-    """Keys, audit, sessions, health, settings, versions: for whoever sees everything."""
+    """Keys, audit, sessions, health, settings, versions, for viewers who see everything."""
     if not Viewer.of(call).sees_all:
         raise Forbidden("This is for keys of role admin (`tx-async keys add NAME --role admin`).")
     return json_response(await operator.report(call))
@@ -135,7 +135,7 @@ async def dashboard_download(call: Call, request: CheckpointAction) -> Link:
 
 
 async def dashboard_completions(call: Call) -> Response:
-    """As its owner would, for a viewer who sees all and has no key of the owner's."""
+    """Sample as the checkpoint's owner would, for a viewer who sees everything but has no key of the owner's."""
     return await completions(replace(call, owner=_changeable(call, call.query("checkpoint")).owner))
 
 
