@@ -128,7 +128,7 @@ def test_adapters_with_features_that_have_no_counterpart_are_refused(settings, m
     [
         ("model.layers.9.self_attn.q_proj.lora_A.weight", np.zeros((4, 64)), "only half of model.layers.9"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", np.zeros((4, 63)), "belongs to another model"),
-        ("model.layers.0.self_attn.q_proj.weight", np.zeros((4, 64)), "is no LoRA weight"),
+        ("model.layers.0.self_attn.q_proj.weight", np.zeros((4, 64)), "is not a LoRA weight"),
     ],
 )
 def test_adapters_of_another_model_are_refused_by_name(name, tensor, message):

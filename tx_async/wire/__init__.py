@@ -1,1 +1,1 @@
-"""Every struct that crosses a border, and nothing else: imports only `errors`."""
+"""Every struct that crosses a process border, and nothing else: it imports only `errors`."""

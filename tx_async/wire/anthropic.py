@@ -9,11 +9,11 @@ from msgspec import Struct
 
 
 class Request(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Base of what clients send."""
+    """The base of structs that clients send."""
 
 
 class Answer(Struct, kw_only=True):
-    """Base of what clients get."""
+    """The base of structs that clients get."""
 
 
 # ---- requests
@@ -67,7 +67,7 @@ class ToolChoice(Request, kw_only=True):
 class Thinking(Request, kw_only=True):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
-    """Accepted, and not enforced."""
+    """It is accepted, but not enforced."""
 
 
 class CountTokensRequest(Request, kw_only=True):
@@ -117,7 +117,7 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 class Usage(Answer, kw_only=True):
     input_tokens: int
-    """Of the whole prompt, whether cached or not."""
+    """Tokens of the whole prompt, whether cached or not."""
     output_tokens: int
 
 
@@ -193,7 +193,7 @@ class AnthropicError(Answer, kw_only=True):
 
 
 class AnthropicErrorBody(Answer, tag="error", kw_only=True):
-    """Body of every answer that is not 2xx, and last event of a stream that failed."""
+    """The body of every answer that is not 2xx, and the last event of a stream that failed."""
 
     error: AnthropicError
     request_id: str | None = None

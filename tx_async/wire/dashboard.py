@@ -1,4 +1,4 @@
-"""Server ⇄ browsers and whoever plots a run: what hosted Tinker has no route for."""
+"""Server ⇄ browsers and plotting programs: data for which hosted Tinker has no route."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ RunState = Literal["running", "queued", "idle", "unloaded", "corrupted", "copy"]
 
 
 class TrainingRunHistory(Struct, kw_only=True):
-    """What a run has been through, thinned with age."""
+    """The history of a run, thinned with age."""
 
     training_run_id: str
     columns: list[str]
-    """Every name that some step has a number for."""
+    """Every name for which some step has a number."""
     steps: list[dict[str, float]]
     """Oldest first: `index` counts the run's optimizer steps from 0, `step` is the optimizer's own count, `started_at`
-    and `finished_at` are seconds since the epoch, `tokens`, `sequences` and `num_batches` what was trained on, and the
-    metrics what forward_backward and optim_step have reported, added up by the part behind the colon."""
+    and `finished_at` are seconds since the epoch, `tokens`, `sequences` and `num_batches` count the training data, and
+    the metrics are those that forward_backward and optim_step have reported, combined as the part behind the colon
+    says."""
 
 
-# ---- what the scheduler tells the page
+# ---- from the scheduler to the page
 
 
 class WorkerView(Struct, frozen=True, kw_only=True):
@@ -43,7 +44,7 @@ class WorkerView(Struct, frozen=True, kw_only=True):
 
 
 class QueueView(Struct, frozen=True, kw_only=True):
-    """Unfinished requests of one key."""
+    """The unfinished requests of one key."""
 
     owner: str
     requests: int
@@ -51,7 +52,7 @@ class QueueView(Struct, frozen=True, kw_only=True):
 
 
 class Overview(Struct, frozen=True, kw_only=True):
-    """What a scheduler does now, and has done since its start."""
+    """What a scheduler is doing now, and has done since its start."""
 
     workers: tuple[WorkerView, ...] = ()
     queues: tuple[QueueView, ...] = ()
@@ -63,13 +64,13 @@ class Overview(Struct, frozen=True, kw_only=True):
 
 
 class RunView(Struct, frozen=True, kw_only=True):
-    """What a run does now."""
+    """What a run is doing now."""
 
     state: RunState
     num_steps: int
     """Optimizer steps."""
     loss: float | None = None
-    """Of a token, at the newest step."""
+    """The mean loss of a token, at the newest step."""
 
 
 class RequestView(Struct, frozen=True, kw_only=True):
@@ -82,17 +83,17 @@ class RequestView(Struct, frozen=True, kw_only=True):
     body_bytes: int = 0
 
 
-# ---- what the page sends and gets
+# ---- between the page and the server
 
 
 class DashboardViewer(Struct, kw_only=True):
     name: str
-    """Of the key; empty where there are no keys."""
+    """The key's name; empty where there are no keys."""
     role: Literal["user", "admin"]
     """An admin sees everything."""
     has_key: bool
     token: str
-    """What the page sends as `X-Dashboard-Token` with every change."""
+    """The token that the page sends as `X-Dashboard-Token` with every change."""
     version: str
 
 
@@ -101,7 +102,7 @@ class CheckpointAction(Struct, kw_only=True):
     """tinker://…"""
     action: Literal["publish", "unpublish", "delete", "ttl", "download"] = "download"
     ttl_seconds: int | None = None
-    """Of "ttl": from now; null = for ever."""
+    """For "ttl": seconds from now; null = for ever."""
 
 
 class Link(Struct, kw_only=True):

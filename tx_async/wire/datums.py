@@ -1,7 +1,7 @@
 """Training data in its canonical form: every encoding of tokens and tensors becomes dense little-endian bytes.
 
-Only the form is checked here (sizes, dtypes, sparse indices); whether the numbers make sense is `api/validation.py`'s.
-Errors name the field and are `InvalidRequest`.
+Only the form is checked here (sizes, dtypes, sparse indices); `api/validation.py` checks whether the numbers make
+sense. Errors name the field and are `InvalidRequest`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ITEM_BYTES = {"float32": 4, "int64": 8}
 
 
 class DenseBudget:
-    """Bytes that the sparse tensors of one request may still unfold to: a few bytes of CSR can describe a terabyte."""
+    """How many bytes the sparse tensors of one request may still unfold to: a few bytes of CSR can describe a
+    terabyte."""
 
     def __init__(self, bytes_max: int):
         self.bytes_left = bytes_max
@@ -37,7 +38,7 @@ class DenseBudget:
 
 
 def dense(data: bytes, dtype: Literal["float32", "int64"], shape: Sequence[int]) -> Tensor:
-    """A tensor from little-endian bytes, which are not looked at; no shape means one axis."""
+    """A tensor from little-endian bytes, whose values are not checked; no shape means one axis."""
     num_values, remainder = divmod(len(data), ITEM_BYTES[dtype])
     dimensions = tuple(shape) or (num_values,)
     _check_shape(dimensions)
@@ -73,7 +74,7 @@ def densify(
 def from_bytes(data: bytes, dtype: str, what: str) -> np.ndarray:
     """A view on little-endian bytes."""
     if len(data) % np.dtype(dtype).itemsize:
-        raise InvalidRequest(f"{what}: {len(data)} bytes are no whole number of {dtype} values.")
+        raise InvalidRequest(f"{what}: {len(data)} bytes are not a whole number of {dtype} values.")
     return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
 
 
@@ -84,7 +85,7 @@ def from_numbers(numbers: Sequence[float], dtype: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             return array.astype(np.float32)
     if not np.all(np.abs(array) < 2.0**63):
-        raise InvalidRequest("an int64 tensor has values that are no 64-bit integers.")
+        raise InvalidRequest("an int64 tensor has values that are not 64-bit integers.")
     whole = array.astype(np.int64)
     if np.any(whole != array):
         raise InvalidRequest("an int64 tensor has values that are not whole numbers.")
@@ -95,7 +96,7 @@ def from_numbers(numbers: Sequence[float], dtype: str) -> np.ndarray:
 
 
 def text_tokens(model_input: tinker.ModelInput) -> bytes:
-    """int32 tokens of a prompt; only text here."""
+    """The int32 tokens of a prompt; only text is taken here."""
     tokens: list[int] = []
     for chunk in model_input.chunks:
         if chunk.type != "encoded_text":
@@ -140,6 +141,6 @@ def _check_shape(dimensions: tuple[int, ...]) -> None:
     if len(dimensions) > TENSOR_RANK_MAX or min(dimensions, default=0) < 0:
         shown = str(list(dimensions[: TENSOR_RANK_MAX + 1]))
         raise InvalidRequest(f"shape {shown} is not supported: tensors have one or two dimensions.")
-    # NumPy refuses an axis that it cannot address, also when another one is 0 and there is nothing to address.
+    # NumPy refuses an axis that it cannot address, even when another one is 0 and there is nothing to address.
     if max(dimensions, default=0) > AXIS_MAX:
         raise InvalidRequest(f"shape {list(dimensions)} has an axis longer than {AXIS_MAX}.")

@@ -1,4 +1,4 @@
-"""What happens to workers and to the commands that they were sent: dispatch tells it, the scheduler decides by it.
+"""Facts about workers and the commands sent to them: dispatch reports them, and the scheduler decides by them.
 
 Every fact has a `cause`: the name under which log lines and traces find it again.
 """
@@ -18,7 +18,7 @@ def _nothing() -> None:
 
 
 class WorkerProgress(Struct, frozen=True):
-    """A worker that is not ready yet has come further, or has left before it was ready."""
+    """A worker that is not ready yet has made progress, or has left before it was ready."""
 
     worker_id: str
     stage: str
@@ -36,7 +36,7 @@ class WorkerReady(Struct, frozen=True):
 
     worker_id: str
     info: EngineInfo
-    """Of process 0."""
+    """The engine of process 0."""
     capabilities: frozenset[Capability]
 
     @property
@@ -45,7 +45,7 @@ class WorkerReady(Struct, frozen=True):
 
 
 class WorkerLost(Struct, frozen=True):
-    """A worker that was ready is gone, with everything it held and every command in flight. Comes once per
+    """A worker that was ready is gone, with everything it held and every command in flight. It comes once per
     `WorkerReady`."""
 
     worker_id: str
@@ -64,10 +64,9 @@ class CommandEnded(Struct, frozen=True):
     outcome: CommandFinished | CommandFailed
     """As process 0 reported it."""
     tensors: Sequence[np.ndarray] = ()
-    """Read-only views, in the order that the result's docstring states. They mean nothing any more after
-    `release()`."""
+    """Read-only views, in the order that the result's docstring states. They are invalid after `release()`."""
     release: Callable[[], None] = _nothing
-    """Call it when `tensors` are not needed any more: their memory goes back to the worker. May be called twice."""
+    """Call it when `tensors` are no longer needed: their memory goes back to the worker. May be called twice."""
 
     @property
     def number(self) -> int:
@@ -79,7 +78,7 @@ class CommandEnded(Struct, frozen=True):
 
     @property
     def result(self) -> Result:
-        """Of a command that did not fail."""
+        """The result of a command that did not fail."""
         assert isinstance(self.outcome, CommandFinished), self.outcome
         return self.outcome.result
 

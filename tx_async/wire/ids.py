@@ -1,4 +1,4 @@
-"""Names of things, as they travel. Model ids are part of Tinker's contract; the others are free-form and URL-safe."""
+"""Ids of things, as they travel. Model ids are part of Tinker's contract; the others are free-form and URL-safe."""
 
 import secrets
 

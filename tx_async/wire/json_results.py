@@ -47,7 +47,7 @@ def _sequence(sequence: SampledSequence) -> tinker.SampledSequenceJson:
 
 
 def _topk(table: TopkLogprobs | None) -> list[list[tuple[int, float]] | None] | None:
-    """Per position null, or the scored (token id, log-probability) pairs."""
+    """For each position null, or the scored (token id, log-probability) pairs."""
     if table is None or not table.k:
         return None
     token_ids = np.frombuffer(table.token_ids, "<i4").reshape(-1, table.k).tolist()

@@ -1,4 +1,4 @@
-"""Client ⇄ server: OpenAI's chat completions and completions, under OpenAI's own names, with what vLLM adds to them.
+"""Client ⇄ server: OpenAI's chat completions and completions, under OpenAI's own names, with vLLM's additions.
 
 Requests refuse unknown fields, and null is the same as absent. Responses omit nothing that clients declare.
 """
@@ -11,11 +11,11 @@ from msgspec import UNSET, Struct, UnsetType
 
 
 class Request(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Base of what clients send."""
+    """The base of structs that clients send."""
 
 
 class Answer(Struct, kw_only=True):
-    """Base of what clients get."""
+    """The base of structs that clients get."""
 
 
 # ---- requests
@@ -27,7 +27,7 @@ class StreamOptions(Request, kw_only=True):
 
 
 class Sampling(Request, kw_only=True):
-    """What both kinds of completions take."""
+    """The fields that both kinds of completions take."""
 
     model: str
     max_tokens: int | None = None
@@ -97,7 +97,7 @@ class ChatRequest(Sampling, kw_only=True):
 
 class CompletionRequest(Sampling, kw_only=True):
     prompt: str | list[Any]
-    """A text, several, token ids, or several lists of them."""
+    """A text, several texts, token ids, or several lists of token ids."""
     echo: bool | None = None
     logprobs: int | None = None
     response_format: ResponseFormat | None = None
@@ -145,7 +145,7 @@ class AnsweredCall(Answer, kw_only=True):
 
 
 class AnsweredChatMessage(Answer, kw_only=True):
-    """Of a whole answer; in a stream, what is new of it."""
+    """The message of a whole answer; in a stream, the new part of it."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
@@ -193,11 +193,11 @@ class ChatChunk(Answer, kw_only=True):
     usage: CompletionUsage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     prompt_token_ids: list[int] | UnsetType = UNSET
-    """On the first one."""
+    """Set on the first one."""
 
 
 class Logprobs(Answer, kw_only=True):
-    """Of completions: of token i, `text_offset[i]` is where it begins in the text."""
+    """Log-probabilities of completions; `text_offset[i]` is where token i begins in the text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -215,7 +215,7 @@ class CompletionChoice(Answer, kw_only=True):
 
 
 class Completion(Answer, kw_only=True):
-    """Whole, or a piece of a stream."""
+    """A whole completion, or a piece of a stream."""
 
     id: str
     created: int
@@ -246,6 +246,6 @@ class OpenaiError(Answer, kw_only=True):
 
 
 class OpenaiErrorBody(Answer, kw_only=True):
-    """Body of every answer that is not 2xx, and last event of a stream that failed."""
+    """The body of every answer that is not 2xx, and the last event of a stream that failed."""
 
     error: OpenaiError

@@ -1,6 +1,6 @@
-"""What clients ask for, in one canonical form: `api/` decodes every encoding and SDK generation into these structs, the
+"""Clients' requests in one canonical form: `api/` decodes every encoding and SDK generation into these structs, the
 journal stores their msgpack, and replay starts from them. Everything that does not depend on live state is validated
-before one is made; past `api/` their fields are believed.
+before one is made; past `api/` their fields are trusted.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class ProvenanceSpan(Struct, frozen=True, array_like=True):
     """A run of positions whose tokens are `[offset, offset + length)` of a sampled sequence, or of its prompt."""
 
     is_sampled: bool
-    """False: of the prompt."""
+    """False: the tokens are the prompt's."""
     sequence_id: str
     offset: int
     length: int
 
 
 class Provenance(Struct, frozen=True, array_like=True):
-    """Where a datum's tokens come from; each list tiles its field."""
+    """The origin of a datum's tokens; each list tiles its field."""
 
     model_input: tuple[ProvenanceSpan, ...]
     loss_fn_inputs: tuple[ProvenanceSpan, ...]
@@ -34,14 +34,15 @@ class Provenance(Struct, frozen=True, array_like=True):
 
 
 SUPPORT_TOKENS_MAX = 4096
-"""Most tokens that top-k and top-p may leave where each of them is to be recorded (`stability_support_max`)."""
+"""The most tokens that top-k and top-p may leave where each of them is to be recorded (`stability_support_max`)."""
 HEAD_TOKENS_MAX = 127
-"""Of one draw. With the sampled token they are the 128 targets that a position can have in training."""
+"""The most tokens recorded of one draw. With the sampled token they are the 128 targets that a position can have in
+training."""
 
 
 class SamplerHeads(Struct, frozen=True, array_like=True):
-    """What the sampler knew when it drew the tokens of S positions of a datum: its K likeliest tokens, with their
-    probabilities as it drew from them (temperature, top-k and top-p applied)."""
+    """The sampler's distribution when it drew the tokens of S positions of a datum: its K likeliest tokens, with the
+    probabilities that it drew from (temperature, top-k and top-p applied)."""
 
     positions: bytes
     """int32 [S]"""
@@ -62,7 +63,7 @@ class Datum(Struct, frozen=True, array_like=True):
     loss_fn_inputs: dict[str, Tensor]
     provenance: Provenance | None = None
     heads: SamplerHeads | None = None
-    """For stable_reinforce: looked up when the request is accepted, so that a replay needs nothing else."""
+    """For stable_reinforce; they are looked up when the request is accepted, so that a replay needs nothing else."""
 
     @property
     def num_tokens(self) -> int:
@@ -122,9 +123,9 @@ class SaveWeights(Struct, tag=True, frozen=True, kw_only=True):
     overwrite: bool = False
     user_metadata: dict[str, Any] = {}
     age_recipients: tuple[str, ...] = ()
-    """Who can read an export; () = everybody who gets the files."""
+    """The recipients who can read an export; () = everybody who gets the files."""
     exclude_unembed: bool = False
-    """Leave the adapter of the unembedding out of an export."""
+    """Leave the unembedding's adapter out of an export."""
 
 
 class LoadWeights(Struct, tag=True, frozen=True, kw_only=True):
@@ -157,7 +158,7 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     use_eos: bool = True
-    """The model's end-of-sequence tokens stop, too: False only when `stop` was []."""
+    """Whether the model's end-of-sequence tokens stop, too; False only when `stop` was []."""
     prompt_logprobs: bool = False
     prompt_logprobs_last_n: int = 0
     topk_prompt_logprobs: int = 0
@@ -168,7 +169,7 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     """(crow_indices, col_indices) of a CSR request, int64: the answer repeats them."""
     prompt_alt_tokens_k: int = 0
     record_stability_info: bool = False
-    """Keep for each sampled token what stable_reinforce needs of it."""
+    """Record for each sampled token what stable_reinforce needs."""
     min_p: float = 0.0
     """Only tokens of at least this share of the likeliest one's probability are drawn, after the temperature."""
     presence_penalty: float = 0.0
@@ -176,15 +177,15 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     """The same, for each time that it has them."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that the prompt or the answer has: divided by it where they are positive, else multiplied."""
+    """Logits of tokens in the prompt or the answer are divided by it where they are positive, else multiplied."""
     min_tokens: int = 0
-    """No stop token or stop string ends an answer that is shorter."""
+    """No stop token or stop string ends a shorter answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, what is added to its logit), each token once."""
+    """(token, bias that is added to its logit), each token once."""
 
     @property
     def is_shaped(self) -> bool:
-        """It draws from another distribution than logits, temperature, top_k and top_p give."""
+        """Whether it draws from another distribution than that of logits, temperature, top_k and top_p."""
         return bool(
             self.min_p
             or self.presence_penalty
@@ -206,14 +207,14 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Rejected(Struct, tag=True, frozen=True, kw_only=True):
-    """A training request with an invalid content. A refused submit would burn its seq_id and leave a gap that nobody
+    """A training request with invalid content. A refused submit would burn its seq_id and leave a gap that nobody
     fills (`schemas/tinker.md`, "Requests that cannot be refused"), so it is accepted, takes its place in the order, and
     fails there with this message."""
 
     model_id: str
     seq_id: int
     kind: str
-    """Name of the operation that it would have been."""
+    """The name of the operation that it would have been."""
     message: str
 
 
@@ -229,7 +230,7 @@ def encode(operation: Operation) -> bytes:
 
 
 class Encoded(Struct, frozen=True):
-    """What is stored of an operation, made where making it holds nobody up."""
+    """The stored form of an operation, encoded where that holds nobody up."""
 
     body: bytes
     digest: str

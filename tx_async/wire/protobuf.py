@@ -44,7 +44,7 @@ _STOP_REASONS = {"stop": 0, "length": 1}
 
 
 def parse_forward_backward(body: bytes) -> Any:
-    """The protobuf message; `InvalidRequest` when it is none, or when it does not say whose it is."""
+    """The protobuf message; `InvalidRequest` when the body is none, or does not name its model and seq_id."""
     try:
         message = ForwardBackwardRequest.FromString(body)
     except DecodeError as error:
@@ -55,7 +55,7 @@ def parse_forward_backward(body: bytes) -> Any:
 
 
 def to_forward_backward(message: Any, budget: DenseBudget) -> ForwardBackward:
-    """The operation in its canonical form. `InvalidRequest` names the datum that has none."""
+    """The operation in its canonical form. `InvalidRequest` names the datum that cannot be converted."""
     return ForwardBackward(
         model_id=message.model_id,
         seq_id=message.seq_id,
@@ -128,7 +128,7 @@ def _spans(spans: Any, name: str) -> tuple[ProvenanceSpan, ...]:
 def _span(message: Any, where: str) -> ProvenanceSpan:
     kind = message.WhichOneof("span")
     if kind is None:
-        raise InvalidRequest(f"{where} says neither prompt_tokens nor sampled_tokens.")
+        raise InvalidRequest(f"{where} has neither prompt_tokens nor sampled_tokens.")
     span = getattr(message, kind)
     return ProvenanceSpan(kind == "sampled_tokens", span.sequence_id, span.offset, span.length)
 
@@ -140,7 +140,7 @@ def _text_chunks(chunks: Any) -> Iterator[bytes]:
             raise InvalidRequest(f"model_input has a chunk of kind {kind}; this model takes encoded_text only.")
         tokens = chunk.encoded_text.tokens
         if len(tokens) % 4:
-            raise InvalidRequest(f"model_input: {len(tokens)} bytes are no whole number of int32 tokens.")
+            raise InvalidRequest(f"model_input: {len(tokens)} bytes are not a whole number of int32 tokens.")
         yield tokens
 
 
@@ -184,7 +184,7 @@ def _add_record(message: Any, tensors: list[Tensor], trailing_shape: tuple[int, 
 
 
 def encode_sample(result: SampleResult) -> bytes:
-    """`SampleResponse`; what was not asked for is absent."""
+    """`SampleResponse`, without fields that were not asked for."""
     message = SampleResponse(prompt_cache_hit_tokens=result.prompt_cache_hit_tokens)
     for sequence in result.sequences:
         item = message.sequences.add(
@@ -218,7 +218,7 @@ def _set_dense(message: Any, tensor: Tensor) -> None:
 
 
 def _set_targets(message: Any, tensor: Tensor, layout: tuple[bytes, bytes] | None) -> None:
-    """In the request's own layout: the cells that a sparse request listed, or all of them."""
+    """Set the targets in the request's own layout: the cells that a sparse request listed, or all of them."""
     if layout is None:
         return _set_dense(message, tensor)
     crow_indices, col_indices = layout

@@ -31,7 +31,7 @@ class SessionRecord(Struct, tag="session", frozen=True, kw_only=True):
 
 
 class Snapshot(Struct, frozen=True, array_like=True):
-    """Everything of a training run after all of its operations up to `seq_id`."""
+    """The whole state of a training run after all of its operations up to `seq_id`."""
 
     key: str
     seq_id: int
@@ -47,22 +47,24 @@ class ModelRecord(Struct, tag="model", frozen=True, kw_only=True):
     lora: AdapterConfig
     created_at: float
     base_fingerprint: str = ""
-    """Which weights `base_model` names; "" in records from before it was kept: the journal's first base."""
+    """The fingerprint of the weights that `base_model` names; "" in older records, which means the journal's first
+    base."""
     user_metadata: dict[str, Any] = {}
     created_from: str | None = None
-    """Storage key, for a model created from a checkpoint."""
+    """The storage key, for a model created from a checkpoint."""
     created_from_path: str | None = None
     """The tinker:// path that its creator named."""
     created_with_optimizer: bool = False
     last_request_at: float = 0.0
     snapshots: tuple[Snapshot, ...] = ()
-    """Newest first. Bodies of operations are kept from the oldest one on, so that a damaged snapshot costs a longer
-    replay."""
+    """Newest first. Bodies of operations are kept from the oldest one on, so that a damaged snapshot only costs a
+    longer replay."""
     dropped_seq_id: int = 0
-    """Operations up to here cannot be replayed any more; 0: the run can be repeated from its creation."""
+    """Operations up to this seq_id can no longer be replayed; 0: the run can be repeated from its creation."""
     status: Literal["live", "unloaded", "corrupted", "copy"] = "live"
     newest_seq_id: int = 0
-    """Largest seq_id among the requests that were forgotten: what its client sends next is not far ahead of nothing."""
+    """The largest seq_id among the forgotten requests, so that the client's next one does not count as too far
+    ahead."""
 
     @property
     def key(self) -> str:
@@ -79,7 +81,7 @@ class SamplerRecord(Struct, tag="sampler", frozen=True, kw_only=True):
     created_at: float
     model_path: str | None = None
     storage_key: str | None = None
-    """Where the adapter's files are; None samples the base model."""
+    """The storage key of the adapter's files; None samples the base model."""
     inflight_model_id: str | None = None
     """Set for a session that follows the inflight saves of a training run: its `storage_key` moves on with them."""
     num_clones: int = 0
@@ -91,12 +93,12 @@ class SamplerRecord(Struct, tag="sampler", frozen=True, kw_only=True):
 
 
 class RequestRecord(Struct, tag="request", frozen=True, kw_only=True):
-    """An accepted request. Its body is stored beside it (`Journal.read_body`) until nothing can need it any more."""
+    """An accepted request. Its body is stored beside it (`Journal.read_body`) as long as anything can need it."""
 
     request_id: str
     owner: str
     kind: str
-    """Name of the operation struct."""
+    """The name of the operation struct."""
     subject: str
     """model_id or sampling_session_id."""
     seq_id: int
@@ -115,7 +117,7 @@ class RequestRecord(Struct, tag="request", frozen=True, kw_only=True):
 
 
 ResultContent = Literal["json", "sample", "forward_backward", "error"]
-"""What a result's payload is."""
+"""The content type of a result's payload."""
 
 
 class ResultRecord(Struct, tag="result", frozen=True, kw_only=True):
@@ -133,7 +135,7 @@ class ResultRecord(Struct, tag="result", frozen=True, kw_only=True):
 
 
 class CheckpointRecord(Struct, tag="checkpoint", frozen=True, kw_only=True):
-    """A complete checkpoint. Written after its files are durable, so a listed path is never half there."""
+    """A complete checkpoint. Written after its files are durable, so a listed path is never incomplete."""
 
     path: str
     """tinker://<model_id>/<kind>/<name>"""
@@ -167,19 +169,19 @@ class KnownBase(Struct, frozen=True, kw_only=True):
 
 
 class KnownStorage(Struct, frozen=True, kw_only=True):
-    """The storage that this journal's checkpoints lie in."""
+    """The storage in which this journal's checkpoints lie."""
 
     storage_id: str
     address: str
-    """Where it was when it last answered."""
+    """Its address when it last answered."""
 
 
 class IdentityRecord(Struct, tag="identity", frozen=True, kw_only=True):
-    """Whom this journal's data belong to: there is one."""
+    """The identity of the server that this journal's data belong to; there is one such record."""
 
     journal_id: str
     bases: tuple[KnownBase, ...] = ()
-    """The first is that of records without a fingerprint; the last is the one that is served."""
+    """The first is the base of records without a fingerprint; the last is the one served."""
     storage: KnownStorage | None = None
 
     @property
@@ -188,17 +190,17 @@ class IdentityRecord(Struct, tag="identity", frozen=True, kw_only=True):
 
 
 class AuditRecord(Struct, tag="audit", frozen=True, kw_only=True):
-    """Who did what: never changed, forgotten when there are too many."""
+    """An event of the audit log: never changed, and forgotten when there are too many."""
 
     event_id: str
-    """Counts up, and names the event."""
+    """The event's number, which counts up and identifies it."""
     at: float
     event: str
     """`run.created`, `checkpoint.saved`, `key.added` …"""
     subject: str
-    """What it is about: a run's id, a checkpoint's tinker:// path, a key's name."""
+    """The event's subject: a run's id, a checkpoint's tinker:// path, a key's name."""
     owner: str = ""
-    """Who did it, and whose it is; "" = the server's operator."""
+    """The owner who did it, and to whom its subject belongs; "" = the server's operator."""
     details: dict[str, Any] = {}
 
     @property
@@ -222,8 +224,8 @@ class RecordedSequence(Struct, tag="recording", frozen=True, kw_only=True):
 
 
 class HistoryRecord(Struct, tag="history", frozen=True, kw_only=True):
-    """Some optimizer steps of a training run, as rows of a table; number 0 is the one row that is being gathered for
-    the step to come."""
+    """Some optimizer steps of a training run, as rows of a table; number 0 holds the one row that is being gathered for
+    the next step."""
 
     model_id: str
     number: int
@@ -252,8 +254,8 @@ Record = (
 
 
 class Put(Struct, tag=True, frozen=True):
-    """Insert or replace a record; `body` only with a `RequestRecord` or a `RecordedSequence`, which keeps its own
-    without one."""
+    """Insert or replace a record; `body` goes only with a `RequestRecord` or a `RecordedSequence`; without one, the
+    record keeps its body."""
 
     record: Record
     body: bytes | None = None

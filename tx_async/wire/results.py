@@ -1,4 +1,4 @@
-"""How requests end, in one canonical form: the scheduler makes these structs, the journal stores their bytes in
+"""The results of requests in one canonical form: the scheduler makes these structs, the journal stores their bytes in
 `ResultRecord.payload`, and `api/` turns them into protobuf or JSON, as the client's `Accept` header asks.
 
 `ResultRecord.content` names the form of the payload: "forward_backward" and "sample" are msgpack of the two structs
@@ -23,7 +23,7 @@ EMPTY_LOGPROB = -99999.0
 
 class ForwardBackwardResult(Struct, tag=True, frozen=True, kw_only=True):
     logprobs: tuple[Tensor, ...]
-    """Per datum float32, with the shape of its target_tokens: [T] or [T, K]."""
+    """For each datum float32, with the shape of its target_tokens: [T] or [T, K]."""
     metrics: dict[str, float]
     """Each key is `name:reduction`; `loss:sum` is always there. NaN is allowed."""
 
@@ -43,7 +43,7 @@ class TopkLogprobs(Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, token_ids: np.ndarray, logprobs: np.ndarray) -> TopkLogprobs:
-        """From an integer and a float array of shape [length, k]."""
+        """A table from an integer and a float array of shape [length, k]."""
         assert token_ids.shape == logprobs.shape and token_ids.ndim == 2, (token_ids.shape, logprobs.shape)
         return cls(
             np.ascontiguousarray(token_ids, "<i4").tobytes(),
@@ -54,12 +54,12 @@ class TopkLogprobs(Struct, frozen=True, array_like=True):
 
 class SampledSequence(Struct, frozen=True, array_like=True):
     tokens: bytes
-    """int32 [T], what stopped it included."""
+    """int32 [T], the tokens that stopped it included."""
     logprobs: bytes
     """float32 [T]"""
     stop_reason: Literal["stop", "length"]
     topk: TopkLogprobs | None = None
-    """Of length T."""
+    """A table of length T."""
 
 
 class PromptAltTokens(Struct, frozen=True, array_like=True):
@@ -75,7 +75,7 @@ class SampleResult(Struct, tag=True, frozen=True, kw_only=True):
     prompt_logprobs: bytes | None = None
     """float32 [P], NaN at position 0 and where nothing was scored."""
     topk_prompt_logprobs: TopkLogprobs | None = None
-    """Of length P, its first row empty."""
+    """A table of length P, its first row empty."""
     target_prompt_logprobs: Tensor | None = None
     """Dense float32 [P-1, K]; 0.0 in cells that named no token."""
     target_layout: tuple[bytes, bytes] | None = None

@@ -14,7 +14,7 @@ DType = Literal["float32", "int64", "int32", "uint32", "uint64", "bfloat16", "bo
 
 @cache
 def _dtype_name(dtype: np.dtype) -> DType:
-    """NumPy takes longer to spell a dtype than to copy a small array."""
+    """The cached name of a dtype: NumPy takes longer to spell it than to copy a small array."""
     return str(dtype)  # type: ignore[return-value]
 
 

@@ -1,7 +1,7 @@
 """Client ⇄ server: every JSON request and response of the Tinker API, under Tinker's own names.
 
 Requests ignore unknown fields. A field that the SDK declares optional accepts null; the others refuse it, because the
-SDK turns NaN into null, and a default in its place would train with a number that nobody chose. Defaults fill what
+SDK turns NaN into null, and a default instead would train with a number that nobody chose. Defaults fill what
 older SDKs leave out. Responses omit what equals its default: every SDK fills the same ones in.
 """
 
@@ -22,19 +22,19 @@ FinishReason = Literal["success", "errored", "interrupted"]
 
 
 class Request(Struct):
-    """Base of what clients send."""
+    """The base of structs that clients send."""
 
 
 class Response(Struct, omit_defaults=True):
-    """Base of what clients get."""
+    """The base of structs that clients get."""
 
 
 class Accepted(Response):
-    """Nothing to say but yes."""
+    """An answer that only says yes."""
 
 
 class ErrorBody(Response):
-    """Body of every answer that is not 2xx."""
+    """The body of every answer that is not 2xx."""
 
     detail: str
     category: Literal["user", "server", "unknown"]
@@ -194,7 +194,7 @@ class WeightsInfoResponse(Response):
 
 
 class TrainingIds(Request):
-    """What every request in a model's sequence begins with; enough to refuse it in its place."""
+    """The fields with which every request in a model's sequence begins: enough to refuse it in its place."""
 
     model_id: Id
     seq_id: SeqId
@@ -282,11 +282,11 @@ class SaveWeightsExternalRequest(TrainingIds):
     ttl_seconds: Int64 | None = None
     age_encryption_recipients: list[str] | None = None
     exclude_unembed: bool = False
-    """Not of the SDK: leaves lm_head's adapter out, for tools that merge into a model with tied embeddings."""
+    """Not part of the SDK: leaves out lm_head's adapter, for tools that merge into a model with tied embeddings."""
 
 
 class ImportAdapterResponse(Response):
-    """Not of the SDK: where `tx-async import` put an adapter."""
+    """Not part of the SDK: where `tx-async import` put an adapter."""
 
     path: str
 
@@ -389,14 +389,14 @@ class RetrieveFutureRequest(Request):
 
 
 class ResultMetadata(Response):
-    """Instead of a large result: its size, so that the client can make room before it asks again."""
+    """Sent instead of a large result: its size, so that the client can make room before it asks again."""
 
     status: str
     response_payload_size: int
 
 
 class PendingResponse(Response):
-    """Body of the 408 that ends a long poll."""
+    """The body of the 408 that ends a long poll."""
 
     request_id: str
     queue_state: str
@@ -489,7 +489,7 @@ class CheckpointTtlRequest(Request):
 
 class ExternalWeightsUrlsResponse(Response):
     urls: dict[str, str]
-    """By path relative to the checkpoint."""
+    """Links by path relative to the checkpoint."""
     expires: datetime
 
 

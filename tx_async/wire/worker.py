@@ -22,8 +22,8 @@ from tx_async.wire.tensors import TensorSpec
 PROTOCOL_VERSION = 1
 
 Capability = Literal["train", "sample", "score"]
-"""What a worker can be asked for. train: everything about training slots. sample: `LoadSampler` and sequences. score:
-sequences with `PromptScores`, too; who trains scores as well."""
+"""What a worker can be asked to do. train: everything about training slots. sample: `LoadSampler` and sequences. score:
+sequences with `PromptScores`, too; a worker that trains also scores."""
 
 BASE_SLOT = -1
 """`sampler_slot` of a sequence that samples the base model without an adapter."""
@@ -37,7 +37,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     max_lora_adapters: int = 8
     """Training adapters that are on the device at once; more models than this live in host memory and storage. Fewer
-    where a GPU's memory does not hold so many; the plan in the log says it."""
+    where a GPU's memory does not hold so many; the plan in the log says how many."""
     max_lora_rank: int = 32
     max_sampler_adapters: int = 8
     """Sampler adapter versions that are on the device at once; likewise."""
@@ -68,16 +68,16 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: Literal["", "float32", "bfloat16"] = ""
     """dtype of the base weights; "" is bfloat16 on accelerators and float32 on CPU."""
     compile_ahead: bool = False
-    """Compile every program at start instead of at first use."""
+    """Compile every program at start instead of at its first use."""
     compilation_cache_dir: str = ""
-    """Compiled programs, on each host; "" takes the server's `compilation_cache_dir`."""
+    """The folder for compiled programs, on each host; "" takes the server's `compilation_cache_dir`."""
 
 
 # ---- handshake
 
 
 class Hello(Struct, tag=True, frozen=True, kw_only=True):
-    """First message of a worker, and after each lost connection."""
+    """The first message of a worker, sent again after each lost connection."""
 
     protocol_version: int
     name: str
@@ -87,7 +87,7 @@ class Hello(Struct, tag=True, frozen=True, kw_only=True):
     process_id: int = 0
     capabilities: frozenset[Capability] = frozenset({"train", "sample", "score"})
     num_processes: int = 0
-    """Of its mesh, where its launcher says so; 0: the server's `backend_config` does."""
+    """The number of processes of its mesh, where its launcher says it; 0: the server's `backend_config` says it."""
     coordinator_address: str = ""
     """Likewise."""
     shared_memory: bool = False
@@ -95,7 +95,7 @@ class Hello(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class StorageProbe(Struct, frozen=True):
-    """What the server wrote to `checkpoints_base`, for workers on other hosts to find there."""
+    """A file that the server wrote to `checkpoints_base`, for workers on other hosts to find there."""
 
     key: str
     word: str
@@ -105,7 +105,7 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     """The worker is attached. It builds its engine from this, reports `Progress`, then `Ready`."""
 
     base_model: str
-    """Folder or hub name of the base model."""
+    """The folder or hub name of the base model."""
     engine: EngineConfig
     checkpoints_base: str
     process_id: int = 0
@@ -113,21 +113,21 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     heartbeat_interval_ms: int
     lease_ms: int
     inbox: str = ""
-    """Shared-memory arena that the server writes and this worker reads ("" = frames)."""
+    """The shared-memory arena that the server writes and this worker reads ("" = frames)."""
     outbox: str = ""
-    """Shared-memory arena that this worker writes and the server reads ("" = frames)."""
+    """The shared-memory arena that this worker writes and the server reads ("" = frames)."""
     storage_probe: StorageProbe | None = None
     """None where all workers run on the server's host."""
     storage_id: str = ""
-    """What is not found is gone only while the storage carries this identity. "" = not known yet."""
+    """A file that is not found counts as gone only while the storage carries this identity. "" = not known yet."""
 
 
 class Refused(Struct, tag=True, frozen=True):
-    """The worker may not attach, or may not stay; it says the reason in its log and exits."""
+    """The worker may not attach, or may not stay; it logs the reason and exits."""
 
     reason: str
     is_final: bool = False
-    """Attaching again at once would change nothing, although it was attached."""
+    """Whether attaching again at once would change nothing, although it was attached."""
 
 
 class Progress(Struct, tag=True, frozen=True, kw_only=True):
@@ -138,38 +138,40 @@ class Progress(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SamplingLimits(Struct, frozen=True, kw_only=True):
-    """What a sequence may ask of a worker that cannot do everything; what is beyond goes to another worker."""
+    """What a sequence may ask of a worker that cannot do everything; a sequence that asks for more goes to another
+    worker."""
 
     temperature_min: float
-    """Of sequences that are not greedy."""
+    """The temperatures of sequences that are not greedy."""
     temperature_max: float
     topk_logprobs_max: int
     stop_strings_max: int
 
 
 class TrialSequence(Struct, frozen=True, kw_only=True):
-    """What an external engine sampled before it was trusted."""
+    """A sequence that an external engine sampled before it was trusted."""
 
     tokens: tuple[int, ...]
     """Prompt and completion."""
     logprobs: tuple[float, ...]
-    """Of the completion's tokens, as the external engine reports them."""
+    """Log-probabilities of the completion's tokens, as the external engine reports them."""
     with_adapter: bool
-    """Sampled with the trial's adapter; else with the base model."""
+    """Whether it was sampled with the trial's adapter, not with the base model."""
 
 
 class Trial(Struct, frozen=True, kw_only=True):
-    """An external engine's samples, for a worker that scores to compare with: where they differ, it is refused."""
+    """An external engine's samples, which a scoring worker checks: if they differ from its own scores, the engine is
+    refused."""
 
     key: str
-    """Storage key of a loud adapter of all projections, made for this trial; the server deletes it afterwards."""
+    """The storage key of a strong adapter of all projections, made for this trial; the server deletes it afterwards."""
     sequences: tuple[TrialSequence, ...]
     tolerance: float
-    """Largest difference of a log-probability, in nats, where the scoring worker computes in float32."""
+    """The largest allowed difference of a log-probability, in nats, where the scoring worker computes in float32."""
 
 
 class MemoryPart(Struct, frozen=True):
-    """What a part of a device's memory is for."""
+    """A part of a device's memory, and its use."""
 
     name: str
     num_bytes: int
@@ -177,7 +179,7 @@ class MemoryPart(Struct, frozen=True):
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
-    """What the scheduler must know of an engine to form its batches."""
+    """What the scheduler must know about an engine to form its batches."""
 
     vocab_size: int
     max_context_length: int
@@ -196,24 +198,24 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     num_devices: int = 1
     platform: str = "cpu"
     micro_batch_overhead: int = 25
-    """What a training micro-batch costs beside its positions, in positions."""
+    """The fixed cost of a training micro-batch, counted in positions."""
     memory: tuple[MemoryPart, ...] = ()
-    """What each device's memory is for; () where the device does not say how much it has."""
+    """The parts of each device's memory; () where the device does not say how much it has."""
     kernels: tuple[tuple[str, str], ...] = ()
-    """(task, kernel that runs it) of what was chosen at start."""
+    """(task, kernel that runs it), as chosen at start."""
     overlaps: bool = False
-    """Training and sampling run side by side: a quantum of one waits for no quantum of the other."""
+    """Whether training and sampling run side by side: then a quantum of one waits for no quantum of the other."""
     adapter_bytes: int = 0
     """Device bytes of one training slot: A, B, m, v and one gradient."""
     base_model_digest: str = ""
-    """Of what the engine loaded: the processes of a mesh must agree on it. "" = not known."""
+    """The digest of what the engine loaded: the processes of a mesh must agree on it. "" = not known."""
     dtype: str = "float32"
-    """Of the base weights."""
+    """The dtype of the base weights."""
     continuous: bool = False
-    """Admitted sequences run by themselves: they may be admitted at any time, and a quantum only waits for news of
-    them."""
+    """Whether admitted sequences run by themselves: then they may be admitted at any time, and a quantum only waits for
+    news of them."""
     limits: SamplingLimits | None = None
-    """None: every sequence that its capabilities allow."""
+    """None: it takes every sequence that its capabilities allow."""
     trial: Trial | None = None
     """None: the engine is trusted as it is."""
     kv_cache_tokens: int = 0
@@ -231,9 +233,9 @@ class Heartbeat(Struct, tag=True, frozen=True, kw_only=True):
     compile_s: float = 0.0
     """What they took."""
     device_bytes: int = 0
-    """Memory in use on this process's first device; on a CPU the process's own."""
+    """Bytes in use on this process's first device; on a CPU, the process's own memory."""
     device_bytes_max: int = 0
-    """What it can have there; 0 = not known."""
+    """Bytes that it can use there; 0 = not known."""
 
 
 class Shutdown(Struct, tag=True, frozen=True):
@@ -281,7 +283,7 @@ class LoadAdapter(Struct, tag=True, frozen=True, kw_only=True):
     """Clear training slot `slot` and load a training checkpoint or snapshot into it. Result: `Loaded`.
 
     Without `optimizer`: moments, step and gradients are zero afterwards. With it: all that the files hold is restored.
-    When it fails, the slot holds a new adapter of `config`: nothing of who was there before.
+    When it fails, the slot holds a new adapter of `config`, and nothing of the adapter that was there before.
     """
 
     slot: int
@@ -334,8 +336,8 @@ LOSS_FNS = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo
 
 
 CLIP_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
-"""What is taken where a request has none: `schemas/tinker.md`, "Losses". (clip_low_threshold, clip_high_threshold), as
-bounds of the ratio itself."""
+"""The default clip bounds, for requests without any: `schemas/tinker.md`, "Losses". (clip_low_threshold,
+clip_high_threshold), as bounds of the ratio itself."""
 
 
 class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
@@ -364,8 +366,8 @@ class SaveAdapter(Struct, tag=True, frozen=True, kw_only=True):
     age_recipients: tuple[str, ...] = ()
     """Files become `NAME.age`, encrypted to these; nobody here can load them again."""
     again: bool = False
-    """Storage did not take it the first time: write what was kept in memory under `key` then. `slot` holds something
-    else by now and is not read. What is not kept any more is an error of category "user"."""
+    """Storage did not take it the first time: write the adapter that was kept in memory under `key` then. `slot` holds
+    something else by now and is not read. An adapter that is no longer kept is an error of category "user"."""
 
 
 class LoadSampler(Struct, tag=True, frozen=True, kw_only=True):
@@ -377,7 +379,7 @@ class LoadSampler(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class PromptScores(Struct, frozen=True, kw_only=True, rename={"targets_index": "targets"}):
-    """What a request wants to know of its prompt besides samples."""
+    """What a request wants to know about its prompt besides samples."""
 
     logprobs: bool = False
     topk: int = 0
@@ -391,11 +393,11 @@ class PromptScores(Struct, frozen=True, kw_only=True, rename={"targets_index": "
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy."""
 INT32_MAX = 2**31 - 1
-"""What an engine's arrays hold; a top_k of so much is no limit in any vocabulary."""
+"""The largest value that an engine's arrays hold; such a top_k is no limit in any vocabulary."""
 
 
 LOGIT_BIAS_MAX = 1024
-"""Tokens of one `logit_bias`."""
+"""How many tokens one `logit_bias` may have."""
 
 
 class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "prompt"}):
@@ -419,7 +421,7 @@ class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "p
     stop_strings: tuple[str, ...] = ()
     topk_logprobs: int = 0
     head_tokens: int = 0
-    """Record with each draw this many of the likeliest tokens, and the probabilities that it drew from."""
+    """How many of the likeliest tokens to record with each draw, with the probabilities that it drew from."""
     prompt_scores: PromptScores | None = None
     min_p: float = 0.0
     presence_penalty: float = 0.0
@@ -427,15 +429,15 @@ class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "p
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, what is added to its logit), each token once, at most LOGIT_BIAS_MAX. All of these as
-    `operations.Sample` says."""
+    """(token, bias that is added to its logit), each token once, at most LOGIT_BIAS_MAX. `operations.Sample` describes
+    all of these."""
     stream: bool = False
-    """Somebody watches: each quantum tells what it sampled (`Sampled.pieces`), and its turn comes before that of others
-    where not all can have one."""
+    """Whether somebody watches: then each quantum reports what it sampled (`Sampled.pieces`), and its turn comes before
+    that of others where not all can have one."""
 
     @property
     def is_shaped(self) -> bool:
-        """It is drawn from another distribution than its logits, temperature, top_k and top_p give."""
+        """Whether it is drawn from another distribution than that of its logits, temperature, top_k and top_p."""
         return bool(
             self.min_p
             or self.presence_penalty
@@ -453,7 +455,7 @@ class AdmitSequences(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class CancelSequences(Struct, tag=True, frozen=True, kw_only=True):
-    """Forget sequences, wherever they are. Unknown ids are fine. Result: `Done`."""
+    """Forget sequences, wherever they are. Unknown ids are ignored. Result: `Done`."""
 
     sequence_ids: tuple[int, ...]
 
@@ -483,7 +485,7 @@ Command = (
 class NumberedCommand(Struct, tag=True, frozen=True, kw_only=True):
     number: int
     digest: str
-    """`command_digest` of the command: hosts that would run different programs stop instead of hanging."""
+    """`command_digest` of the command, so that hosts that would run different programs stop instead of hanging."""
     command: Command
     tensors: tuple[TensorSpec, ...] = ()
 
@@ -497,7 +499,7 @@ class Done(Struct, tag=True, frozen=True):
 
 class Loaded(Struct, tag=True, frozen=True, kw_only=True):
     step: int = 0
-    """Optimizer steps that the loaded state has taken."""
+    """How many optimizer steps the loaded state has taken."""
     refused: str = ""
     """Why this engine cannot sample this adapter (its rank, its modules); the slot is empty then."""
 
@@ -516,14 +518,14 @@ class Saved(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class SequenceTimes(Struct, frozen=True, kw_only=True):
-    """In milliseconds since the worker was told of the sequence."""
+    """Times in milliseconds since the worker received the sequence."""
 
     decode_began: float
-    """When the quantum began that brought its first tokens."""
+    """When the quantum that brought its first tokens began."""
     first_token: float
-    """When the first of them were there."""
+    """When its first tokens had come."""
     last_token: float
-    """When all of them were."""
+    """When all of them had come."""
 
 
 class FinishedSequence(Struct, frozen=True, kw_only=True, rename=lambda name: name.removesuffix("_index")):
@@ -557,16 +559,16 @@ class FinishedSequence(Struct, frozen=True, kw_only=True, rename=lambda name: na
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
     times: SequenceTimes | None = None
-    """None: not known, as of external engines."""
+    """None: not known, as with external engines."""
 
 
 class SequencePiece(Struct, frozen=True, kw_only=True, rename=lambda name: name.removesuffix("_index")):
-    """What a quantum added to a sequence that is watched and goes on. Its arrays are named by their index in the
+    """The part that a quantum added to a watched sequence that goes on. Its arrays are named by their index in the
     message's tensors; -1 = not asked for."""
 
     sequence_id: int
     start: int
-    """Tokens of the completion before these."""
+    """How many tokens of the completion come before these."""
     tokens_index: int
     """int32 [T]"""
     logprobs_index: int
@@ -580,7 +582,7 @@ class Sampled(Struct, tag=True, frozen=True, kw_only=True):
     finished: tuple[FinishedSequence, ...]
     failed: tuple[tuple[int, Category, str], ...] = ()
     """(sequence_id, category, message) of sequences that ended without a result; all others go on. "user": no worker
-    can do what is asked. Otherwise the sequence runs again, elsewhere where that can be."""
+    can do what is asked. Otherwise the sequence runs again, on another worker where possible."""
     progress: tuple[tuple[int, int], ...] = ()
     """(sequence_id, tokens prefilled or decoded for it in this quantum)."""
     num_running: int = 0
@@ -589,9 +591,9 @@ class Sampled(Struct, tag=True, frozen=True, kw_only=True):
     num_prefilled_tokens: int = 0
     num_preempted: int = 0
     pieces: tuple[SequencePiece, ...] = ()
-    """Of sequences with `stream` that have not ended. An engine may send none: `finished` has everything."""
+    """Pieces of sequences with `stream` that have not ended. An engine may send none: `finished` has everything."""
     num_kv_tokens: int = 0
-    """Room of the KV cache that sequences hold, in tokens; what only waits to be found again does not count."""
+    """Tokens of the KV cache that sequences hold; cached prefixes that no sequence uses do not count."""
 
 
 Result = Done | Loaded | Trained | Stepped | Saved | Sampled
@@ -601,7 +603,7 @@ class CommandFinished(Struct, tag=True, frozen=True, kw_only=True):
     number: int
     result: Result
     elapsed_ms: float
-    """Since it arrived, or since the answer before it: what it took of a device that works in order."""
+    """Time since it arrived or since the previous answer: its cost on a device that works in order."""
     tensors: tuple[TensorSpec, ...] = ()
 
 
@@ -612,9 +614,9 @@ class CommandFailed(Struct, tag=True, frozen=True, kw_only=True):
     category: Category
     message: str
     fatal: bool = False
-    """True when the engine cannot vouch for its state any longer: the worker exits and is recovered."""
+    """True when the engine can no longer vouch for its state: the worker exits and is recovered."""
     error: str = ""
-    """Name of the error's class (`errors.py`), where it has one."""
+    """The name of the error's class (`errors.py`), where it has one."""
 
 
 ToWorker = Welcome | Refused | NumberedCommand | Heartbeat | Shutdown
