@@ -100,7 +100,7 @@ def count_zstd(data: bytes, bytes_max: int) -> int:
 
 
 def unpack_zstd(data: bytes, bytes_max: int) -> bytes:
-    """One zstd frame, whether it announces its size or not."""
+    """Unpack one zstd frame, whether it announces its size or not."""
     return b"".join(_unfold(data, bytes_max))
 
 

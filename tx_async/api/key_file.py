@@ -27,7 +27,7 @@ _PAIRS = ("role", "expires", "added", "owner")
 Role = Literal["user", "admin"]
 ROLES: tuple[Role, ...] = ("user", "admin")
 Keys = Mapping[str, "Key"]
-"""By hash."""
+"""Keys by their hash."""
 
 _log = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ class Rates:
         return series(self._readings)
 
     def shares(self, now: Reading) -> dict[str, float]:
-        """The shares of the device's time in the last minute; they add up to at most one."""
+        """The share of the device's time, from 0 to 1, that each kind of work took in the last minute."""
         minute = [reading for reading in self._readings if reading.at >= now.at - 60] or [now]
         seconds = now.at - minute[0].at
         if seconds <= 0:

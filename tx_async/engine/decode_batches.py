@@ -1,4 +1,4 @@
-"""From sequences to the arrays of the sampling programs: every shape is one of a short list, the rest is padding."""
+"""Turns sequences into the arrays of the sampling programs: every shape is one of a short list, the rest is padding."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Kernels:
     flash_attention: bool = False
-    """`layers/flash_attention.py` in training."""
+    """Whether `layers/flash_attention.py` runs in training."""
     paged_attention: bool = False
     """Whether `paged_kernel.py` runs in decode steps."""
 

@@ -63,7 +63,7 @@ class CacheLayout:
     def plan(
         cls, cache_tokens: int, page_size: int, max_context_length: int, platform: Platform = platform.CPU
     ) -> CacheLayout:
-        """At least one sequence of the longest context always fits."""
+        """Plan the cache; at least one sequence of the longest context always fits."""
         chunk_pages = max(1, platform.cache_chunk_tokens // page_size)
         context_pages = -(-max_context_length // page_size)
         return cls(

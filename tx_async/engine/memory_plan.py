@@ -1,4 +1,4 @@
-"""What the memory of one device is for, decided before anything is put there.
+"""Plans the memory of one device before anything is put there.
 
     weights + training slots + samplers + temporaries + margin + KV cache ≤ memory
 

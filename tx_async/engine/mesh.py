@@ -1,4 +1,5 @@
-"""From processes to one mesh: join the others, count the devices, and trust no collective before it has been tried.
+"""Makes one mesh of the processes: join the others, count the devices, and trust no collective before it has been
+tried.
 
 Every process of a mesh runs this, then the same programs in the order of the command stream. The engine itself
 exchanges nothing: a program's inputs are host arrays that every process has (the stream brought them), its results come

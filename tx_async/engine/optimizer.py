@@ -75,7 +75,7 @@ class StepOutcome(NamedTuple):
     taken: Array
     """bool: False when the gradients, or the state after the step, are not finite; nothing has changed then."""
     grad_norm: Array
-    """Before clipping."""
+    """The norm before clipping."""
     step: Array
 
 
@@ -83,7 +83,8 @@ class StepOutcome(NamedTuple):
 
 
 def adamw() -> optax.GradientTransformationExtraArgs:
-    """Its state is {"clip_by_global_norm": (), "scale_by_adam": `Moments`, …}: only Adam keeps a state."""
+    """The whole chain. Its state is {"clip_by_global_norm": (), "scale_by_adam": `Moments`, …}: only Adam keeps a
+    state."""
     return optax.named_chain(
         ("clip_by_global_norm", clip_by_global_norm()),
         ("scale_by_adam", scale_by_adam()),

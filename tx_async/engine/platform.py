@@ -1,5 +1,5 @@
-"""What differs between a CPU and an accelerator: one table with a column for each, and the only place that tells them
-apart.
+"""The differences between a CPU and an accelerator: one table with a column for each, and the only place that tells
+them apart.
 
 `current()` alone asks JAX where it runs. It is called once at start; the result is passed in, as the sharding rules
 are, so that programs for a device that is absent are made from the same table (`bench/gpu_programs.py`).

@@ -1,4 +1,4 @@
-"""Who has which page: the allocator of the paged KV cache, and the prefix cache that is built into it.
+"""The allocator of the paged KV cache's pages, and the prefix cache that is built into it.
 
 A page is free, in use (one or more sequences refer to it), or idle: nobody refers to it, but it holds a known prefix
 and is found again by its key until its room is needed, least recently used first. A key is a hash chain over the

@@ -1,4 +1,4 @@
-"""Who has which slot of recurrent state: running sequences, and snapshots of prefixes.
+"""The allocator of the slots of recurrent state, for running sequences and snapshots of prefixes.
 
 A recurrent layer keeps a state of fixed size instead of pages. A sequence owns one slot while it runs; a snapshot is a
 slot that holds the state after a known prefix, found by the prefix's key (`prefix_cache.py`). Snapshots come from

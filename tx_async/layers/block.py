@@ -1,4 +1,4 @@
-"""What a layer is, as data: a token mixer, an MLP, and where its norms stand.
+"""A layer as data: a token mixer, an MLP, and the places of its norms.
 
 Mixers and MLPs are frozen dataclasses of static numbers that declare their weights and run. A mixer declares once
 (`Keeps`) what it keeps of a sequence between two calls; cache, memory plan and sharding read it there.

@@ -40,7 +40,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate_interleaved(x: Array, cos: Array, sin: Array) -> Array:
-    """As `rotate`, but pairs are (2i, 2i + 1) (DeepSeek). The result is in `rotate`'s order, which changes no dot
+    """Like `rotate`, but pairs are (2i, 2i + 1) (DeepSeek). The result is in `rotate`'s order, which changes no dot
     product."""
     wide = x.astype(jnp.float32)
     return _turn(wide[..., 0::2], wide[..., 1::2], cos, sin).astype(x.dtype)

@@ -37,7 +37,7 @@ class Decoder:
     hidden_size: int
     max_position_embeddings: int
     norm: RmsNorm
-    """The final one."""
+    """The final norm."""
     tied: bool
     layers: tuple[Layer, ...]
     """The kind of each layer, in order."""

@@ -2,8 +2,8 @@
 
 - Qwen3.5: gate_up_proj [E, 2F, D], gate above up, and down_proj [E, D, F].
 - gpt-oss in bf16: gate_up_proj [E, D, 2F], a column of gate beside its column of up, and down_proj [E, F, D], both
-transposed, with biases [E, 2F] and [E, D]. - gpt-oss in MXFP4: `_blocks` [E, 2F, D / 32, 16] of two 4-bit floats a
-byte, and `_scales` [E, 2F, D / 32], a power of
+  transposed, with biases [E, 2F] and [E, D].
+- gpt-oss in MXFP4: `_blocks` [E, 2F, D / 32, 16] of two 4-bit floats a byte, and `_scales` [E, 2F, D / 32], a power of
   two for each 32.
 """
 

@@ -135,7 +135,7 @@ def text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One scale of a whole fp8 tensor is one block."""
+    """The expected shape; the single scale of a whole fp8 tensor is one block."""
     return (1, 1) if name.endswith("_scale_inv") and len(shape) < 2 else shape
 
 

@@ -1,4 +1,4 @@
-"""What clients know by a name of its own, beside their training runs: sampling sessions and checkpoints.
+"""The things that clients know by name, beside their training runs: sampling sessions and checkpoints.
 
 Each call checks what it may do against the records, tells the state, and returns when that is durable.
 """

@@ -56,7 +56,7 @@ class Passage(Struct, kw_only=True):
     fetched_at: float = 0.0
     """Its client has it."""
     worker_id: str = ""
-    """Where it began."""
+    """The worker on which it began."""
     failed: bool = False
     http_id: str = ""
     """X-Request-Id of the HTTP request that brought it."""

@@ -1,11 +1,13 @@
 """The scheduler actor: tells `SchedulerState` what happened, and answers the API.
 
 The order of writes to disk, and what a crash leaves:
-- A request is accepted after its record and body are durable; only then does the state get it, and the client learn its
-id (`acceptance.py`). A crash before: the client retries. After: recovery finds it and runs it. - A result is published
-after it is durable (`performer.py`). A crash before: the request runs again, with the same
-  outcome.
-- A file is deleted after the record that named it is gone. A crash between: an orphan, never a dangling name.
+- A request is accepted after its record and body are durable; only then does the state get it, and the client learn
+  its id (`acceptance.py`). After a crash before that, the client retries; after a later one, recovery finds the request
+  and runs it.
+- A result is published after it is durable (`performer.py`). After a crash before that, the request runs again, with
+  the same outcome.
+- A file is deleted after the record that named it is gone. A crash between the two leaves an orphan, never a dangling
+  name.
 """
 
 from __future__ import annotations
@@ -296,8 +298,8 @@ class Scheduler:
             self._sessions.seen(session)
 
     def _timeout_of(self) -> Callable[[str], float]:
-        """-> the silence after which a session ends. A client that was killed fetches no samples: they end after a few
-        missing heartbeats."""
+        """The silence after which a session ends: a few missing heartbeats while it samples, as a killed client fetches
+        nothing."""
         sampling = {job.flow[1] for job in self.state.sampling.jobs.values()}
         longest = self.config.session_timeout_s
         shortest = min(self.config.heartbeat_timeout_s, longest)

@@ -231,7 +231,7 @@ class Heartbeat(Struct, tag=True, frozen=True, kw_only=True):
 
     num_compilations: int = 0
     compile_s: float = 0.0
-    """What they took."""
+    """Seconds that they took."""
     device_bytes: int = 0
     """Bytes in use on this process's first device; on a CPU, the process's own memory."""
     device_bytes_max: int = 0

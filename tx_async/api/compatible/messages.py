@@ -130,7 +130,7 @@ def new_block(event: Event, family: Family) -> anthropic.AnsweredBlock:
 
 
 def blocks_of(events: list[Event], family: Family) -> list[anthropic.AnsweredBlock]:
-    """The events as blocks: adjacent ones of a kind belong in one block."""
+    """The events as blocks: adjacent pieces of text, or of reasoning, join in one block."""
     blocks: list[anthropic.AnsweredBlock] = []
     for event in events:
         block = new_block(event, family)

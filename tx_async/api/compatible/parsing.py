@@ -59,7 +59,7 @@ class Tags:
 
 
 class PlainParser:
-    """For completions, and models that have no markers."""
+    """The parser for completions, and for models without markers."""
 
     def feed(self, text: str) -> Iterator[Event]:
         if text:

@@ -1,4 +1,4 @@
-"""From messages to the prompt's tokens: off the event loop, in the key's turn."""
+"""Turns messages into the prompt's tokens, off the event loop and in the key's turn."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ RecordFact = (
     | EventNoted
     | RecordingsUsed
 )
-"""Facts that let nothing run that could not run before."""
+"""Facts that only change records: after one, nothing can run that could not run before."""
 
 Fact = (
     RecordFact

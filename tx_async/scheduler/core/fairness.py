@@ -1,4 +1,4 @@
-"""Who is next: deficit round robin by levels between flows, weighted shares between classes of work."""
+"""Fair turns: deficit round robin by levels between flows, weighted shares between classes of work."""
 
 from __future__ import annotations
 

@@ -44,4 +44,4 @@ class Policy(Struct, frozen=True, kw_only=True):
     history_steps_max: int = 1_024
     """How many optimizer steps one run's history keeps."""
     history_bytes_max: int = 256 * 2**20
-    """All histories."""
+    """The limit of all histories together."""

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class RecoveryProgress:
-    """One line a second while runs repeat what a crash has taken from the device."""
+    """Logs one line a second while runs repeat the operations that a crash has taken from the device."""
 
     def __init__(self):
         #: when replays were first seen (monotonic), and the largest number of them; None and 0 when there are none

@@ -1,4 +1,4 @@
-"""What clients keep by name beside their training runs: sessions, sampling sessions and checkpoints."""
+"""The things that clients keep by name, beside their training runs: sessions, sampling sessions and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scheduler knows of one attached worker: its slots, and the commands that it has not answered yet."""
+"""What the scheduler knows about one attached worker: its slots, and the commands that it has not answered yet."""
 
 from __future__ import annotations
 

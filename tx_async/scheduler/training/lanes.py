@@ -342,8 +342,8 @@ class Lane:
         The SDK sends an operation once the previous one has been answered, accepted or not. Its one exception is a
         batch in pieces: pieces 2..N come first, at once, and piece 1 when they have been accepted. So
         - when anything but a piece follows the gap, the missing one was refused on its way, or by the SDK itself after
-        it had taken its number; the wait is only for clients that send in any order, and for networks that reorder; -
-        while nothing but pieces follow, piece 1 may be on its way: five megabytes or one huge datum over a thin
+          it had taken its number; the wait is only for clients that send in any order, and for networks that reorder;
+        - while nothing but pieces follow, piece 1 may be on its way: five megabytes or one huge datum over a thin
           line, or between two attempts of the SDK, which are up to 30 s apart.
         The time counts from the newest submission, so a long upload of many pieces is never cut. A client that
         is blocked by the gap falls silent, so the gap always ends.

@@ -44,7 +44,7 @@ from tx_async.wire.worker import OptimStep as OptimStepCommand
 _log = logging.getLogger(__name__)
 
 SESSION_LEVEL = 2
-"""The depth in a flow: its first two parts name the session."""
+"""The length of a flow's prefix that names the session."""
 BODIES_AHEAD = 8
 """How many bodies a replay reads from the journal before their turn."""
 
