@@ -27,7 +27,7 @@ from tx_async.private import make_folder
 
 CACHE_BYTES_MAX = 4 * 2**30
 SLOW_S = 10.0
-"""A program that takes so long is news."""
+"""A program that takes this long is worth a line of the log."""
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 log = logging.getLogger(__name__)

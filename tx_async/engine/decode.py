@@ -375,7 +375,7 @@ def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) ->
 
 
 def _cache_bytes() -> int:
-    """A share of all of the device's memory, not of what is free: every process of a mesh must compute the same
+    """A share of the device's whole memory, not of what is free: every process of a mesh must compute the same
     number."""
     memory = jax.local_devices()[0].memory_stats() or {}
     return memory.get("bytes_limit", 0) // CACHE_PART or CACHE_BYTES

@@ -308,7 +308,7 @@ class JaxEngine:
 
     def _whole_state(self, key: str, saved: SavedAdapter) -> TrainingState:
         if saved.m is None or saved.v is None:
-            raise InvalidRequest(f"The checkpoint {key} holds no optimizer state: load its weights only.")
+            raise InvalidRequest(f"The checkpoint {key} holds no optimizer state: load only its weights.")
         gradients: Any = saved.gradients or pad(self.targets, {}, self.config.max_lora_rank)
         return TrainingState(saved.weights, saved.m, saved.v, gradients, saved.step)
 

@@ -126,7 +126,7 @@ def _with_fewer_slots(config: EngineConfig) -> Iterator[EngineConfig]:
 
 
 def _what_helps(model: Decoder, config: EngineConfig, platform: Platform, memory: int, found: MemoryPlan) -> str:
-    """One line: what is lacking, and the setting to change."""
+    """One line that says what is lacking, and which setting to change."""
     lead = f"It does not fit: {found.problem}."
     setting = "expert_parallel_size" if _has_experts(model) else "tensor_parallel_size"
     for name in dict.fromkeys((setting, "tensor_parallel_size", "fully_sharded_data_parallel_size")):
