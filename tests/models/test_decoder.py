@@ -18,6 +18,7 @@ from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 CONFIG = AdapterConfig(rank=4)
 families = pytest.mark.parametrize("case", parity.FAMILIES, ids=lambda case: case.name)
+kinds = pytest.mark.parametrize("case", parity.KINDS, ids=lambda case: case.name)
 
 
 @dataclass
@@ -107,7 +108,7 @@ def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(c
         assert parity.relative_error(found[row], full(params, tokens[row : row + 1], lora_of_row)[0]) < 1e-5
 
 
-@families
+@kinds
 def test_recomputation_gives_equal_gradients_and_lower_peak_memory(case, tmp_path):
     deep = case.config | {"num_hidden_layers": 8}
     if "layer_types" in deep:
@@ -129,7 +130,7 @@ def test_recomputation_gives_equal_gradients_and_lower_peak_memory(case, tmp_pat
     assert saving.memory_analysis().temp_size_in_bytes < share * plain.memory_analysis().temp_size_in_bytes
 
 
-@families
+@kinds
 def test_a_row_has_the_same_bits_beside_other_tenants_and_beside_nan(case, tmp_path):
     model, params = load_model(make_model(tmp_path, case.config, tokenizer=False))
     tokens = jnp.asarray(parity.tokens_of(case._replace(length=16), 0, rows=3))

@@ -13,7 +13,7 @@ from tx_async.testing.models import make_model
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "training.npz")
 BOUND = 1e-4
 program_of = functools.cache(parity_training.step_program)
-families = pytest.mark.parametrize("case", parity.FAMILIES, ids=lambda case: case.name)
+families = pytest.mark.parametrize("case", parity.KINDS, ids=lambda case: case.name)
 
 
 @families

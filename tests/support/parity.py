@@ -6,6 +6,7 @@ their own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,6 +183,10 @@ CASES = (
 _WHOLE = ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek", "phi3", "gemma3", "qwen3_5", "gpt_oss")
 FAMILIES = tuple(case for case in CASES if case.name in _WHOLE)
 """One of each kind of layer, for what is tested of every kind: cache, gradients, adapters, greedy answers."""
+_NO_KIND_OF_ITS_OWN = ("llama", "phi3") if not os.environ.get("LONG_TESTS") else ()
+KINDS = tuple(case for case in FAMILIES if case.name not in _NO_KIND_OF_ITS_OWN)
+"""Without the families whose layers are qwen3's with less: for tests that compile for half a minute. All of them with
+LONG_TESTS=1."""
 
 
 def config_of(name: str) -> dict[str, Any]:
