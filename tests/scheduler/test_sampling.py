@@ -266,3 +266,14 @@ def test_a_second_worker_that_only_samples_takes_its_part(stage: Stage):
     stage.run()
     assert not any(stage.error(request) for request in (*samples, train))
     Reference(stage).check()
+
+
+def test_tenants_share_no_prefix_of_the_cache(stage: Stage):
+    """Of one base model: what is found in the cache would tell a tenant what another one has asked."""
+    for owner, session in (("alice", "a"), ("mallory", "b"), ("mallory", "c")):
+        stage.owner = owner
+        stage.ask(stage.sampler(stage.new_session(session)))
+    stage.run()
+    admitted = [command for command in stage.executed if isinstance(command, AdmitSequences)]
+    namespaces = [spec.adapter_version for command in admitted for spec in command.sequences]
+    assert len(namespaces) == 3 and len(set(namespaces)) == 2

@@ -407,7 +407,7 @@ class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "p
     """Unique while the server runs."""
     sampler_slot: int
     adapter_version: str
-    """Prefix-cache namespace: equal versions have equal weights."""
+    """Prefix-cache namespace: equal ones have one tenant and equal weights."""
     prompt_index: int
     """int32 [P]. Samples of one prompt share the index."""
     max_tokens: int

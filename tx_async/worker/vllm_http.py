@@ -184,6 +184,7 @@ def completion_request(model: str, spec: SequenceSpec) -> dict[str, Any]:
         "logit_bias": {str(token): bias for token, bias in spec.logit_bias} or None,
         "min_tokens": spec.min_tokens,
         "seed": seed_of(spec.seed, spec.sample_index),
+        "cache_salt": _salt_of(spec.adapter_version),
         "stop": list(spec.stop_strings),
         "stop_token_ids": list(spec.stop_token_ids),
         "ignore_eos": True,
@@ -193,6 +194,11 @@ def completion_request(model: str, spec: SequenceSpec) -> dict[str, Any]:
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
+
+
+def _salt_of(namespace: str) -> str | None:
+    """Tenants share no prefix in vLLM's cache, either."""
+    return hashlib.blake2b(namespace.encode(), digest_size=16).hexdigest() if namespace else None
 
 
 def seed_of(seed: int, index: int) -> int:

@@ -37,7 +37,7 @@ from tx_async.scheduler.core.registry import Registry
 from tx_async.scheduler.core.retention import Retention
 from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
-from tx_async.scheduler.sampling.jobs import BASE_NAMESPACE, SampleJob
+from tx_async.scheduler.sampling.jobs import SampleJob, namespace_of
 from tx_async.scheduler.sampling.live import LIVE, LiveJob
 from tx_async.scheduler.sampling.recordings import head_tokens
 from tx_async.scheduler.sampling.sampling import Sampling, SamplingAnswer, Stranded
@@ -211,7 +211,7 @@ class SchedulerState:
             "request": request,
             "operation": operation,
             "version": version,
-            "namespace": version or BASE_NAMESPACE,
+            "namespace": namespace_of(request.owner, version),
             # A seed that nobody asked for must survive a restart, too: it is part of the request.
             "seed": operation.seed if operation.seed is not None else seed_of(request),
             "max_tokens": min(operation.max_tokens or room, room),  # 0: a full context, whose prompt is scored

@@ -20,7 +20,13 @@ from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import INT32_MAX, FinishedSequence, PromptScores, SequenceSpec
 
 BASE_NAMESPACE = "base"
-"""Prefix-cache namespace of the base model without an adapter."""
+"""Prefix-cache namespace of the base model without an adapter, behind its tenant's name."""
+
+
+def namespace_of(owner: str, version: str | None) -> str:
+    """A prefix that is found in the cache shows in `cached_tokens` and in the time that an answer takes. So tenants
+    share none: nobody can find out by asking what somebody else has asked."""
+    return f"{owner}/{version or BASE_NAMESPACE}"
 
 
 class SampleJob(Struct, eq=False):
@@ -33,7 +39,7 @@ class SampleJob(Struct, eq=False):
     version: str | None
     """Storage key of the adapter; None samples the base model."""
     namespace: str
-    """Prefix-cache namespace: equal namespaces have equal weights."""
+    """Prefix-cache namespace: equal namespaces have one tenant and equal weights."""
     seed: int
     max_tokens: int
     stop_token_ids: tuple[int, ...]
