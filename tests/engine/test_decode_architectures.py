@@ -22,7 +22,7 @@ def greedy(bench, case, seed):
     return np.stack([bench.outcomes[i].tokens for i in ids])
 
 
-@pytest.mark.parametrize("case", parity.FAMILIES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parity.KINDS, ids=lambda case: case.name)
 def test_greedy_answers_equal_generates_and_logprobs_the_trainers(case, tmp_path):
     bench = None
     for seed in parity.GREEDY_SEEDS:

@@ -33,8 +33,12 @@ def assert_close(one, other, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-6, np.abs(a).max()))
 
 
+PLAIN_LENGTH = 32
+
+
 def plain_gradients(bench, slot, rank, data):
-    """Sequence by sequence through ordinary attention and whole logits, differentiated by JAX."""
+    """Sequence by sequence through ordinary attention and whole logits, differentiated by JAX. All are filled up to one
+    length, which causal attention does not see, so that two losses are two programs."""
     model, params = bench.engine.model, bench.engine.params
 
     def attend(cache, layer, q, k, v, scale, v_features=0, window=0, sinks=None):
@@ -44,21 +48,28 @@ def plain_gradients(bench, slot, rank, data):
         weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool)), scores, -jnp.inf))
         return jnp.einsum("rhlm,rmhd->rlhd", weights, v), cache
 
-    def loss(weights, one):
+    @partial(jax.jit, static_argnames="loss_fn")
+    @jax.grad
+    def gradient(weights, one, loss_fn):
         lora = LoraRows(jax.tree.map(lambda w: w[:, None], weights), jnp.array([lora_scale(rank)]))
         tokens = jnp.asarray(one["tokens"])[None]
         hidden, _ = model.forward(params, lora, tokens, jnp.arange(tokens.shape[1])[None], attend)
         a, b = weights["head"]["head"]
         logits = hidden[0] @ unembedding(params).T + hidden[0] @ a[0] @ b[0] * lora_scale(rank)
         lp = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(one["target_tokens"])[:, None], 1)[:, 0]
-        if one["loss_fn"] == "cross_entropy":
-            return -(jnp.asarray(one["weights"]) * lp).sum()
+        if loss_fn == "cross_entropy":
+            return -(one["weights"] * lp).sum()
         return -(jnp.exp(lp - one["logprobs"]) * one["advantages"]).sum()
+
+    def filled(one):
+        num = len(one["tokens"])
+        arrays = {name: np.broadcast_to(x, num) for name, x in one.items() if name != "loss_fn"}
+        return {name: np.pad(x, (0, PLAIN_LENGTH - num)) for name, x in arrays.items()}
 
     weights = read_slot(bench.engine.training.weights, jnp.int32(slot))
     total = jax.tree.map(jnp.zeros_like, weights)
     for one in data:
-        total = jax.tree.map(jnp.add, total, jax.grad(loss)(weights, one))
+        total = jax.tree.map(jnp.add, total, gradient(weights, filled(one), one["loss_fn"]))
     return total
 
 

@@ -17,7 +17,6 @@ from tx_async.testing.models import make_model
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 CONFIG = AdapterConfig(rank=4)
-families = pytest.mark.parametrize("case", parity.FAMILIES, ids=lambda case: case.name)
 kinds = pytest.mark.parametrize("case", parity.KINDS, ids=lambda case: case.name)
 
 
@@ -54,7 +53,7 @@ class CachedAttention:
         return out, cache | {"conv": cache["conv"].at[layer].set(after), "state": cache["state"].at[layer].set(state)}
 
 
-@families
+@kinds
 def test_weights_laid_out_for_decoding_are_the_same_model(case, tmp_path):
     model, params = load_model(make_model(tmp_path, case.config, tokenizer=False))
     tokens, lora = jnp.asarray(parity.tokens_of(case, 0, rows=2)), parity.no_lora(model, 2)
@@ -66,7 +65,7 @@ def test_weights_laid_out_for_decoding_are_the_same_model(case, tmp_path):
     np.testing.assert_array_equal(laid_out["head"].matrix, unembedding(params))
 
 
-@families
+@kinds
 def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(case, tmp_path):
     """Row 0 has adapter 1, row 1 none, row 2 adapter 0. For latent attention this is the absorbed form."""
     model, params = load_model(make_model(tmp_path, case.config, tokenizer=False))
@@ -161,7 +160,7 @@ router's near tie may fall the other way. Where the delta rule's output is near 
 BF16_BOUND_RECURRENT = 0.5
 
 
-@families
+@kinds
 def test_bf16_log_probabilities_stay_near_fp32(case, tmp_path):
     forwards = {}
     for seed in (0, 1, 2):

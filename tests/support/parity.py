@@ -183,10 +183,10 @@ CASES = (
 _WHOLE = ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek", "phi3", "gemma3", "qwen3_5", "gpt_oss")
 FAMILIES = tuple(case for case in CASES if case.name in _WHOLE)
 """One of each kind of layer, for what is tested of every kind: cache, gradients, adapters, greedy answers."""
-_NO_KIND_OF_ITS_OWN = ("llama", "phi3") if not os.environ.get("LONG_TESTS") else ()
-KINDS = tuple(case for case in FAMILIES if case.name not in _NO_KIND_OF_ITS_OWN)
-"""Without the families whose layers are qwen3's with less: for tests that compile for half a minute. All of them with
-LONG_TESTS=1."""
+_EVERY_MIXER = ("qwen3", "deepseek", "qwen3_5", "gpt_oss")
+KINDS = FAMILIES if os.environ.get("LONG_TESTS") else tuple(case for case in FAMILIES if case.name in _EVERY_MIXER)
+"""For tests that compile for half a minute a family: grouped-query, latent and recurrent layers, windows with sinks,
+dense MLPs and three kinds of experts. All families with LONG_TESTS=1."""
 
 
 def config_of(name: str) -> dict[str, Any]:
