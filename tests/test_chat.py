@@ -35,14 +35,14 @@ def saying(**delta) -> dict:
 
 @pytest.fixture
 def talked(monkeypatch):
-    def talk(served: Served, lines: str, **more) -> str:
+    def talk(served: Served, lines: str, code: int = 0, **more) -> str:
         talk = chat.Talk("http://test", "tml-a", **more)
         transport = httpx.MockTransport(served)
         monkeypatch.setattr(
             chat.Talk, "connect", lambda self: httpx.Client(transport=transport, base_url="http://test/oai/api/v1")
         )
         sink = io.StringIO()
-        assert chat.run(talk, io.StringIO(lines), sink) == 0
+        assert chat.run(talk, io.StringIO(lines), sink) == code
         return sink.getvalue()
 
     return talk
@@ -66,12 +66,20 @@ def test_a_conversation_remembers_what_was_said_until_it_begins_anew(talked):
     assert "Hello" in shown and "A new conversation." in shown
 
 
-def test_a_refusal_is_a_line_and_its_message_is_forgotten(talked):
+def test_a_refusal_is_a_line_and_the_exit_code_and_its_message_is_forgotten(talked):
     served = Served((400, "n: too many"), [{"error": {"message": "lost, try again"}}], [saying(content="ok")])
-    shown = talked(served, "a\nb\nc\n", model="tinker://x/sampler_weights/y")
+    shown = talked(served, "a\nb\nc\n", code=1, model="tinker://x/sampler_weights/y")
     assert "! n: too many" in shown and "! lost, try again" in shown
     assert served.asked[-1]["messages"] == [{"role": "user", "content": "c"}]
     assert served.asked[-1]["model"] == "tinker://x/sampler_weights/y"
+
+
+def test_nothing_that_a_model_says_steers_the_terminal(talked):
+    said = "a\x1b]0;title\x07b\x00\x9b2J\u202e é\u3000👩\u200d💻\tc\n"
+    shown = talked(Served([saying(reasoning_content="\x1b[2J"), saying(content=said)]), "Hi\n")
+    assert "[2Ja]0;titleb2J é\u3000👩\u200d💻\tc\n" in shown
+    served = Served((400, "\x1b[2Jno"))
+    assert "! [2Jno" in talked(served, "Hi\n", code=1)
 
 
 def test_a_server_that_is_not_there_is_one_line():

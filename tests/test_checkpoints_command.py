@@ -1,9 +1,10 @@
-"""Which checkpoints `tx-async checkpoints delete` takes."""
+"""Which checkpoints `tx-async checkpoints delete` takes, and of which server."""
 
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from tx_async import cli, server_client
 from tx_async.checkpoints_command import doomed
 from tx_async.errors import ConfigError
 from tx_async.wire.tinker import Checkpoint
@@ -58,3 +59,23 @@ def test_paths_and_patterns():
 def test_nothing_is_deleted_by_mistake(patterns, run, keep, words):
     with pytest.raises(ConfigError, match=words):
         doomed(ALL, patterns, run, keep)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "asked"),
+    [
+        ([], {"TINKER_BASE_URL": "http://a", "TINKER_API_KEY": "tml-a"}, ("http://a", "tml-a")),
+        (["--base-url", "http://b"], {"TINKER_BASE_URL": "http://a", "TINKER_API_KEY": "tml-a"}, ("http://b", "tml-a")),
+        (["--base-url", "http://b", "--api-key", "tml-b"], {"TINKER_API_KEY": "tml-a"}, ("http://b", "tml-b")),
+        (["--base-url", "http://b"], {}, ("http://b", "")),
+    ],
+)
+def test_the_server_and_the_key_are_those_that_the_sdk_would_take(arguments, environ, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(server_client, "call", lambda url, key, *_: calls.append((url, key)) or {})
+    for name in ("TINKER_BASE_URL", "TINKER_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["checkpoints", "list", *arguments]) == 0
+    assert calls == [asked]

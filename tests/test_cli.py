@@ -160,7 +160,8 @@ def test_a_key_may_have_a_role_and_an_end(tmp_path):
     assert key.role == "admin" and abs((key.expires_at or 0) - time.time() - 90 * 24 * 3600) < 100
     listed = run("keys", "--file", file, "list").stdout
     assert "ops  admin  until 20" in listed
-    for arguments in (["--role", "root"], ["--expires", "soon"], ["--expires", "2020-01-01"]):
+    ends = ("soon", "2020-01-01", "0d", "99999999999999d")
+    for arguments in (["--role", "root"], *(["--expires", end] for end in ends)):
         done = run("keys", "--file", file, "add", "other", *arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(keys.listed(tmp_path / "keys")) == 1

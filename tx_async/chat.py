@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from tx_async.errors import ConfigError
 ROUTES = "/oai/api/v1"
 CONNECT_S = 10.0
 PROMPT = "\n> "
+STEERING = {"Cc", "Cf", "Cs"}
+"""Unicode's categories of characters that steer a terminal or the direction of text, and of halves of characters."""
+KEPT = "\n\t\u200c\u200d"
+"""The last two join letters in some scripts, and emoji."""
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
@@ -78,22 +83,23 @@ def pieces(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
 
 
 def run(talk: Talk, source: TextIO, sink: TextIO) -> int:
-    """Chat until the input ends. Raises `ConfigError` when there is no server to talk to."""
-    is_terminal = sink.isatty()
+    """Chat until the input ends; 1 when the input was no person's and a message got no whole answer. Raises
+    `ConfigError` when there is no server to talk to."""
+    is_terminal, num_failed = sink.isatty(), 0
     with talk.connect() as client:
         try:
             talk.choose_model(client)
         except httpx.HTTPError as error:
             raise ConfigError(f"{talk.base_url} cannot be reached: {error}.") from error
         talk.begin()
-        print(f"{talk.model} (an empty line begins anew, Ctrl-D ends)", file=sink)
+        print(f"{_plain(talk.model)} (an empty line begins anew, Ctrl-D ends)", file=sink)
         while (text := _read(source, sink)) is not None:
             if text.strip():
-                _answer(talk, client, text, sink, is_terminal)
+                num_failed += not _answer(talk, client, text, sink, is_terminal)
             else:
                 talk.begin()
                 print("A new conversation.", file=sink)
-    return 0
+    return 1 if num_failed and not source.isatty() else 0
 
 
 def _read(source: TextIO, sink: TextIO) -> str | None:
@@ -103,24 +109,26 @@ def _read(source: TextIO, sink: TextIO) -> str | None:
     return line.rstrip("\n") if line else None
 
 
-def _answer(talk: Talk, client: httpx.Client, text: str, sink: TextIO, is_terminal: bool) -> None:
-    """Print an answer. A failure is printed as one line, and the conversation goes on."""
+def _answer(talk: Talk, client: httpx.Client, text: str, sink: TextIO, is_terminal: bool) -> bool:
+    """Print an answer. A failure is printed as one line, and the conversation goes on; returns whether it was none."""
     try:
         with suppress(KeyboardInterrupt):
             for kind, piece in talk.say(client, text):
-                shown = _plain(piece) if is_terminal else piece
+                shown = _plain(piece)
                 sink.write(f"{DIM}{shown}{PLAIN}" if is_terminal and kind == "reasoning" else shown)
                 sink.flush()
         print(file=sink)
+        return True
     except ConfigError as error:
-        print(f"! {error.message}", file=sink)
+        print(f"! {_plain(error.message)}", file=sink)
     except httpx.HTTPError as error:
         print(f"! The server went away: {error}", file=sink)
+    return False
 
 
 def _plain(text: str) -> str:
-    """Text without control characters, which would steer the terminal: a model may say anything."""
-    return "".join(character for character in text if character in "\n\t" or character.isprintable())
+    """Text without characters that steer: a model may say anything, and what is piped is often shown in the end."""
+    return "".join(c for c in text if c in KEPT or unicodedata.category(c) not in STEERING)
 
 
 def _check(response: httpx.Response) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tx_async import cli_server
 from tx_async.config import ServerConfig
 
 
@@ -28,16 +29,12 @@ def add_import(
     command.add_argument(
         "--as", dest="name", metavar="NAME", default="", help="name of the checkpoint [ours keep theirs]"
     )
-    _add_server(command)
-    add_settings(command)
-    command.set_defaults(run=lambda args: _import(args, load_config))
-
-
-def _add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base-url", default="", metavar="URL", help="a running server's URL")
     command.add_argument(
         "--api-key", default="", metavar="KEY", help="the owner's API key [that of clients that send none]"
     )
+    add_settings(command)
+    command.set_defaults(run=lambda args: _import(args, load_config))
 
 
 def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace], ServerConfig]) -> int:
@@ -75,14 +72,14 @@ def add_checkpoints(commands: Any) -> None:
         help="leave out the unembedding's part, which cannot be merged where embeddings are tied",
     )
     for action, run in ((listing, _list), (delete, _delete), (export, _export)):
-        _add_server(action)
+        cli_server.add(action)
         action.set_defaults(run=run)
 
 
 def _list(args: argparse.Namespace) -> int:
     from tx_async import checkpoints_command
 
-    for checkpoint in checkpoints_command.everything(args.base_url, args.api_key):
+    for checkpoint in checkpoints_command.everything(*cli_server.chosen(args)):
         print(f"{checkpoint.tinker_path}\t{checkpoint.size_bytes}\t{checkpoint.time:%Y-%m-%d %H:%M:%S}")
     return 0
 
@@ -90,7 +87,7 @@ def _list(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from tx_async import export_command
 
-    export_command.export(args.base_url, args.api_key, args.path, args.folder, args.no_unembed)
+    export_command.export(*cli_server.chosen(args), args.path, args.folder, args.no_unembed)
     print(args.folder)
     return 0
 
@@ -99,9 +96,10 @@ def _delete(args: argparse.Namespace) -> int:
     """Prints the paths that were deleted, one a line."""
     from tx_async import checkpoints_command
 
-    found = checkpoints_command.everything(args.base_url, args.api_key)
+    server = cli_server.chosen(args)
+    found = checkpoints_command.everything(*server)
     for checkpoint in checkpoints_command.doomed(found, args.paths, args.of_run, args.keep_last):
         if not args.dry_run:
-            checkpoints_command.delete(args.base_url, args.api_key, checkpoint)
+            checkpoints_command.delete(*server, checkpoint)
         print(checkpoint.tinker_path)
     return 0

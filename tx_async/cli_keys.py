@@ -29,7 +29,10 @@ def add(commands: Any) -> None:
         help="admin: also sees metrics from other machines, all runs, the whole audit log [user]",
     )  # fmt: skip
     add.add_argument(
-        "--expires", default="", metavar="WHEN", help="90d, 12h, 2027-01-01, or 2027-01-01T12:00:00Z [never]"
+        "--expires",
+        default="",
+        metavar="WHEN",
+        help="90d, 12h, 30m, 3600 (seconds), 2027-01-01, or 2027-01-01T12:00:00Z [never]",
     )
     add.set_defaults(run=_add)
     actions.add_parser("list", help="id, name, role and expiry of every key").set_defaults(run=_list)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
-from tx_async.errors import ConfigError
+from tx_async import cli_server
 
 SHOWN = ("step", "learning_rate", "loss", "grad_norm", "tokens", "tokens/s")
 
@@ -26,22 +25,14 @@ def add(commands: Any) -> None:
     run.add_argument("run_id", metavar="ID", help="as `tx-async runs` prints it")
     run.add_argument("--csv", action="store_true", help="everything that is known of each step, with a header row")
     for command, action in ((runs, _runs), (run, _run)):
-        command.add_argument("--base-url", default="", metavar="URL", help="the server's URL [TINKER_BASE_URL]")
-        command.add_argument("--api-key", default="", metavar="KEY", help="the owner's API key [TINKER_API_KEY]")
+        cli_server.add(command)
         command.set_defaults(run=action)
-
-
-def _server(args: argparse.Namespace) -> tuple[str, str]:
-    base_url = args.base_url or os.environ.get("TINKER_BASE_URL", "")
-    if not base_url:
-        raise ConfigError("Which server? Give --base-url URL, or set TINKER_BASE_URL.")
-    return base_url, args.api_key or os.environ.get("TINKER_API_KEY", "")
 
 
 def _runs(args: argparse.Namespace) -> int:
     from tx_async import runs_command
 
-    for run in runs_command.everything(*_server(args)):
+    for run in runs_command.everything(*cli_server.chosen(args)):
         state = "corrupted" if run.corrupted else "ok"
         used = f"{run.last_request_time:%Y-%m-%d %H:%M:%S}"
         print(run.training_run_id, run.base_model, run.lora_rank, state, used, sep="\t")
@@ -52,9 +43,10 @@ def _run(args: argparse.Namespace) -> int:
     from tx_async import runs_command
 
     if args.csv:
-        print(runs_command.history_csv(*_server(args), args.run_id), end="")
+        print(runs_command.history_csv(*cli_server.chosen(args), args.run_id), end="")
         return 0
+    rows = runs_command.history(*cli_server.chosen(args), args.run_id)
     print("\t".join(SHOWN))
-    for row in runs_command.history(*_server(args), args.run_id):
+    for row in rows:
         print("\t".join(runs_command.cells(row)))
     return 0

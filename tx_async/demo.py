@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import tempfile
@@ -36,6 +37,10 @@ API_KEY = "tml-dummy"
 STEPS = 40
 TINY_LEARNING_RATE = 0.005
 LEARNING_RATE = 0.0005
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 SPARKS = "█▇▆▅▄▃▂▁"
 
 
@@ -94,7 +99,10 @@ def _say_how_to_use(console: Console, server: Server) -> None:
 
 def _make_tiny_model(console: Console, folder: Path) -> str:
     console.print("[green]✓[/] made a tiny Qwen3 (2 layers, 64 wide, random weights) with a byte-level tokenizer")
-    return str(make_qwen3(folder))
+    make_qwen3(folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": CHAT_TEMPLATE}, indent=2))
+    return str(folder)
 
 
 @contextlib.contextmanager

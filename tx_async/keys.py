@@ -68,14 +68,19 @@ def parse_expiry(text: str, now: float) -> float:
     """Seconds since the epoch of `90d`, `12h`, a number of seconds, or a date or time in ISO's form (UTC unless it
     says otherwise). Raises `ConfigError`, also for one that has passed."""
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw]?)", text):
-        return now + float(match[1]) * _UNITS[match[2] or "s"]
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ConfigError(f"--expires {text!r} is not a time: write 90d, 12h, or 2027-01-01T12:00:00Z.") from error
-    expires_at = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+        expires_at = now + float(match[1]) * _UNITS[match[2] or "s"]
+    else:
+        try:
+            time = datetime.fromisoformat(text)
+        except ValueError as error:
+            raise ConfigError(f"--expires {text!r} is not a time: write 90d, 12h, or 2027-01-01T12:00:00Z.") from error
+        expires_at = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     if expires_at <= now:
         raise ConfigError(f"--expires {text!r} has passed already.")
+    try:
+        datetime.fromtimestamp(expires_at, UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ConfigError(f"--expires {text!r} is later than any date: leave it out for a key without end.") from error
     return expires_at
 
 

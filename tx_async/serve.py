@@ -209,7 +209,7 @@ def _bind(settings: HypercornConfig, config: ServerConfig) -> Sockets:
     try:
         return settings.create_sockets()
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"Cannot listen on {config.host}:{config.port}: {error}.") from error
+        raise ConfigError(f"Cannot listen on {config.host}:{config.port}: {str(error).rstrip('.')}.") from error
 
 
 def _raise_open_files_limit() -> None:

@@ -114,6 +114,16 @@ def test_every_view_shows_what_there_is_and_markup_is_text(driver: Any, site: Se
     assert "hacked" not in driver.title
 
 
+def test_an_address_that_names_nothing_says_so(driver: Any, site: Serving, run: str):
+    driver.get(f"{site.url}/#/runs/%zz")
+    until(driver, lambda text: "%zz" in text and "All runs" in text)
+    for name in ("__proto__", "toString"):
+        driver.get(f"{site.url}/#/runs")
+        until(driver, lambda text: run in text)
+        driver.get(f"{site.url}/#/{name}")
+        until(driver, lambda text: "The server is ready" in text)
+
+
 def test_the_policy_stops_inline_script(driver: Any, site: Serving):
     driver.get(site.url)
     driver.execute_script(
@@ -207,6 +217,13 @@ def test_where_there_are_keys_the_page_asks_for_one_and_shows_its_runs_only(
         field.send_keys("tml-wrong")
         find(driver, "button.main").click()
         find(driver, ".problem")
+        field = find(driver, "input[type=password]")
+        field.send_keys("tml-…")
+        find(driver, "button.main").click()
+        until(driver, lambda text: "This is not a key" in text)
+        field.clear()
+        driver.execute_script("sessionStorage.setItem('tx_async.key', 'tml-…')")
+        driver.refresh()  # a page of before, which took such a key
         find(driver, "input[type=password]").send_keys(alice)
         find(driver, "button.main").click()
         text = until(driver, lambda text: mine in text)
@@ -214,6 +231,7 @@ def test_where_there_are_keys_the_page_asks_for_one_and_shows_its_runs_only(
         assert alice not in driver.page_source and not driver.get_cookies()
         driver.get(f"{site.url}/#/runs/{theirs}")
         until(driver, lambda text: "No training run" in text or "not" in text.lower())
+        assert not driver.find_elements("css selector", ".charts")
         find(driver, "#leave").click()
         find(driver, "input[type=password]")
         driver.get("about:blank")

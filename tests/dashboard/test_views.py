@@ -142,9 +142,16 @@ def test_the_page_is_on_where_only_this_machine_sees_it(host: str, setting: bool
     assert is_on(ServerConfig(host=host, dashboard=setting)) is expected
 
 
+async def test_who_looks_under_dashboard_is_sent_to_the_page(open_site: Site):
+    async with open_site.browser() as browser:
+        for path in ("/dashboard", "/dashboard/"):
+            answer = await browser.get(path)
+            assert answer.is_redirect and answer.headers["location"] == "/"
+
+
 async def test_a_server_without_the_page_has_none_of_its_routes(scheduler: FakeScheduler):
     async with Site(scheduler, ServerConfig(dashboard=False)).browser() as browser:
-        for path in ("/", "/dashboard/events", "/dashboard/viewer", "/dashboard/app.js"):
+        for path in ("/", "/dashboard", "/dashboard/events", "/dashboard/viewer", "/dashboard/app.js"):
             assert (await browser.get(path)).status_code == 404
 
 
@@ -244,6 +251,24 @@ async def test_markup_travels_as_text(open_site: Site, scheduler: FakeScheduler)
     events = await read_events(open_site.app, "/dashboard/events", 1)
     (run,) = events[0][1]["runs"].values()
     assert run["name"] == "<script>x</script>" and run["tags"] == ["<b>"]
+
+
+@pytest.mark.parametrize(
+    ("session", "of_run", "shown"),
+    [
+        ({"display_name": "shown", "user_metadata": {"name": "session's"}}, {"name": "run's"}, "run's"),
+        ({"display_name": "shown", "user_metadata": {"name": "session's"}}, {}, "shown"),
+        ({"user_metadata": {"name": "session's"}}, {"name": 7}, "session's"),
+        ({}, {}, ""),
+    ],
+)
+async def test_a_run_is_shown_by_its_own_name_or_its_session_s(
+    open_site: Site, scheduler: FakeScheduler, session: dict[str, object], of_run: dict[str, object], shown: str
+):
+    run = new_run(scheduler, "o", "s", **session)
+    scheduler.models[run] = msgspec.structs.replace(scheduler.models[run], user_metadata=of_run)
+    async with open_site.browser() as browser:
+        assert (await browser.get(f"/dashboard/runs/{run}")).json()["run"]["name"] == shown
 
 
 # ---- changes

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tx_async.api.owner import is_loopback
@@ -47,10 +47,15 @@ def is_on(config: ServerConfig) -> bool:
 
 
 def page_routes() -> list[Route]:
-    """`/` is the page; its files lie under `/dashboard/`, after the other routes there."""
+    """`/` is the page, also for who looks under `/dashboard`; its files lie below, after the other routes there."""
     files = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
     routes = [Route("/", _answer(files["index.html"]), methods=["GET"])]
+    routes += [Route(path, _to_the_page, methods=["GET"]) for path in ("/dashboard", "/dashboard/")]
     return routes + [Route(f"/dashboard/{name}", _answer(path), methods=["GET"]) for name, path in files.items()]
+
+
+async def _to_the_page(request: Request) -> Response:
+    return RedirectResponse("/", headers=HEADERS)
 
 
 def _answer(path: Path) -> Callable[[Request], Awaitable[Response]]:

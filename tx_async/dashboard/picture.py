@@ -11,7 +11,7 @@ import msgspec
 from tx_async.dashboard.viewer import Viewer
 from tx_async.scheduler.interface import SchedulerApi
 from tx_async.wire.dashboard import Overview
-from tx_async.wire.records import ModelRecord
+from tx_async.wire.records import ModelRecord, SessionRecord
 
 RUNS_MAX = 200
 """How many of the most recently used runs a page lists; each run has a page of its own."""
@@ -66,9 +66,16 @@ def run(scheduler: SchedulerApi, model: ModelRecord, names: Mapping[str, str]) -
         "loss": view.loss,
         "created_at": model.created_at,
         "used_at": used_at(model),
-        "name": (session.display_name or "") if session else "",
+        "name": _name(model, session),
         "tags": list(session.tags) if session else [],
     }
+
+
+def _name(model: ModelRecord, session: SessionRecord | None) -> str:
+    """The run's own name before that of its session; "" where neither has one."""
+    given = [model.user_metadata.get("name")]
+    given += [session.display_name, session.user_metadata.get("name")] if session else []
+    return next((name for name in given if isinstance(name, str) and name), "")
 
 
 def used_at(model: ModelRecord) -> float:

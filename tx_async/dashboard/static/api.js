@@ -7,7 +7,14 @@ export class Refused extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 
-export const key = () => sessionStorage.getItem(KEY) ?? "";
+// A header takes nothing else, and no key has anything else in it.
+export const isKey = (value) => /^[\x21-\x7e]+$/.test(value);
+
+export function key() {
+  const value = sessionStorage.getItem(KEY) ?? "";
+  return isKey(value) ? value : "";
+}
+
 export const setKey = (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY));
 
 export function headers(more = {}) {

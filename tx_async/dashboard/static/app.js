@@ -1,6 +1,6 @@
 // The frame: who looks, what the server says, and which view shows it.
 
-import { follow, key, Refused, setKey, viewer } from "./api.js";
+import { follow, isKey, key, Refused, setKey, viewer } from "./api.js";
 import * as now from "./now.js";
 import * as operator from "./operator.js";
 import * as playground from "./playground.js";
@@ -11,13 +11,18 @@ import { h, say, tell } from "./ui.js";
 const VIEWS = { now, runs, playground, operator };
 const main = document.getElementById("main");
 const status = document.getElementById("status");
-let state = { runs: {} }, view = null, who = null, stream = null;
+// `state` has no runs until the server has told them; a newer `attempt` to begin makes the older ones void.
+let state = {}, view = null, who = null, stream = null, attempt = 0, retry = 0;
 
 // ---- views
 
 function place() {
   const [name = "now", ...rest] = location.hash.replace(/^#\/?/, "").split("/");
-  return { name: name in VIEWS ? name : "now", argument: rest.length ? decodeURIComponent(rest.join("/")) : "" };
+  return { name: Object.hasOwn(VIEWS, name) ? name : "now", argument: decoded(rest.join("/")) };
+}
+
+function decoded(text) {
+  try { return decodeURIComponent(text); } catch { return text; }
 }
 
 function show(isFirst = false) {
@@ -75,37 +80,58 @@ async function listen() {
 // ---- who looks
 
 async function begin() {
+  clearTimeout(retry);
+  const mine = ++attempt;
+  document.getElementById("leave").hidden = !key();
   try {
-    who = await viewer();
+    const answer = await viewer();
+    if (mine !== attempt) return;
+    who = answer;
   } catch (error) {
+    if (mine !== attempt) return;
     if (error instanceof Refused && error.status === 401) { signIn(key() ? error.message : ""); return; }
     showStatus("Not reachable", "bad");
-    setTimeout(begin, 3000);
+    complain(`${error instanceof Refused ? error.message : "The server cannot be reached."} Trying again…`);
+    retry = setTimeout(begin, 3000);
     return;
   }
   document.getElementById("operator-link").hidden = who.role !== "admin";
-  document.getElementById("leave").hidden = !key();
   say(document.getElementById("version"), `tx_async ${who.version}${who.name ? ` · signed in as ${who.name} (${who.role})` : ""}`);
   show(true);
   listen();
 }
 
+// Says what is wrong in the sign-in form, which stays as it is, or in its place when there is none yet.
+function complain(text) {
+  const form = main.querySelector(".signin form"), old = main.querySelector(".problem");
+  if (old) { say(old, text); return; }
+  const line = h("p", { class: form ? "problem" : "card problem", role: "alert" }, text);
+  if (form) form.querySelector(".row").before(line);
+  else main.replaceChildren(line);
+}
+
 function signIn(problem) {
+  clearTimeout(retry);
+  attempt += 1;
   stream?.abort();
   view?.stop?.();
   view = null;
-  state = { runs: {} };
+  state = {};
   setKey("");
   showStatus("Signed out", "warn");
   document.getElementById("leave").hidden = true;
   document.getElementById("operator-link").hidden = true;
   const input = h("input", { type: "password", name: "key", required: true, autocomplete: "off", placeholder: "tml-…", spellcheck: "false" });
-  const form = h("form", { class: "stack", onsubmit: (event) => { event.preventDefault(); setKey(input.value.trim()); begin(); } },
+  const form = h("form", { class: "stack", onsubmit: (event) => { event.preventDefault(); submit(input.value.trim()); } },
     h("h1", {}, "Sign in"), h("p", { class: "muted" }, "With an API key of this server. It stays in this tab, and is gone when the tab is closed."),
     h("label", {}, "API key", input), problem ? h("p", { class: "problem", role: "alert" }, problem) : null, h("div", { class: "row" }, h("button", { class: "main" }, "Sign in")));
   main.replaceChildren(h("section", { class: "card signin", "aria-label": "Sign in" }, form));
   document.title = "Sign in · tx_async";
   input.focus();
+}
+
+function submit(value) {
+  if (isKey(value)) { setKey(value); begin(); } else complain("This is not a key: keys have no spaces and no letters beyond ASCII.");
 }
 
 document.getElementById("leave").addEventListener("click", () => { setKey(""); signIn(""); });

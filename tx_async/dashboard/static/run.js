@@ -1,6 +1,6 @@
 // One run: its curves, checkpoints and requests.
 
-import { get, post } from "./api.js";
+import { get, post, Refused } from "./api.js";
 import { Axis, Chart, smooth } from "./chart.js";
 import { ago, ask, bytes, count, figures, h, keyName, pill, say, scrolled, span, table, tell, time, took, when } from "./ui.js";
 
@@ -55,7 +55,9 @@ export function create(id, { onError }) {
       readAt = Date.now();
       show(answer, answer.steps.length > 0 || since === 0);
     } catch (error) {
-      if (!isOver) onError(error);
+      if (isOver) return;
+      if (error instanceof Refused && error.status === 404 && !readAt) showMissing(error.message);
+      else onError(error);
     } finally {
       isReading = false;
     }
@@ -70,6 +72,13 @@ export function create(id, { onError }) {
     checkpoints.element.hidden = !saved.length;
     noCheckpoints.hidden = saved.length > 0;
     requests.show(asked, (item) => item.request_id);
+  }
+
+  function showMissing(problem) {
+    isOver = true;
+    element.replaceChildren(
+      h("div", { class: "head" }, h("h1", { class: "mono", tabindex: "-1" }, id)),
+      h("p", { class: "card" }, problem, " ", h("a", { href: "#/runs" }, "All runs")));
   }
 
   function showCurve({ of, chart, smooth: isSmoothed, mayLack }) {

@@ -18,7 +18,7 @@ export function create() {
   const element = h("div", { class: "stack" },
     h("div", { class: "head" }, h("h1", { tabindex: "-1" }, "Runs"), h("span", { class: "grow" }), h("label", {}, h("span", { class: "unseen" }, "Find a run"), search)),
     h("section", { class: "card", "aria-label": "Training runs" }, empty, h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Training runs, scrollable" }, runs.element)));
-  let known = [];
+  let known = [], isTold = false;
 
   function show() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -26,11 +26,13 @@ export function create() {
     runs.show(found, (run) => run.id);
     runs.element.hidden = !found.length;
     empty.hidden = found.length > 0;
-    if (known.length) say(empty, "No run matches.");
+    if (!isTold) say(empty, "Connecting…");
+    else if (known.length) say(empty, "No run matches.");
     else empty.replaceChildren("No run yet. Point a training loop at this server:", h("br"), h("code", {}, `export TINKER_BASE_URL=${location.origin} TINKER_API_KEY=tml-…`));
   }
 
   function update(state) {
+    isTold = state.runs !== undefined;
     known = Object.values(state.runs ?? {}).sort((one, other) => other.used_at - one.used_at);
     show();
   }

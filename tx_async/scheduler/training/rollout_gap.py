@@ -8,6 +8,10 @@ import numpy as np
 
 from tx_async.wire.operations import Datum, ForwardBackward
 
+LOG_RATIO_MAX = 20.0
+OVERFLOWING = float(np.log(np.finfo(np.float32).max))
+"""Where a ratio would overflow float32 the losses clamp its logarithm to LOG_RATIO_MAX, and so does its mean."""
+
 
 def rollout_gap(operation: ForwardBackward, logprobs: Sequence[np.ndarray]) -> dict[str, float]:
     """Metrics over the sampled positions of all datums, q being the sampler's log-probability of the token and p the
@@ -22,8 +26,7 @@ def rollout_gap(operation: ForwardBackward, logprobs: Sequence[np.ndarray]) -> d
     gap = np.concatenate([_gap(datum, p.astype(np.float64)) for datum, p in pairs])
     if not gap.size:
         return {"kl_sample_train:mean": 0.0, "kl_sample_train:max": 0.0, "ratio:mean": 1.0}
-    with np.errstate(over="ignore"):
-        ratio = np.exp(-gap)
+    ratio = np.exp(np.where(-gap > OVERFLOWING, LOG_RATIO_MAX, -gap))
     return {
         "kl_sample_train:mean": float(gap.mean()),
         "kl_sample_train:max": float(gap.max()),
