@@ -64,7 +64,7 @@ async def test_who_asks_again_at_once_gets_the_same_answer(tmp_path):
         writes.append(1)
 
     waiting = ["worker w0.0: starting"]
-    asked = Health(Store(tmp_path / "c"), tmp_path, write, lambda: waiting)
+    asked = Health(Store(tmp_path / "c"), tmp_path, write, lambda in_full: waiting)
     first = await asked.report()
     assert {name: found.state for name, found in first.items()} == {
         "storage": "ok", "journal": "ok", "disk": "ok", "memory": "ok", "worker": "problem",
@@ -75,7 +75,7 @@ async def test_who_asks_again_at_once_gets_the_same_answer(tmp_path):
     async def refuse() -> None:
         raise StorageError("the disk is full")
 
-    broken = await Health(Store(tmp_path / "c"), tmp_path, refuse, list).report()
+    broken = await Health(Store(tmp_path / "c"), tmp_path, refuse, lambda in_full: []).report()
     assert broken["journal"] == Finding("problem", "the disk is full")
 
 

@@ -63,7 +63,7 @@ class BodyTimeout(UserError):
 
 
 class Unauthorized(UserError):
-    """The X-API-Key header has no valid API key."""
+    """This API key is not valid here: ask the server's operator for one."""
 
     status = 401
 

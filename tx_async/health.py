@@ -115,7 +115,7 @@ class Health:
         store: Store,
         data_path: Path,
         write_journal: Callable[[], Awaitable[None]],
-        waiting_for: Callable[[], list[str]],
+        waiting_for: Callable[[bool], list[str]],
     ):
         """write_journal: a transaction that changes nothing."""
         self._store = store
@@ -126,12 +126,13 @@ class Health:
         self._report: dict[str, Finding] = {}
         self._asking = asyncio.Lock()
 
-    async def report(self) -> dict[str, Finding]:
+    async def report(self, in_full: bool = False) -> dict[str, Finding]:
+        """in_full: for operators, with what a worker that ended has said last."""
         async with self._asking:
             if time.monotonic() - self._asked_at > FRESH_S:
                 self._report = await self._ask()
                 self._asked_at = time.monotonic()
-        return self._report | {"worker": self._worker()}
+        return self._report | {"worker": self._worker(in_full)}
 
     async def _ask(self) -> dict[str, Finding]:
         storage, journal = await asyncio.gather(
@@ -149,6 +150,6 @@ class Health:
             return Finding("problem", error.message)
         return Finding("ok", f"a commit took {1000 * (time.monotonic() - started):.0f} ms")
 
-    def _worker(self) -> Finding:
-        lines = self._waiting_for()
+    def _worker(self, in_full: bool) -> Finding:
+        lines = self._waiting_for(in_full)
         return Finding("problem" if lines else "ok", "; ".join(lines) or "every capability is there")

@@ -1,6 +1,9 @@
 """Set-up calls, sessions and health."""
 
+import httpx
 import pytest
+
+from tx_async.api.routes import create_api
 
 
 async def test_healthz_says_what_it_waits_for_until_a_request_could_run(connect, scheduler):
@@ -12,6 +15,16 @@ async def test_healthz_says_what_it_waits_for_until_a_request_could_run(connect,
         scheduler.missing = []
         response = await anyone.get("/api/v1/healthz")
         assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+async def test_a_worker_s_last_words_are_told_to_operators_only(scheduler, config):
+    scheduler.missing, scheduler.details = ["worker w0.0: restarting"], " (last said: a secret)"
+    app = create_api(scheduler, config, scheduler.files)
+    for peer, is_told in (("127.0.0.1", True), ("192.0.2.7", False)):
+        transport = httpx.ASGITransport(app=app, client=(peer, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as anyone:
+            answer = (await anyone.get("/api/v1/healthz")).json()
+        assert ("secret" in str(answer)) is is_told, answer
 
 
 async def test_what_is_not_ready_yet_answers_503_with_a_time_to_retry(client, scheduler, model_id):

@@ -195,6 +195,7 @@ async def test_where_there_are_keys_nothing_is_told_without_one(keyed_site: Site
 
 async def test_a_tenant_elsewhere_is_told_no_path_of_the_server(keyed_site: Site, people: dict[str, str]):
     keyed_site.scheduler.missing = ["worker w0: it reads /secret/model"]
+    keyed_site.scheduler.details = " (last said: a secret)"
     events = await read_events(keyed_site.app, "/dashboard/events", 1, key=people["alice"])
     assert events[0][1]["ready"]["waiting_for"] == ["worker w0: it reads …"]
 

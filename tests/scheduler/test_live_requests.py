@@ -95,3 +95,13 @@ async def test_without_a_worker_it_is_refused():
     async with running(worker=False) as server:
         with pytest.raises(NotReady, match="worker"):
             await told(server)
+
+
+async def test_while_a_worker_restarts_a_tenant_hears_nothing_of_its_log():
+    async with running(worker=False) as server:
+        server.worker_status = lambda in_full: ["worker w0.0 (last said: x)" if in_full else "worker w0.0: restarting"]
+        with pytest.raises(NotReady) as refused:
+            await told(server)
+        assert refused.value.message == "The server is not ready: worker w0.0: restarting. Try again in a moment."
+        assert "last said" not in str(server.scheduler._still_pending("r"))
+        assert server.scheduler.waiting_for(in_full=True) == ["worker w0.0 (last said: x)"]

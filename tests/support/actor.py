@@ -4,7 +4,7 @@ the next turn of the loop."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ class InProcessServer:
         self.commands: list[Command] = []
         self.deleted: list[str] = []
         self.is_worker_stuck = False
+        self.worker_status: Callable[[bool], list[str]] = lambda in_full: []
 
     async def open(self) -> None:
         records = await self.journal.open()
@@ -46,7 +47,7 @@ class InProcessServer:
             send=self.send,
             delete_files=self.delete,
             list_files=self.list,
-            worker_status=lambda: [],
+            worker_status=lambda in_full: self.worker_status(in_full),
         )
 
     def lose_worker(self) -> None:

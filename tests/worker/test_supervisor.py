@@ -169,8 +169,9 @@ async def test_an_error_of_one_command_fails_that_command_alone(config, monkeypa
 async def test_a_worker_that_cannot_load_is_tried_again_and_healthz_can_say_why(config, monkeypatch, tmp_path):
     faults(monkeypatch, load_error="the disk is on fire", once_file=str(tmp_path / "once"))
     async with running_dispatch(config) as running:
-        expected = "worker w0.0 exited with code 1: RuntimeError: the disk is on fire"
-        await until(lambda: expected in running.supervisor.waiting_for())
+        expected = "worker w0.0 exited with code 1 (last said: RuntimeError: the disk is on fire)"
+        await until(lambda: expected in running.supervisor.waiting_for(in_full=True))
+        assert running.supervisor.waiting_for() == ["worker w0.0: restarting"], "what tenants are told"
         await running.ready()
 
 

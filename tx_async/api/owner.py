@@ -38,7 +38,7 @@ def owner_of(key: str) -> str:
 
 
 class Owners:
-    """Turns the X-API-Key header into an owner."""
+    """Turns an API key into an owner."""
 
     def __init__(self, keys: Callable[[], Keys] | None = None, now: Callable[[], float] = time.time):
         """keys: those valid at this moment; None accepts every key."""
@@ -57,7 +57,9 @@ class Owners:
                     "api_keys_file (`tx-async keys add NAME` makes one)."
                 )
         else:
-            registered = self._keys().get(hash_key(key)) if key else None
+            if not key:
+                raise Unauthorized("This server needs an API key: `Authorization: Bearer KEY`, or `X-API-Key: KEY`.")
+            registered = self._keys().get(hash_key(key))
             if registered is None:
                 raise Unauthorized()
             if registered.has_expired(self._now()):

@@ -78,19 +78,25 @@ async def healthz(call: Call) -> Response:
         return json_response(tinker.HealthResponse(status="ok"))
     if "verbose" in call.request.query_params and call.api.health is not None:
         return await _verbose(call, call.api.health)
-    if waiting_for := call.scheduler.waiting_for():
-        if not (call.api.gate.is_local(call.request.scope) or call.is_admin):
+    is_told_all = _is_told_all(call)
+    if waiting_for := call.scheduler.waiting_for(in_full=is_told_all):
+        if not is_told_all:
             waiting_for = [call.api.redact(line) for line in waiting_for]
         return json_response(tinker.HealthResponse(status="starting", waiting_for=waiting_for), 503)
     return json_response(tinker.HealthResponse(status="ok"))
 
 
 async def _verbose(call: Call, health: Health) -> Response:
-    report = await health.report()
-    is_told_all = call.api.gate.is_local(call.request.scope) or call.is_admin
+    is_told_all = _is_told_all(call)
+    report = await health.report(in_full=is_told_all)
     tell = str if is_told_all else call.api.redact
     checks = {name: tinker.HealthCheck(state=found.state, text=tell(found.text)) for name, found in report.items()}
     waiting_for = [f"{name}: {check.text}" for name, check in checks.items() if check.state == "problem"]
     status = "problem" if waiting_for else "ok"
     answer = tinker.HealthResponse(status=status, waiting_for=waiting_for, checks=checks)
     return json_response(answer, 503 if waiting_for else 200)
+
+
+def _is_told_all(call: Call) -> bool:
+    """Whether whoever asks is an operator."""
+    return call.api.gate.is_local(call.request.scope) or call.is_admin

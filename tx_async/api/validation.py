@@ -258,16 +258,16 @@ def adapter(config: AdapterConfig, model: BaseModelInfo) -> AdapterConfig:
     return config
 
 
-def base_model(name: str, model: BaseModelInfo) -> str:
+def base_model(name: str, model: BaseModelInfo, field: str = "base_model") -> str:
     """The name under which the model is reported, whichever of its names this is. `NAME:peft:N` is the hosted service's
     way to ask for a context of N tokens."""
     known, (plain, marker, length) = {model.name, *model.aliases}, name.strip().rpartition(":peft:")
     if (plain if marker else length).rstrip("/") not in known:
-        raise InvalidRequest(f"base_model {name!r} is not served here; this server has {model.name!r}.")
+        served = " or ".join(map(repr, model.public_names))
+        raise InvalidRequest(f"{field} {name[:200]!r} is not served here; this server has {served}.")
     if marker and not (length.isascii() and length.isdigit() and 0 < int(length[:12]) <= model.max_context_length):
-        raise InvalidRequest(
-            f"base_model {name!r} asks for a context of {length[:12]!r} tokens; here it is {model.max_context_length}."
-        )
+        context = model.max_context_length
+        raise InvalidRequest(f"{field} {name[:200]!r} asks for {length[:12]!r} tokens; the context is {context}.")
     return model.name
 
 
@@ -424,7 +424,7 @@ def _check_stops(operation: Sample, model: BaseModelInfo) -> None:
         )
     for text in operation.stop_strings:
         if not 1 <= len(text) <= STOP_STRING_CHARACTERS_MAX:
-            raise InvalidRequest(f"A stop string must have 1 to {STOP_STRING_CHARACTERS_MAX} characters.")
+            raise InvalidRequest(f"stop has {len(text)} characters; allowed are 1 to {STOP_STRING_CHARACTERS_MAX}.")
     for token in operation.stop_token_ids:
         if not 0 <= token < model.vocab_size:
             raise InvalidRequest(

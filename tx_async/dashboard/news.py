@@ -126,7 +126,7 @@ class News:
         }
 
     def _ready(self, viewer: Viewer) -> dict[str, Any]:
-        waiting = self.scheduler.waiting_for()
+        waiting = self.scheduler.waiting_for(in_full=viewer.sees_all)
         return {
             "is_ready": not waiting,
             "waiting_for": waiting if viewer.sees_all else [self._redact(line) for line in waiting],

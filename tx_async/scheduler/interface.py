@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
@@ -122,6 +123,12 @@ class BaseModelInfo(Struct, frozen=True, kw_only=True):
     tokenizer_problem: str = ""
     """Why stop strings cannot be found here; "" when they can be."""
 
+    @property
+    def public_names(self) -> list[str]:
+        """Its names, without folders of this host among the aliases."""
+        aliases = (name for name in self.aliases if not PurePath(name).is_absolute())
+        return list(dict.fromkeys((self.name, *aliases)))
+
 
 class SchedulerApi(Protocol):
     """Every call checks ownership: what belongs to another owner does not exist (`NotFound`).
@@ -171,8 +178,9 @@ class SchedulerApi(Protocol):
         """Add an event of the operator's to the audit log; it becomes durable soon."""
         ...
 
-    def waiting_for(self) -> list[str]:
-        """What is still missing before a request can run; empty when the server is ready."""
+    def waiting_for(self, in_full: bool = False) -> list[str]:
+        """What is still missing before a request can run; empty when the server is ready. in_full: with details for
+        operators, such as a worker's last words."""
         ...
 
     async def create_session(self, session: SessionRecord) -> SessionRecord: ...

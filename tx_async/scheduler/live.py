@@ -74,7 +74,7 @@ class LiveRequests:
         now = self.clock.monotonic()
         self._stuck_since = self._stuck_since or now
         if now - self._stuck_since >= PATIENCE_S:
-            self.end_all(NotReady(f"The server waits for {'; '.join(missing)}. Try again when it is ready."))
+            self.end_all(_not_ready(missing))
 
     def end_all(self, error: TxError) -> None:
         for queue in self._queues.values():
@@ -82,7 +82,7 @@ class LiveRequests:
 
     def _begin(self, owner: str, operation: Sample, model_path: str | None) -> RequestRecord:
         if missing := self._waiting_for():
-            raise NotReady(f"The server waits for {'; '.join(missing)}. Try again when it is ready.")
+            raise _not_ready(missing)
         version = self.state.catalog.find_checkpoint(owner, model_path).storage_key if model_path else None
         check_room(operation, self.state.base_model)
         request = self._record(owner, operation)
@@ -114,6 +114,10 @@ class LiveRequests:
         del self._queues[request_id]
         self.quota.give_back(request_id)
         self.performer.handle(RequestCancelled(request_id))
+
+
+def _not_ready(missing: list[str]) -> NotReady:
+    return NotReady(f"The server is not ready: {'; '.join(missing)}. Try again in a moment.")
 
 
 def _to_be_repeated(error: TxError) -> TxError:

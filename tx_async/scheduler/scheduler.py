@@ -85,7 +85,7 @@ class Scheduler:
         delete_files: DeleteBelow,
         list_files: ListBelow,
         dismiss: DismissWorker = lambda worker_id, reason: None,
-        worker_status: Callable[[], list[str]],
+        worker_status: Callable[[bool], list[str]],
         storage_status: Callable[[], list[str]] = list,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
@@ -212,13 +212,13 @@ class Scheduler:
     def note(self, event: str, subject: str, **details: Any) -> None:
         self.performer.handle(EventNoted(event, subject, details))
 
-    def waiting_for(self) -> list[str]:
+    def waiting_for(self, in_full: bool = False) -> list[str]:
         able = [worker for worker in self.state.workers.values() if not worker.is_on_trial]
         capabilities = {capability for worker in able for capability in worker.capabilities}
         waiting = self._storage_status()
         if capabilities >= {"train", "sample"}:
             return waiting
-        return [*waiting, *(self._worker_status() or ["a worker: none is attached"])]
+        return [*waiting, *(self._worker_status(in_full) or ["a worker: none is attached"])]
 
     def statistics(self) -> SchedulerStatistics:
         return statistics_of(self.state, len(self.quota), len(self.waiters))
@@ -316,9 +316,11 @@ class Scheduler:
             newsreel.result_known(request, self.catalog.models.get(request.subject) if request else None, result)
 
     def _still_pending(self, request_id: str) -> StillPending:
-        nowhere = self.state.stranded.get(request_id)
-        waiting = self.waiting_for() or ([f"a worker that can sample this ({nowhere})"] if nowhere else [])
-        return StillPending("paused_capacity", "Waiting for " + "; ".join(waiting)) if waiting else StillPending()
+        if missing := self.waiting_for():
+            return StillPending("paused_capacity", f"The server is not ready: {'; '.join(missing)}")
+        if nowhere := self.state.stranded.get(request_id):
+            return StillPending("paused_capacity", f"Waiting for a worker that can sample this ({nowhere})")
+        return StillPending()
 
     async def cancel(self, owner: str, request_id: str) -> None:
         request = self.catalog.requests.get(request_id)

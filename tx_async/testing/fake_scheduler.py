@@ -91,6 +91,8 @@ class FakeScheduler(FakeViews):
         self.cancelled: list[str] = []
         self.missing: list[str] = []
         """What `waiting_for` answers."""
+        self.details = ""
+        """What it adds to each line for operators."""
         self.overloaded = False
         """Refuse every submit with 429."""
         self.held = False
@@ -121,8 +123,8 @@ class FakeScheduler(FakeViews):
             event_id=event_id, at=self._clock.now(), event=event, subject=subject, details=details
         )
 
-    def waiting_for(self) -> list[str]:
-        return self.missing
+    def waiting_for(self, in_full: bool = False) -> list[str]:
+        return [f"{line}{self.details if in_full else ''}" for line in self.missing]
 
     # ---- sessions
 

@@ -99,6 +99,7 @@ class CompletionRequest(Sampling, kw_only=True):
     prompt: str | list[Any]
     """A text, several texts, token ids, or several lists of token ids."""
     echo: bool | None = None
+    best_of: int | None = None
     logprobs: int | None = None
     response_format: ResponseFormat | None = None
 

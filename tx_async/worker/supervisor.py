@@ -145,8 +145,10 @@ class WorkerProcess:
                     await self._kill(process)
         finally:
             pulse.close()
-        self.exit_text = _exit_text(code, self._last_line)
-        self._on_exit(self, process.pid, self.exit_text)
+        cause = _exit_cause(code)
+        self.exit_text = cause + (f" (last said: {self._last_line})" if self._last_line else "")
+        # Without the last line of its log: the reason may reach tenants, and the line may hold what is another's.
+        self._on_exit(self, process.pid, cause)
         return code
 
     async def _start(self, pulse: Pulse) -> asyncio.subprocess.Process:
@@ -277,16 +279,17 @@ class Supervisor:
         """Leave no process behind."""
         await asyncio.gather(*(process.stop(timeout_s) for process in self.processes))
 
-    def waiting_for(self) -> list[str]:
-        """What keeps this server's own workers from being ready, for `healthz`."""
+    def waiting_for(self, in_full: bool = False) -> list[str]:
+        """What keeps this server's own workers from being ready. in_full: for operators, with how a process ended and
+        the last line of its log."""
         local = {(process.name, process.process_id) for process in self.processes}
-        lines = [line for process in self.processes if (line := self._why_not_ready(process))]
+        lines = [line for process in self.processes if (line := self._why_not_ready(process, in_full))]
         return lines + self._router.waiting_for(without=local)
 
-    def _why_not_ready(self, process: WorkerProcess) -> str | None:
+    def _why_not_ready(self, process: WorkerProcess, in_full: bool) -> str | None:
         worker = f"worker {process.label}"
         if process.exit_text:
-            return f"{worker} {process.exit_text}"
+            return f"{worker} {process.exit_text}" if in_full else f"{worker}: restarting"
         if self._router.is_member_ready(process.name, process.process_id):
             return None
         return f"{worker}: {describe(self._router.member_progress(process.name, process.process_id))}"
@@ -311,10 +314,8 @@ def external_engines(config: ServerConfig) -> list[ExternalSettings]:
     ]
 
 
-def _exit_text(code: int, last_line: str) -> str:
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}" + (f" (last said: {last_line})" if last_line else "")
-    return f"exited with code {code}" + (f": {last_line}" if last_line else "")
+def _exit_cause(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 async def attach_forever(

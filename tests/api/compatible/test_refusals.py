@@ -23,6 +23,7 @@ CALLS = {
     "content": None,
     "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
 }
+USES = {"role": "assistant", "content": [{"type": "tool_use", "id": "u", "name": "f", "input": {}}]}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!!"}}
 SOURCE = {"type": "base64", "media_type": "image/png", "data": "!!"}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -58,7 +59,11 @@ INVALID = [
     (CHAT, {"max_tokens": 0}, "max_tokens"),
     (CHAT, {"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
     (CHAT, {"temperature": -1}, "temperature"),
-    (CHAT, {"top_p": 0}, "top_p"),
+    (CHAT, {"top_p": -0.1}, "top_p"),
+    (CHAT, {"top_p": 0, "top_k": -5}, "top_k"),
+    (CHAT, {"max_completion_tokens": -1}, "max_completion_tokens"),
+    (CHAT, {"seed": 2**70}, "seed"),
+    (CHAT, {"stop": ["a" * 10_000]}, "stop"),
     (CHAT, {"min_p": 2}, "min_p"),
     (CHAT, {"presence_penalty": 3}, "presence_penalty"),
     (CHAT, {"repetition_penalty": 0}, "repetition_penalty"),
@@ -80,6 +85,9 @@ INVALID = [
     (COMPLETIONS, {"prompt": [1000]}, "prompt"),
     (COMPLETIONS, {"prompt": [2**70]}, "prompt"),
     (COMPLETIONS, {"prompt": ["a"] * 65}, "prompt"),
+    (COMPLETIONS, {"n": 65}, "n"),
+    (COMPLETIONS, {"prompt": ["a", "b"], "n": 33}, "prompt"),
+    (COMPLETIONS, {"max_tokens": -1}, "max_tokens"),
     (COMPLETIONS, {"prompt": "a" * 1100}, "prompt"),
     (COMPLETIONS, {"suffix": "b"}, "suffix"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
@@ -109,7 +117,13 @@ INVALID = [
     (MESSAGES, {"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     (MESSAGES, {"mcp_servers": []}, "mcp_servers"),
     (MESSAGES, {"n": 2}, "n"),
-    (MESSAGES, {"stop_sequences": [""]}, "stop"),
+    (MESSAGES, {"stop_sequences": [""]}, "stop_sequences"),
+    (MESSAGES, {"stop_sequences": ["a" * 10_000]}, "stop_sequences"),
+    (MESSAGES, {"tools": [{"name": "", "input_schema": {}}]}, "tools[0].name"),
+    (MESSAGES, {"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools[0].input_schema"),
+    (COUNT, {"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools[0].input_schema"),
+    (MESSAGES, {"system": "s", "messages": [USER, USES, USER]}, "messages[2]"),
+    (MESSAGES, {"messages": [USER, USES]}, "messages"),
     (COUNT, {"max_tokens": 5}, "max_tokens"),
     (COUNT, {"messages": [USER | {"content": "a" * 1100}]}, "messages"),
 ]
@@ -122,7 +136,7 @@ async def test_what_makes_no_sense_is_a_400_that_names_its_field(ask, scheduler,
     assert answer["error"]["message"].startswith(f"{field}: "), answer
     assert answer["error"]["type"] == "invalid_request_error"
     if "api/v1/messages" in path:
-        assert answer["type"] == "error"
+        assert answer["type"] == "error" and "tool_call" not in answer["error"]["message"]
     else:
         assert answer["error"]["param"] == field
     assert scheduler.live.operations == []
@@ -139,6 +153,52 @@ async def test_fields_without_effect_are_accepted_and_null_is_absent(ask, path):
         del fields["temperature"]
     status, answer = await ask(path, **BODIES[path], **fields)
     assert status == 200, answer
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        *((path, {name: None}) for path in BODIES for name in ("function_call", "container", "suffix", "unheard_of")),
+        (CHAT, {"functions": None, "modalities": ["text"], "function_call": "none"}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "annotations": None}]}]}),
+        (COMPLETIONS, {"best_of": None}),
+        (COMPLETIONS, {"best_of": 1}),
+        (COMPLETIONS, {"best_of": 3, "n": 3}),
+        (MESSAGES, {"system": [{"type": "text", "text": "s", "citations": None}]}),
+    ],
+)
+async def test_what_asks_for_nothing_is_taken_also_where_it_is_not_supported(ask, path, fields):
+    status, answer = await ask(path, **BODIES[path] | fields)
+    assert status == 200, answer
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES])
+@pytest.mark.parametrize("top_k", [None, 40])
+async def test_a_top_p_of_0_leaves_the_likeliest_token_alone(ask, scheduler, path, top_k):
+    status, answer = await ask(path, **BODIES[path] | {"top_p": 0, "top_k": top_k})
+    assert status == 200, answer
+    (operation, _) = scheduler.live.operations[-1]
+    assert (operation.top_k, operation.top_p) == (1, 1.0)
+
+
+ADVICE = [
+    (COMPLETIONS, {"max_tokens": -1}, "max_tokens: it is -1; it must be at least 1, or absent, which means 16."),
+    (CHAT, {"max_tokens": -1}, "max_tokens: it is -1; it must be at least 1, or absent for as many as fit."),
+    (MESSAGES, {"max_tokens": 0}, "max_tokens: it is 0; it must be at least 1."),
+    (COMPLETIONS, {"n": 4097}, "n: it is 4097; allowed are 1 to 64."),
+    (CHAT, {"model": "nope"}, "model 'nope' is not served here; this server has 'fake/model' or 'alias'."),
+    (MESSAGES, {"messages": [USER, USES]}, "messages: the tool_use u has no tool_result."),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "said"), ADVICE)
+async def test_the_advice_is_true_of_the_route_and_said_once(ask, path, fields, said):
+    assert (await ask(path, **BODIES[path] | fields))[1]["error"]["message"] == said
+
+
+async def test_an_error_of_anthropic_s_names_its_request_in_the_body_as_in_the_header(client):
+    response = await client.post(MESSAGES, json=BODIES[MESSAGES] | {"max_tokens": 0})
+    assert response.json()["request_id"] == response.headers["request-id"]
 
 
 EDGES = (0, -1, 2**31, -(2**31) - 1, 2**53, 2**63, -(2**63) - 1, 2**64, 10**30)
@@ -204,6 +264,7 @@ async def test_without_a_key_both_say_401_in_their_form(scheduler, tmp_path):
         anthropic = await client.post(MESSAGES, json=BODIES[MESSAGES])
     assert (openai.status_code, openai.json()["error"]["code"]) == (401, "invalid_api_key")
     assert (anthropic.status_code, anthropic.json()["error"]["type"]) == (401, "authentication_error")
+    assert "Authorization: Bearer" in openai.json()["error"]["message"]
 
 
 async def test_a_huge_body_is_a_413_in_its_form(scheduler, chat_folder):

@@ -24,8 +24,13 @@ def chat_of(request: anthropic.CountTokensRequest) -> Chat:
     if request.messages[0].role != "user":
         raise InvalidField("messages[0]", "the first message must be the user's.")
     messages = _system(request.system)
+    open_calls: set[str] = set()
     for i, message in enumerate(request.messages):
-        messages += _messages(message, f"messages[{i}]")
+        made = _messages(message, f"messages[{i}]")
+        _check_results(made, open_calls, f"messages[{i}]")
+        messages += made
+    if open_calls:
+        raise InvalidField("messages", f"the tool_use {', '.join(sorted(open_calls))} has no tool_result.")
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
     _check_tool_choice(request)
     is_none = request.tool_choice is not None and request.tool_choice.type == "none"
@@ -51,11 +56,31 @@ def _messages(message: anthropic.Message, where: str) -> list[openai.ChatMessage
     if not message.content:
         raise InvalidField(f"{where}.content", "it is empty.")
     blocks = [_block(block, message.role, f"{where}.content[{i}]") for i, block in enumerate(message.content)]
-    results = [_result(block) for block in blocks if isinstance(block, anthropic.ToolResultBlock)]
+    results = [
+        _result(block, f"{where}.content[{i}]")
+        for i, block in enumerate(blocks)
+        if isinstance(block, anthropic.ToolResultBlock)
+    ]
     texts = [{"type": "text", "text": block.text} for block in blocks if isinstance(block, anthropic.TextBlock)]
     if message.role == "assistant":
         return [_assistant(blocks, texts)]
     return [*results, *([openai.ChatMessage(role="user", content=_one_or_all(texts))] if texts else [])]
+
+
+def _check_results(messages: Sequence[openai.ChatMessage], open_calls: set[str], where: str) -> None:
+    """What `conversation.check_order` asks of a conversation, by the names that Anthropic's clients know. open_calls:
+    those without a result so far."""
+    for message in messages:
+        if message.role == "tool":
+            if message.tool_call_id not in open_calls:
+                raise InvalidField(
+                    where, "a tool_result must have the tool_use_id of a tool_use in the assistant's message before it."
+                )
+            open_calls.discard(message.tool_call_id)
+        elif open_calls:
+            ids = ", ".join(sorted(open_calls))
+            raise InvalidField(where, f"the tool_use {ids} before it has no tool_result.")
+        open_calls |= {call.id for call in message.tool_calls or ()}
 
 
 def _assistant(blocks: Sequence[anthropic.Block], texts: list[dict[str, Any]]) -> openai.ChatMessage:
@@ -92,10 +117,10 @@ def _block(block: dict[str, Any], role: str, where: str) -> anthropic.Block:
     return found
 
 
-def _result(block: anthropic.ToolResultBlock) -> openai.ChatMessage:
+def _result(block: anthropic.ToolResultBlock, where: str) -> openai.ChatMessage:
     content = block.content
     if isinstance(content, list):
-        texts = [text_of_part(part, f"tool_result.content[{i}]") for i, part in enumerate(content)]
+        texts = [text_of_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
         content = "\n".join(texts)
     text = (FAILED if block.is_error else "") + (content or "")
     return openai.ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=text)

@@ -60,6 +60,8 @@ def check(request: ChatRequest) -> int:
         raise InvalidField("max_tokens", "it differs from max_completion_tokens. Send one of them.")
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidField("top_logprobs", "it goes with logprobs: true only.")
+    for name in ("max_tokens", "max_completion_tokens"):
+        sampling.check_max_tokens(name, getattr(request, name), ", or absent for as many as fit")
     _check_tool_choice(request)
     return sampling.check_top_logprobs("top_logprobs", request.top_logprobs)
 

@@ -37,9 +37,7 @@ async def completions(call: Call) -> Response:
     path = model_path(call, request.model)
     check(request)
     prompts = await compute(call, partial(_encoded, prompts=prompts_of(request.prompt)))
-    if len(prompts) * (request.n or 1) > call.api.config.sample_num_samples_max:
-        limit = call.api.config.sample_num_samples_max
-        raise InvalidField("prompt", f"{len(prompts)} prompts are too many; with n, {limit} answers are allowed.")
+    _check_num_answers(len(prompts), request.n, call.api.config.sample_num_samples_max)
     operations = [_operation(call, request, tokens) for tokens in prompts]
     tokenizer = await call.api.tokenizer.get()
     choices = [
@@ -56,6 +54,17 @@ def check(request: CompletionRequest) -> None:
     sampling.check_top_logprobs("logprobs", request.logprobs)
     if request.max_tokens == 0 and not request.echo:
         raise InvalidField("max_tokens", "it may be 0 only with echo.")
+    sampling.check_max_tokens("max_tokens", request.max_tokens or None, f", or absent, which means {MAX_TOKENS}")
+    if request.best_of not in (None, request.n or 1):
+        raise InvalidField("best_of", f"it is {request.best_of}; here it can only be n, so leave it out.")
+
+
+def _check_num_answers(num_prompts: int, n: int | None, limit: int) -> None:
+    if (n or 1) > limit:
+        raise InvalidField("n", f"it is {n}; allowed are 1 to {limit}.")
+    if num_prompts * (n or 1) > limit:
+        each = f" with {n} answers each" if (n or 1) > 1 else ""
+        raise InvalidField("prompt", f"{num_prompts} prompts{each} are too many; allowed are {limit} answers.")
 
 
 def prompts_of(prompt: str | list[Any]) -> list[str | list[int]]:

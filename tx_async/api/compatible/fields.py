@@ -28,6 +28,8 @@ WITHOUT_EFFECT = frozenset(
 """Accepted, because they change no answer: they say who asks, and what is kept or cached elsewhere."""
 WITHOUT_EFFECT_ANYWHERE = frozenset({"cache_control", "eager_input_streaming"})
 """The same within messages, their parts, `system` and `tools`."""
+_DEFAULTS = (("modalities", ["text"]), ("function_call", "none"), ("suffix", ""))
+"""Fields that are not supported, with values that ask for nothing."""
 _NESTED = ("messages", "content", "system", "tools")
 BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN = 16 * 2**20, 64
 """A body may be this large, or have this many bytes for each token of the context: a larger one is not a prompt."""
@@ -42,7 +44,7 @@ class InvalidField(InvalidRequest):
 
     def __init__(self, field: str, what: str, code: str | None = None):
         super().__init__(f"{field}: {what}")
-        self.field, self.code = field, code
+        self.field, self.what, self.code = field, what, code
 
 
 class ContextExceeded(InvalidField):
@@ -74,7 +76,7 @@ async def read(call: Call, kind: type[T]) -> T:
 def decode(content: bytes, kind: type[T], config: ServerConfig) -> T:
     measure.check_values(content, config.json_values_max)
     value = body.decode_json(content, dict[str, Any], config.json_depth_max)
-    given = {key: item for key, item in value.items() if key not in WITHOUT_EFFECT}
+    given = {key: item for key, item in value.items() if key not in WITHOUT_EFFECT and (key, item) not in _DEFAULTS}
     try:
         return msgspec.convert(_plain(given), kind)
     except msgspec.ValidationError as error:
@@ -82,9 +84,9 @@ def decode(content: bytes, kind: type[T], config: ServerConfig) -> T:
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """The value without fields that have no effect anywhere. Schemas and arguments of tools are data and stay as they
-    are."""
-    kept = {key: item for key, item in value.items() if key not in WITHOUT_EFFECT_ANYWHERE}
+    """The value without fields that have no effect anywhere, and without nulls: clients send those for all that they
+    leave open, also in fields that are not known here. Schemas and arguments of tools are data and stay as they are."""
+    kept = {key: item for key, item in value.items() if item is not None and key not in WITHOUT_EFFECT_ANYWHERE}
     for key in _NESTED:
         if isinstance(items := kept.get(key), list):
             kept[key] = [_plain(item) if isinstance(item, dict) else item for item in items]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from tx_async import logs
 from tx_async.wire import anthropic, openai, tinker
 
 ANTHROPIC_PREFIXES = ("/anthropic/api/v1", "/services/tinker-prod/anthropic/api/v1", "/v1/messages")
@@ -45,7 +46,8 @@ def error_body(path: str, status: int, message: str, category: str, error: Excep
 def anthropic_error(status: int, message: str) -> anthropic.AnthropicErrorBody:
     usual = "api_error" if status >= 500 else "invalid_request_error"
     return anthropic.AnthropicErrorBody(
-        error=anthropic.AnthropicError(type=_ANTHROPIC_TYPES.get(status, usual), message=message)
+        error=anthropic.AnthropicError(type=_ANTHROPIC_TYPES.get(status, usual), message=message),
+        request_id=logs.request_id.get() or None,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,6 +18,7 @@ from tx_async.api.compatible.blocks import chat_of
 from tx_async.api.compatible.choices import Choice
 from tx_async.api.compatible.event_stream import named_event
 from tx_async.api.compatible.families import Family
+from tx_async.api.compatible.fields import ContextExceeded, InvalidField
 from tx_async.api.compatible.forms import anthropic_error
 from tx_async.api.compatible.models import model_path
 from tx_async.api.compatible.parsing import Call as ToolCall
@@ -29,15 +32,18 @@ from tx_async.wire import anthropic, openai
 async def count_tokens(call: Call) -> anthropic.CountTokens:
     request = await fields.read(call, anthropic.CountTokensRequest)
     model_path(call, request.model)
-    prompt = await chat_prompt(call, chat_of(request))
+    with _under_own_names():
+        prompt = await chat_prompt(call, chat_of(request))
     return anthropic.CountTokens(input_tokens=len(prompt.tokens))
 
 
 async def messages(call: Call) -> Response:
     request = await fields.read(call, anthropic.MessagesRequest)
     path = model_path(call, request.model)
-    prompt = await chat_prompt(call, chat_of(request))
-    operation = sampling.operation(call, prompt.tokens, _sampling(request), request.max_tokens)
+    sampling.check_max_tokens("max_tokens", request.max_tokens)
+    with _under_own_names():
+        prompt = await chat_prompt(call, chat_of(request))
+        operation = sampling.operation(call, prompt.tokens, _sampling(request), request.max_tokens)
     tokenizer = await call.api.tokenizer.get()
     parser = prompt.family.parser(prompt.parameters, with_tools=bool(prompt.parameters), prompt=prompt.text)
     tool_choice = request.tool_choice
@@ -45,6 +51,28 @@ async def messages(call: Call) -> Response:
     choice = new_choice(call, tokenizer, operation, parser, prompt.family.marks, is_one_call)
     answer = MessageAnswer(request.model, prompt, choice)
     return await respond(call, Samples(call, [operation], path), answer, bool(request.stream))
+
+
+@contextmanager
+def _under_own_names() -> Iterator[None]:
+    """Messages and settings go OpenAI's way; errors name the fields that Anthropic's clients have sent."""
+    try:
+        yield
+    except ContextExceeded:
+        raise
+    except InvalidField as error:
+        name = error.field
+        for theirs, own in _OWN_NAMES:
+            name = re.sub(theirs, own, name)
+        raise InvalidField(name, error.what, error.code) from None
+
+
+_OWN_NAMES = (
+    (r"^stop$", "stop_sequences"),
+    (r"^(tools\[\d+\])\.function\.parameters$", r"\1.input_schema"),
+    (r"^(tools\[\d+\])\.function(?=\.|$)", r"\1"),
+)
+"""(OpenAI's, Anthropic's) names of fields."""
 
 
 def _sampling(request: anthropic.MessagesRequest) -> openai.Sampling:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 from tx_async import __version__
 from tx_async.api import validation
 from tx_async.api.compatible.fields import ModelNotServed
@@ -23,12 +21,13 @@ def model_path(call: Call, name: str) -> str | None:
     model = call.scheduler.base_model
     try:
         if base or not path:
-            validation.base_model(base + context, model)
+            validation.base_model(base + context, model, field="model")
         elif context:
-            validation.base_model(model.name + context, model)
+            validation.base_model(model.name + context, model, field="model")
         return readable_checkpoint(call, path).path if path else None
     except (InvalidRequest, NotFound) as error:
-        raise ModelNotServed(f"model {name[:200]!r} is not served here: {error.message}") from None
+        what = error.message if error.message.startswith("model ") else f"model {name[:200]!r}: {error.message}"
+        raise ModelNotServed(what) from None
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -49,9 +48,9 @@ def fingerprint(call: Call) -> str:
 
 async def list_models(call: Call) -> openai.Models:
     """The base model under each of its names, and the key's own checkpoints that can be sampled."""
-    base, owned_by = call.scheduler.base_model, "tx-async"
-    aliases = [name for name in base.aliases if not PurePath(name).is_absolute()]
-    found = [openai.Model(id=name, created=0, owned_by=owned_by) for name in dict.fromkeys((base.name, *aliases))]
+    owned_by = "tx-async"
+    names = call.scheduler.base_model.public_names
+    found = [openai.Model(id=name, created=0, owned_by=owned_by) for name in names]
     found += [
         openai.Model(id=checkpoint.path, created=int(checkpoint.created_at), owned_by=owned_by)
         for checkpoint in call.scheduler.checkpoints.values()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,21 +21,22 @@ _RENAMED = {"num_samples": "n", "topk_sample_logprobs": "logprobs", "topk_prompt
 
 
 def operation(call: Call, tokens: Any, request: Sampling, max_tokens: int | None, **more: Any) -> Sample:
-    """The validated operation. max_tokens: as asked; what exceeds the context is cut off."""
+    """The validated operation. max_tokens: at least 1 (`check_max_tokens`); what exceeds the context is cut off."""
     texts, ids = stops(request)
+    top_k, top_p = _support(request)
+    with _under_known_names():
+        seed = validation.seed(request.seed)
     left = max(call.scheduler.base_model.max_context_length - len(tokens), 1)
-    if max_tokens is not None and max_tokens < 1:
-        raise InvalidField("max_tokens", f"it is {max_tokens}; it must be at least 1, or absent for as many as fit.")
     sample = Sample(
         sampling_session_id="",
         seq_id=0,
         prompt=np.asarray(tokens, "<i4").tobytes(),
         num_samples=_or(request.n, 1),
         max_tokens=min(_or(max_tokens, left), left),
-        seed=validation.seed(request.seed),
+        seed=seed,
         temperature=_or(request.temperature, 1.0),
-        top_k=-1 if request.top_k == 0 else _or(request.top_k, -1),
-        top_p=_or(request.top_p, 1.0),
+        top_k=top_k,
+        top_p=top_p,
         min_p=_or(request.min_p, 0.0),
         stop_strings=texts,
         stop_token_ids=ids,
@@ -50,8 +53,14 @@ def operation(call: Call, tokens: Any, request: Sampling, max_tokens: int | None
 
 def checked(call: Call, sample: Sample) -> Sample:
     """Raises `InvalidField`, with the names that clients know."""
-    try:
+    with _under_known_names():
         return validation.sample(sample, call.scheduler.base_model, call.api.config.sample_num_samples_max)
+
+
+@contextmanager
+def _under_known_names() -> Iterator[None]:
+    try:
+        yield
     except InvalidRequest as error:
         field, _, what = error.message.partition(" ")
         name = _RENAMED.get(field, field)
@@ -68,6 +77,22 @@ def stops(request: Sampling) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if "" in texts:
         raise InvalidField("stop", "an empty text cannot end an answer.")
     return texts, tokens
+
+
+def _support(request: Sampling) -> tuple[int, float]:
+    """(top_k, top_p) of the operation. A top_p of 0 leaves the likeliest token alone, and so does a top_k of 1."""
+    top_k, top_p = request.top_k or -1, _or(request.top_p, 1.0)
+    if not 0 <= top_p <= 1:
+        raise InvalidField("top_p", f"it is {top_p}; it must lie in [0, 1].")
+    if top_p > 0:
+        return top_k, top_p
+    return (1 if top_k == -1 else min(top_k, 1)), 1.0
+
+
+def check_max_tokens(field: str, value: int | None, unless: str = "") -> None:
+    """unless: what else is allowed, and what that means."""
+    if value is not None and value < 1:
+        raise InvalidField(field, f"it is {value}; it must be at least 1{unless}.")
 
 
 def check_top_logprobs(field: str, value: int | None) -> int:
