@@ -11,7 +11,14 @@ from tx_async.api.routes import ROUTES
 
 OWN = [row for row in ROUTES if not row.path.startswith(("/services/", "/v1/"))]
 """Without the other paths of the same handlers."""
-DECODED = [row for row in OWN if (row.decodes or row.request) and row.path != "/api/v1/import_adapter"]
+# The playground's routes look at their checkpoint first, then hand the body to those below /oai/.
+DECODED = [
+    row
+    for row in OWN
+    if (row.decodes or row.request)
+    and row.path != "/api/v1/import_adapter"
+    and not row.path.startswith("/dashboard/playground/")
+]
 OPENAPI = Path(__file__).parents[2] / "schemas" / "openapi.json"
 
 
@@ -35,7 +42,7 @@ def ids(row) -> str:
 
 async def test_unknown_routes_and_methods_answer_in_json(client):
     for method, path, status in [
-        ("GET", "/", 404),
+        ("GET", "/nowhere", 404),
         ("POST", "/api/v1/from_the_future", 404),
         ("GET", "/api/v1/create_session", 405),
         ("DELETE", "/api/v1/training_runs", 405),
