@@ -20,6 +20,7 @@ import pytest
 from tests.support.actor import InProcessServer, running
 from tx_async.api.routes import ROUTES, create_api
 from tx_async.config import ServerConfig
+from tx_async.dashboard.viewer import TOKEN_HEADER
 from tx_async.testing.memory_files import MemoryFiles
 from tx_async.testing.memory_journal import MemoryDisk
 from tx_async.wire import protobuf, tinker
@@ -46,6 +47,8 @@ class Client:
         self.numbers = 0
 
     async def begin(self) -> None:
+        # The page's own routes want its token before they look at a body.
+        self.http.headers[TOKEN_HEADER] = (await self.http.get("/dashboard/viewer")).json()["token"]
         session = await self.post("/api/v1/create_session", {})
         self.names["session_id"] = session.json()["session_id"]
         sampler = self.fill(BODIES["/api/v1/create_sampling_session"])
@@ -169,6 +172,8 @@ BODIES: dict[str, Any] = {
     },
     "/api/v1/sessions/search": {"limit": 1},
     "/api/v1/training_runs/{run}/checkpoints/{kind}/{name}/ttl": {"ttl_seconds": 7200},
+    "/dashboard/checkpoints": {"path": "$tinker_path", "action": "ttl", "ttl_seconds": 7200},
+    "/dashboard/downloads": {"path": "$tinker_path", "ttl_seconds": 7200},
 }
 LOADS_INTO_A_LIVE_RUN = TRAINING | {"path": "$tinker_path", "optimizer": True}
 METHODS = {row.path: row.method for row in ROUTES}
@@ -271,7 +276,9 @@ async def test_an_empty_tensor_may_not_have_an_axis_that_nothing_can_address(spa
 
 
 def test_every_integer_of_every_request_is_tried():
-    for row in (row for row in ROUTES if row.error is tinker.ErrorBody):  # others: compatible/test_refusals.py
+    for row in ROUTES:
+        if row.error is not tinker.ErrorBody or row.path.startswith("/dashboard/playground/"):
+            continue  # compatible/test_refusals.py has these bodies
         kinds = [kind for kind in (row.decodes, row.request) if isinstance(kind, type)]
         wanted = {name for kind in kinds for name in integer_fields(kind)}
         tried = {part for where in numbers_in(BODIES.get(row.path, {})) for part in where}
