@@ -142,6 +142,11 @@ def check(response: httpx.Response) -> None:
             assert answer["detail"] and answer["category"] in ("user", "server")
 
 
+def ends(row) -> bool:
+    """The page's events are a stream without end."""
+    return row.path != "/dashboard/events"
+
+
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([row for row in ROUTES if row.decodes or row.request]), st.data())
 def test_no_body_breaks_a_route(row, data):
@@ -153,7 +158,7 @@ def test_no_body_breaks_a_route(row, data):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from([row for row in ROUTES if "{" in row.path or row.method == "GET"]), st.data())
+@given(st.sampled_from([row for row in ROUTES if "{" in row.path or row.method == "GET"]).filter(ends), st.data())
 def test_no_path_or_query_breaks_a_route(row, data):
     words = st.one_of(
         st.sampled_from([*fuzzed.known.values(), "..", "%2e%2e", "weights", "-1", "٣"]), st.text(max_size=6)
