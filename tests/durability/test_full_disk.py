@@ -133,7 +133,7 @@ def test_storage_that_takes_no_files_fails_saves_and_nothing_else(
         return list(disk.glob("*/snapshots/*/metadata.json"))
 
     folder = tmp_path / "server"
-    settings: dict[str, Any] = {"checkpoints_base": str(disk), "snapshot_every_steps": 2}
+    settings: dict[str, Any] = {"checkpoints_base": str(disk), "snapshot_every_steps": 2, "storage_patience_s": 3}
     with (
         serving(folder, tiny_qwen3, snapshot_idle_s=1, **settings) as server,
         tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy") as service,

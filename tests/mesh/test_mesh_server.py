@@ -102,6 +102,7 @@ def mesh_of_two(model, folder, **sizes):
         running_server(
             model, data_dir=folder, backend_config=mesh(**sizes), environ=ENVIRON, ready=False,
             worker_address=address, snapshot_every_steps=2, worker_heartbeat_interval_ms=500, worker_lease_ms=LEASE_MS,
+            storage_patience_s=3,
         ) as server,
         hand_started(address, folder, "--process-id", "1") as (other, _),
     ):  # fmt: skip
