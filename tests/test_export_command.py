@@ -10,7 +10,8 @@ from safetensors.numpy import load, load_file, save
 from tests.support.durability import serving
 from tx_async import cli
 from tx_async.errors import ConfigError
-from tx_async.export_command import CONFIG, WEIGHTS, without_unembed
+from tx_async.export_command import without_unembed
+from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 HEAD = "base_model.model.lm_head.lora_A.weight"
@@ -19,13 +20,13 @@ HEAD = "base_model.model.lm_head.lora_A.weight"
 def files(*names: str) -> dict[str, bytes]:
     tensors = {name: np.full((2, 2), i, np.float32) for i, name in enumerate(names)}
     config = {"r": 2, "target_modules": ["q_proj", "lm_head"]}
-    return {CONFIG: json.dumps(config).encode(), WEIGHTS: save(tensors)}
+    return {ADAPTER_CONFIG: json.dumps(config).encode(), ADAPTER: save(tensors)}
 
 
 def test_the_unembedding_s_part_is_left_out_of_tensors_and_modules():
     found = without_unembed(files(Q, HEAD))
-    assert json.loads(found[CONFIG]) == {"r": 2, "target_modules": ["q_proj"]}
-    assert list(load(found[WEIGHTS])) == [Q]
+    assert json.loads(found[ADAPTER_CONFIG]) == {"r": 2, "target_modules": ["q_proj"]}
+    assert list(load(found[ADAPTER])) == [Q]
 
 
 def test_an_export_of_nothing_is_refused():
@@ -43,7 +44,9 @@ def test_a_checkpoint_of_a_running_server_becomes_a_folder(tiny_qwen3: Path, tmp
         command = ["checkpoints", "export", "--base-url", server.base_url, "--api-key", "tml-dummy"]
         assert cli.main([*command, path, "--to", str(tmp_path / "out")]) == 0
         assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
-        assert load_file(tmp_path / "out" / WEIGHTS) and json.loads((tmp_path / "out" / CONFIG).read_text())["r"]
+        assert (
+            load_file(tmp_path / "out" / ADAPTER) and json.loads((tmp_path / "out" / ADAPTER_CONFIG).read_text())["r"]
+        )
         for wrong in ([path, "--to", str(tmp_path / "out")], ["weights/one", "--to", str(tmp_path / "new")]):
             assert cli.main([*command, *wrong]) == 2
         assert cli.main([*command, path.replace("/one", "/two"), "--to", str(tmp_path / "new")]) == 2

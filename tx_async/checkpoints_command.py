@@ -7,24 +7,14 @@ import urllib.parse
 from collections import defaultdict
 from collections.abc import Sequence
 
-import msgspec
-
 from tx_async import server_client
 from tx_async.errors import ConfigError
 from tx_async.wire.tinker import Checkpoint
 
-PAGE = 1000
-
 
 def everything(base_url: str, api_key: str) -> list[Checkpoint]:
     """All checkpoints, newest first."""
-    found: list[Checkpoint] = []
-    while True:
-        path = f"/api/v1/checkpoints?limit={PAGE}&offset={len(found)}"
-        page = server_client.call(base_url, api_key, "GET", path).get("checkpoints", [])
-        found += msgspec.convert(page, list[Checkpoint])
-        if len(page) < PAGE:
-            return found
+    return server_client.everything(base_url, api_key, "/api/v1/checkpoints", "checkpoints", Checkpoint)
 
 
 def doomed(

@@ -12,8 +12,8 @@ from safetensors.numpy import load, save
 
 from tx_async import server_client
 from tx_async.errors import ConfigError
+from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNEMBEDDING = "lm_head"
 """PEFT's name for the unembedding, in tensors and among the modules."""
 
@@ -35,25 +35,25 @@ def export(base_url: str, api_key: str, path: str, folder: Path, no_unembed: boo
 def without_unembed(files: dict[str, bytes]) -> dict[str, bytes]:
     """The adapter without its part for the unembedding, which tools cannot merge into a model with tied embeddings.
     Raises `ConfigError` where nothing would be left."""
-    config: dict[str, Any] = json.loads(files[CONFIG])
-    tensors = {name: tensor for name, tensor in load(files[WEIGHTS]).items() if UNEMBEDDING not in name.split(".")}
+    config: dict[str, Any] = json.loads(files[ADAPTER_CONFIG])
+    tensors = {name: tensor for name, tensor in load(files[ADAPTER]).items() if UNEMBEDDING not in name.split(".")}
     if not tensors:
         raise ConfigError("--no-unembed: this adapter adapts the unembedding only, so nothing would be exported.")
     modules = config.get("target_modules")
     if isinstance(modules, list):
         config["target_modules"] = [name for name in modules if name.rpartition(".")[2] != UNEMBEDDING]
-    return files | {CONFIG: json.dumps(config).encode(), WEIGHTS: save(tensors, {"format": "pt"})}
+    return files | {ADAPTER_CONFIG: json.dumps(config).encode(), ADAPTER: save(tensors, {"format": "pt"})}
 
 
 def _download(base_url: str, api_key: str, path: str) -> dict[str, bytes]:
     run, kind, name = _parts(path)
     where = f"/api/v1/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls"
     urls: dict[str, str] = server_client.call(base_url, api_key, "GET", where)["urls"]
-    if missing := [wanted for wanted in (CONFIG, WEIGHTS) if wanted not in urls]:
+    if missing := [wanted for wanted in (ADAPTER_CONFIG, ADAPTER) if wanted not in urls]:
         raise ConfigError(
             f"{path} has no {missing[0]}: an encrypted checkpoint is downloaded and decrypted by its recipients."
         )
-    wanted = {name: url for name, url in urls.items() if name in (CONFIG, WEIGHTS)}
+    wanted = {name: url for name, url in urls.items() if name in (ADAPTER_CONFIG, ADAPTER)}
     return {name: server_client.fetch(base_url, "", "GET", urlsplit(url).path) for name, url in wanted.items()}
 
 

@@ -7,21 +7,13 @@ import urllib.parse
 import msgspec
 
 from tx_async import server_client
-from tx_async.wire.dashboard import TrainingRunHistory
+from tx_async.wire.dashboard import TrainingRunHistory, mean_loss
 from tx_async.wire.tinker import TrainingRun
-
-PAGE = 1000
 
 
 def everything(base_url: str, api_key: str) -> list[TrainingRun]:
     """All runs, most recently used first."""
-    found: list[TrainingRun] = []
-    while True:
-        path = f"/api/v1/training_runs?limit={PAGE}&offset={len(found)}"
-        page = server_client.call(base_url, api_key, "GET", path).get("training_runs", [])
-        found += msgspec.convert(page, list[TrainingRun])
-        if len(page) < PAGE:
-            return found
+    return server_client.everything(base_url, api_key, "/api/v1/training_runs", "training_runs", TrainingRun)
 
 
 def history(base_url: str, api_key: str, run: str) -> list[dict[str, float]]:
@@ -45,12 +37,6 @@ def cells(row: dict[str, float]) -> list[str]:
         "tokens/s": row.get("tokens", 0.0) / seconds if seconds > 0 else None,
     }
     return ["-" if value is None else f"{value:.6g}" for value in shown.values()]
-
-
-def mean_loss(row: dict[str, float]) -> float | None:
-    """The mean loss of a token, weighted if the loss has weights."""
-    count = row.get("weights:sum", row.get("tokens", 0.0))
-    return row["loss:sum"] / count if count and "loss:sum" in row else None
 
 
 def _path(run: str) -> str:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+import msgspec
 
 from tx_async.errors import ConfigError
 
 TIMEOUT_S = 3600
+PAGE = 1000
+
+Entry = TypeVar("Entry")
 
 
 def call(
@@ -21,6 +26,16 @@ def call(
         return json.loads(content or b"{}")
     except ValueError as error:
         raise ConfigError(f"{base_url} does not answer with JSON: is it a server of the Tinker API?") from error
+
+
+def everything(base_url: str, api_key: str, path: str, field: str, kind: type[Entry]) -> list[Entry]:
+    """All entries of a listing that comes in pages, in the server's order. field: the entries' name in its answers."""
+    found: list[Entry] = []
+    while True:
+        page = call(base_url, api_key, "GET", f"{path}?limit={PAGE}&offset={len(found)}").get(field, [])
+        found += msgspec.convert(page, list[kind])
+        if len(page) < PAGE:
+            return found
 
 
 def fetch(base_url: str, api_key: str, method: str, path: str, body: IO[bytes] | None = None, **headers: str) -> bytes:

@@ -21,12 +21,18 @@ def scheduler() -> FakeScheduler:
 
 
 @pytest.fixture
-def connect(scheduler, config):
+def header_of():
+    """The header that carries a key."""
+    return lambda key: {"x-api-key": key}
+
+
+@pytest.fixture
+def connect(scheduler, config, header_of):
     """Make a client that sends a key (None sends none)."""
     app = create_api(scheduler, config, scheduler.files)
 
     def make(key: str | None = "tml-alice") -> httpx.AsyncClient:
-        headers = {"x-api-key": key} if key is not None else {}
+        headers = header_of(key) if key is not None else {}
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 

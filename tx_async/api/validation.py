@@ -22,14 +22,14 @@ from tx_async.wire.operations import (
     Provenance,
     ProvenanceSpan,
     Sample,
+    is_shaped,
 )
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import CLIP_THRESHOLDS, LOGIT_BIAS_MAX, AdamParams, AdapterConfig
+from tx_async.wire.worker import CLIP_THRESHOLDS, INT32_MAX, LOGIT_BIAS_MAX, AdamParams, AdapterConfig
 
 TTL_SECONDS_MIN = 3600
 TTL_SECONDS_MAX = 10 * 365 * 24 * 3600
 STOPS_MAX = 256
-SPAN_MAX = 2**31 - 1
 STOP_STRING_CHARACTERS_MAX = 1024
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ def _check_provenance(datum: Datum, inputs: Mapping[str, Tensor], loss_fn: str) 
 
 def _check_tiling(spans: Sequence[ProvenanceSpan], name: str, num_positions: int) -> None:
     for i, span in enumerate(spans):
-        if not span.sequence_id or not 0 <= span.offset <= SPAN_MAX or not 0 <= span.length <= SPAN_MAX:
+        if not span.sequence_id or not 0 <= span.offset <= INT32_MAX or not 0 <= span.length <= INT32_MAX:
             raise InvalidRequest(f"{name}[{i}] must name a sequence and have an offset and a length of at least 0.")
     if (total := sum(span.length for span in spans)) != num_positions:
         raise InvalidRequest(f"{name} cover {total} positions of {num_positions}: together they must cover each once.")
@@ -410,7 +410,7 @@ def _check_shaping(operation: Sample, model: BaseModelInfo) -> None:
             )
         if not -100 <= bias <= 100:
             raise InvalidRequest(f"logit_bias of token {token} is {bias}; it must lie in [-100, 100].")
-    if operation.record_stability_info and operation.is_shaped:
+    if operation.record_stability_info and is_shaped(operation):
         raise InvalidRequest("record_stability_info goes with no min_p, penalties, logit_bias or min_tokens.")
 
 

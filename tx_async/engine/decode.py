@@ -58,7 +58,7 @@ from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
 from tx_async.errors import Category, InvalidRequest
 from tx_async.layers.lora import LoraWeights
-from tx_async.wire.operations import SUPPORT_TOKENS_MAX
+from tx_async.wire.operations import SUPPORT_TOKENS_MAX, is_shaped
 from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequencePiece, SequenceSpec
 from tx_async.worker.engine_api import Pending, Reply
 
@@ -243,7 +243,7 @@ class SamplingEngine:
         num_candidates = heads.num_candidates(max(sample.spec.head_tokens for sample in samples))
         name = _decode_program(rows, bool(adapters.weights), num_candidates)
         arguments = [self.decode_params, adapters, self.pools, batch, np.int32(steps)]
-        if any(sample.spec.is_shaped for sample in samples):
+        if any(is_shaped(sample.spec) for sample in samples):
             name = f"shaped {name}"
             arguments.append(shaping_of(samples, rows, self.context))
         decoded, self.pools = self.programs[name](*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from msgspec import Struct
@@ -107,3 +108,9 @@ class CheckpointAction(Struct, kw_only=True):
 
 class Link(Struct, kw_only=True):
     url: str
+
+
+def mean_loss(row: Mapping[str, float]) -> float | None:
+    """The mean loss of a token at one step of a history, weighted if the loss has weights; None where it is unknown."""
+    count = row.get("weights:sum", row.get("tokens", 0.0))
+    return row["loss:sum"] / count if count and "loss:sum" in row else None

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from tx_async.wire.tensors import Tensor
-from tx_async.wire.worker import AdamParams, AdapterConfig
+from tx_async.wire.worker import AdamParams, AdapterConfig, SequenceSpec
 
 
 class ProvenanceSpan(Struct, frozen=True, array_like=True):
@@ -184,18 +184,6 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     """(token, bias that is added to its logit), each token once."""
 
     @property
-    def is_shaped(self) -> bool:
-        """Whether it draws from another distribution than that of logits, temperature, top_k and top_p."""
-        return bool(
-            self.min_p
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or self.min_tokens
-            or self.logit_bias
-        )
-
-    @property
     def scores_prompt(self) -> bool:
         """Whether anything is asked about the prompt's own tokens."""
         return bool(
@@ -248,3 +236,15 @@ def decode(body: bytes) -> Operation:
 def body_digest(body: bytes) -> str:
     """Two submissions with one key are the same request exactly when these agree, whatever encoding they came in."""
     return hashlib.blake2b(body, digest_size=16).hexdigest()
+
+
+def is_shaped(asked: Sample | SequenceSpec) -> bool:
+    """Whether it draws from another distribution than that of logits, temperature, top_k and top_p."""
+    return bool(
+        asked.min_p
+        or asked.presence_penalty
+        or asked.frequency_penalty
+        or asked.repetition_penalty != 1.0
+        or asked.min_tokens
+        or asked.logit_bias
+    )

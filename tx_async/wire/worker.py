@@ -435,18 +435,6 @@ class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "p
     """Whether somebody watches: then each quantum reports what it sampled (`Sampled.pieces`), and its turn comes before
     that of others where not all can have one."""
 
-    @property
-    def is_shaped(self) -> bool:
-        """Whether it is drawn from another distribution than that of its logits, temperature, top_k and top_p."""
-        return bool(
-            self.min_p
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or self.min_tokens
-            or self.logit_bias
-        )
-
 
 class AdmitSequences(Struct, tag=True, frozen=True, kw_only=True):
     """Queue sequences for the following quanta. Result: `Done`."""

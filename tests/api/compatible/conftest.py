@@ -3,13 +3,11 @@
 import json
 from collections.abc import Sequence
 
-import httpx
 import msgspec
 import pytest
 
 from tests.support.chat_templates import QWEN3, make_chat_tokenizer
 from tx_async.api.compatible.tokenizer import load
-from tx_async.api.routes import create_api
 from tx_async.config import ServerConfig
 from tx_async.testing.fake_scheduler import FAKE_BASE_MODEL, FakeScheduler
 
@@ -58,21 +56,8 @@ def says(scheduler, tokenizer):
 
 
 @pytest.fixture
-def connect(scheduler, config):
-    app = create_api(scheduler, config, scheduler.files)
-
-    def make(key: str | None = "tml-alice") -> httpx.AsyncClient:
-        headers = {"authorization": f"Bearer {key}"} if key is not None else {}
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
-
-    return make
-
-
-@pytest.fixture
-async def client(connect):
-    async with connect() as client:
-        yield client
+def header_of():
+    return lambda key: {"authorization": f"Bearer {key}"}
 
 
 @pytest.fixture

@@ -7,13 +7,17 @@ from typing import Any
 
 import msgspec
 
-from tx_async.api.compatible.conversation import text_of_part
+from tx_async.api.compatible.conversation import CallWords, OpenCalls, check_tool_choice, text_of_part
 from tx_async.api.compatible.fields import InvalidField, named
 from tx_async.api.compatible.prompts import Chat
 from tx_async.wire import anthropic, openai
 
 FAILED = "Error: "
 """Put before a tool's result that has is_error."""
+_WORDS = CallWords(
+    "a tool_result must have the tool_use_id of a tool_use in the assistant's message before it.",
+    "the tool_use {calls}{before} has no tool_result.",
+)
 _NOT_SERVED = ("image", "document", "search_result", "redacted_thinking", "server_tool_use", "web_search_tool_result")
 
 
@@ -24,21 +28,20 @@ def chat_of(request: anthropic.CountTokensRequest) -> Chat:
     if request.messages[0].role != "user":
         raise InvalidField("messages[0]", "the first message must be the user's.")
     messages = _system(request.system)
-    open_calls: set[str] = set()
+    calls = OpenCalls(_WORDS)
     for i, message in enumerate(request.messages):
-        made = _messages(message, f"messages[{i}]")
-        _check_results(made, open_calls, f"messages[{i}]")
-        messages += made
-    if open_calls:
-        raise InvalidField("messages", f"the tool_use {', '.join(sorted(open_calls))} has no tool_result.")
+        for made in _messages(message, f"messages[{i}]"):
+            calls.follow(made, f"messages[{i}]")
+            messages.append(made)
+    calls.end()
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
-    _check_tool_choice(request)
-    is_none = request.tool_choice is not None and request.tool_choice.type == "none"
+    choice = request.tool_choice.type if request.tool_choice is not None else None
+    check_tool_choice(choice in ("any", "tool"), choice == "auto", bool(request.tools))
     options, required = _thinking(request.thinking)
     continues = request.messages[-1].role == "assistant"
     if continues and not messages[-1].content:
         raise InvalidField("messages", "the last message must be the user's, or text for the answer to go on with.")
-    return Chat(messages, () if is_none else tools, options, required, continues)
+    return Chat(messages, () if choice == "none" else tools, options, required, continues)
 
 
 def _system(system: str | list[dict[str, Any]] | None) -> list[openai.ChatMessage]:
@@ -65,22 +68,6 @@ def _messages(message: anthropic.Message, where: str) -> list[openai.ChatMessage
     if message.role == "assistant":
         return [_assistant(blocks, texts)]
     return [*results, *([openai.ChatMessage(role="user", content=_one_or_all(texts))] if texts else [])]
-
-
-def _check_results(messages: Sequence[openai.ChatMessage], open_calls: set[str], where: str) -> None:
-    """What `conversation.check_order` asks of a conversation, by the names that Anthropic's clients know. open_calls:
-    those without a result so far."""
-    for message in messages:
-        if message.role == "tool":
-            if message.tool_call_id not in open_calls:
-                raise InvalidField(
-                    where, "a tool_result must have the tool_use_id of a tool_use in the assistant's message before it."
-                )
-            open_calls.discard(message.tool_call_id)
-        elif open_calls:
-            ids = ", ".join(sorted(open_calls))
-            raise InvalidField(where, f"the tool_use {ids} before it has no tool_result.")
-        open_calls |= {call.id for call in message.tool_calls or ()}
 
 
 def _assistant(blocks: Sequence[anthropic.Block], texts: list[dict[str, Any]]) -> openai.ChatMessage:
@@ -133,16 +120,6 @@ def _tool(tool: anthropic.Tool, where: str) -> dict[str, Any]:
     if tool.description is not None:
         function["description"] = tool.description
     return {"type": "function", "function": function | {"parameters": tool.input_schema}}
-
-
-def _check_tool_choice(request: anthropic.CountTokensRequest) -> None:
-    choice = request.tool_choice
-    if choice is not None and choice.type in ("any", "tool"):
-        raise InvalidField(
-            "tool_choice", "a call cannot be forced here: use auto or none, and say in a message what to call."
-        )
-    if choice is not None and choice.type == "auto" and not request.tools:
-        raise InvalidField("tool_choice", "it goes with tools only.")
 
 
 def _thinking(thinking: anthropic.Thinking | None) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:

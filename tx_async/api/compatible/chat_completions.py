@@ -11,6 +11,7 @@ from starlette.responses import Response
 from tx_async.api.compatible import fields, sampling
 from tx_async.api.compatible.answering import chat_logprobs, fed, new_choice, respond, usage
 from tx_async.api.compatible.choices import Choice, Delta, Scored
+from tx_async.api.compatible.conversation import check_tool_choice
 from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.api.compatible.forms import openai_error
@@ -62,19 +63,9 @@ def check(request: ChatRequest) -> int:
         raise InvalidField("top_logprobs", "it goes with logprobs: true only.")
     for name in ("max_tokens", "max_completion_tokens"):
         sampling.check_max_tokens(name, getattr(request, name), ", or absent for as many as fit")
-    _check_tool_choice(request)
+    choice = request.tool_choice
+    check_tool_choice(choice not in (None, "none", "auto"), choice == "auto", bool(request.tools))
     return sampling.check_top_logprobs("top_logprobs", request.top_logprobs)
-
-
-def _check_tool_choice(request: ChatRequest) -> None:
-    if request.tool_choice in (None, "none"):
-        return
-    if request.tool_choice != "auto":
-        raise InvalidField(
-            "tool_choice", "a call cannot be forced here: use auto or none, and say in a message what to call."
-        )
-    if not request.tools:
-        raise InvalidField("tool_choice", "it goes with tools only.")
 
 
 def chat_of(request: ChatRequest) -> Chat:
@@ -162,7 +153,7 @@ class ChatAnswer:
             if delta.stop_reason is not None:
                 reason = _finish_reason(choice)
                 yield self._chunk(openai.ChunkChoice(index=index, delta=AnsweredChatMessage(), finish_reason=reason))
-        if self._includes_usage:
+        if sampling.includes_usage(self.request):
             yield data_event(self._chunk_of([], self._usage()))
         yield DONE
 
@@ -192,11 +183,6 @@ class ChatAnswer:
                 call.index = num_calls
                 return AnsweredChatMessage(tool_calls=[call])
 
-    @property
-    def _includes_usage(self) -> bool:
-        options = self.request.stream_options
-        return options is not None and bool(options.include_usage)
-
     def _chunk(self, choice: openai.ChunkChoice, has_prompt: bool = False) -> bytes:
         chunk = self._chunk_of([choice], None)
         if has_prompt and self.request.return_token_ids:
@@ -210,7 +196,7 @@ class ChatAnswer:
             model=self.request.model,
             system_fingerprint=self.fingerprint,
             choices=choices,
-            usage=used if self._includes_usage else UNSET,
+            usage=used if sampling.includes_usage(self.request) else UNSET,
         )
 
 

@@ -226,7 +226,7 @@ class CompletionAnswer:
         else:
             async for event in self._events_as_they_come(samples):
                 yield event
-        if self._includes_usage:
+        if sampling.includes_usage(self.request):
             yield data_event(self._completion([], self._usage()))
         yield DONE
 
@@ -262,11 +262,6 @@ class CompletionAnswer:
     def _event(self, choice: openai.CompletionChoice) -> bytes:
         return data_event(self._completion([choice], None))
 
-    @property
-    def _includes_usage(self) -> bool:
-        options = self.request.stream_options
-        return options is not None and bool(options.include_usage)
-
     def _usage(self) -> openai.CompletionUsage:
         return usage(sum(map(len, self.prompts)), [choice for choices in self.choices for choice in choices])
 
@@ -279,5 +274,5 @@ class CompletionAnswer:
             model=self.request.model,
             system_fingerprint=self.fingerprint,
             choices=choices,
-            usage=used if used is not None or self._includes_usage else UNSET,
+            usage=used if used is not None or sampling.includes_usage(self.request) else UNSET,
         )

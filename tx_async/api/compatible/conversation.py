@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.wire.openai import ChatMessage, ToolCall
@@ -38,21 +38,61 @@ def check_order(messages: Sequence[ChatMessage]) -> None:
     anybody else speaks. A model's other rules are in its template."""
     if not messages:
         raise InvalidField("messages", "there are none. Send at least one.")
-    open_calls: set[str] = set()
+    calls = OpenCalls(_WORDS)
     for i, message in enumerate(messages):
-        where = f"messages[{i}]"
+        calls.follow(message, f"messages[{i}]")
+        _check_fields(message, f"messages[{i}]")
+    calls.end()
+
+
+class CallWords(NamedTuple):
+    """How an API speaks of calls and their results."""
+
+    no_call: str
+    """For a result that belongs to no call."""
+    no_result: str
+    """For calls without a result: {calls} are their ids, {before} is empty at the end of a conversation."""
+
+
+_WORDS = CallWords(
+    "a tool's message must have the tool_call_id of an open call of the assistant before it.",
+    "the calls {calls}{before} have no tool's answer.",
+)
+
+
+class OpenCalls:
+    """The calls of a conversation that have no result so far."""
+
+    def __init__(self, words: CallWords):
+        self._words = words
+        self._ids: set[str] = set()
+
+    def follow(self, message: ChatMessage, where: str) -> None:
+        """Raises `InvalidField` for a message that may not come next."""
         if message.role == "tool":
-            if message.tool_call_id not in open_calls:
-                raise InvalidField(
-                    where, "a tool's message must have the tool_call_id of an open call of the assistant before it."
-                )
-            open_calls.discard(message.tool_call_id)
-        elif open_calls:
-            raise InvalidField(where, f"the calls {', '.join(sorted(open_calls))} before it have no tool's answer.")
-        open_calls |= {call.id for call in message.tool_calls or ()}
-        _check_fields(message, where)
-    if open_calls:
-        raise InvalidField("messages", f"the calls {', '.join(sorted(open_calls))} have no tool's answer.")
+            if message.tool_call_id not in self._ids:
+                raise InvalidField(where, self._words.no_call)
+            self._ids.discard(message.tool_call_id)
+        elif self._ids:
+            raise InvalidField(where, self._unanswered(" before it"))
+        self._ids |= {call.id for call in message.tool_calls or ()}
+
+    def end(self) -> None:
+        if self._ids:
+            raise InvalidField("messages", self._unanswered(""))
+
+    def _unanswered(self, before: str) -> str:
+        return self._words.no_result.format(calls=", ".join(sorted(self._ids)), before=before)
+
+
+def check_tool_choice(is_forced: bool, is_auto: bool, has_tools: bool) -> None:
+    """Raises `InvalidField` for a choice that this server, or a request without tools, does not have."""
+    if is_forced:
+        raise InvalidField(
+            "tool_choice", "a call cannot be forced here: use auto or none, and say in a message what to call."
+        )
+    if is_auto and not has_tools:
+        raise InvalidField("tool_choice", "it goes with tools only.")
 
 
 def _check_fields(message: ChatMessage, where: str) -> None:

@@ -111,6 +111,11 @@ def check_stream_options(request: Sampling) -> None:
         raise InvalidField("stream_options", "they go only with stream.")
 
 
+def includes_usage(request: Sampling) -> bool:
+    """Whether a stream ends with what it used."""
+    return request.stream_options is not None and bool(request.stream_options.include_usage)
+
+
 def _logit_bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     found = {}
     for token, bias in (given or {}).items():

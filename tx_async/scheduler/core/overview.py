@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.history import HistoryRow
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.training.lanes import Step
-from tx_async.wire.dashboard import Overview, QueueView, RequestView, RunState, RunView, Station, WorkerView
+from tx_async.wire.dashboard import Overview, QueueView, RequestView, RunState, RunView, Station, WorkerView, mean_loss
 from tx_async.wire.records import ModelRecord, RequestRecord
 
 
@@ -57,12 +56,6 @@ def _state_of(state: SchedulerState, model: ModelRecord) -> RunState:
     if any(step.num_outstanding and not step.finished for step in lane.steps.values()):
         return "running"
     return "queued" if any(not step.finished for step in lane.steps.values()) else "idle"
-
-
-def mean_loss(row: HistoryRow) -> float | None:
-    """The mean loss of a token, weighted where the loss has weights."""
-    count = row.get("weights:sum", row.get("tokens", 0.0))
-    return row["loss:sum"] / count if count and "loss:sum" in row else None
 
 
 def requests_of(state: SchedulerState, model_id: str, limit: int) -> list[RequestView]:
