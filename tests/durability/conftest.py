@@ -1,7 +1,6 @@
 """`--kills N` runs more seeds of every killing test."""
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.durability import Told, serving, stored, train
+from tests.support.long_tests import long
 from tx_async.testing.models import GPT_OSS_TINY, QWEN3_5_TINY, make_model
 from tx_async.testing.sdk import collect_connections
 
 FAKE_STEPS = 10
 JAX_STEPS = 8
 SIDE_BY_SIDE_MAX = 4
-
-long = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.support import xla
+from tests.support import long_tests, xla
 from tx_async.engine.sharding import make_mesh
 from tx_async.errors import ConfigError
 from tx_async.wire.worker import EngineConfig
@@ -37,7 +37,7 @@ LONG_MESHES = {
     "deepseek": ["8,1,1", "1,1,4", "2,2,2"],
 }
 """Half a minute each: with LONG_TESTS=1. Every axis is cut in one of the others."""
-if os.environ.get("LONG_TESTS"):
+if long_tests.ARE_ON:
     MESHES |= {family: MESHES[family] + meshes for family, meshes in LONG_MESHES.items()}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support import xla
+from tests.support.long_tests import long
 from tx_async.testing.models import make_deepseek_v3, make_llama, make_qwen3, make_qwen3_moe
 from tx_async.testing.server import free_port
 from tx_async.wire.worker import EngineConfig, Welcome
@@ -23,8 +24,6 @@ CONFIG = EngineConfig(
 BOUND = 1e-4
 """Largest difference, relative to the largest value of a result, between two meshes; fp32."""
 PROCESS_S = 250
-
-long = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
 
 
 def run(model: Path, folder: Path, num_processes: int, num_devices: int, key: str = "", **sizes: int):

@@ -15,6 +15,7 @@ import pytest
 import tinker
 
 from tests.support import xla
+from tests.support.long_tests import long
 from tests.support.peft_sampler import stride_of
 from tx_async.storage.checkpoint_files import read_checkpoint_sync
 from tx_async.storage.store import Store
@@ -31,8 +32,6 @@ BACKEND = {
 PROMPT = [5, 6, 7, 8]
 LEASE_MS = 5_000
 """A process that stands still is noticed so late."""
-
-long = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
 
 
 def mesh(**sizes):

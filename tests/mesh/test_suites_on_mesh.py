@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.long_tests import long
+
 SDK = Path(__file__).parents[1] / "sdk"
 SUITE_S = 290
 
 
-@pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="takes minutes: set LONG_TESTS=1")
+@long
 @pytest.mark.parametrize("suite", ["test_training.py", "test_many_clients.py"])
 def test_the_suite_of_the_sdk_passes_on_a_mesh(suite, tmp_path):
     command = [

@@ -6,7 +6,6 @@ their own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tests.support import long_tests
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import Lora, LoraRows, layer_slice
 from tx_async.models.decoder import Decoder, Params, unembedding
@@ -184,7 +184,7 @@ _WHOLE = ("qwen3", "llama", "qwen3_moe_sparse_step", "deepseek", "phi3", "gemma3
 FAMILIES = tuple(case for case in CASES if case.name in _WHOLE)
 """One of each kind of layer, for what is tested of every kind: cache, gradients, adapters, greedy answers."""
 _EVERY_MIXER = ("qwen3", "deepseek", "qwen3_5", "gpt_oss")
-KINDS = FAMILIES if os.environ.get("LONG_TESTS") else tuple(case for case in FAMILIES if case.name in _EVERY_MIXER)
+KINDS = FAMILIES if long_tests.ARE_ON else tuple(case for case in FAMILIES if case.name in _EVERY_MIXER)
 """For tests that compile for half a minute a family: grouped-query, latent and recurrent layers, windows with sinks,
 dense MLPs and three kinds of experts. All families with LONG_TESTS=1."""
 
