@@ -19,7 +19,7 @@ from typing import Any
 
 from tx_async import base_model, health
 from tx_async.config import ServerConfig
-from tx_async.engine.devices import GPU_BYTES, usable
+from tx_async.engine.devices import GPU_BYTES, in_mesh, usable
 from tx_async.errors import ConfigError, TxError
 from tx_async.health import Finding, size
 from tx_async.serve import check_exposure
@@ -42,19 +42,19 @@ def run_plan(config: ServerConfig, device: str, devices: int) -> int:
 
     devices: 0 = as many as the parallel sizes in backend_config ask for. Raises `ConfigError`, `BaseModelError`.
     """
-    planned, wanted = _plan(config, device), _devices_of(config)
+    planned, wanted = _plan(config, device, devices), in_mesh(config.backend_config)
     print(f"{device}, {devices or wanted} × {size(GPU_BYTES[device])}; each device:")
     print("\n".join(planned.lines()))
     if devices and wanted > devices:
         print(f"backend_config asks for {wanted} devices, there are {devices}: lower its parallel sizes.")
-    if devices > wanted:
+    if devices > wanted and planned.fits:
         print(
             f"{devices - wanted} devices would be idle: raise tensor_parallel_size or another size in backend_config."
         )
     return 0 if planned.fits and not 0 < devices < wanted else 2
 
 
-def _plan(config: ServerConfig, device: str) -> Any:
+def _plan(config: ServerConfig, device: str, devices: int) -> Any:
     if device not in GPU_BYTES:
         raise ConfigError(f"--device {device} is not known; known: {', '.join(GPU_BYTES)}.")
     if not config.base_model:
@@ -64,12 +64,7 @@ def _plan(config: ServerConfig, device: str) -> Any:
 
     served = config.backend_config.max_context_length
     model = from_config(read_config(base_model.resolve(config.base_model)), served)
-    return memory_plan.plan(model, config.backend_config, platform.ACCELERATOR, usable(device))
-
-
-def _devices_of(config: ServerConfig) -> int:
-    sizes = config.backend_config
-    return sizes.tensor_parallel_size * sizes.expert_parallel_size * sizes.fully_sharded_data_parallel_size
+    return memory_plan.plan(model, config.backend_config, platform.ACCELERATOR, usable(device), devices)
 
 
 def run(config: ServerConfig) -> int:

@@ -1,10 +1,13 @@
 """What memory is for: counted where it can be, bounded where it must be, refused with the setting to change."""
 
+import json
 from typing import Any
 
 import jax
 import pytest
 
+from tx_async.config import ServerConfig
+from tx_async.doctor import run_plan
 from tx_async.engine import adapter_slots, memory_plan
 from tx_async.engine.devices import GPU_BYTES, usable
 from tx_async.engine.memory_plan import GIB, MemoryPlan
@@ -70,6 +73,15 @@ QWEN3_5_35B_A3B = (
         "num_key_value_heads": 2,
     }
 )
+LLAMA_70B = QWEN3_8B | {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128_256,
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 131_072,
+}
 GPT_OSS_20B = GPT_OSS_TINY | {
     "vocab_size": 201_088,
     "hidden_size": 2880,
@@ -134,6 +146,25 @@ def test_experts_are_cut_over_eight_devices():
     alone, cut = plan(QWEN3_30B_A3B), plan(QWEN3_30B_A3B, expert_parallel_size=8)
     assert not alone.fits and "expert_parallel_size to 2" in alone.problem
     assert cut.fits and sizes(cut)["weights"] < 10
+
+
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [("QWEN3_5_35B_A3B", "expert_parallel_size"), ("LLAMA_70B", "tensor_parallel_size")],
+)
+def test_doctor_names_the_setting_that_uses_the_devices_and_it_fits(config, setting, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(globals()[config]))
+
+    def doctor(**engine: Any) -> tuple[int, str]:
+        backend = EngineConfig(**engine)
+        code = run_plan(ServerConfig(base_model=str(tmp_path), backend_config=backend), "h100", 8)
+        return code, capsys.readouterr().out
+
+    code, said = doctor()
+    assert code == 2 and f"Set {setting} to 8 in backend_config, on the 8 devices." in said
+    assert "idle" not in said, "one line says what to set"
+    code, said = doctor(**{setting: 8})
+    assert code == 0 and "8 × 79.1 GiB" in said and "does not fit" not in said.splitlines()[-1]
 
 
 def test_what_does_not_fit_names_the_setting():

@@ -1,4 +1,6 @@
-"""Devices for which a plan can be made on a machine that has none. Imports nothing: the command line reads it."""
+"""Devices for which a plan can be made on a machine that has none. The command line reads it, so it imports little."""
+
+from tx_async.wire.worker import EngineConfig
 
 GPU_BYTES = {
     "h100": 84_942_979_072,
@@ -15,3 +17,8 @@ MEMORY_FRACTION = 0.92
 def usable(device: str) -> int:
     """How many bytes of a device of that name a worker may use."""
     return int(GPU_BYTES[device] * MEMORY_FRACTION)
+
+
+def in_mesh(config: EngineConfig) -> int:
+    """How many devices the parallel sizes ask for."""
+    return config.tensor_parallel_size * config.expert_parallel_size * config.fully_sharded_data_parallel_size

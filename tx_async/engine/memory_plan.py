@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from msgspec import structs
 
+from tx_async.engine.devices import in_mesh
 from tx_async.engine.kv_cache import CACHE_PART, state_bytes, state_slots, token_bytes
 from tx_async.engine.platform import Platform
 from tx_async.engine.row_shapes import row_shapes
@@ -98,10 +99,11 @@ class MemoryPlan:
             yield self.problem
 
 
-def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:
-    """memory: bytes of one device that may be used. A plan that does not fit says so in `problem`."""
+def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int, devices: int = 0) -> MemoryPlan:
+    """memory: bytes of one device that may be used. devices: how many there are, 0 = as many as are needed. A plan that
+    does not fit says so in `problem`."""
     found = _with_slots_that_fit(model, config, platform, memory)
-    return found if found.fits else replace(found, problem=_what_helps(model, config, platform, memory, found))
+    return found if found.fits else replace(found, problem=_what_helps(model, config, platform, memory, devices, found))
 
 
 def _with_slots_that_fit(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:
@@ -125,17 +127,35 @@ def _with_fewer_slots(config: EngineConfig) -> Iterator[EngineConfig]:
 # ---- what helps
 
 
-def _what_helps(model: Decoder, config: EngineConfig, platform: Platform, memory: int, found: MemoryPlan) -> str:
+def _what_helps(
+    model: Decoder, config: EngineConfig, platform: Platform, memory: int, devices: int, found: MemoryPlan
+) -> str:
     """One line that says what is lacking, and which setting to change."""
     lead = f"It does not fit: {found.problem}."
     setting = "expert_parallel_size" if _has_experts(model) else "tensor_parallel_size"
     for name in dict.fromkeys((setting, "tensor_parallel_size", "fully_sharded_data_parallel_size")):
-        size = 2 * getattr(config, name)
-        while size <= DEVICES_MAX:
+        for size in _sizes_to_try(config, name, devices):
             if _with_slots_that_fit(model, structs.replace(config, **{name: size}), platform, memory).fits:
-                return f"{lead} Set {name} to {size} in backend_config, on as many devices."
-            size *= 2
+                on = f"on the {devices} devices" if _mesh_size(config, name, size) == devices else "on as many devices"
+                return f"{lead} Set {name} to {size} in backend_config, {on}."
     return f"{lead} Raise {setting} and fully_sharded_data_parallel_size in backend_config, or take a smaller model."
+
+
+def _sizes_to_try(config: EngineConfig, name: str, devices: int) -> Iterator[int]:
+    """Larger sizes of one axis of the mesh: what uses all devices that there are, then the smallest first."""
+    size = 2 * getattr(config, name)
+    if devices:
+        of_others = _mesh_size(config, name, 1)
+        if devices % of_others == 0 and devices // of_others >= size:
+            yield devices // of_others
+    while size <= DEVICES_MAX:
+        yield size
+        size *= 2
+
+
+def _mesh_size(config: EngineConfig, name: str, size: int) -> int:
+    """How many devices the mesh has when one of its axes has that size."""
+    return in_mesh(structs.replace(config, **{name: size}))
 
 
 def _has_experts(model: Decoder) -> bool:
