@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
         description="Prints id, base model, rank, state and last use, most recently used first: one API key's runs, "
         "or all for an admin's key.",
     )
+    runs.add_argument("--newest", metavar="N", type=int, default=0, help="the N that were used last [all]")
     run = commands.add_parser(
         "run",
         help="the history of one training run, one line for each optimizer step",
@@ -32,7 +33,7 @@ def add(commands: Any) -> None:
 def _runs(args: argparse.Namespace) -> int:
     from tx_async import runs_command
 
-    for run in runs_command.everything(*cli_server.chosen(args)):
+    for run in runs_command.newest(*cli_server.chosen(args), args.newest):
         state = "corrupted" if run.corrupted else "ok"
         used = f"{run.last_request_time:%Y-%m-%d %H:%M:%S}"
         print(run.training_run_id, run.base_model, run.lora_rank, state, used, sep="\t")

@@ -11,9 +11,11 @@ from tx_async.wire.dashboard import TrainingRunHistory, mean_loss
 from tx_async.wire.tinker import TrainingRun
 
 
-def everything(base_url: str, api_key: str) -> list[TrainingRun]:
-    """All runs, most recently used first."""
-    return server_client.everything(base_url, api_key, "/api/v1/training_runs", "training_runs", TrainingRun)
+def newest(base_url: str, api_key: str, number: int = 0) -> list[TrainingRun]:
+    """As many runs, most recently used first; all with 0."""
+    found = server_client.everything(base_url, api_key, "/api/v1/training_runs", "training_runs", TrainingRun, number)
+    # A run that is used between two pages moves to the front, and pushes another one onto the next page once more.
+    return list({run.training_run_id: run for run in found}.values())
 
 
 def history(base_url: str, api_key: str, run: str) -> list[dict[str, float]]:

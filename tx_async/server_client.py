@@ -28,13 +28,15 @@ def call(
         raise ConfigError(f"{base_url} does not answer with JSON: is it a server of the Tinker API?") from error
 
 
-def everything(base_url: str, api_key: str, path: str, field: str, kind: type[Entry]) -> list[Entry]:
-    """All entries of a listing that comes in pages, in the server's order. field: the entries' name in its answers."""
+def everything(base_url: str, api_key: str, path: str, field: str, kind: type[Entry], number: int = 0) -> list[Entry]:
+    """All entries of a listing that comes in pages, or the first `number`, in the server's order. field: the entries'
+    name in its answers."""
     found: list[Entry] = []
     while True:
-        page = call(base_url, api_key, "GET", f"{path}?limit={PAGE}&offset={len(found)}").get(field, [])
+        limit = min(PAGE, number - len(found)) if number > 0 else PAGE
+        page = call(base_url, api_key, "GET", f"{path}?limit={limit}&offset={len(found)}").get(field, [])
         found += msgspec.convert(page, list[kind])
-        if len(page) < PAGE:
+        if len(page) < limit or len(found) == number:
             return found
 
 

@@ -19,7 +19,9 @@ from tx_async.api.compatible import tokenizer
 from tx_async.api.owner import owner_of
 from tx_async.api.routes import create_api
 from tx_async.config import ServerConfig
+from tx_async.dashboard import picture
 from tx_async.testing.fake_scheduler import FAKE_BASE_MODEL, FakeScheduler
+from tx_async.wire.records import RequestRecord, ResultRecord
 
 pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not() or "a browser is here"),
@@ -112,6 +114,35 @@ def test_every_view_shows_what_there_is_and_markup_is_text(driver: Any, site: Se
     until(driver, lambda text: "s-markup" in text and "Settings" in text and MARKUP in text)
     assert driver.execute_script("return document.querySelectorAll('main img, main b > b').length") == 0
     assert "hacked" not in driver.title
+
+
+def test_a_request_s_stations_have_their_times(driver: Any, site: Serving, scheduler: FakeScheduler, run: str):
+    record = RequestRecord(
+        request_id="r-1", owner="o", kind="OptimStep", subject=run, seq_id=1, body_digest="", body_bytes=0,
+        created_at=1000.0,
+    )  # fmt: skip
+    scheduler._requests["r-1"] = record
+    driver.get(f"{site.url}/#/runs/{run}")
+    cells = "return [...document.querySelectorAll('td')].map((e) => `${e.dataset.label} ${e.textContent}`).join('|')"
+    until(driver, lambda text: "Queued +1 s|Sent –|Finished –" in text, cells)
+    scheduler._results["r-1"] = ResultRecord(request_id="r-1", finished_at=1002.5, content="result", payload=b"")
+    scheduler.models[run] = msgspec.structs.replace(scheduler.models[run], last_request_at=1000.0)
+    until(driver, lambda text: "Queued +1 s|Sent +2 s|Finished +2.5 s" in text, cells)
+
+
+def test_runs_that_the_events_leave_out_are_loaded_and_found(
+    driver: Any, site: Serving, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(picture, "RUNS_MAX", 2)
+    runs = [new_run(scheduler, "o", f"s-{number}") for number in range(5)]
+    driver.get(f"{site.url}/#/runs")
+    until(driver, lambda text: "2 of 5 are here" in text)
+    find(driver, "main .more:not([hidden])").click()
+    until(driver, lambda text: "4 of 5 are here" in text and runs[1] in text and runs[0] not in text)
+    find(driver, "input[type=search]").send_keys("s-0")
+    until(driver, lambda text: runs[0] in text and runs[1] not in text)
+    find(driver, "input[type=search]").send_keys("0")
+    until(driver, lambda text: "No run matches" in text)
 
 
 def test_an_address_that_names_nothing_says_so(driver: Any, site: Serving, run: str):

@@ -13,6 +13,7 @@ from tests.support.events import read_events
 from tx_async import keys
 from tx_async.api.routes import create_api
 from tx_async.config import ServerConfig
+from tx_async.dashboard import picture
 from tx_async.dashboard.pages import STATIC, is_on
 from tx_async.testing.fake_scheduler import FakeScheduler
 from tx_async.wire.records import CheckpointRecord, ModelRecord, SessionRecord
@@ -211,7 +212,7 @@ async def test_a_change_says_what_is_another_and_nothing_else(open_site: Site, s
         del scheduler.models[second]
 
     ((kind, change),) = (await read_events(open_site.app, "/dashboard/events", 2, after_first=happen))[1:]
-    assert kind == "change" and set(change) <= {"runs", "hour", "shares"}
+    assert kind == "change" and set(change) <= {"runs", "num_runs", "hour", "shares"}
     assert change["runs"].keys() == {first, second}
     assert change["runs"][second] is None and change["runs"][first]["used_at"] == 9.0
 
@@ -232,6 +233,29 @@ async def test_a_revoked_key_s_stream_ends(keyed_site: Site, people: dict[str, s
         after_first=lambda: keys.revoke(tmp_path / "keys", "alice"),
     )
     assert len(events) < 100 and events[0][0] == "state"
+
+
+async def test_runs_beyond_the_newest_are_found(
+    keyed_site: Site, people: dict[str, str], scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+):
+    from tx_async.api.owner import owner_of
+
+    monkeypatch.setattr(picture, "RUNS_MAX", 2)
+    mine = [new_run(scheduler, owner_of(people["alice"]), f"s{n}", tags=(f"Tag-{n % 2}",)) for n in range(5)]
+    new_run(scheduler, owner_of(people["bob"]), "theirs", tags=("Tag-0",))
+    events = await read_events(keyed_site.app, "/dashboard/events", 1, key=people["alice"])
+    assert list(events[0][1]["runs"]) == mine[:2:-1] and events[0][1]["num_runs"] == 5
+    async with keyed_site.browser(people["alice"]) as browser:
+
+        async def asked(query: str) -> tuple[list[str], int]:
+            answer = (await browser.get(f"/dashboard/runs{query}")).json()
+            return [run["id"] for run in answer["runs"]], answer["total"]
+
+        assert await asked("?offset=2") == (mine[2:0:-1], 5)
+        assert await asked("?offset=4") == (mine[:1], 5)
+        assert await asked("?find=tag-0%20alice") == ([mine[4], mine[2]], 3)
+        assert await asked("?find=tag-0&offset=2") == ([mine[0]], 3)
+        assert await asked("?find=theirs") == ([], 0)
 
 
 # ---- one run

@@ -55,7 +55,12 @@ async def test_every_station_is_passed_in_order():
             await result_of(scheduler, accepted.request_id)
         created, *passages = scheduler.passages("s")
         assert scheduler.passages("another") == []
+        newest, before, first = scheduler.requests_of(MODEL, 10)
         registry = scheduler.performer.watch.metrics.registry
+    assert [view.request_id for view in (before, newest)] == [passage.request_id for passage in passages[:2]]
+    for view, passage in zip((first, before, newest), (created, *passages), strict=False):
+        assert view.station == "finished" and view.accepted_at == passage.accepted_at
+        assert (view.queued_at or 0, view.sent_at or 0) == (passage.durable_at, passage.begun_at)
     assert created.kind == "create_model" and created.published_at and not created.begun_at  # needs no device
     assert [passage.kind for passage in passages] == ["forward_backward", "optim_step", "sample"]
     assert [passage.request_id for passage in passages] == [accepted.request_id for accepted in submitted]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from tx_async.wire.dashboard import Overview
 from tx_async.wire.records import ModelRecord, SessionRecord
 
 RUNS_MAX = 200
-"""How many of the most recently used runs a page lists; each run has a page of its own."""
+"""How many of the most recently used runs a page is told of as they change; it asks for others, as many at once."""
 Picture = dict[str, Any]
 """Section -> its content; "runs" by id."""
 
@@ -32,6 +32,7 @@ def take(
         "base_model": msgspec.to_builtins(_base_model(scheduler)),
         "queues": [{"key": names.get(q.owner, q.owner), "requests": q.requests, "samples": q.samples} for q in queues],
         "runs": runs(scheduler, viewer, names),
+        "num_runs": sum(viewer.sees(model.owner) for model in scheduler.models.values()),
         **(server if viewer.sees_all else {}),
     }
 
@@ -49,8 +50,34 @@ def _base_model(scheduler: SchedulerApi) -> dict[str, Any]:
 
 def runs(scheduler: SchedulerApi, viewer: Viewer, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     seen = (model for model in scheduler.models.values() if viewer.sees(model.owner))
-    newest = heapq.nlargest(RUNS_MAX, seen, key=lambda model: (used_at(model), model.model_id))
+    newest = heapq.nlargest(RUNS_MAX, seen, key=_order)
     return {model.model_id: run(scheduler, model, names) for model in newest}
+
+
+def find_runs(
+    scheduler: SchedulerApi, viewer: Viewer, names: Mapping[str, str], words: Sequence[str], offset: int
+) -> tuple[list[dict[str, Any]], int]:
+    """The runs that have each of the words in their id, name, tags, base model or key's name, most recently used first,
+    from the one with this number on, and how many there are."""
+    found = [
+        model
+        for model in scheduler.models.values()
+        if viewer.sees(model.owner) and (not words or _has(scheduler, model, names, words))
+    ]
+    found.sort(key=_order, reverse=True)
+    return [run(scheduler, model, names) for model in found[offset : offset + RUNS_MAX]], len(found)
+
+
+def _has(scheduler: SchedulerApi, model: ModelRecord, names: Mapping[str, str], words: Sequence[str]) -> bool:
+    session = scheduler.sessions.get(model.session_id)
+    key = names.get(model.owner, model.owner)
+    texts = (model.model_id, _name(model, session), model.base_model, key, *(session.tags if session else ()))
+    text = " ".join(texts).lower()
+    return all(word in text for word in words)
+
+
+def _order(model: ModelRecord) -> tuple[float, str]:
+    return used_at(model), model.model_id
 
 
 def run(scheduler: SchedulerApi, model: ModelRecord, names: Mapping[str, str]) -> dict[str, Any]:

@@ -57,6 +57,14 @@ def _is_same(call: Call, viewer: Viewer) -> bool:
     return not viewer.has_key or Viewer.of(call) == viewer
 
 
+async def dashboard_runs(call: Call) -> Response:
+    """Runs beyond those of the events: `?find=` words that each must have, `?offset=` how many of them to leave out."""
+    words = call.query("find").lower().split()
+    offset = query_number(call, "offset", 0, 2**53)
+    found, total = picture.find_runs(call.scheduler, Viewer.of(call), call.api.owners.names(), words, offset)
+    return json_response({"runs": found, "total": total})
+
+
 async def dashboard_run(call: Call) -> Response:
     """One run: its description, its checkpoints, its newest requests, and its history from `?since=` on."""
     viewer = Viewer.of(call)
@@ -161,6 +169,7 @@ ROWS = (
         media_types=(EVENT_STREAM,),
     ),
     Row("GET", "/dashboard/viewer", dashboard_viewer, "Who looks at the page"),
+    Row("GET", "/dashboard/runs", dashboard_runs, "Runs that the events leave out, and a search, for the page"),
     Row("GET", "/dashboard/runs/{run}", dashboard_run, "A run, its checkpoints, requests and history, for the page"),
     Row("GET", "/dashboard/checkpoints", dashboard_checkpoints, "Checkpoints that can be sampled, for the page"),
     Row("GET", "/dashboard/operator", dashboard_operator, "Keys, audit, sessions, health, settings, for the page"),

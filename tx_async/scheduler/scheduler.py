@@ -204,7 +204,7 @@ class Scheduler:
         return run_view(self.state, model)
 
     def requests_of(self, model_id: str, limit: int) -> list[RequestView]:
-        return requests_of(self.state, model_id, limit)
+        return requests_of(self.state, model_id, limit, self.performer.watch.passages.get)
 
     def passages(self, session_id: str) -> list[Passage]:
         return self.performer.watch.passages.of_session(session_id)

@@ -43,5 +43,7 @@ class FakeViews:
             kind=record.kind,
             station="queued" if result is None else "failed" if result.content == "error" else "finished",
             accepted_at=record.created_at,
+            queued_at=record.created_at + 1,
+            sent_at=None if result is None else record.created_at + 2,
             finished_at=result.finished_at if result else None,
         )

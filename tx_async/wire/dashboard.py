@@ -80,6 +80,11 @@ class RequestView(Struct, frozen=True, kw_only=True):
     kind: str
     station: Station
     accepted_at: float
+    queued_at: float | None = None
+    """When it was in the journal and began to wait for its turn; null when that is not known any more: a server's start
+    forgets it."""
+    sent_at: float | None = None
+    """When its first part went to a worker; null when it has not, or that is not known any more."""
     finished_at: float | None = None
     body_bytes: int = 0
 

@@ -33,7 +33,9 @@ export function create(id, { onError }) {
     { title: "What", cell: (item) => item.kind },
     { title: "Stations", cell: (item, cell) => stations(item, cell) },
     { title: "Accepted", cell: (item) => when(item.accepted_at) },
-    { title: "Took", cell: (item) => (item.finished_at ? took(item.finished_at - item.accepted_at) : "–"), numeric: true },
+    { title: "Queued", cell: (item, cell) => after(item, item.queued_at, cell), numeric: true },
+    { title: "Sent", cell: (item, cell) => after(item, item.sent_at, cell), numeric: true },
+    { title: "Finished", cell: (item, cell) => after(item, item.finished_at, cell), numeric: true },
   ], "Newest requests of this run", 12, "None that the server still remembers.");
   const csv = h("button", { type: "button", onclick: () => save() }, "Download CSV");
   const element = h("div", { class: "stack" },
@@ -41,7 +43,7 @@ export function create(id, { onError }) {
     h("section", { class: "card", "aria-label": "About this run" }, facts.element),
     h("div", { class: "charts" }, curves.map((curve) => curve.chart.element)),
     h("section", { class: "card", "aria-labelledby": "checkpoints-title" }, h("header", {}, h("h2", { id: "checkpoints-title" }, "Checkpoints")), noCheckpoints, scrolled(checkpoints.element, "Checkpoints, scrollable")),
-    h("section", { class: "card", "aria-labelledby": "requests-title" }, h("header", {}, h("h2", { id: "requests-title" }, "Newest requests"), h("span", { class: "muted small" }, "accepted → queued → sent → finished")), scrolled(requests.element, "Requests, scrollable")));
+    h("section", { class: "card", "aria-labelledby": "requests-title" }, h("header", {}, h("h2", { id: "requests-title" }, "Newest requests"), h("span", { class: "muted small" }, "accepted → queued → sent → finished; times after the first")), scrolled(requests.element, "Requests, scrollable")));
   let rows = [], shown = null, readAt = 0, isReading = false, isOver = false, timer = 0;
 
   async function read(force = false) {
@@ -152,6 +154,13 @@ function meanLoss(row) {
 function speed(row) {
   const seconds = row.finished_at - row.started_at;
   return row.tokens && seconds > 0 ? row.tokens / seconds : undefined;
+}
+
+// How long after it was accepted a request got somewhere; the time of day is its title.
+function after(item, at, cell) {
+  const text = at ? `+${took(Math.max(0, at - item.accepted_at))}` : "–";
+  if (cell.textContent === text) return undefined;
+  return at ? h("time", { title: when(at), datetime: new Date(at * 1000).toISOString() }, text) : h("span", {}, text);
 }
 
 const STATIONS = ["accepted", "queued", "sent", "finished"];

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.core.worker_state import WorkerState
+from tx_async.scheduler.interface import Passage
 from tx_async.scheduler.training.lanes import Step
 from tx_async.wire.dashboard import Overview, QueueView, RequestView, RunState, RunView, Station, WorkerView, mean_loss
 from tx_async.wire.records import ModelRecord, RequestRecord
+
+PassageOf = Callable[[str], Passage | None]
 
 
 def overview(state: SchedulerState, requests: Mapping[str, int], samples: Mapping[str, int]) -> Overview:
@@ -58,17 +61,19 @@ def _state_of(state: SchedulerState, model: ModelRecord) -> RunState:
     return "queued" if any(not step.finished for step in lane.steps.values()) else "idle"
 
 
-def requests_of(state: SchedulerState, model_id: str, limit: int) -> list[RequestView]:
-    """The requests of one run, newest first."""
+def requests_of(state: SchedulerState, model_id: str, limit: int, passage_of: PassageOf) -> list[RequestView]:
+    """The requests of one run, newest first. passage_of: a request's passage, where one is remembered."""
     catalog = state.catalog
     lane = state.training.runs.lanes.get(model_id)
     steps = lane.steps if lane else {}
     known = [record for record in catalog.requests.values() if record.subject == model_id]
     known.sort(key=lambda record: record.seq_id, reverse=True)
-    return [_request(catalog, record, steps) for record in known[:limit]]
+    return [_request(catalog, record, steps, passage_of(record.request_id)) for record in known[:limit]]
 
 
-def _request(catalog: Catalog, record: RequestRecord, steps: Mapping[int, Step]) -> RequestView:
+def _request(
+    catalog: Catalog, record: RequestRecord, steps: Mapping[int, Step], passage: Passage | None
+) -> RequestView:
     result, step = catalog.results.get(record.request_id), steps.get(record.seq_id)
     station: Station = "queued"
     if result is not None:
@@ -81,6 +86,8 @@ def _request(catalog: Catalog, record: RequestRecord, steps: Mapping[int, Step])
         kind=record.kind,
         station=station,
         accepted_at=record.created_at,
+        queued_at=(passage and passage.durable_at) or None,
+        sent_at=(passage and passage.begun_at) or None,
         finished_at=result.finished_at if result else None,
         body_bytes=record.body_bytes,
     )
