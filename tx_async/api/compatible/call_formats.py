@@ -8,17 +8,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tx_async.api.compatible.json_values import is_list, is_object
 from tx_async.api.compatible.parsing import Call, Parameters
 
 
 def call_of(value: Any) -> Call | None:
     """A call from {"name": …, "arguments": … or "parameters": …}."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    if not is_object(value) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = parsed_json(arguments)
-    return Call(value["name"], dumps(arguments)) if isinstance(arguments, dict) else None
+    return Call(value["name"], dumps(arguments)) if is_object(arguments) else None
 
 
 def _all_calls(values: list[Any]) -> list[Call] | None:
@@ -59,7 +60,7 @@ _DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)
 
 def read_deepseek(inside: str, _parameters: Parameters) -> list[Call] | None:
     """`NAME<sep>{…}` (V3.1), or `function<sep>NAME` and a fenced block of JSON (V3, R1)."""
-    values = []
+    values: list[Any] = []
     for first, second in _DEEPSEEK.findall(inside):
         name, body = first, second
         if fenced := re.fullmatch(r"\s*([^\n`]+)\n```json\n(.*?)\n?```\s*", second, re.DOTALL):
@@ -75,8 +76,9 @@ def read_mistral(inside: str, _parameters: Parameters) -> list[Call] | None:
     """A JSON list of calls, or `NAME[ARGS]{…}` one after the other."""
     if inside.lstrip().startswith("["):
         listed = parsed_json(inside)
-        return _all_calls(listed) if isinstance(listed, list) else None
-    values, place = [], 0
+        return _all_calls(listed) if is_list(listed) else None
+    values: list[Any] = []
+    place = 0
     while found := _MISTRAL.match(inside, place):
         try:
             arguments, place = json.JSONDecoder().raw_decode(inside, found.end())

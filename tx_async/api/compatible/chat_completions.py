@@ -159,7 +159,7 @@ class ChatAnswer:
 
     def _chunks(self, index: int, delta: Delta, num_calls: int) -> Iterator[openai.ChunkChoice]:
         """num_calls: calls before this delta. Log-probabilities go with the first chunk."""
-        messages = []
+        messages: list[AnsweredChatMessage] = []
         for event in delta.events:
             messages.append(self._delta(event, num_calls))
             num_calls += isinstance(event, ToolCall)

@@ -56,7 +56,7 @@ class Choice:
     #: how many tokens of the prompt were in the cache
     cached_tokens: int = 0
     #: of the whole answer
-    deltas: list[Delta] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list[Delta])
 
     def feed(self, piece: LivePiece) -> Delta:
         tokens: list[int] = np.frombuffer(piece.tokens, "<i4").tolist()

@@ -17,6 +17,7 @@ from tx_async.api.compatible.choices import Choice, Delta, Likely, Scored, rows_
 from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.api.compatible.forms import openai_error
+from tx_async.api.compatible.json_values import is_list
 from tx_async.api.compatible.models import fingerprint, model_path
 from tx_async.api.compatible.parsing import PlainParser
 from tx_async.api.compatible.prompts import check_length, compute
@@ -79,11 +80,11 @@ def prompts_of(prompt: str | list[Any]) -> list[str | list[int]]:
 
 
 def _is_tokens(entry: Any) -> bool:
-    return isinstance(entry, list) and all(type(token) is int for token in entry)
+    return is_list(entry) and all(type(token) is int for token in entry)
 
 
 def _encoded(tokenizer: Tokenizer, prompts: list[str | list[int]]) -> list[list[int]]:
-    found = []
+    found: list[list[int]] = []
     for entry in prompts:
         tokens = tokenizer.encode(entry, framed=True) if isinstance(entry, str) else entry
         if not tokens:
@@ -132,9 +133,9 @@ class CompletionAnswer:
     created: int
     id: str = field(default_factory=lambda: new_id("cmpl"))
     #: the scored tokens of each prompt, where they were asked for
-    scored: dict[int, list[Scored]] = field(default_factory=dict)
+    scored: dict[int, list[Scored]] = field(default_factory=dict[int, list[Scored]])
     #: the text of each prompt, and where its tokens begin in it
-    prompt_texts: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
+    prompt_texts: dict[int, tuple[str, list[int]]] = field(default_factory=dict[int, tuple[str, list[int]]])
 
     def failed(self, status: int, message: str) -> bytes:
         return data_event(openai_error(status, message))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tx_async.api.compatible.fields import InvalidField
+from tx_async.api.compatible.json_values import is_object
 from tx_async.wire.openai import ChatMessage, ToolCall
 
 PARTS_JOINED_BY = "\n"
@@ -19,7 +20,7 @@ def template_messages(
     """takes_parts, knows_developer: what the model's chat template can render; otherwise parts are joined, and a
     developer speaks as the system."""
     check_order(messages)
-    found = []
+    found: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         role = "system" if message.role == "developer" and not knows_developer else message.role
         entry: dict[str, Any] = {"role": role, "content": _content(message.content, f"messages[{i}]", takes_parts)}
@@ -137,7 +138,7 @@ def arguments_of(arguments: str | dict[str, Any], where: str) -> dict[str, Any]:
         parsed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         parsed = None
-    if not isinstance(parsed, dict):
+    if not is_object(parsed):
         raise InvalidField(f"{where}.function.arguments", "they must be a JSON object.")
     return parsed
 
@@ -148,24 +149,25 @@ _FUNCTION = {"name", "description", "parameters", "strict"}
 
 def parameters_of(tools: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The name of each tool -> the schemas of its parameters. Raises `InvalidField` for a malformed tool."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for i, tool in enumerate(tools):
         where, function = f"tools[{i}]", tool.get("function")
-        if tool.get("type") != "function" or not isinstance(function, dict):
+        if tool.get("type") != "function" or not is_object(function):
             raise InvalidField(where, 'a tool must be {"type": "function", "function": {"name": …, …}}.')
         if unknown := sorted((tool.keys() - _TOOL) | (function.keys() - _FUNCTION)):
             raise InvalidField(f"{where}.{unknown[0]}", "this field is not known here, or not supported. Leave it out.")
-        name, schema = function.get("name"), function.get("parameters") or {}
+        name = function.get("name")
+        schema: Any = function.get("parameters") or {}
         if not isinstance(name, str) or not name or name in found:
             raise InvalidField(f"{where}.function.name", "every tool needs a name of its own.")
-        if not isinstance(schema, dict) or not isinstance(function.get("description") or "", str):
+        if not is_object(schema) or not isinstance(function.get("description") or "", str):
             raise InvalidField(f"{where}.function", "parameters must be a JSON Schema, description a text.")
         found[name] = _properties(schema, where)
     return found
 
 
 def _properties(schema: dict[str, Any], where: str) -> dict[str, Any]:
-    properties = schema.get("properties") or {}
-    if schema.get("type", "object") != "object" or not isinstance(properties, dict):
+    properties: Any = schema.get("properties") or {}
+    if schema.get("type", "object") != "object" or not is_object(properties):
         raise InvalidField(f"{where}.function.parameters", "it must be the JSON Schema of an object.")
-    return {name: entry for name, entry in properties.items() if isinstance(entry, dict)}
+    return {name: entry for name, entry in properties.items() if is_object(entry)}

@@ -31,11 +31,10 @@ class Family:
     id_characters: int = _CALL_ID_CHARACTERS
 
     def parser(self, parameters: Parameters, *, with_tools: bool, prompt: str) -> Parser:
-        match self.name:
-            case "gpt-oss":
-                return HarmonyParser(with_tools)
-            case "llama3":
-                return WholeMessageParser(with_tools)
+        if self.name == "gpt-oss":
+            return HarmonyParser(with_tools)
+        if self.name == "llama3":
+            return WholeMessageParser(with_tools)
         in_reasoning = self.tags.thinks is not None and prompt.rstrip().endswith(self.tags.thinks[0])
         return TagParser(self.tags, parameters, with_tools=with_tools, in_reasoning=in_reasoning)
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from tx_async.api import body, measure
+from tx_async.api.compatible.json_values import is_list, is_object
 from tx_async.api.context import Call
 from tx_async.config import ServerConfig
 from tx_async.errors import InvalidRequest, NotFound
@@ -88,8 +89,8 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     leave open, also in fields that are not known here. Schemas and arguments of tools are data and stay as they are."""
     kept = {key: item for key, item in value.items() if item is not None and key not in WITHOUT_EFFECT_ANYWHERE}
     for key in _NESTED:
-        if isinstance(items := kept.get(key), list):
-            kept[key] = [_plain(item) if isinstance(item, dict) else item for item in items]
+        if is_list(items := kept.get(key)):
+            kept[key] = [_plain(item) if is_object(item) else item for item in items]
     return kept
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -54,7 +54,7 @@ async def messages(call: Call) -> Response:
 
 
 @contextmanager
-def _under_own_names() -> Iterator[None]:
+def _under_own_names() -> Generator[None]:
     """Messages and settings go OpenAI's way; errors name the fields that Anthropic's clients have sent."""
     try:
         yield
@@ -171,6 +171,8 @@ def blocks_of(events: list[Event], family: Family) -> list[anthropic.AnsweredBlo
                 last.thinking += text
             case anthropic.AnsweredToolUse() as last, ToolCall(_, arguments):
                 last.input = msgspec.json.decode(arguments)
+            case _:
+                raise AssertionError("a block grows only by events of its own kind")
     return blocks
 
 

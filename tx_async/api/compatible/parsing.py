@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
 WHITESPACE = " \t\r\n"
+_State = Literal["text", "reasoning", "block"]
 
 
 class Text(Struct, frozen=True):
@@ -100,7 +101,7 @@ class TagParser:
         self._parameters = parameters
         self._calls = tags.calls if with_tools else None
         self._buffer = ""
-        self._state = "reasoning" if in_reasoning and tags.thinks else "text"
+        self._state: _State = "reasoning" if in_reasoning and tags.thinks else "text"
         self._reasoning = Trimmed("\n", "\n")
         self._text = self._new_text("")
         self._num_calls = 0
@@ -117,7 +118,11 @@ class TagParser:
             goes_on = state != self._state
 
     def _read_text(self) -> Iterator[Event]:
-        openers = {pair[0]: state for pair, state in ((self._tags.thinks, "reasoning"), (self._calls, "block")) if pair}
+        openers: dict[str, _State] = {}
+        if self._tags.thinks:
+            openers[self._tags.thinks[0]] = "reasoning"
+        if self._calls:
+            openers[self._calls[0]] = "block"
         before, opener = self._until(list(openers))
         yield from self._say(before)
         if opener:

@@ -32,7 +32,7 @@ class Chat:
 
     messages: Sequence[ChatMessage]
     tools: Sequence[dict[str, Any]] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More values for the template (`chat_template_kwargs`)."""
     required: tuple[tuple[str, str], ...] = ()
     """(option, field of the request that sets it): the template must know one of these options, if there are any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +58,7 @@ def checked(call: Call, sample: Sample) -> Sample:
 
 
 @contextmanager
-def _under_known_names() -> Iterator[None]:
+def _under_known_names() -> Generator[None]:
     try:
         yield
     except InvalidRequest as error:
@@ -117,7 +117,7 @@ def includes_usage(request: Sampling) -> bool:
 
 
 def _logit_bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
-    found = {}
+    found: dict[int, float] = {}
     for token, bias in (given or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise InvalidField("logit_bias", f"{token[:40]!r} is not a token id.")

@@ -162,10 +162,14 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+class _Sandbox(ImmutableSandboxedEnvironment):
+    # jinja2 leaves the types of these open.
+    filters: dict[str, Any]
+    globals: dict[str, Any]
+
+
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise,

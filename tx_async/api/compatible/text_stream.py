@@ -39,7 +39,7 @@ class TextStream:
 
     def feed(self, tokens: Sequence[int], stop_reason: str | None = None) -> tuple[str, list[int]]:
         """(new text, where in the whole text each token begins). stop_reason: set with the last tokens."""
-        offsets = []
+        offsets: list[int] = []
         for i, token in enumerate(tokens):
             offsets.append(self._num_characters)
             is_end = stop_reason == "stop" and i == len(tokens) - 1 and token in self._ends

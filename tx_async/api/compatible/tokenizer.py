@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
+from tx_async.api.compatible.json_values import is_list, is_object
 from tx_async.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -144,10 +145,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _named_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     given = _read_json(folder / "special_tokens_map.json") | settings
-    found = {}
+    found: dict[str, str] = {}
     for name in NAMED_TOKENS:
         entry = given.get(name)
-        text = entry.get("content") if isinstance(entry, dict) else entry
+        text = entry.get("content") if is_object(entry) else entry
         if isinstance(text, str):
             found[name] = text
     return found
@@ -162,7 +163,7 @@ def _template_sources(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     if files:
         return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     given = settings.get("chat_template")
-    if isinstance(given, list):
+    if is_list(given):
         return {entry["name"]: entry["template"] for entry in given}
     return {"default": given} if isinstance(given, str) else {}
 
