@@ -35,7 +35,8 @@ from tx_async.engine.decode_batches import (
     prefill_calls,
     score_batches,
 )
-from tx_async.engine.decode_programs import STOP_TOKENS_MAX, Adapters, Decoded
+from tx_async.engine.decode_programs import Adapters, Decoded
+from tx_async.engine.endings import ending, obey
 from tx_async.engine.kernels import NO_KERNELS, Kernels
 from tx_async.engine.kv_cache import (
     CACHE_PART,
@@ -57,6 +58,7 @@ from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
 from tx_async.engine.streams import Stream
 from tx_async.errors import Category, InvalidRequest
+from tx_async.grammar import Constraint, GrammarError, compiled, vocabulary
 from tx_async.layers.lora import LoraWeights
 from tx_async.wire.operations import SUPPORT_TOKENS_MAX, is_shaped
 from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequencePiece, SequenceSpec
@@ -159,13 +161,19 @@ class SamplingEngine:
 
     def admit(self, specs: Sequence[SequenceSpec], tensors: Sequence[np.ndarray], loaded: Sequence[bool]) -> None:
         """Queue sequences; `tensors` are read only during this call. Sequences of a sampler slot that is not `loaded`
-        fail alone. Raises `InvalidRequest` before it has queued any."""
-        able = [spec for spec in specs if spec.sampler_slot == BASE_SLOT or loaded[spec.sampler_slot]]
-        samples = [self._sample(spec, tensors) for spec in able]
+        fail alone, and so do those whose grammar cannot be used. Raises `InvalidRequest` before it has queued any."""
+        samples: list[Sample] = []
+        failed: list[tuple[int, Category, str]] = []
+        for spec in specs:
+            try:
+                if spec.sampler_slot != BASE_SLOT and not loaded[spec.sampler_slot]:
+                    failed.append((spec.sequence_id, "server", f"Sampler slot {spec.sampler_slot} is empty."))
+                else:
+                    samples.append(self._sample(spec, tensors))
+            except GrammarError as error:
+                failed.append((spec.sequence_id, "user", f"grammar: {error.message}"))
         with self._lock:
-            for spec in specs:
-                if spec not in able:
-                    self._failed.append((spec.sequence_id, "server", f"Sampler slot {spec.sampler_slot} is empty."))
+            self._failed += failed
             for sample in samples:
                 self.sequences.admit(sample)
 
@@ -201,9 +209,15 @@ class SamplingEngine:
             tokens=tokens,
             keys=PageKeys(spec.adapter_version, self.layout.page_size),
             stops=StopStrings(spec.stop_strings, load_decoder(self.folder), tokens) if spec.stop_strings else None,
+            constraint=self._constraint(spec),
             scoring=_scoring(spec, tensors, len(tokens)),
             times=Times(admitted_at=time.monotonic()),
         )
+
+    def _constraint(self, spec: SequenceSpec) -> Constraint | None:
+        if not spec.grammar:
+            return None
+        return compiled(vocabulary(self.folder), spec.grammar).begin(spec.stop_token_ids, self.model.vocab_size)
 
     # ---- dispatch
 
@@ -243,9 +257,10 @@ class SamplingEngine:
         num_candidates = heads.num_candidates(max(sample.spec.head_tokens for sample in samples))
         name = _decode_program(rows, bool(adapters.weights), num_candidates)
         arguments = [self.decode_params, adapters, self.pools, batch, np.int32(steps)]
-        if any(is_shaped(sample.spec) for sample in samples):
-            name = f"shaped {name}"
-            arguments.append(shaping_of(samples, rows, self.context))
+        constrained = any(sample.constraint for sample in samples)
+        if constrained or any(is_shaped(sample.spec) for sample in samples):
+            name = f"{'constrained' if constrained else 'shaped'} {name}"
+            arguments.append(shaping_of(samples, rows, self.context, self.model.vocab_size))
         decoded, self.pools = self.programs[name](*arguments)
         quantum.decoded = (samples, decoded)
 
@@ -280,6 +295,9 @@ class SamplingEngine:
                 if reason:
                     finished.append(finished_sequence(sample, reason, tensors, now))
                     self.sequences.finish(sample)
+                elif problem := obey(sample, count):
+                    self._failed.append((sample.spec.sequence_id, "user", problem))
+                    self.sequences.finish(sample)
                 elif count and sample.spec.stream:
                     pieces.append(piece_of(sample, count, tensors))
         num_decoding = self.sequences.num_decoding
@@ -303,7 +321,7 @@ class SamplingEngine:
         """Take a row's new tokens; -> (how many, why the sequence ends with them, if it does)."""
         count = int(out.count[row])
         tokens = out.tokens[:count, row].tolist()
-        count, reason = _ending(sample, tokens)
+        count, reason = ending(sample, tokens)
         sample.tokens.extend(tokens[:count])
         sample.num_computed = len(sample.tokens) - 1
         sample.logprobs.extend(out.logprobs[:count, row].tolist())
@@ -330,14 +348,15 @@ class SamplingEngine:
             function = partial(decode, num_candidates=num)
             batch = decode_batch([], rows, self.layout)
             arguments = (self.decode_params, adapters(batch.adapter), self.pools, batch, np.int32(0))
-            shaping = shapes(rows, self.context)
+            shaping = shapes(rows, self.context), shapes(rows, self.context, self.model.vocab_size)
             variants = {True: arguments}
             if self.platform.grouped_lora:
                 variants[False] = (arguments[0], arguments[1].without_lora, *arguments[2:])
             for with_lora, variant in variants.items():
                 name, more = _decode_program(rows, with_lora, num), {"donate": (2,), "out_shardings": and_pools}
                 yield program(name, function, variant, **more)
-                yield program(f"shaped {name}", function, (*variant, shaping), **more)
+                yield program(f"shaped {name}", function, (*variant, shaping[0]), **more)
+                yield program(f"constrained {name}", function, (*variant, shaping[1]), **more)
 
         function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.tile_tokens
         for rows in self.platform.prefill_rows:
@@ -400,20 +419,3 @@ def _prefill_progress(schedule: Schedule) -> dict[int, int]:
 
 def _decode_program(rows: int, with_lora: bool, num_candidates: int) -> str:
     return f"decode {rows}{'' if with_lora else ' base'}{'' if num_candidates == TOPK_MAX else ' wide'}"
-
-
-def _ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:
-    """-> (how many of the new tokens stay, why it ends with them)."""
-    stop_ids = sample.spec.stop_token_ids
-    count = len(tokens)
-    if len(stop_ids) > STOP_TOKENS_MAX:
-        count = next((n for n, token in enumerate(tokens, 1) if token in stop_ids), count)
-    if sample.stops:
-        too_early = min(count, max(0, sample.spec.min_tokens - (len(sample.tokens) - sample.num_prompt)))
-        sample.stops.pass_over(tokens[:too_early])
-        completed = sample.stops.feed(tokens[too_early:count])
-        if completed is not None:
-            return too_early + completed, "stop"
-    if count and tokens[count - 1] in stop_ids:
-        return count, "stop"
-    return count, "length" if len(sample.tokens) + count >= sample.limit else None

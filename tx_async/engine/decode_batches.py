@@ -134,7 +134,8 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
     return DecodeBatch(
         token=column([sample.tokens[-1] for sample in samples], np.int32),
         position=column([len(sample.tokens) - 1 for sample in samples], np.int32),
-        remaining=column([sample.num_left for sample in samples], np.int32),
+        # What a grammar allows next is known once the host knows the token before it: one step a quantum.
+        remaining=column([min(sample.num_left, 1 if sample.constraint else INT32_MAX) for sample in samples], np.int32),
         adapter=column([spec.sampler_slot for spec in specs], np.int32, BASE_SLOT),
         temperature=column([spec.temperature for spec in specs], np.float32),
         top_k=column([min(spec.top_k, INT32_MAX) for spec in specs], np.int32),

@@ -22,6 +22,7 @@ from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.state_slots import NULL_SLOT, StateSlots
 from tx_async.engine.stops import StopStrings
+from tx_async.grammar import Constraint
 from tx_async.wire.worker import SequenceSpec, SequenceTimes
 
 PromptKey = tuple[str, bytes]
@@ -64,6 +65,8 @@ class Sample:
     tokens: list[int]
     keys: PageKeys
     stops: StopStrings | None = None
+    constraint: Constraint | None = None
+    """What its grammar allows next; None where it has no grammar."""
     scoring: PromptScoring | None = None
     pages: list[int] = field(default_factory=list)
     slot: int = NULL_SLOT

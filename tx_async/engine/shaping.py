@@ -8,6 +8,8 @@ With z the logits of a step, in the order of vLLM's sampler (`vllm/v1/sample/sam
     frequency_penalty    z[t] -= f * count[t]                   count: how often the answer has t
     presence_penalty     z[t] -= p * (count[t] > 0)
 
+    grammar              z[t] = -inf                            for tokens t that the grammar does not allow next
+
 min_p is applied after temperature (`sampler.py`): it keeps the tokens whose probability is at least min_p times that of
 the likeliest (arXiv:2407.01082). Log-probabilities are those of z itself. A row that asks for nothing gets its z back,
 so it is drawn as in the programs without shaping; a batch of only such rows runs those.
@@ -24,10 +26,14 @@ from jax import Array
 
 from tx_async.engine.sequences import Sample
 from tx_async.errors import InvalidRequest
+from tx_async.grammar import WORD_BITS, num_words
 from tx_async.wire.worker import LOGIT_BIAS_MAX, SequenceSpec
 
 HELD_BACK_MAX = 512
 """How many stop tokens of one sequence `min_tokens` can hold back."""
+
+EVERYTHING = np.uint32(0xFFFFFFFF)
+"""A word of a row without a grammar."""
 
 Data = Any
 """numpy on its way to the device, a traced array inside a program."""
@@ -53,6 +59,8 @@ class Shaping(NamedTuple):
     bias: Data
     held_back: Data
     """int32 [B, HELD_BACK_MAX], -1 = none."""
+    allowed: Data = None
+    """uint32 [B, ceil(V / 32)], a bit for each token, lowest first; None where no row has a grammar."""
 
 
 class Tally(NamedTuple):
@@ -74,7 +82,7 @@ def check_shaping(spec: SequenceSpec) -> None:
         raise InvalidRequest(f"min_tokens goes with at most {HELD_BACK_MAX} stop tokens.")
 
 
-def shaping_of(samples: Sequence[Sample], rows: int, context: int) -> Shaping:
+def shaping_of(samples: Sequence[Sample], rows: int, context: int, vocab: int) -> Shaping:
     specs = [sample.spec for sample in samples]
 
     def column(values: Sequence, dtype: type, unused: float = 0) -> np.ndarray:
@@ -104,12 +112,25 @@ def shaping_of(samples: Sequence[Sample], rows: int, context: int) -> Shaping:
         bias_tokens=table([[token for token, _ in spec.logit_bias] for spec in specs], LOGIT_BIAS_MAX),
         bias=table([[bias for _, bias in spec.logit_bias] for spec in specs], LOGIT_BIAS_MAX, np.float32, 0),
         held_back=table([spec.stop_token_ids if spec.min_tokens else () for spec in specs], HELD_BACK_MAX),
+        allowed=_allowed(samples, rows, vocab),
     )
 
 
-def shapes(rows: int, context: int) -> Shaping:
-    """Arrays with the shapes of those of `shaping_of`, which take no memory."""
-    one = shaping_of([], 1, 1)._asdict()
+def _allowed(samples: Sequence[Sample], rows: int, vocab: int) -> np.ndarray | None:
+    if not any(sample.constraint for sample in samples):
+        return None
+    bits = np.full((rows, num_words(vocab)), EVERYTHING, np.uint32)
+    for row, sample in enumerate(samples):
+        if sample.constraint:
+            bits[row] = sample.constraint.allowed
+    return bits
+
+
+def shapes(rows: int, context: int, vocab: int = 0) -> Shaping:
+    """Arrays with the shapes of those of `shaping_of`, which take no memory. vocab: where rows have grammars."""
+    one = shaping_of([], 1, 1, 0)._asdict() | {"allowed": np.zeros((1, num_words(vocab)), np.uint32)}
+    if not vocab:
+        del one["allowed"]
     wide = {name: array.shape[1:] for name, array in one.items()} | {"text": (context,)}
     return Shaping(**{name: np.broadcast_to(array.flat[0], (rows, *wide[name])) for name, array in one.items()})
 
@@ -144,7 +165,14 @@ def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array) -> Arr
     repetition = shaping.repetition[:, None]
     z = jnp.where(tally.seen, jnp.where(z > 0, z / repetition, z * repetition), z)
     z = z - shaping.frequency[:, None] * tally.counts
-    return z - shaping.presence[:, None] * (tally.counts > 0)
+    z = z - shaping.presence[:, None] * (tally.counts > 0)
+    return z if shaping.allowed is None else jnp.where(_unpacked(shaping.allowed, z.shape[1]), z, -jnp.inf)
+
+
+def _unpacked(bits: Array, vocab: int) -> Array:
+    """uint32 [B, ceil(V / 32)] -> bool [B, V]"""
+    places = jnp.arange(WORD_BITS, dtype=jnp.uint32)
+    return ((bits[:, :, None] >> places) & 1).reshape(bits.shape[0], -1)[:, :vocab] > 0
 
 
 def counted(tally: Tally, tokens: Array, alive: Array) -> Tally:

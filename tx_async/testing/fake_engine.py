@@ -30,6 +30,7 @@ from tx_async.errors import (
     Category,
     CorruptedCheckpoint,
     EngineError,
+    InvalidRequest,
     TxError,
     UnknownCheckpoint,
 )
@@ -343,6 +344,8 @@ class FakeEngine:
 
     def _decode(self, sequence: FakeSequence, decode_steps: int) -> str | None:
         """Append up to `decode_steps` tokens; the reason, when one of them was the last."""
+        if sequence.spec.grammar:
+            raise InvalidRequest("This engine knows no grammars.")
         spec = sequence.spec
         for _ in range(decode_steps):
             if len(sequence.tokens) >= spec.max_tokens:

@@ -112,6 +112,7 @@ COMMANDS = (
                     presence_penalty=0.5,
                     min_tokens=2,
                     logit_bias=((7, -100.0),),
+                    grammar='{"grammars": [{"name": "main", "json_schema": {"type": "object"}}]}',
                     stream=True,
                 ),
             )

@@ -182,6 +182,8 @@ class Sample(Struct, tag=True, frozen=True, kw_only=True):
     """No stop token or stop string ends a shorter answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, bias that is added to its logit), each token once."""
+    grammar: str = ""
+    """The grammar that answers obey (`grammar.py`); "" = any text. Only live requests have one."""
 
     @property
     def scores_prompt(self) -> bool:

@@ -431,6 +431,8 @@ class SequenceSpec(Struct, frozen=True, kw_only=True, rename={"prompt_index": "p
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, bias that is added to its logit), each token once, at most LOGIT_BIAS_MAX. `operations.Sample` describes
     all of these."""
+    grammar: str = ""
+    """The grammar that the answer obeys (`grammar.py` says in which form); "" = any text. It ends with a stop token."""
     stream: bool = False
     """Whether somebody watches: then each quantum reports what it sampled (`Sampled.pieces`), and its turn comes before
     that of others where not all can have one."""

@@ -132,6 +132,7 @@ class SampleJob(Struct, eq=False):
             repetition_penalty=op.repetition_penalty,
             min_tokens=op.min_tokens,
             logit_bias=op.logit_bias,
+            grammar=op.grammar,
             stream=self.is_watched,
         )
 

@@ -69,6 +69,8 @@ def why_unable(worker: WorkerState, job: SampleJob, scores: bool) -> str:
         return reason
     if len(op.prompt) // 4 + job.max_tokens > worker.info.max_context_length:
         return f"its context has {worker.info.max_context_length} tokens"
+    if worker.is_external and op.grammar:
+        return "it knows no grammars"
     if limits is None:
         return ""
     if op.temperature > limits.temperature_max or GREEDY_BELOW <= op.temperature < limits.temperature_min:

@@ -1,0 +1,145 @@
+"""Which tokens a grammar allows next, by llguidance: the part of constrained decoding that the server, which checks
+grammars, and the engine, which obeys them, have in common.
+
+A grammar is llguidance's JSON: {"grammars": [{"name": …, "lark_grammar" or "json_schema": …}, …]}. What it costs is
+bounded by counts, never by time, so that every process comes to the same end with the same grammar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tx_async.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+GRAMMAR_BYTES_MAX = 64 * 1024
+"""The longest grammar that a request may have, in llguidance's form."""
+WORD_BITS = 32
+"""What is allowed is told in words of so many bits."""
+KEPT_GRAMMARS = 16
+"""How many compiled grammars a process keeps: the samples of one request, and the requests of one agent, share one."""
+_LIMITS = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 5_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 50_000,
+    "verbose_errors": False,
+}
+
+
+class GrammarError(InvalidRequest):
+    """A grammar does not compile, is too complex, or leaves no token to go on with."""
+
+
+class Vocabulary:
+    """A tokenizer in llguidance's form. The end of an answer is a token of its own behind all others: which of the
+    model's tokens end one is for the request to say."""
+
+    def __init__(self, tokenizer: str):
+        """tokenizer: the content of tokenizer.json. Raises `GrammarError` for one that llguidance does not read."""
+        from llguidance import LLTokenizer
+
+        try:
+            self.end = LLTokenizer(tokenizer, slices=[]).vocab_size
+            self.tokens = LLTokenizer(tokenizer, n_vocab=self.end + 1, eos_token=self.end)
+        except ValueError as error:
+            raise GrammarError(
+                f"this base model's tokenizer is of a kind that grammars cannot be used with ({error})."
+            ) from None
+
+    def is_special(self, token: int) -> bool:
+        """Whether a grammar must name it by its number: it is no text."""
+        return self.tokens.is_special_token(token)
+
+
+@cache
+def vocabulary(folder: str) -> Vocabulary:
+    """The base model's, read once. Raises `GrammarError`."""
+    try:
+        return Vocabulary((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise GrammarError("this base model has no tokenizer.json, which grammars need.") from None
+
+
+class Grammar:
+    """A compiled grammar, before any token of an answer."""
+
+    def __init__(self, vocabulary: Vocabulary, text: str):
+        """Raises `GrammarError`."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        self._vocabulary = vocabulary
+        self._matcher = LLMatcher(vocabulary.tokens, text, limits=LLParserLimits(**_LIMITS), log_level=0)
+        _check(self._matcher)
+
+    def begin(self, ends: Collection[int], vocab_size: int) -> Constraint:
+        """A constraint for one answer. ends: the tokens that may end a complete one."""
+        return Constraint(self._vocabulary, self._matcher.deep_copy(), ends, vocab_size)
+
+
+class Constraint:
+    """What one answer may go on with. `accept` moves it on."""
+
+    def __init__(self, vocabulary: Vocabulary, matcher: Any, ends: Collection[int], vocab_size: int):
+        """Raises `GrammarError` where no answer can begin."""
+        self._vocabulary = vocabulary
+        self._matcher = matcher
+        self._ends = [token for token in ends if token < vocab_size]
+        self._vocab_size = vocab_size
+        self.allowed = self._next()
+        """The tokens that may come next, a bit each, lowest bit first: uint32 [ceil(vocab_size / 32)]; never none."""
+
+    def __repr__(self) -> str:
+        return f"<Constraint {self._matcher.stop_reason()}>"
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Append allowed tokens that have not ended the answer. Raises `GrammarError` where it cannot go on."""
+        self._matcher.consume_tokens(list(tokens))
+        _check(self._matcher)
+        self.allowed = self._next()
+
+    def _next(self) -> np.ndarray:
+        import numpy as np
+
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        _check(self._matcher)
+        bits = np.zeros(num_words(self._vocab_size), np.uint32)
+        bits[: len(found)] = found[: len(bits)]
+        _set(bits, self._vocabulary.end, False)
+        for token in self._ends if self._matcher.is_accepting() else ():
+            _set(bits, token, True)
+        if rest := self._vocab_size % WORD_BITS:
+            bits[-1] &= np.uint32((1 << rest) - 1)
+        if not bits.any():
+            raise GrammarError("no token of this model goes on with the answer as the grammar wants it.")
+        return bits
+
+
+def num_words(vocab_size: int) -> int:
+    """How many words hold a bit for each token."""
+    return -(-vocab_size // WORD_BITS)
+
+
+def _set(bits: np.ndarray, token: int, value: bool) -> None:
+    place, bit = token // WORD_BITS, 1 << token % WORD_BITS
+    if place < len(bits):
+        bits[place] = int(bits[place]) | bit if value else int(bits[place]) & ~bit
+
+
+@lru_cache(KEPT_GRAMMARS)
+def compiled(vocabulary: Vocabulary, text: str) -> Grammar:
+    """Raises `GrammarError`."""
+    return Grammar(vocabulary, text)
+
+
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        lines = matcher.get_error().strip().splitlines() or ["it failed"]
+        raise GrammarError(f"{lines[0][:300].rstrip('.')}.")
