@@ -2,14 +2,17 @@
 
     python bench/heartbeat.py [--posts 208] [--at-once 64] [--bytes 3350000] [--json]
 
-Three processes: the server, one that posts forward_backward bodies of that size with one key, so many at a time, and
-one that sends heartbeats with another key on a connection of its own and notes each round trip. Every post must be
-accepted; how fast they are is the machine's. There is no worker: a device would take cores from what is measured.
+The processes: the server; one that posts forward_backward bodies of that size with one key, so many at a time; one
+that sends heartbeats with another key on a connection of its own and notes each round trip; and the floor, a bare
+asyncio process that sends back what it gets: it is asked after each heartbeat, and shows what the machine itself makes
+everybody wait for. Every post must be accepted; how fast they are is the machine's. There is no worker: a device would
+take cores from what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import http.client
 import json
 import multiprocessing
@@ -27,7 +30,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from tx_async.testing.models import make_qwen3
-from tx_async.testing.server import running_server
+from tx_async.testing.server import free_port, running_server
 from tx_async.wire import protobuf
 
 ROOT = Path(__file__).parents[1]
@@ -100,24 +103,60 @@ def post_bodies(base_url: str, base_model: str, posts: int, at_once: int, num_by
         thread.join()
 
 
-def send_heartbeats(base_url: str, stop: Any, times: Any) -> None:
+def send_back(port: int) -> None:
+    """The floor: a process of its own."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            writer.write(line)
+
+    async def serve() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", port) as server:
+            await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+def send_heartbeats(base_url: str, floor_port: int, stop: Any, times: Any) -> None:
     """The light tenant: a process of its own."""
     connection = Connection(base_url, "tml-light")
     session = connection.post_json("create_session", {})["session_id"]
+    floor = _connect(floor_port)
     taken = []
     while not stop.is_set():
         began = time.perf_counter()
         connection.post_json("session_heartbeat", {"session_id": session})
-        taken.append(time.perf_counter() - began)
+        beaten = time.perf_counter()
+        floor.sendall(b"?\n")
+        floor.recv(2)
+        taken.append((beaten - began, time.perf_counter() - beaten))
         time.sleep(HEARTBEAT_INTERVAL_S)
     times.put(taken)
+
+
+def _connect(port: int) -> socket.socket:
+    """A connection to a process that is about to listen."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            connection = socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return connection
 
 
 def measure(base_url: str, base_model: str, posts: int, at_once: int, num_bytes: int) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     ready, go, stop, times = context.Event(), context.Event(), context.Event(), context.Queue()
     heavy = context.Process(target=post_bodies, args=(base_url, base_model, posts, at_once, num_bytes, ready, go))
-    light = context.Process(target=send_heartbeats, args=(base_url, stop, times))
+    floor_port = free_port()
+    floor = context.Process(target=send_back, args=(floor_port,), daemon=True)
+    light = context.Process(target=send_heartbeats, args=(base_url, floor_port, stop, times))
+    floor.start()
     heavy.start()
     ready.wait()
     light.start()
@@ -129,15 +168,24 @@ def measure(base_url: str, base_model: str, posts: int, at_once: int, num_bytes:
     stop.set()
     taken = np.array(times.get(timeout=60)) * 1e3
     light.join()
+    floor.terminate()
     if heavy.exitcode:
         raise SystemExit("not every body was accepted")
     return {
         "seconds": seconds,
         "mb_per_s": posts * num_bytes / seconds / 1e6,
         "heartbeats": len(taken),
-        "median_ms": float(np.median(taken)),
-        "p99_ms": float(np.quantile(taken, 0.99)),
-        "max_ms": float(taken.max()),
+        **_quantiles("", taken[:, 0]),
+        **_quantiles("floor_", taken[:, 1]),
+        "load": os.getloadavg()[0],
+    }
+
+
+def _quantiles(prefix: str, taken: np.ndarray) -> dict[str, float]:
+    return {
+        f"{prefix}median_ms": float(np.median(taken)),
+        f"{prefix}p99_ms": float(np.quantile(taken, 0.99)),
+        f"{prefix}max_ms": float(taken.max()),
     }
 
 
@@ -159,7 +207,9 @@ def main() -> None:
         print()
     print(
         f"heartbeat: median {result['median_ms']:.1f} ms, p99 {result['p99_ms']:.1f} ms, max {result['max_ms']:.1f} ms "
-        f"({result['heartbeats']:.0f} of them) beside {options.posts} bodies of {options.bytes / 1e6:.2f} MB, "
+        f"(floor {result['floor_median_ms']:.1f}, {result['floor_p99_ms']:.1f}, {result['floor_max_ms']:.1f} ms; "
+        f"{result['heartbeats']:.0f} of each; load {result['load']:.1f}) "
+        f"beside {options.posts} bodies of {options.bytes / 1e6:.2f} MB, "
         f"{options.at_once} at a time, {result['mb_per_s']:.0f} MB/s ({os.cpu_count()} cores, {platform.machine()})"
     )
 

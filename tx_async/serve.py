@@ -10,6 +10,7 @@ journal brings it back.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -24,7 +25,7 @@ from hypercorn.config import Config as HypercornConfig
 from hypercorn.config import Sockets
 from hypercorn.utils import LifespanFailureError, wrap_app
 
-from tx_async import logs
+from tx_async import freed_memory, logs
 from tx_async.api.gate import Gate
 from tx_async.api.owner import is_loopback
 from tx_async.config import ServerConfig
@@ -38,7 +39,7 @@ GRACEFUL_S = 1.0
 KEEP_ALIVE_S = 120
 BACKLOG = 4096
 HEADERS_BYTES_MAX = 64 * 1024
-SWITCH_INTERVAL_S = 0.001
+SWITCH_INTERVAL_S = 0.0005
 """How long a thread that decodes a body may keep the event loop waiting for the interpreter."""
 UNREAD_PIECES_MAX = 3
 """Pieces (of 64 KiB) of a body that may wait to be read: what comes faster than the budget allows stays in the socket.
@@ -58,6 +59,7 @@ def serve(config: ServerConfig) -> int:
     logs.configure(config.log_level, config.log_format)
     _raise_open_files_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    freed_memory.keep(config.bodies_bytes_max)
     settings = _hypercorn_settings(config)
     sockets = _bind(settings, config)
 
@@ -121,7 +123,10 @@ class _Server:
             return
 
         async def watched_send(message: Any) -> None:
-            self.has_started = self.has_started or message["type"] == "lifespan.startup.complete"
+            if message["type"] == "lifespan.startup.complete":
+                self.has_started = True
+                # What a start leaves stays for ever: to look through it again and again would only stop the event loop.
+                gc.freeze()
             await send(message)
 
         try:

@@ -7,6 +7,7 @@ not wait for them.
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
 from typing import TypeVar
@@ -17,13 +18,11 @@ import zstandard
 from starlette.requests import Request
 
 from tx_async.api import measure
-from tx_async.api.budget import INLINE_BYTES_MAX, Hold
+from tx_async.api.budget import INLINE_BYTES_MAX, Bodies, Hold
 from tx_async.errors import BodyTimeout, BodyTooLarge, InvalidRequest
 
 T = TypeVar("T")
 
-JOIN_BYTES_MAX = 4 * 2**20
-"""Up to so many bytes are joined on the event loop, in a millisecond."""
 HEAD_BYTES = 4096
 """How much is kept of a body over the limit: enough for the ids at the start of a protobuf."""
 DRAIN_FACTOR = 4
@@ -139,23 +138,31 @@ async def _receive(request: Request, bytes_max: int, hold: Hold) -> bytes:
     if announced <= bytes_max:
         await hold.take(announced)
     head, size = b"", 0
-    pieces: list[bytes] = []
-    async for piece in _pieces(request, hold.bodies.timeout_s):
+    body = _room(announced if announced <= bytes_max else 0)
+    async for piece in _pieces(request, hold.bodies):
         size += len(piece)
         if len(head) < HEAD_BYTES:
             head += piece[: HEAD_BYTES - len(head)]
         if size <= bytes_max and announced <= bytes_max:
             if size > hold.num_bytes:
                 await hold.take(max(len(piece), INLINE_BYTES_MAX))
-            pieces.append(piece)
-        elif pieces:
-            pieces.clear()
+            # Each piece is put in its place as it comes: to join megabytes at the end would stop the event loop.
+            body.write(piece)
+        elif hold.num_bytes:
+            body = io.BytesIO()
             hold.release()
         if size > DRAIN_FACTOR * bytes_max:
             break
     if size > bytes_max or announced > bytes_max:
         raise OversizedBody(head, bytes_max)
-    return await _join(pieces, size)
+    body.truncate()
+    return body.getvalue()
+
+
+def _room(num_bytes: int) -> io.BytesIO:
+    """A file of so many bytes, to be written over: it never grows, which would copy it, and its memory is first touched
+    by what is written to it."""
+    return io.BytesIO(bytes(num_bytes))
 
 
 def _content_length(request: Request) -> int:
@@ -163,26 +170,21 @@ def _content_length(request: Request) -> int:
     return int(text) if len(text) < 16 and text.isdigit() else 0
 
 
-async def _pieces(request: Request, timeout_s: float) -> AsyncIterator[bytes]:
+async def _pieces(request: Request, bodies: Bodies) -> AsyncIterator[bytes]:
     """Raises `BodyTimeout` when the next piece does not come."""
-    stream = request.stream()
+    stream, size = request.stream(), 0
     while True:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(bodies.timeout_s):
                 piece = await anext(stream, None)
         except TimeoutError:
             raise BodyTimeout() from None
         if piece is None:
             return
+        size += len(piece)
+        if size > INLINE_BYTES_MAX:
+            await bodies.turnstile.passed()
         yield piece
-
-
-async def _join(pieces: list[bytes], size: int) -> bytes:
-    if len(pieces) == 1:
-        return pieces[0]
-    if size <= JOIN_BYTES_MAX:
-        return b"".join(pieces)
-    return await anyio.to_thread.run_sync(b"".join, pieces)
 
 
 @cache

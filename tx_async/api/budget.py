@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import anyio.to_thread
 
+from tx_async.api.turnstile import Turnstile
 from tx_async.config import ServerConfig
 from tx_async.errors import BodyTooLarge, Overloaded
 
@@ -30,6 +31,8 @@ SMALL_BYTES_MIN = 16 * INLINE_BYTES_MAX
 READING_SHARE = 4
 """One in so many bytes of a bound is for what bodies unpack to, not for reading more of them."""
 DECODERS = 2
+PIECES_PER_ROUND = 2
+"""Pieces (of 64 KiB, as a rule) of large bodies that one round of the event loop takes: half a millisecond of it."""
 PATIENCE = 2
 """A body waits for its bytes this many times as long as a stalled body may hold them (`body_timeout_ms`)."""
 
@@ -118,6 +121,7 @@ class Bodies:
         self.timeout_s = config.body_timeout_ms / 1000
         self.large = Ledger(large, self.key_bytes_max)
         self.small = Ledger(small, small // 2)
+        self.turnstile = Turnstile(PIECES_PER_ROUND)
         self._decoders = asyncio.Semaphore(DECODERS)
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
         #: owner -> the holds that use its turn or wait for it

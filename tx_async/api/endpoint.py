@@ -97,7 +97,7 @@ class Endpoint:
             logger.exception("%s %s failed", self.row.method, self.row.path)
             response = internal_error_response(request.url.path)
         response.headers["x-request-id"] = response.headers["request-id"] = request_id
-        if isinstance(response, StreamingResponse):  # it listens for the client's end itself
+        if isinstance(response, StreamingResponse) or _is_read(request):  # a stream listens for the client's end itself
             await response(scope, receive, send)
             await _read_to_the_end(request)
         else:
@@ -125,10 +125,14 @@ async def _read_to_the_end(request: Request) -> None:
     """Read the rest of a body that is no longer wanted: the connection's reader waits until its data is taken."""
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LEFTOVERS_S):
-            while not request._stream_consumed:  # no public name  # pyright: ignore[reportPrivateUsage]
+            while not _is_read(request):
                 message = await request.receive()
                 if message["type"] != "http.request" or not message.get("more_body"):
                     break
+
+
+def _is_read(request: Request) -> bool:
+    return request._stream_consumed  # no public name  # pyright: ignore[reportPrivateUsage]
 
 
 def _request_id(request: Request) -> str:

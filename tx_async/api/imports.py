@@ -45,6 +45,7 @@ async def _receive(call: Call, path: Path) -> None:
             size += len(piece)
             if size > UPLOAD_BYTES_MAX:
                 raise BodyTooLarge(f"The adapter is larger than {UPLOAD_BYTES_MAX} bytes.")
+            await call.api.bodies.turnstile.passed()
             await asyncio.to_thread(file.write, piece)
 
 

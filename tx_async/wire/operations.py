@@ -15,7 +15,7 @@ from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import AdamParams, AdapterConfig, SequenceSpec
 
 
-class ProvenanceSpan(Struct, frozen=True, array_like=True):
+class ProvenanceSpan(Struct, frozen=True, array_like=True, gc=False):
     """A run of positions whose tokens are `[offset, offset + length)` of a sampled sequence, or of its prompt."""
 
     is_sampled: bool
@@ -25,7 +25,7 @@ class ProvenanceSpan(Struct, frozen=True, array_like=True):
     length: int
 
 
-class Provenance(Struct, frozen=True, array_like=True):
+class Provenance(Struct, frozen=True, array_like=True, gc=False):
     """The origin of a datum's tokens; each list tiles its field."""
 
     model_input: tuple[ProvenanceSpan, ...]
@@ -40,7 +40,7 @@ HEAD_TOKENS_MAX = 127
 training."""
 
 
-class SamplerHeads(Struct, frozen=True, array_like=True):
+class SamplerHeads(Struct, frozen=True, array_like=True, gc=False):
     """The sampler's distribution when it drew the tokens of S positions of a datum: its K likeliest tokens, with the
     probabilities that it drew from (temperature, top-k and top-p applied)."""
 
@@ -55,7 +55,7 @@ class SamplerHeads(Struct, frozen=True, array_like=True):
     k: int
 
 
-class Datum(Struct, frozen=True, array_like=True):
+class Datum(Struct, frozen=True, array_like=True, gc=False):
     """One training sequence. `tokens` is int32 little-endian; loss inputs are dense ([T] or [T, K], float32 or
     int64)."""
 

@@ -18,7 +18,7 @@ def _dtype_name(dtype: np.dtype) -> DType:
     return str(dtype)  # type: ignore[return-value]
 
 
-class Tensor(Struct, frozen=True, array_like=True):
+class Tensor(Struct, frozen=True, array_like=True, gc=False):
     """An array with its bytes, for bodies that are stored (operations in the journal)."""
 
     dtype: DType
@@ -34,7 +34,7 @@ class Tensor(Struct, frozen=True, array_like=True):
         return cls(_dtype_name(array.dtype), array.shape, array.tobytes())
 
 
-class TensorSpec(Struct, frozen=True, array_like=True):
+class TensorSpec(Struct, frozen=True, array_like=True, gc=False):
     """An array whose bytes travel beside the message: in shared memory, or as a frame of their own."""
 
     dtype: DType
