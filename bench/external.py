@@ -30,10 +30,10 @@ from journal_cost import FORGETFUL
 from machine import MODEL
 
 from tx_async.testing.models import make_qwen3
-from tx_async.testing.server import Server, running_server
+from tx_async.testing.server import ServerProcess, running_server
 from tx_async.testing.vllm_process import running_vllm
 from tx_async.wire.worker import BASE_SLOT, SequenceSpec
-from tx_async.worker.dialect import Prompt
+from tx_async.worker.dialect import EncodedPrompt
 from tx_async.worker.vllm_http import VllmHttp
 
 GOAL = 0.90
@@ -52,7 +52,7 @@ def alone(url: str, model: str, args: argparse.Namespace, seed: int) -> float:
 
     async def run() -> float:
         client = VllmHttp(url)
-        asked = [(Prompt(prompt), index) for prompt in prompts(args.requests) for index in range(args.samples)]
+        asked = [(EncodedPrompt(prompt), index) for prompt in prompts(args.requests) for index in range(args.samples)]
         started = time.perf_counter()
         await asyncio.gather(
             *(client.complete(model, prompt, _spec(args.tokens, seed, index)) for prompt, index in asked)
@@ -105,7 +105,7 @@ def serving(folder: Path, model: Path, url: str, forgetful: bool) -> Iterator[An
             yield service.create_sampling_client(base_model=str(model)).result()
 
 
-def _wait_until_trusted(server: Server) -> None:
+def _wait_until_trusted(server: ServerProcess) -> None:
     deadline = time.monotonic() + ATTACHED_S
     trials = server.data_dir / "checkpoints" / "external-trials"
     while "serves" not in server.log() or list(trials.glob("*/metadata.json")):

@@ -27,7 +27,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import tinker
 
 from tx_async.testing.models import make_qwen3
-from tx_async.testing.server import Server
+from tx_async.testing.server import ServerProcess
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/support is no part of the package
 
@@ -36,7 +36,7 @@ from tests.support.durability import batch, kill_server, kill_worker, serving
 GOAL_S = 5.0
 
 
-def measure(server: Server, model: Path, steps: int, victim: str) -> dict[str, float]:
+def measure(server: ServerProcess, model: Path, steps: int, victim: str) -> dict[str, float]:
     with tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy") as service:
         trainer = service.create_lora_training_client(str(model), rank=8, seed=1).result()
         for step in range(steps):
@@ -54,7 +54,7 @@ def measure(server: Server, model: Path, steps: int, victim: str) -> dict[str, f
     return {"total_s": ended - began, "ready_s": ready[0] - began, "after_ready_s": max(0.0, ended - ready[0])}
 
 
-def watch(server: Server, ready: list[float]) -> None:
+def watch(server: ServerProcess, ready: list[float]) -> None:
     """Notes when a worker is there again."""
     while server.get("/api/v1/healthz")[0] == 200:
         time.sleep(0.005)

@@ -39,7 +39,7 @@ from tx_async.wire.worker import (
     AdapterConfig,
     CreateAdapter,
     EngineConfig,
-    OptimStep,
+    StepOptimizer,
     TrainMicroBatch,
     Welcome,
 )
@@ -107,7 +107,9 @@ def run(engine: JaxEngine, case: str, repeats: int, matmul: Matmul) -> dict[str,
             cpus.append((real * flop_per_token, span.cpu * (before.cpu + after.cpu) / 2))
             rates.append(after.wall)
             seconds, tokens, before = seconds + span.wall, tokens + real, after
-    steps = [measure(engine.execute(OptimStep(slot=slot, adam=AdamParams()), [])).wall for slot in range(TENANTS[case])]
+    steps = [
+        measure(engine.execute(StepOptimizer(slot=slot, adam=AdamParams()), [])).wall for slot in range(TENANTS[case])
+    ]
     padded = sum(command.row_length for command, *_ in batches)
     return {
         "tokens_per_s": tokens / seconds,

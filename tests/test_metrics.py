@@ -18,7 +18,7 @@ from tx_async.field_docs import field_docs
 from tx_async.journal.journal import JournalStatistics
 from tx_async.metrics import Counter, Gauge, Metrics, Scrape, families_of
 from tx_async.scheduler.statistics import SamplingStatistics, SchedulerStatistics
-from tx_async.testing.server import Server, running_server
+from tx_async.testing.server import ServerProcess, running_server
 from tx_async.worker.supervisor import SupervisorStatistics
 
 
@@ -68,7 +68,7 @@ def test_whatever_is_accepted_something_is_answered(accept):
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-def scrape(server: Server, accept: str = "") -> Samples:
+def scrape(server: ServerProcess, accept: str = "") -> Samples:
     """Every sample, read by Prometheus's own parser."""
     request = urllib.request.Request(server.base_url + "/metrics", headers={"accept": accept})
     with urllib.request.urlopen(request, timeout=5) as response:
@@ -89,7 +89,7 @@ def of(samples: Samples, name: str, **labels: str) -> float:
     return samples[f"tx_async_{name}", tuple(sorted(labels.items()))]
 
 
-def submit(server: Server, path: str, /, **body) -> Any:
+def submit(server: ServerProcess, path: str, /, **body) -> Any:
     """The result of a request."""
     _, future = server.post(f"/api/v1/{path}", **body)
     status, result = 408, None
@@ -99,7 +99,7 @@ def submit(server: Server, path: str, /, **body) -> Any:
     return result
 
 
-def run_a_client(server: Server, base_model: str) -> str:
+def run_a_client(server: ServerProcess, base_model: str) -> str:
     """One forward_backward of ten tokens, a save, and a sample of up to three; the session."""
     _, answer = server.post("/api/v1/create_session", tags=[], user_metadata=None, sdk_version="0.24.0")
     session_id = answer["session_id"]

@@ -10,7 +10,7 @@ import pytest
 from tests.support.durability import serving
 from tx_async.config import ServerConfig
 from tx_async.private import close_data, close_folder, make_folder, opener, private_umask
-from tx_async.testing.server import Server
+from tx_async.testing.server import ServerProcess
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def open_to_others(folder: Path) -> dict[str, str]:
     return {str(e): stat.filemode(e.stat().st_mode) for e in entries if e.stat().st_mode & 0o077}
 
 
-def save_a_checkpoint(server: Server, base_model: str) -> None:
+def save_a_checkpoint(server: ServerProcess, base_model: str) -> None:
     _, session = server.post("/api/v1/create_session", tags=[])
     model = {"session_id": session["session_id"], "model_seq_id": 0, "base_model": base_model}
     _, created = server.post("/api/v1/create_model", **model, lora_config={"rank": 8})

@@ -3,6 +3,7 @@ README lists its files there."""
 
 import ast
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,12 @@ SCHEDULER_FILES_MAX = 14
 MODULE_LINES_MAX = 450
 FUNCTION_LINES_MEDIAN_MAX = 10
 FUNCTION_LINES_NINE_IN_TEN_MAX = 20
+NAMED_ALIKE = {
+    "Request": "each client API in wire/ has its own base, with its own rules for unknown fields and null",
+    "Answer": "the same for what OpenAI's and Anthropic's clients get",
+    "AdamParams": "the same numbers as a client sends them and as a worker gets them, under Tinker's name",
+}
+"""Classes that share a name, and why they may."""
 READMES = ("api/compatible", "dashboard", "dispatch", "journal", "scheduler", "storage", "worker")
 
 
@@ -52,6 +59,18 @@ def test_functions_are_short():
     lengths = sorted(length for path in modules() for length in function_lengths(path))
     assert statistics.median(lengths) <= FUNCTION_LINES_MEDIAN_MAX
     assert lengths[len(lengths) * 9 // 10] <= FUNCTION_LINES_NINE_IN_TEN_MAX
+
+
+def test_a_class_name_has_one_meaning():
+    places = defaultdict[str, list[str]](list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    alike = {name: found for name, found in places.items() if len(found) > 1}
+    assert not {name: found for name, found in alike.items() if name not in NAMED_ALIKE}
+    assert alike.keys() == NAMED_ALIKE.keys(), "remove what is no longer needed"
+    assert all("/wire/" in path for found in alike.values() for path in found)
 
 
 @pytest.mark.parametrize("folder", READMES)

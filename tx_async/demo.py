@@ -23,7 +23,7 @@ from rich.table import Table
 
 from tx_async.errors import ConfigError
 from tx_async.testing.models import make_qwen3
-from tx_async.testing.server import Server, ServerFailed, running_server
+from tx_async.testing.server import ServerFailed, ServerProcess, running_server
 
 if TYPE_CHECKING:
     import tinker
@@ -45,7 +45,7 @@ SPARKS = "█▇▆▅▄▃▂▁"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Translation:
     english: str
     expected: str
     sampled: str
@@ -89,7 +89,7 @@ def serve(base_model: str = "", port: int = 8000) -> int:
     return 0
 
 
-def _say_how_to_use(console: Console, server: Server) -> None:
+def _say_how_to_use(console: Console, server: ServerProcess) -> None:
     console.print(
         f"\nServed until Ctrl-C. From another terminal:\n"
         f"  export TINKER_BASE_URL={server.base_url} TINKER_API_KEY={API_KEY}\n"
@@ -106,7 +106,7 @@ def _make_tiny_model(console: Console, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _server(console: Console, model: str, folder: Path, port: int | None = None) -> Iterator[Server]:
+def _server(console: Console, model: str, folder: Path, port: int | None = None) -> Iterator[ServerProcess]:
     with contextlib.ExitStack() as stack:
         with console.status("starting the server") as status:
             server = stack.enter_context(
@@ -119,8 +119,8 @@ def _server(console: Console, model: str, folder: Path, port: int | None = None)
 
 
 def _train_and_sample(
-    console: Console, server: Server, model: str, steps: int, learning_rate: float
-) -> tuple[list[float], list[Answer]]:
+    console: Console, server: ServerProcess, model: str, steps: int, learning_rate: float
+) -> tuple[list[float], list[Translation]]:
     _configure_sdk(offline=Path(model).is_dir())
     import tinker
 
@@ -194,19 +194,19 @@ def mean_loss(data: list[tinker.Datum], output: tinker.ForwardBackwardOutput) ->
     return total / weight_sum
 
 
-def sample(sampler: tinker.SamplingClient, tokenizer: Any, english: str, pig_latin: str) -> Answer:
+def sample(sampler: tinker.SamplingClient, tokenizer: Any, english: str, pig_latin: str) -> Translation:
     import tinker
 
     params = tinker.SamplingParams(max_tokens=32, temperature=0.0, stop=["\n"])
     prompt = tinker.ModelInput.from_ints(tokenizer.encode(prompt_of(english), add_special_tokens=True))
     response = sampler.sample(prompt, num_samples=1, sampling_params=params).result()
-    return Answer(english, pig_latin, tokenizer.decode(response.sequences[0].tokens).strip())
+    return Translation(english, pig_latin, tokenizer.decode(response.sequences[0].tokens).strip())
 
 
 # ---- what it showed
 
 
-def _report(console: Console, losses: list[float], answers: list[Answer]) -> None:
+def _report(console: Console, losses: list[float], answers: list[Translation]) -> None:
     console.print(f"[green]✓[/] loss {losses[0]:.3f} → {losses[-1]:.3f}  {sparkline(losses)}\n")
     table = Table("English", "sampled from the trained adapter", "")
     for answer in answers:

@@ -55,7 +55,7 @@ _CHANGES_NO_NUMBER = frozenset(
 of rope are here because they are taken in one spelling, below."""
 
 
-class _Tensor(Struct, frozen=True):
+class _TensorEntry(Struct, frozen=True):
     path: Path
     name: str
     dtype: str
@@ -104,24 +104,24 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _tensors(folder: Path) -> Iterator[_Tensor]:
+def _tensors(folder: Path) -> Iterator[_TensorEntry]:
     for name in model_folder.weight_files(folder):
         path = folder / name
         if path.exists():
             header, start = tensor_files.read_header(path)
             for tensor, entry in header.items():
                 begin, end = entry.data_offsets
-                yield _Tensor(path, tensor, entry.dtype, entry.shape, start + begin, end - begin)
+                yield _TensorEntry(path, tensor, entry.dtype, entry.shape, start + begin, end - begin)
 
 
-def _sample(tensor: _Tensor) -> bytes:
+def _sample(tensor: _TensorEntry) -> bytes:
     if tensor.num_bytes <= 3 * SAMPLE_BYTES:
         return _read(tensor, 0, tensor.num_bytes)
     last = tensor.num_bytes - SAMPLE_BYTES
     return b"".join(_read(tensor, start, SAMPLE_BYTES) for start in (0, last // 2, last))
 
 
-def _read(tensor: _Tensor, start: int, length: int) -> bytes:
+def _read(tensor: _TensorEntry, start: int, length: int) -> bytes:
     try:
         descriptor = os.open(tensor.path, os.O_RDONLY)
         try:

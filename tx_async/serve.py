@@ -65,7 +65,7 @@ def serve(config: ServerConfig) -> int:
 
     from tx_async.app import create_app
 
-    server = _Server(create_app(config), settings, sockets)
+    server = _HypercornRun(create_app(config), settings, sockets)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(server.run())
 
@@ -80,7 +80,7 @@ def check_exposure(config: ServerConfig) -> None:
     )
 
 
-class _Server:
+class _HypercornRun:
     """One run of the app under hypercorn."""
 
     def __init__(self, app: Any, settings: HypercornConfig, sockets: Sockets):

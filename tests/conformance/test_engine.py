@@ -30,7 +30,6 @@ from tx_async.wire.worker import (
     LoadAdapter,
     Loaded,
     LoadSampler,
-    OptimStep,
     PromptScores,
     ReleaseAdapter,
     Sampled,
@@ -38,6 +37,7 @@ from tx_async.wire.worker import (
     SaveAdapter,
     Saved,
     SequenceSpec,
+    StepOptimizer,
     Stepped,
     Trained,
     TrainMicroBatch,
@@ -89,7 +89,7 @@ TRAINING = (
     LoadAdapter,
     ReleaseAdapter,
     TrainMicroBatch,
-    OptimStep,
+    StepOptimizer,
     SaveAdapter,
 )
 CONFIG = EngineConfig(
@@ -150,7 +150,7 @@ class Bench:
         ]
 
     def step(self, slot=0, adam=ADAM):
-        return self.result(OptimStep(slot=slot, adam=adam))
+        return self.result(StepOptimizer(slot=slot, adam=adam))
 
     def create(self, slot=0, adapter=ADAPTER):
         assert self.result(CreateAdapter(slot=slot, config=adapter)) == Done()
@@ -614,7 +614,7 @@ def test_top_logprobs_of_sampled_tokens_contain_the_greedy_one(sampler):
 
 def test_commands_may_be_issued_before_earlier_ones_are_waited_for(bench):
     """The worker keeps commands in flight: outcomes are asked for later, in order."""
-    commands = [CreateAdapter(slot=0, config=ADAPTER), *[OptimStep(slot=0, adam=ADAM)] * 3]
+    commands = [CreateAdapter(slot=0, config=ADAPTER), *[StepOptimizer(slot=0, adam=ADAM)] * 3]
     pendings = [bench.engine.execute(command, []) for command in commands]
     results = [pending()[0] for pending in pendings]
     assert results[0] == Done() and [stepped.step for stepped in results[1:]] == [1, 2, 3]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support import fail_points
 from tests.support.durability import Told, reviving, serving, stored, train, wait_until
-from tx_async.testing.server import Server
+from tx_async.testing.server import ServerProcess
 
 STEPS = 10
 ONCE = ("files_list", "files_delete", "body_read", "result_read", "adapter_load", "adapter_save", "recovery")
@@ -16,7 +16,7 @@ COUNTS = dict.fromkeys(ONCE, 1) | {"journal_open": 1, "payload_write": 9, "accep
 CASES = {"server": fail_points.SERVER_POINTS, "worker": fail_points.WORKER_POINTS}
 
 
-def read_old_result(server: Server) -> bool:
+def read_old_result(server: ServerProcess) -> bool:
     """One that is in the journal only, since a newer one has taken its place in memory. False, because only the crash
     is of interest."""
     session = server.post("/api/v1/create_session", tags=[], sdk_version="0")[1]

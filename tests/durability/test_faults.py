@@ -17,7 +17,7 @@ from tests.support.durability import (
     train,
     wait_until,
 )
-from tx_async.testing.server import Server
+from tx_async.testing.server import ServerProcess
 
 STEPS = 10
 SHUTDOWN_MS = 4_000
@@ -26,12 +26,12 @@ Events = dict[int, Callable[[], None]]
 Clean = tuple[Told, dict[str, str]]
 
 
-def restart(server: Server) -> None:
+def restart(server: ServerProcess) -> None:
     server.start()
     server.wait_accepting()
 
 
-def damaged_snapshot(server: Server) -> Events:
+def damaged_snapshot(server: ServerProcess) -> Events:
     """The newest one: the one before it and a longer replay must do."""
 
     def damage() -> None:
@@ -45,7 +45,7 @@ def damaged_snapshot(server: Server) -> Events:
     return {7: damage}
 
 
-def torn_log(server: Server) -> Events:
+def torn_log(server: ServerProcess) -> Events:
     """A transaction was being appended when the machine stopped: its frames are incomplete."""
 
     def tear() -> None:
@@ -58,7 +58,7 @@ def torn_log(server: Server) -> Events:
     return {3: tear, 6: tear}
 
 
-def truncated_log(server: Server) -> Events:
+def truncated_log(server: ServerProcess) -> Events:
     """The end of the log is gone, and with it what was not acknowledged: half a transaction that was under way."""
 
     def truncate() -> None:
@@ -73,7 +73,7 @@ def truncated_log(server: Server) -> Events:
     return {4: truncate}
 
 
-def full_disk(server: Server) -> Events:
+def full_disk(server: ServerProcess) -> Events:
     """For two seconds the journal cannot write. (`test_full_disk.py` fills a real one, where it may.)"""
     full = Path(server.environ["DISK_FULL_FILE"])
 
@@ -86,7 +86,7 @@ def full_disk(server: Server) -> Events:
     return {4: fill}
 
 
-def orderly_stops(server: Server) -> Events:
+def orderly_stops(server: ServerProcess) -> Events:
     """They are quick, and so is the next start."""
 
     def stop_and_start() -> None:
@@ -107,9 +107,9 @@ def test_a_run_through_trouble_is_the_uninterrupted_run(
     tmp_path_factory: pytest.TempPathFactory,
     side_by_side,
     request: pytest.FixtureRequest,
-    trouble: Callable[[Server], Events],
+    trouble: Callable[[ServerProcess], Events],
 ):
-    def case(trouble: Callable[[Server], Events]) -> None:
+    def case(trouble: Callable[[ServerProcess], Events]) -> None:
         folder = tmp_path_factory.mktemp("server")
         # Whoever stops in order has more to snapshot.
         settings: dict[str, Any] = {

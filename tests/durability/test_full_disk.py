@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.durability import Told, batch, serving, stored, train, wait_until
-from tx_async.testing.server import Server, ServerFailed
+from tx_async.testing.server import ServerFailed, ServerProcess
 
 STEPS = 10
 DISK_BYTES = 8 * 2**20
@@ -65,7 +65,7 @@ def read_only(disk: Path) -> Iterator[None]:
         assert mount("-o", "remount,rw", str(disk)).returncode == 0
 
 
-def create_session(server: Server) -> tuple[int, str]:
+def create_session(server: ServerProcess) -> tuple[int, str]:
     """Status and message of a submission."""
     body = json.dumps({"tags": [], "sdk_version": "0", "type": "create_session"}).encode()
     request = urllib.request.Request(

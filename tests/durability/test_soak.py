@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from tests.support.durability import serving, snapshots, wait_until, worker_pids
-from tx_async.testing.server import Server
+from tx_async.testing.server import ServerProcess
 
 LIMITS: dict[str, Any] = {
     "results_kept_max": 200,
@@ -35,7 +35,7 @@ JOURNAL_MIB_MAX = 8.0
 class Client:
     """Sends what the SDK would, over one connection."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: ServerProcess):
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         self.session = self.post("create_session", tags=[], sdk_version="0")["session_id"]
         self.seq_id = 0
@@ -83,7 +83,7 @@ class Client:
             self.result(promise)
 
 
-def sizes(server: Server) -> dict[str, float]:
+def sizes(server: ServerProcess) -> dict[str, float]:
     """MiB of memory and files."""
     files = [file for file in server.data_dir.glob("tx_async.db*") if file.is_file()]
     return {

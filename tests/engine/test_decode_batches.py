@@ -8,7 +8,7 @@ from tx_async.engine.decode_batches import decode_batch, prefill_rows
 from tx_async.engine.kv_cache import CacheLayout
 from tx_async.engine.platform import ACCELERATOR, CPU
 from tx_async.engine.prefix_cache import PageKeys
-from tx_async.engine.sequences import Sample
+from tx_async.engine.sequences import SequenceState
 from tx_async.wire.worker import SequenceSpec
 
 
@@ -27,6 +27,6 @@ def test_a_top_k_beyond_int32_is_no_limit_and_no_overflow():
     spec = SequenceSpec(
         sequence_id=1, sampler_slot=-1, adapter_version="base", prompt_index=0, max_tokens=1, top_k=2**63 - 1
     )
-    sample = Sample(1, spec, ("base", b""), 1, 2, [5], PageKeys("base", 16))
+    sample = SequenceState(1, spec, ("base", b""), 1, 2, [5], PageKeys("base", 16))
     batch = decode_batch([sample], 4, CacheLayout.plan(64, 16, 64))
     assert int(batch.top_k[0]) == 2**31 - 1

@@ -9,7 +9,7 @@ import pytest
 
 from tx_async.errors import NonFiniteGradients
 from tx_async.testing.engine_bench import assert_same_bits, rl_segment, segment
-from tx_async.wire.worker import LOSS_FNS, AdamParams, OptimStep
+from tx_async.wire.worker import LOSS_FNS, AdamParams, StepOptimizer
 
 DATA = [[segment(20, 1), segment(10, 2)], [rl_segment(25, 3, "ppo")], [rl_segment(30, 4, "gspo")]]
 
@@ -86,7 +86,7 @@ def test_steps_behind_a_failed_one_go_on(bench):
     """The worker keeps commands in flight: the next ones are issued before anybody knows that a step failed."""
     bench.create(0)
     bench.train((0, [segment(5, 1, weights=np.nan)]))
-    pendings = [bench.engine.execute(OptimStep(slot=0, adam=AdamParams()), []) for _ in range(2)]
+    pendings = [bench.engine.execute(StepOptimizer(slot=0, adam=AdamParams()), []) for _ in range(2)]
     with pytest.raises(NonFiniteGradients):
         pendings[0]()
     assert pendings[1]()[0].step == 1

@@ -6,7 +6,7 @@ import numpy as np
 
 from tx_async.engine.kv_cache import NULL_PAGE
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
-from tx_async.engine.sequences import Sample, Sequences, prompt_key
+from tx_async.engine.sequences import Sequences, SequenceState, prompt_key
 from tx_async.wire.worker import SequenceSpec
 
 STEPS = 4
@@ -16,12 +16,14 @@ def sequences(num_decoding_max: int) -> Sequences:
     return Sequences(PrefixCache(num_pages=2000, page_size=16, enabled=False), 64, num_decoding_max)
 
 
-def admit(line: Sequences, number: int, max_tokens: int, prompt: Sequence[int] = (), stream: bool = False) -> Sample:
+def admit(
+    line: Sequences, number: int, max_tokens: int, prompt: Sequence[int] = (), stream: bool = False
+) -> SequenceState:
     tokens = np.array(prompt or [number], np.int32)
     spec = SequenceSpec(
         sequence_id=number, sampler_slot=-1, adapter_version="", prompt_index=0, max_tokens=max_tokens, stream=stream
     )
-    sample = Sample(
+    sample = SequenceState(
         order=number,
         spec=spec,
         prompt_key=prompt_key(spec, tokens),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tx_async.layers import delta_rule
-from tx_async.layers.delta_rule import Chunk, Inputs
+from tx_async.layers.delta_rule import ChunkTransition, Inputs
 
 H, DK, DV, LENGTH = 2, 4, 6, 150
 LAYOUTS = {
@@ -91,7 +91,7 @@ def test_a_chunk_and_single_steps_go_on_from_a_state():
     x, state = random_inputs(20, rows=3), np.random.default_rng(7).standard_normal((3, H, DK, DV))
     same = np.zeros((3, 20), np.int32)
     expected, last = sequential(x, same, state)
-    found, out = Chunk.of(x, jnp.asarray(same), jnp.zeros(3, jnp.int32))(jnp.asarray(state, jnp.float32))
+    found, out = ChunkTransition.of(x, jnp.asarray(same), jnp.zeros(3, jnp.int32))(jnp.asarray(state, jnp.float32))
     np.testing.assert_allclose(out, expected, atol=1e-5)
     np.testing.assert_allclose(found, last, atol=1e-5)
     step, held = jax.jit(delta_rule.step), jnp.asarray(state, jnp.float32)

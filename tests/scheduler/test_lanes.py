@@ -9,12 +9,11 @@ from tx_async.errors import Conflict, InvalidRequest
 from tx_async.scheduler import submissions
 from tx_async.scheduler.core.facts import SubmissionRefused, Tick
 from tx_async.wire.operations import OptimStep, Rejected, UnloadModel
-from tx_async.wire.worker import AdamParams, TrainMicroBatch
-from tx_async.wire.worker import OptimStep as OptimStepCommand
+from tx_async.wire.worker import AdamParams, StepOptimizer, TrainMicroBatch
 
 
 def commands(stage: Stage) -> list[str]:
-    kinds = (TrainMicroBatch, OptimStepCommand)
+    kinds = (TrainMicroBatch, StepOptimizer)
     return [type(command).__name__ for command in stage.executed if isinstance(command, kinds)]
 
 
@@ -28,7 +27,7 @@ def test_a_batch_in_pieces_arrives_first_piece_last(stage: Stage):
     assert commands(stage) == [] and stage.result(pieces[0]) is None
     first = stage.forward_backward(model, 1)
     stage.run()
-    assert commands(stage) == [*["TrainMicroBatch"] * 3, "OptimStep"]
+    assert commands(stage) == [*["TrainMicroBatch"] * 3, "StepOptimizer"]
     assert not any(stage.error(request) for request in (first, *pieces, step))
     Reference(stage).check()
 
@@ -116,7 +115,7 @@ def test_a_retry_is_the_first_request(stage: Stage):
     assert stage.optim_step(model, 1) == first
     stage.run()
     assert stage.optim_step(model, 1) == first
-    assert commands(stage) == ["OptimStep"]
+    assert commands(stage) == ["StepOptimizer"]
 
 
 def test_the_same_key_with_another_body_is_a_conflict(stage: Stage):

@@ -85,8 +85,8 @@ def test_a_snapshot_frees_bodies_and_shortens_the_replay(stage: Stage):
     assert [type(command).__name__ for command in stage.executed] == [
         "LoadAdapter",
         "TrainMicroBatch",
-        "OptimStep",
-        "OptimStep",
+        "StepOptimizer",
+        "StepOptimizer",
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import xla
 from tx_async.testing.sdk import collect_connections
-from tx_async.testing.server import Server, free_port, running_server
+from tx_async.testing.server import ServerProcess, free_port, running_server
 
 BACKEND = {"max_lora_adapters": 8, "max_lora_rank": 32, "max_context_length": 256}
 MESH_VARIABLE = "SDK_TESTS_ON_MESH"
@@ -29,7 +29,7 @@ def settings() -> dict:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with running_server(tiny_qwen3, data_dir=tmp_path_factory.mktemp("server"), **settings()) as server:
         yield server
     assert "Traceback" not in server.log(), server.log_tail()
@@ -50,7 +50,7 @@ def connections_of_the_sdk() -> Iterator[None]:
 
 
 @pytest.fixture
-def service(server: Server):
+def service(server: ServerProcess):
     import tinker
 
     with tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy") as client:

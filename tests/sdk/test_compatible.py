@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.chat_templates import QWEN3, make_chat_tokenizer
 from tx_async.testing.models import make_qwen3
-from tx_async.testing.server import Server, running_server
+from tx_async.testing.server import ServerProcess, running_server
 
 BACKEND = {"max_lora_adapters": 4, "max_lora_rank": 32, "max_context_length": 1024}
 KEY = "tml-dummy"
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory) -> Iterator[Server]:
+def server(folder: Path, tmp_path_factory) -> Iterator[ServerProcess]:
     data_dir = tmp_path_factory.mktemp("server")
     with running_server(folder, data_dir=data_dir, backend_config=BACKEND) as server:
         yield server
@@ -49,19 +49,19 @@ def model(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.base_url}/oai/api/v1", api_key=KEY, max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def claude(server: Server) -> Iterator[anthropic.Anthropic]:
+def claude(server: ServerProcess) -> Iterator[anthropic.Anthropic]:
     with anthropic.Anthropic(base_url=f"{server.base_url}/anthropic/api", api_key=KEY, max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def caller(server: Server, model: str, client: openai.OpenAI) -> str:
+def caller(server: ServerProcess, model: str, client: openai.OpenAI) -> str:
     """A checkpoint that answers with a call, trained here."""
     import tinker
 
@@ -90,7 +90,7 @@ def caller(server: Server, model: str, client: openai.OpenAI) -> str:
 
 
 @pytest.fixture(scope="module")
-def sampler(server: Server, model: str):
+def sampler(server: ServerProcess, model: str):
     import tinker
 
     with tinker.ServiceClient(base_url=server.base_url, api_key=KEY) as service:
@@ -209,7 +209,7 @@ def test_errors_are_the_clients_own(client, claude, model):
         claude.messages.create(model=model, messages=[{"role": "assistant", "content": "a"}], max_tokens=5)
 
 
-def samples_open(server: Server) -> float:
+def samples_open(server: ServerProcess) -> float:
     with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith("tx_async_scheduler_samples_open"))

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import tinker
 
-from tx_async.demo import Answer
+from tx_async.demo import Translation
 
 PROMPT = "My name is"
 NAMES = ("Ada", "Alan", "Barbara", "Edsger", "Grace", "Kathleen", "Konrad", "Margaret")
@@ -31,7 +31,7 @@ def ask(sampler, tokenizer, num_samples: int = 1) -> list[str]:
     return [tokenizer.decode(sequence.tokens) for sequence in response.sequences]
 
 
-def learn_a_name(base_url: str, base_model: str, name: str) -> Answer:
+def learn_a_name(base_url: str, base_model: str, name: str) -> Translation:
     """One user: a session, an adapter, its training, its samples."""
     with tinker.ServiceClient(base_url=base_url, api_key=f"tml-{name}") as service:
         trainer = service.create_lora_training_client(base_model=base_model, rank=8, seed=1).result()
@@ -45,7 +45,7 @@ def learn_a_name(base_url: str, base_model: str, name: str) -> Answer:
             step.result()
         sampler = trainer.save_weights_and_get_sampling_client().result()
         (sampled,) = set(ask(sampler, tokenizer, num_samples=4))
-        return Answer(PROMPT, name, sampled.strip())
+        return Translation(PROMPT, name, sampled.strip())
 
 
 def sample_the_base_model(base_url: str, base_model: str) -> list[str]:

@@ -31,7 +31,6 @@ from tx_async.wire.worker import (
     LoadAdapter,
     Loaded,
     LoadSampler,
-    OptimStep,
     ReleaseAdapter,
     Result,
     Sampled,
@@ -40,6 +39,7 @@ from tx_async.wire.worker import (
     Saved,
     SequencePiece,
     SequenceSpec,
+    StepOptimizer,
     Stepped,
     Trained,
     TrainMicroBatch,
@@ -170,7 +170,7 @@ class ChainEngine:
                 self.training.pop(slot, None)
             case TrainMicroBatch():
                 return self._train(command, dict(zip(TRAIN_TENSORS, tensors, strict=True)))
-            case OptimStep(slot=slot, adam=adam):
+            case StepOptimizer(slot=slot, adam=adam):
                 return self._step(slot, adam.learning_rate), []
             case SaveAdapter(slot=slot, key=key, kind=kind):
                 if not command.again:

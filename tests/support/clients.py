@@ -8,7 +8,7 @@ import time
 import urllib.request
 from typing import Any
 
-from tx_async.testing.server import Server
+from tx_async.testing.server import ServerProcess
 
 ANSWER_S = 60.0
 
@@ -16,7 +16,7 @@ ANSWER_S = 60.0
 class Client:
     """One session of a server. Futures come back as their bodies: a result, or `{"error": …, "category": …}`."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: ServerProcess):
         self.server = server
         self._numbers = itertools.count()
         status, body = server.post("/api/v1/create_session", tags=[], user_metadata={}, sdk_version="0.38.0")

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from tests.support import fail_points
-from tx_async.testing.server import Server, _server
+from tx_async.testing.server import ServerProcess, _server
 
 SERVE_FAKE = Path(__file__).parents[2] / "tests" / "durability" / "serve_fake.py"
 WINDOW = 6
@@ -36,7 +36,7 @@ def serving(
     environ: Mapping[str, str] | None = None,
     backend: Mapping[str, Any] | None = None,
     **settings: Any,
-) -> Iterator[Server]:
+) -> Iterator[ServerProcess]:
     """A server on `folder`, with workers that need no JAX (`fake`) or real ones. It is stopped, however it ends.
     `ready=False`: yield it as soon as it answers at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 # ---- what is stored
 
 
-def stored(server: Server) -> dict[str, str]:
+def stored(server: ServerProcess) -> dict[str, str]:
     """Hashes of all adapters' numbers: every saved state by name, and the newest snapshot of the (only) run, which has
     weights, Adam's moments and accumulated gradients. Call it when the server has stopped in order."""
     base = server.data_dir / "checkpoints"
@@ -151,12 +151,12 @@ def stored(server: Server) -> dict[str, str]:
     return found | {f"newest snapshot/{file.name}": _hash(file) for file in files}
 
 
-def newest_snapshot(server: Server) -> Path:
+def newest_snapshot(server: ServerProcess) -> Path:
     """Its folder; the server has one run."""
     return max(snapshots(server), key=lambda path: int(path.name.partition("~")[0]))
 
 
-def snapshots(server: Server) -> list[Path]:
+def snapshots(server: ServerProcess) -> list[Path]:
     """Folders of all snapshots of all runs, known or not, whole or in part. A folder without files is none; it is
     removed hours later."""
     folders = (server.data_dir / "checkpoints").glob("*/snapshots/*")
@@ -180,7 +180,7 @@ def _hash(file: Path) -> str:
 # ---- killing
 
 
-def worker_pids(server: Server) -> list[int]:
+def worker_pids(server: ServerProcess) -> list[int]:
     """The server's worker processes."""
     with contextlib.suppress(psutil.Error):
         children = psutil.Process(server.pid).children(recursive=True)
@@ -188,18 +188,18 @@ def worker_pids(server: Server) -> list[int]:
     return []
 
 
-def kill_worker(server: Server) -> None:
+def kill_worker(server: ServerProcess) -> None:
     for pid in worker_pids(server):
         with contextlib.suppress(psutil.Error):
             psutil.Process(pid).send_signal(signal.SIGKILL)
 
 
-def kill_server(server: Server) -> None:
+def kill_server(server: ServerProcess) -> None:
     server.kill()
     server.start()
 
 
-def kill_both(server: Server) -> None:
+def kill_both(server: ServerProcess) -> None:
     pids = worker_pids(server)
     server.kill()
     for pid in pids:
@@ -213,7 +213,7 @@ KILLS = {"worker": kill_worker, "server": kill_server, "both": kill_both}
 
 @contextlib.contextmanager
 def killing(
-    server: Server, seed: int, kinds: tuple[str, ...], number: int, every_s: tuple[float, float]
+    server: ServerProcess, seed: int, kinds: tuple[str, ...], number: int, every_s: tuple[float, float]
 ) -> Iterator[list[str]]:
     """Kill something `number` times while the body runs, each kind in turn, at moments and in an order that the seed
     decides; each time, wait until the server is back. Yields what was killed so far."""
@@ -243,7 +243,7 @@ def killing(
 
 
 @contextlib.contextmanager
-def reviving(server: Server) -> Iterator[None]:
+def reviving(server: ServerProcess) -> Iterator[None]:
     """Start the server again whenever it was killed while the body runs. One that ended by itself stays ended."""
     over = threading.Event()
 

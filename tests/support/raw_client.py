@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import clients
-from tx_async.testing.server import Server
+from tx_async.testing.server import ServerProcess
 
 RESULT_S = 240.0
 
 
 class Client(clients.Client):
-    def __init__(self, server: Server, model: Path | str):
+    def __init__(self, server: ServerProcess, model: Path | str):
         super().__init__(server)
         self.model = str(model)
         self.num_samples = self.num_samplers = self.num_runs = 0

@@ -28,9 +28,9 @@ from tx_async.wire.worker import (
     CreateAdapter,
     Done,
     EngineConfig,
-    OptimStep,
     SaveAdapter,
     Saved,
+    StepOptimizer,
 )
 from tx_async.worker.supervisor import Supervisor
 
@@ -243,7 +243,7 @@ async def test_two_processes_get_one_stream_and_give_one_answer(mesh):
         # Written once for both, and given back when both had answered.
         assert statistics.shared_bytes == 2 * tensors[0].nbytes and statistics.arena_used_bytes == 0
         for number in range(3, 500):
-            running.router.send("w0", OptimStep(slot=0, adam=AdamParams()))
+            running.router.send("w0", StepOptimizer(slot=0, adam=AdamParams()))
             assert (await running.finished()).number == number
 
 

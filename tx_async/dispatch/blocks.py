@@ -11,7 +11,7 @@ from tx_async.dispatch.groups import Group, Member
 from tx_async.wire.tensors import TensorSpec
 
 
-class Blocks:
+class BlockTransport:
     """Chooses the way that a block of tensors travels, and counts what went which way."""
 
     def __init__(self):

@@ -21,7 +21,7 @@ import numpy as np
 from tx_async.clock import Clock, SystemClock
 from tx_async.config import ServerConfig
 from tx_async.dispatch import attaching
-from tx_async.dispatch.blocks import Blocks
+from tx_async.dispatch.blocks import BlockTransport
 from tx_async.dispatch.doors import Doors, Frames, Peer
 from tx_async.dispatch.frames import (
     IN_FRAME,
@@ -89,7 +89,7 @@ class Router:
         self._doors = Doors(self.handle_frames, self._fail)
         self._last_tick = 0.0
         self._failure: asyncio.Future[None] | None = None
-        self._blocks = Blocks()
+        self._blocks = BlockTransport()
         self._totals = Totals()
         self._counts = dict.fromkeys(
             ("commands_sent", "results_received", "malformed_messages", "workers_refused", "workers_lost"), 0

@@ -26,7 +26,7 @@ from tx_async.engine import heads
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.compilation import Program, row_independent
 from tx_async.engine.decode_batches import (
-    Piece,
+    ScoringPiece,
     batch_sizes,
     bucket,
     decode_batch,
@@ -52,7 +52,7 @@ from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.replies import fetch, finished_sequence, piece_of, store_scores
 from tx_async.engine.sampler import TOPK_MAX
-from tx_async.engine.sequences import Sample, Schedule, Sequences, Times, prompt_key
+from tx_async.engine.sequences import Schedule, Sequences, SequenceState, Times, prompt_key
 from tx_async.engine.shaping import check_shaping, shapes, shaping_of
 from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
@@ -79,8 +79,8 @@ class Quantum:
     progress: dict[int, int]
     began_at: float
     """Monotonic seconds: when it was dispatched, once the quantum before it was settled."""
-    decoded: tuple[Sequence[Sample], Decoded] | None = None
-    scored: list[tuple[list[Piece], tuple[Array, ...]]] = field(default_factory=list)
+    decoded: tuple[Sequence[SequenceState], Decoded] | None = None
+    scored: list[tuple[list[ScoringPiece], tuple[Array, ...]]] = field(default_factory=list)
     reply: Reply | None = None
 
 
@@ -162,7 +162,7 @@ class SamplingEngine:
     def admit(self, specs: Sequence[SequenceSpec], tensors: Sequence[np.ndarray], loaded: Sequence[bool]) -> None:
         """Queue sequences; `tensors` are read only during this call. Sequences of a sampler slot that is not `loaded`
         fail alone, and so do those whose grammar cannot be used. Raises `InvalidRequest` before it has queued any."""
-        samples: list[Sample] = []
+        samples: list[SequenceState] = []
         failed: list[tuple[int, Category, str]] = []
         for spec in specs:
             try:
@@ -193,14 +193,14 @@ class SamplingEngine:
             self._last = quantum
         return partial(self._wait, quantum)
 
-    def _sample(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> Sample:
+    def _sample(self, spec: SequenceSpec, tensors: Sequence[np.ndarray]) -> SequenceState:
         prompt = tensors[spec.prompt_index]
         if not 1 <= len(prompt) <= self.context - (spec.prompt_scores is None):
             raise InvalidRequest(f"A prompt of {len(prompt)} tokens does not fit a context of {self.context}.")
         check_shaping(spec)
         tokens = prompt.tolist()
         self._num_admitted += 1
-        return Sample(
+        return SequenceState(
             order=self._num_admitted,
             spec=spec,
             prompt_key=prompt_key(spec, prompt),
@@ -317,7 +317,9 @@ class SamplingEngine:
             tensors,
         )
 
-    def _extend(self, sample: Sample, row: int, out: Decoded, progress: dict[int, int]) -> tuple[int, str | None]:
+    def _extend(
+        self, sample: SequenceState, row: int, out: Decoded, progress: dict[int, int]
+    ) -> tuple[int, str | None]:
         """Take a row's new tokens; -> (how many, why the sequence ends with them, if it does)."""
         count = int(out.count[row])
         tokens = out.tokens[:count, row].tolist()

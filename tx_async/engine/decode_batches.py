@@ -13,7 +13,7 @@ from tx_async.engine.paged_attention import TileStates
 from tx_async.engine.platform import Platform
 from tx_async.engine.prompt_scores import PromptScoring
 from tx_async.engine.sampler import TOPK_MAX
-from tx_async.engine.sequences import PrefillPiece, Sample
+from tx_async.engine.sequences import PrefillPiece, SequenceState
 from tx_async.engine.state_slots import NULL_SLOT
 from tx_async.wire.worker import BASE_SLOT, INT32_MAX
 
@@ -27,7 +27,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class Tile:
     """One row of a prefill call: tokens [start, stop) of a sequence."""
 
-    sample: Sample
+    sample: SequenceState
     start: int
     stop: int
     load: int = NULL_SLOT
@@ -37,7 +37,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ScoringPiece:
     """Consecutive positions of one prompt within a scoring call: its rows `first` … `first + count`."""
 
     scoring: PromptScoring
@@ -85,7 +85,7 @@ def prefill_rows(num_tiles: int, sizes: Sequence[int]) -> Iterator[int]:
         num_tiles -= rows
 
 
-def page_tables(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> np.ndarray:
+def page_tables(samples: Sequence[SequenceState], rows: int, layout: CacheLayout) -> np.ndarray:
     tables = np.zeros((rows, layout.table_pages), np.int32)
     for row, sample in enumerate(samples):
         tables[row, : len(sample.pages)] = sample.pages
@@ -117,7 +117,7 @@ def _tile_states(tiles: Sequence[Tile], rows: int) -> TileStates:
     return states
 
 
-def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> DecodeBatch:
+def decode_batch(samples: Sequence[SequenceState], rows: int, layout: CacheLayout) -> DecodeBatch:
     specs = [sample.spec for sample in samples]
 
     def column(values: Sequence, dtype: type, unused: float = 0) -> np.ndarray:
@@ -150,7 +150,7 @@ def decode_batch(samples: Sequence[Sample], rows: int, layout: CacheLayout) -> D
     )
 
 
-def score_batches(tiles: Sequence[Tile], tile_tokens: int) -> Iterator[tuple[list[Piece], ScoreBatch]]:
+def score_batches(tiles: Sequence[Tile], tile_tokens: int) -> Iterator[tuple[list[ScoringPiece], ScoreBatch]]:
     """Those positions of these tiles that somebody wants scored, SCORE_ROWS at a time."""
     batch, pieces, filled = empty_scores(), [], 0
     for row, tile in enumerate(tiles):
@@ -163,7 +163,7 @@ def score_batches(tiles: Sequence[Tile], tile_tokens: int) -> Iterator[tuple[lis
         while start < stop:
             count = min(stop - start, SCORE_ROWS - filled)
             _fill_scores(batch, filled, tile.sample, scoring, start, count, row * tile_tokens + start - tile.start)
-            pieces.append(Piece(scoring, start, filled, count))
+            pieces.append(ScoringPiece(scoring, start, filled, count))
             start, filled = start + count, filled + count
             if filled == SCORE_ROWS:
                 yield pieces, batch
@@ -190,7 +190,7 @@ def empty_scores() -> ScoreBatch:
 
 
 def _fill_scores(
-    batch: ScoreBatch, first: int, sample: Sample, scoring: PromptScoring, start: int, count: int, row: int
+    batch: ScoreBatch, first: int, sample: SequenceState, scoring: PromptScoring, start: int, count: int, row: int
 ) -> None:
     """Positions start … start + count, whose hidden states begin at `row`, become rows `first` … of the batch."""
     rows = slice(first, first + count)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX
-from tx_async.engine.sequences import Sample
+from tx_async.engine.sequences import SequenceState
 from tx_async.grammar import GrammarError
 
 
-def obey(sample: Sample, count: int) -> str:
+def obey(sample: SequenceState, count: int) -> str:
     """Tell a sequence's grammar the tokens that have come; -> why it cannot go on, "" where it can."""
     try:
         if count and sample.constraint:
@@ -17,7 +17,7 @@ def obey(sample: Sample, count: int) -> str:
     return ""
 
 
-def ending(sample: Sample, tokens: list[int]) -> tuple[int, str | None]:
+def ending(sample: SequenceState, tokens: list[int]) -> tuple[int, str | None]:
     """-> (how many of the new tokens stay, why it ends with them)."""
     stop_ids = sample.spec.stop_token_ids
     count = len(tokens)

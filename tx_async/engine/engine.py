@@ -236,7 +236,7 @@ class JaxEngine:
         match command:
             case wire.TrainMicroBatch():
                 return self._train(command, tensors)
-            case wire.OptimStep():
+            case wire.StepOptimizer():
                 return self._optim_step(command)
             case wire.CreateAdapter():
                 return self._create_adapter(command)
@@ -272,7 +272,7 @@ class JaxEngine:
             self.training = self.training._replace(gradients=gradients)
         return lambda: (wire.Trained(), [np.asarray(logprobs), np.asarray(losses)])
 
-    def _optim_step(self, command: wire.OptimStep) -> Pending:
+    def _optim_step(self, command: wire.StepOptimizer) -> Pending:
         rank = bucket(rank_classes(self.config.max_lora_rank), self.ranks[command.slot])
         program, adam = self._programs[optim_program(rank)], Adam.of(command.adam)
         self.training, outcome = program(self.training, np.int32(command.slot), adam)

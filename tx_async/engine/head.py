@@ -39,7 +39,7 @@ class HeadGradients(NamedTuple):
     b: Array
 
 
-class _Chunk(NamedTuple):
+class _VocabularyInputs(NamedTuple):
     """What the pass over the vocabulary needs to know of C positions."""
 
     hidden: Array
@@ -63,9 +63,9 @@ def forward_backward(hidden: Array, w: Unembedding, batch: RowBatch) -> tuple[Ar
     ratios = jax.lax.cond(
         jnp.any(batch.loss_fn == GSPO), _ratios, lambda *_: jnp.zeros_like(batch.logprobs), hidden, w, batch
     )
-    chunks = _split(_Chunk(hidden, batch.target_tokens, _loss_inputs(batch, ratios)))
+    chunks = _split(_VocabularyInputs(hidden, batch.target_tokens, _loss_inputs(batch, ratios)))
 
-    def step(carry: tuple[Array, Array], chunk: _Chunk):
+    def step(carry: tuple[Array, Array], chunk: _VocabularyInputs):
         logits, low = _logits(chunk.hidden, w)
         logprobs, lse = _target_logprobs(logits, chunk.targets)
         losses, slopes = loss_terms(logprobs, chunk.inputs)
@@ -106,7 +106,7 @@ def _target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
     return jnp.take_along_axis(logits, targets, axis=-1) - lse[..., None], lse
 
 
-def _backward(chunk: _Chunk, w: Unembedding, logits: Array, lse: Array, low: Array, slopes: Array):
+def _backward(chunk: _VocabularyInputs, w: Unembedding, logits: Array, lse: Array, low: Array, slopes: Array):
     """slopes = d loss / d logprobs [R, C, K] -> gradients by hidden [R, C, D] and, per row, A and B."""
     dlogits = _dlogits(logits, lse, chunk.targets, slopes)
     dlow = jnp.einsum("rcv,rkv->rck", dlogits, w.b) * w.scale[:, None, None]

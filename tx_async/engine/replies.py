@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from tx_async.engine import heads
-from tx_async.engine.decode_batches import Piece
+from tx_async.engine.decode_batches import ScoringPiece
 from tx_async.engine.decode_programs import Decoded
 from tx_async.engine.prompt_scores import Scores
-from tx_async.engine.sequences import Sample
+from tx_async.engine.sequences import SequenceState
 from tx_async.wire.worker import FinishedSequence, SequencePiece
 
 
-def fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
+def fetch(decoded: Decoded, samples: Sequence[SequenceState]) -> Decoded:
     """Copy to the host; the candidates only if somebody wants them."""
     tokens, logprobs, count = (np.asarray(array) for array in (decoded.tokens, decoded.logprobs, decoded.count))
     decoded = decoded._replace(tokens=tokens, logprobs=logprobs, count=count)
@@ -27,13 +27,13 @@ def fetch(decoded: Decoded, samples: Sequence[Sample]) -> Decoded:
     return decoded._replace(**{name: np.asarray(getattr(decoded, name)) for name in wanted})
 
 
-def store_scores(pieces: Sequence[Piece], scores: Scores) -> None:
+def store_scores(pieces: Sequence[ScoringPiece], scores: Scores) -> None:
     for piece in pieces:
         rows = slice(piece.first, piece.first + piece.count)
         piece.scoring.store(piece.start, Scores(*(array[rows] for array in vars(scores).values())))
 
 
-def piece_of(sample: Sample, count: int, tensors: list[np.ndarray]) -> SequencePiece:
+def piece_of(sample: SequenceState, count: int, tensors: list[np.ndarray]) -> SequencePiece:
     """Describe the last `count` tokens of a sequence that goes on, appending its arrays to the message's."""
 
     def add(array: np.ndarray) -> int:
@@ -53,7 +53,7 @@ def piece_of(sample: Sample, count: int, tensors: list[np.ndarray]) -> SequenceP
     )
 
 
-def finished_sequence(sample: Sample, reason: Any, tensors: list[np.ndarray], now: float) -> FinishedSequence:
+def finished_sequence(sample: SequenceState, reason: Any, tensors: list[np.ndarray], now: float) -> FinishedSequence:
     """Describe a sequence that ended, appending its arrays to the message's."""
 
     def add(array: np.ndarray) -> int:

@@ -52,7 +52,7 @@ class Times:
 
 
 @dataclass(eq=False)
-class Sample:
+class SequenceState:
     """One sequence, from admission to its end."""
 
     order: int
@@ -108,7 +108,7 @@ class Sample:
 class PrefillPiece:
     """Tokens [start, stop) of a sequence that one quantum prefills; start is a multiple of the page size."""
 
-    sample: Sample
+    sample: SequenceState
     start: int
     stop: int
     load: int = NULL_SLOT
@@ -126,7 +126,7 @@ class Schedule:
     """(source page, target page)"""
     state_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source slot, target slot)"""
-    decoding: list[Sample] = field(default_factory=list)
+    decoding: list[SequenceState] = field(default_factory=list)
     num_preempted: int = 0
 
 
@@ -151,13 +151,13 @@ class Sequences:
         #: the newest quantum's number
         self._turn = 0
         #: oldest first; disjoint from `running`
-        self.waiting: deque[Sample] = deque()
+        self.waiting: deque[SequenceState] = deque()
         #: by order, oldest first: prefilling or decoding; only these own pages
-        self.running: list[Sample] = []
+        self.running: list[SequenceState] = []
         #: pages that this quantum copies from: nobody may get them before its end
         self._held: list[int] = []
         #: running sequences of each prompt, oldest first
-        self._by_prompt: dict[PromptKey, list[Sample]] = {}
+        self._by_prompt: dict[PromptKey, list[SequenceState]] = {}
 
     def __repr__(self) -> str:
         return f"<Sequences [{len(self.running)} running, {len(self.waiting)} waiting | {self.cache!r}]>"
@@ -166,7 +166,7 @@ class Sequences:
     def num_decoding(self) -> int:
         return sum(sample.num_to_prefill == 0 for sample in self.running)
 
-    def admit(self, sample: Sample) -> None:
+    def admit(self, sample: SequenceState) -> None:
         watched = sum(1 for _ in takewhile(_is_watched, self.waiting))
         self.waiting.insert(watched if _is_watched(sample) else len(self.waiting), sample)
 
@@ -176,7 +176,7 @@ class Sequences:
         for sample in [sample for sample in self.running if sample.spec.sequence_id in ids]:
             self.finish(sample)
 
-    def finish(self, sample: Sample) -> None:
+    def finish(self, sample: SequenceState) -> None:
         """The sequence leaves; what it computed can still be found in the prefix cache."""
         self._register(sample, min(sample.num_computed, len(sample.tokens)))
         self.cache.release([page for page in sample.pages if page != NULL_PAGE])
@@ -204,7 +204,7 @@ class Sequences:
         schedule.decoding = self._decoding()
         return schedule
 
-    def _decoding(self) -> list[Sample]:
+    def _decoding(self) -> list[SequenceState]:
         """Which sequences decode now. Where not all can, up to three quarters of the places go to watched sequences,
         those that waited longest first."""
         self._turn += 1
@@ -218,7 +218,7 @@ class Sequences:
             sample.last_turn = self._turn
         return ready
 
-    def _most_urgent(self, ready: list[Sample], num_places: int) -> list[Sample]:
+    def _most_urgent(self, ready: list[SequenceState], num_places: int) -> list[SequenceState]:
         """A quarter of the places goes to the sequences nearest to their end: only a finished sequence is worth
         anything to its client. The other places go by tokens left times quanta waited: a client of many sequences waits
         for the longest, which must not be left to run alone at the end.
@@ -259,7 +259,7 @@ class Sequences:
             else:
                 sample.pages.extend(pages)
 
-    def _preempt(self, sample: Sample) -> None:
+    def _preempt(self, sample: SequenceState) -> None:
         self.finish(sample)
         sample.num_computed = 0
         self.waiting.appendleft(sample)
@@ -275,7 +275,7 @@ class Sequences:
         return budget
 
     def _admit_waiting(self, decode_steps: int, budget: int, schedule: Schedule) -> None:
-        skipped: list[Sample] = []
+        skipped: list[SequenceState] = []
         while self._has_room:
             sample = self.waiting.popleft()
             if self._leader_under_way(sample):
@@ -295,13 +295,13 @@ class Sequences:
     def _share(self, budget: int, contested: bool) -> int:
         return max(0, budget // 2 if contested and budget >= 8 * self.cache.page_size else budget)
 
-    def _leader_under_way(self, sample: Sample) -> bool:
+    def _leader_under_way(self, sample: SequenceState) -> bool:
         """Whether its prompt is being computed for an earlier sequence: then it waits, and shares the pages."""
         if not self.cache.enabled or sample.scoring_start is not None:
             return False
         return any(mate.num_computed < mate.num_prompt - 1 for mate in self._by_prompt.get(sample.prompt_key, ()))
 
-    def _start(self, sample: Sample, decode_steps: int, budget: int, schedule: Schedule) -> bool:
+    def _start(self, sample: SequenceState, decode_steps: int, budget: int, schedule: Schedule) -> bool:
         """Give a sequence its pages, shared ones first. False when there is no room, or no budget to prefill it."""
         end = len(sample.tokens) - 1
         pages = self.cache.match(sample.keys.upto(sample.tokens, self._cacheable(sample)))
@@ -327,7 +327,9 @@ class Sequences:
             schedule.state_copies.append((state, sample.slot))
         return True
 
-    def _with_state(self, sample: Sample, pages: list[int], source: list[int]) -> tuple[list[int], list[int], int]:
+    def _with_state(
+        self, sample: SequenceState, pages: list[int], source: list[int]
+    ) -> tuple[list[int], list[int], int]:
         """The part of a known prefix that has a state: -> (its pages, its last page in part, the state's slot)."""
         end, keys = len(sample.tokens) - 1, sample.keys.upto(sample.tokens, len(pages) * self.cache.page_size)
         if source:
@@ -345,7 +347,7 @@ class Sequences:
         self.cache.release(pages)
         return [], [], NULL_SLOT
 
-    def _run(self, sample: Sample, pages: list[int], num_computed: int) -> None:
+    def _run(self, sample: SequenceState, pages: list[int], num_computed: int) -> None:
         sample.pages, sample.num_computed, sample.last_turn = pages, num_computed, self._turn
         if not sample.was_admitted:
             sample.was_admitted, sample.num_cached = True, num_computed
@@ -353,12 +355,12 @@ class Sequences:
         self.running.insert(place, sample)
         self._by_prompt.setdefault(sample.prompt_key, []).append(sample)
 
-    def _cacheable(self, sample: Sample) -> int:
+    def _cacheable(self, sample: SequenceState) -> int:
         """How many tokens may come from the cache: not the last one, and none whose hidden state is still wanted."""
         start = sample.scoring_start
         return len(sample.tokens) - 1 if start is None else min(start, len(sample.tokens) - 1)
 
-    def _tail_source(self, sample: Sample, matched: int) -> list[int]:
+    def _tail_source(self, sample: SequenceState, matched: int) -> list[int]:
         """The page, with a reference, a copy of which completes `sample`'s tokens but for the last one."""
         end = len(sample.tokens) - 1
         if matched != end // self.cache.page_size * self.cache.page_size or sample.scoring_start is not None:
@@ -366,7 +368,7 @@ class Sequences:
         key = sample.keys.tail(sample.tokens, end)
         return self.cache.match([key]) if key else []
 
-    def _prefill(self, sample: Sample, share: int, schedule: Schedule) -> int:
+    def _prefill(self, sample: SequenceState, share: int, schedule: Schedule) -> int:
         """Plan the next chunk of a prompt; -> the tokens that it costs, rounded up to whole pages: a partial page costs
         as much as a whole one."""
         start, end = sample.num_computed, len(sample.tokens) - 1
@@ -378,7 +380,7 @@ class Sequences:
         self._register(sample, stop)
         return -(-(stop - start) // self.cache.page_size) * self.cache.page_size
 
-    def _snapshots(self, sample: Sample, start: int, stop: int) -> dict[int, int]:
+    def _snapshots(self, sample: SequenceState, start: int, stop: int) -> dict[int, int]:
         """Which states within [start, stop] are kept: those at the prompt's end, at the end of its last whole page,
         which a longer prompt shares, and at the end of what it was found to share with others."""
         if not self.states.enabled or not self.cache.enabled:
@@ -393,7 +395,7 @@ class Sequences:
                     saves[position] = slot
         return saves
 
-    def _register(self, sample: Sample, num_tokens: int) -> None:
+    def _register(self, sample: SequenceState, num_tokens: int) -> None:
         """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial page by equal
         prompts."""
         for page, key in zip(sample.pages, sample.keys.upto(sample.tokens, num_tokens), strict=False):
@@ -403,7 +405,7 @@ class Sequences:
         if num_tokens == end and (key := sample.keys.tail(sample.tokens, end)):
             self.cache.register(sample.pages[end // self.cache.page_size], key)
 
-    def _missing(self, sample: Sample, decode_steps: int) -> int:
+    def _missing(self, sample: SequenceState, decode_steps: int) -> int:
         """How many pages it lacks for its tokens and `decode_steps` more."""
         needed = min(len(sample.tokens) + decode_steps, sample.limit)
         return max(0, -(-needed // self.cache.page_size) - len(sample.pages))
@@ -419,12 +421,12 @@ class Sequences:
         mates = sorted(sample.order for group in self._by_prompt.values() for sample in group)
         assert mates == orders
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[SequenceState]:
         yield from self.running
         yield from self.waiting
 
 
-def _is_watched(sample: Sample) -> bool:
+def _is_watched(sample: SequenceState) -> bool:
     return sample.spec.stream
 
 

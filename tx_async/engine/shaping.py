@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tx_async.engine.sequences import Sample
+from tx_async.engine.sequences import SequenceState
 from tx_async.errors import InvalidRequest
 from tx_async.grammar import WORD_BITS, num_words
 from tx_async.wire.worker import LOGIT_BIAS_MAX, SequenceSpec
@@ -82,7 +82,7 @@ def check_shaping(spec: SequenceSpec) -> None:
         raise InvalidRequest(f"min_tokens goes with at most {HELD_BACK_MAX} stop tokens.")
 
 
-def shaping_of(samples: Sequence[Sample], rows: int, context: int, vocab: int) -> Shaping:
+def shaping_of(samples: Sequence[SequenceState], rows: int, context: int, vocab: int) -> Shaping:
     specs = [sample.spec for sample in samples]
 
     def column(values: Sequence, dtype: type, unused: float = 0) -> np.ndarray:
@@ -116,7 +116,7 @@ def shaping_of(samples: Sequence[Sample], rows: int, context: int, vocab: int) -
     )
 
 
-def _allowed(samples: Sequence[Sample], rows: int, vocab: int) -> np.ndarray | None:
+def _allowed(samples: Sequence[SequenceState], rows: int, vocab: int) -> np.ndarray | None:
     if not any(sample.constraint for sample in samples):
         return None
     bits = np.full((rows, num_words(vocab)), EVERYTHING, np.uint32)

@@ -94,7 +94,7 @@ class PackedAttention:
         return rule.packed(x, self.positions, self.segment_ids), cache
 
 
-class _Blocks(NamedTuple):
+class _RowBlocks(NamedTuple):
     """A row in n blocks of B positions; the G query heads of a key head stand side by side."""
 
     q: Array
@@ -112,10 +112,10 @@ class _Blocks(NamedTuple):
     """[n]: the first key block that each query block needs."""
 
 
-class _Saved(NamedTuple):
+class _Residuals(NamedTuple):
     """What the backward pass needs of the forward pass."""
 
-    blocks: _Blocks
+    blocks: _RowBlocks
     out: Array
     """[n, R, Hkv, G * B, Dv]"""
     lse: Array
@@ -148,13 +148,13 @@ def _forward(
     scale: float,
     window: int,
     block: int,
-) -> tuple[Array, _Saved]:
+) -> tuple[Array, _Residuals]:
     x = _blocks(q, k, v, positions, segment_ids, window, block)
     sink = None if sinks is None else _sink_of_queries(sinks, k.shape[2], x.k.shape[3])
     body = partial(_attend_from, x, sink, scale, window)
     _, (out, lse) = jax.lax.scan(lambda _, i: (None, body(i)), None, jnp.arange(x.q.shape[0]))
     out, lse = keep((out, lse))
-    return _rows(out, q.shape[1], q.shape[2]), _Saved(x, out, lse)
+    return _rows(out, q.shape[1], q.shape[2]), _Residuals(x, out, lse)
 
 
 def _sink_of_queries(sinks: Array, num_kv_heads: int, size: int) -> Array:
@@ -162,7 +162,7 @@ def _sink_of_queries(sinks: Array, num_kv_heads: int, size: int) -> Array:
     return jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv_heads, -1), size, axis=1)
 
 
-def _attend_from(x: _Blocks, sink: Array | None, scale: float, window: int, i: Array) -> tuple[Array, Array]:
+def _attend_from(x: _RowBlocks, sink: Array | None, scale: float, window: int, i: Array) -> tuple[Array, Array]:
     """Attention of one block of queries to its keys, the diagonal block first: there every query sees at least
     itself."""
 
@@ -190,7 +190,7 @@ def with_sink(top: Array, total: Array, out: Array, sink: Array) -> tuple[Array,
     return new_top, total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
 
 
-def _backward(scale: float, window: int, block: int, saved: _Saved, dout: Array) -> tuple[Array | None, ...]:
+def _backward(scale: float, window: int, block: int, saved: _Residuals, dout: Array) -> tuple[Array | None, ...]:
     x = saved.blocks
     length, num_heads = dout.shape[1:3]
     dout = _queries(dout, x.k.shape[2], x.k.shape[3])
@@ -225,7 +225,7 @@ def _backward(scale: float, window: int, block: int, saved: _Saved, dout: Array)
 packed_attention.defvjp(_forward, _backward)
 
 
-def _scores(x: _Blocks, i: Array, j: Array, scale: float, window: int) -> Array:
+def _scores(x: _RowBlocks, i: Array, j: Array, scale: float, window: int) -> Array:
     """fp32 [R, Hkv, G * B, B]: queries of block i by keys of block j; scores of keys that may not be seen are very
     low."""
     seen = x.q_segments[i][:, :, None] == x.segments[j][:, None, :]
@@ -235,7 +235,7 @@ def _scores(x: _Blocks, i: Array, j: Array, scale: float, window: int) -> Array:
     return jnp.where(seen[:, None], _dot("rhqd,rhkd->rhqk", x.q[i], x.k[j]) * scale, MASKED)
 
 
-def _scores_by_key(x: _Blocks, i: Array, j: Array, scale: float, window: int) -> Array:
+def _scores_by_key(x: _RowBlocks, i: Array, j: Array, scale: float, window: int) -> Array:
     """The same [R, Hkv, B, G * B]."""
     seen = x.segments[j][:, :, None] == x.q_segments[i][:, None, :]
     seen &= x.positions[j][:, :, None] <= x.q_positions[i][:, None, :]
@@ -248,7 +248,7 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, window: int, block: int) -> _Blocks:
+def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, window: int, block: int) -> _RowBlocks:
     """Cut rows into blocks; the last block is filled up with padding."""
     size = min(block, q.shape[1])
     positions, segments = (_split(x, size).swapaxes(0, 1) for x in (positions, segment_ids))
@@ -260,7 +260,7 @@ def _blocks(q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, 
     reach = jnp.minimum(positions[:, :, 0], window - 1) if window else positions[:, :, 0]
     first = jnp.min(numbers[..., 0] - -(-reach // size), axis=1)
     group = (1, 1, q.shape[2] // k.shape[2])
-    return _Blocks(
+    return _RowBlocks(
         q=_queries(q, k.shape[2], size),
         k=keys,
         v=values,

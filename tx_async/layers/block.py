@@ -22,7 +22,7 @@ from tx_async.layers.weights import Dim, Stack, Weight
 LayerWeights = dict[str, Any]
 
 
-class Run(NamedTuple):
+class ForwardPass(NamedTuple):
     """The data that all layers of one forward pass share."""
 
     lora: Lora
@@ -60,7 +60,7 @@ class Mixer(Protocol):
     def weights(self, stack: Stack) -> Iterable[Weight]: ...
 
     def __call__(
-        self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
+        self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
     ) -> tuple[Array, Cache]:
         """x [R, L, D] -> ([R, L, D], cache); `layer` is this layer's place in the cache."""
         ...
@@ -69,7 +69,7 @@ class Mixer(Protocol):
 class Mlp(Protocol):
     def weights(self, stack: Stack) -> Iterable[Weight]: ...
 
-    def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
+    def __call__(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         """x [R, L, D] -> [R, L, D]."""
         ...
 

@@ -13,8 +13,8 @@ from jax import Array
 
 from tx_async.layers import delta_rule
 from tx_async.layers.attention import Cache
-from tx_async.layers.block import Keeps, LayerWeights, Run
-from tx_async.layers.delta_rule import Chunk, Inputs
+from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
+from tx_async.layers.delta_rule import ChunkTransition, Inputs
 from tx_async.layers.linear import project
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import rms_norm
@@ -81,23 +81,23 @@ class GatedDeltaNet:
         yield stack.vector("gated_norm", "linear_attn.norm.weight", Dim(self.value_dim))
 
     def __call__(
-        self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
+        self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
     ) -> tuple[Array, Cache]:
-        qkv, z, b, a = self._projected(run, w, adapters, x)
+        qkv, z, b, a = self._projected(forward, w, adapters, x)
         g = -jnp.exp(w["a_log"]) * jax.nn.softplus(a.astype(jnp.float32) + w["dt_bias"])
         mixed = Mixed(qkv, g, jax.nn.sigmoid(b.astype(jnp.float32)))
-        out, cache = run.attend.recur(cache, layer, Rule(self, w["conv"][:, 0]), mixed)
+        out, cache = forward.attend.recur(cache, layer, Rule(self, w["conv"][:, 0]), mixed)
         out = rms_norm(out, w["gated_norm"], self.eps).astype(x.dtype).astype(jnp.float32)
         z = z.reshape(out.shape).astype(jnp.float32)
         out = (out * jax.nn.silu(z)).astype(x.dtype).reshape(*x.shape[:2], -1)
-        return project(run.lora, adapters, w, ("out",), out)[0], cache
+        return project(forward.lora, adapters, w, ("out",), out)[0], cache
 
-    def _projected(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> list[Array]:
+    def _projected(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> list[Array]:
         """-> qkv [R, L, channels], z [R, L, values], b and a [R, L, value heads]."""
         if not self.interleaved:
-            return project(run.lora, adapters, w, ("qkv", "z", "b", "a"), x)
+            return project(forward.lora, adapters, w, ("qkv", "z", "b", "a"), x)
         by_head = (*x.shape[:2], self.num_key_heads, -1)
-        qkvz, ba = (y.reshape(by_head) for y in project(run.lora, adapters, w, ("qkvz", "ba"), x))
+        qkvz, ba = (y.reshape(by_head) for y in project(forward.lora, adapters, w, ("qkvz", "ba"), x))
         values = self.values // self.num_key_heads
         q, k, v, z = jnp.split(qkvz, [self.key_dim, 2 * self.key_dim, 2 * self.key_dim + values], axis=-1)
         b, a = jnp.split(ba, 2, axis=-1)
@@ -117,7 +117,7 @@ class Rule(NamedTuple):
         history = jnp.zeros((x.qkv.shape[0], self.net.kernel - 1, self.net.channels), x.qkv.dtype)
         return delta_rule.packed(self._inputs(x, history, positions), segments)
 
-    def chunk(self, x: Mixed, history: Array, counts: Array) -> Chunk:
+    def chunk(self, x: Mixed, history: Array, counts: Array) -> ChunkTransition:
         """Prefill: rows of C tokens of one sequence each, of which the first `counts` [R] are real.
 
         history [R, K - 1, channels]: the convolution's inputs before these.
@@ -126,7 +126,7 @@ class Rule(NamedTuple):
         x = x._replace(g=jnp.where(there[..., None], x.g, 0.0), beta=jnp.where(there[..., None], x.beta, 0.0))
         inputs = self._inputs(x, history, jnp.full(x.g.shape[:2], self.net.kernel))
         same = jnp.zeros(x.g.shape[:2], jnp.int32)
-        return Chunk.of(inputs, same, same[:, 0])
+        return ChunkTransition.of(inputs, same, same[:, 0])
 
     def step(self, x: Mixed, history: Array, state: Array) -> tuple[Array, Array]:
         """Decode: L = 1 -> (the next state, fp32 [R, 1, value heads, value_dim])."""

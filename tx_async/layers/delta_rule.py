@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     """[R, L, H]"""
 
 
-class Chunk(NamedTuple):
+class ChunkTransition(NamedTuple):
     """How the C tokens of a chunk change any state that comes in: [R, H, C, ·]."""
 
     u: Array
@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
     """[R, H, 1, 1]: decay of the state that came in."""
 
     @classmethod
-    def of(cls, x: Inputs, segments: Array, carried: Array) -> Chunk:
+    def of(cls, x: Inputs, segments: Array, carried: Array) -> ChunkTransition:
         """segments int32 [R, C]; carried int32 [R]: the segment that the state coming in belongs to."""
         q, k, v, g, beta = (jnp.moveaxis(y.astype(jnp.float32), 2, 1) for y in x)
         order = jnp.arange(g.shape[-1])
@@ -110,7 +110,7 @@ def packed(x: Inputs, segments: Array) -> Array:
     def one(carry: tuple[Array, Array], chunk: tuple[Inputs, Array]) -> tuple[tuple[Array, Array], Array]:
         state, segment = carry
         inputs, segments = chunk
-        state, out = Chunk.of(inputs, segments, segment)(state)
+        state, out = ChunkTransition.of(inputs, segments, segment)(state)
         return (state, segments[:, -1]), out
 
     rows, _, heads, features = x.k.shape

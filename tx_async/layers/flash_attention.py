@@ -23,7 +23,7 @@ from tx_async.layers.residuals import keep
 BLOCK = 64
 
 
-class _Row(NamedTuple):
+class _PackedRows(NamedTuple):
     """What the kernels know about a packing; int32."""
 
     positions: Array
@@ -114,14 +114,14 @@ def _how(interpret: bool) -> dict[str, Any]:
     }
 
 
-def _row(positions: Array, segment_ids: Array) -> _Row:
+def _row(positions: Array, segment_ids: Array) -> _PackedRows:
     length = positions.shape[1]
     numbers = jnp.arange(length // BLOCK, dtype=jnp.int32)
     # Positions count from the start of their segment.
     first = jnp.maximum(numbers - -(-positions[:, ::BLOCK] // BLOCK), 0)
     last = (first[:, None, :] <= numbers[:, None]).sum(2, dtype=jnp.int32) - 1
     segments = jnp.where(segment_ids > 0, segment_ids, -1 - jnp.repeat(numbers, BLOCK))
-    return _Row(positions, segments, first, last)
+    return _PackedRows(positions, segments, first, last)
 
 
 class _Specs:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tx_async.layers.attention import Cache
-from tx_async.layers.block import Keeps, LayerWeights, Run
+from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
 from tx_async.layers.linear import project
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import RmsNorm
@@ -83,30 +83,30 @@ class GroupedQueryAttention:
             yield stack.vector("sinks", "self_attn.sinks", Dim(heads), wide=True)
 
     def __call__(
-        self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
+        self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
     ) -> tuple[Array, Cache]:
-        q, k, v, gate = self._projected(run, w, adapters, x)
+        q, k, v, gate = self._projected(forward, w, adapters, x)
         if self.rope:
-            q, k = rotate(q, *run.rotary[self.rope]), rotate(k, *run.rotary[self.rope])
+            q, k = rotate(q, *forward.rotary[self.rope]), rotate(k, *forward.rotary[self.rope])
         if self.query_scaling:
-            q = self.query_scaling(q, run.positions)
+            q = self.query_scaling(q, forward.positions)
         scale = self.scale or self.head_dim**-0.5
-        out, cache = run.attend(cache, layer, q, k, v, scale, window=self.window, sinks=w.get("sinks"))
+        out, cache = forward.attend(cache, layer, q, k, v, scale, window=self.window, sinks=w.get("sinks"))
         out = out.reshape(*x.shape[:2], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return project(run.lora, adapters, w, ("o",), out)[0], cache
+        return project(forward.lora, adapters, w, ("o",), out)[0], cache
 
     def _projected(
-        self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array
+        self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array
     ) -> tuple[Array, Array, Array, Array | None]:
         """-> q, k, v [R, L, heads, head_dim], normalised; gate [R, L, heads · head_dim]."""
         if self.fused:
-            (together,) = project(run.lora, adapters, w, ("qkv",), x)
+            (together,) = project(forward.lora, adapters, w, ("qkv",), x)
             ends = [self.num_heads * self.head_dim, (self.num_heads + self.num_kv_heads) * self.head_dim]
             q, k, v = jnp.split(together, ends, axis=-1)
         else:
-            q, k, v = project(run.lora, adapters, w, ("q", "k", "v"), x)
+            q, k, v = project(forward.lora, adapters, w, ("q", "k", "v"), x)
         gate = None
         if self.gated:
             q, gate = jnp.split(q.reshape(*x.shape[:2], self.num_heads, -1), 2, axis=-1)

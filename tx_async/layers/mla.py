@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tx_async.layers.attention import Cache
-from tx_async.layers.block import Keeps, LayerWeights, Run
+from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
 from tx_async.layers.linear import project
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import rms_norm
@@ -66,31 +66,31 @@ class LatentAttention:
         )
 
     def __call__(
-        self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
+        self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
     ) -> tuple[Array, Cache]:
         turn = rotate_interleaved if self.interleaved else rotate
-        nope, rope = jnp.split(self._queries(run, w, adapters, x), [self.nope_dim], axis=-1)
-        rotary = run.rotary[self.rope]
+        nope, rope = jnp.split(self._queries(forward, w, adapters, x), [self.nope_dim], axis=-1)
+        rotary = forward.rotary[self.rope]
         rope = turn(rope, *rotary)
-        (entry,) = project(run.lora, adapters, w, ("kv_a",), x)
+        (entry,) = project(forward.lora, adapters, w, ("kv_a",), x)
         latent, shared = jnp.split(entry, [self.kv_lora_rank], axis=-1)
         latent, shared = rms_norm(latent, w["kv_a_norm"], LATENT_NORM_EPS), turn(shared[:, :, None], *rotary)
         attend = self._absorbed if jax.tree.leaves(cache) else self._expanded
-        out, cache = attend(run, w, adapters, nope, rope, latent, shared, cache, layer)
-        return project(run.lora, adapters, w, ("o",), out.reshape(*x.shape[:2], -1))[0], cache
+        out, cache = attend(forward, w, adapters, nope, rope, latent, shared, cache, layer)
+        return project(forward.lora, adapters, w, ("o",), out.reshape(*x.shape[:2], -1))[0], cache
 
-    def _queries(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
+    def _queries(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         if self.q_lora_rank:
-            (latent,) = project(run.lora, adapters, w, ("q_a",), x)
+            (latent,) = project(forward.lora, adapters, w, ("q_a",), x)
             latent = rms_norm(latent, w["q_a_norm"], LATENT_NORM_EPS)
-            (q,) = project(run.lora, adapters, w, ("q_b",), latent)
+            (q,) = project(forward.lora, adapters, w, ("q_b",), latent)
         else:
-            (q,) = project(run.lora, adapters, w, ("q",), x)
+            (q,) = project(forward.lora, adapters, w, ("q",), x)
         return q.reshape(*x.shape[:2], self.num_heads, -1)
 
     def _expanded(
         self,
-        run: Run,
+        forward: ForwardPass,
         w: LayerWeights,
         adapters: LayerLora,
         nope: Array,
@@ -101,14 +101,14 @@ class LatentAttention:
         layer: Array,
     ) -> tuple[Array, Cache]:
         """nope, rope [R, L, H, ·], latent [R, L, kv_rank], shared [R, L, 1, rope] -> ([R, L, H, v], cache)."""
-        (kv,) = project(run.lora, adapters, w, ("kv_b",), latent)
+        (kv,) = project(forward.lora, adapters, w, ("kv_b",), latent)
         k, v = jnp.split(kv.reshape(*latent.shape[:2], self.num_heads, -1), [self.nope_dim], axis=-1)
         k = jnp.concatenate([k, jnp.broadcast_to(shared, (*k.shape[:3], self.rope_dim))], axis=-1)
-        return run.attend(cache, layer, jnp.concatenate([nope, rope], axis=-1), k, v, self.scale)
+        return forward.attend(cache, layer, jnp.concatenate([nope, rope], axis=-1), k, v, self.scale)
 
     def _absorbed(
         self,
-        run: Run,
+        forward: ForwardPass,
         w: LayerWeights,
         adapters: LayerLora,
         nope: Array,
@@ -122,13 +122,13 @@ class LatentAttention:
         for_keys, for_values = self._halves(w["kv_b"])
         q = jnp.einsum("rlhn,dhn->rlhd", nope, for_keys)
         if "kv_b" in adapters:
-            q = q + run.lora.per_row(adapters["kv_b"], self._lora_query, nope)
+            q = q + forward.lora.per_row(adapters["kv_b"], self._lora_query, nope)
         q = jnp.concatenate([q, rope], axis=-1)
         k = jnp.concatenate([latent[:, :, None], shared], axis=-1)
-        mean, cache = run.attend(cache, layer, q, k, None, self.scale, self.kv_lora_rank)
+        mean, cache = forward.attend(cache, layer, q, k, None, self.scale, self.kv_lora_rank)
         out = jnp.einsum("rlhd,dhv->rlhv", mean, for_values)
         if "kv_b" in adapters:
-            out = out + run.lora.per_row(adapters["kv_b"], self._lora_value, mean)
+            out = out + forward.lora.per_row(adapters["kv_b"], self._lora_value, mean)
         return out, cache
 
     def _lora_query(self, a: Array, b: Array, scale: Array, nope: Array) -> Array:

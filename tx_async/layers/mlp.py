@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tx_async.layers.block import LayerWeights, Run
+from tx_async.layers.block import ForwardPass, LayerWeights
 from tx_async.layers.linear import project
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.weights import Dim, Stack, Weight
@@ -37,12 +37,12 @@ class GatedMlp:
         for name, dims in shapes.items():
             yield from stack.linear(f"{self.prefix}{name}", f"{self.module}.{name}_proj", dims, "mlp", self.bias)
 
-    def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
+    def __call__(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         names = ("gate_up",) if self.fused else ("gate", "up")
-        made = project(run.lora, adapters, w, tuple(f"{self.prefix}{name}" for name in names), x)
+        made = project(forward.lora, adapters, w, tuple(f"{self.prefix}{name}" for name in names), x)
         gate, up = jnp.split(made[0], 2, axis=-1) if self.fused else made
         inner = ACTIVATIONS[self.activation](gate, up)
-        return project(run.lora, adapters, w, (f"{self.prefix}down",), inner)[0]
+        return project(forward.lora, adapters, w, (f"{self.prefix}down",), inner)[0]
 
 
 @jax.custom_vjp

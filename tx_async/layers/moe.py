@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from tx_async.layers.block import LayerWeights, Run
+from tx_async.layers.block import ForwardPass, LayerWeights
 from tx_async.layers.grouped import Activation, RowBlocks, block_shape, dispatch, experts_mlp, rearrange
 from tx_async.layers.lora import ExpertLora, LayerLora
 from tx_async.layers.mlp import GatedMlp, silu_gated
@@ -55,17 +55,17 @@ class MoeMlp:
         if self.shared_gate:
             yield stack.matrix("shared_share", "mlp.shared_expert_gate", (Dim(self.hidden_size), Dim(1)), None)
 
-    def __call__(self, run: Run, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
+    def __call__(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         experts, weights = self.router(w, x)
         matrices = {name: w[name] for name in (*NAMES, *BIASES) if name in w}
-        lora = run.lora.of_experts({name: adapters[name] for name in NAMES if name in adapters})
-        if run.mesh is None:
+        lora = forward.lora.of_experts({name: adapters[name] for name in NAMES if name in adapters})
+        if forward.mesh is None:
             out = routed(matrices, lora, x, experts, weights, self.activation)
         else:
-            out = self._on_mesh(run.mesh, matrices, lora, x, experts, weights)
+            out = self._on_mesh(forward.mesh, matrices, lora, x, experts, weights)
         if self.shared is None:
             return out
-        shared = self.shared(run, w, adapters, x)
+        shared = self.shared(forward, w, adapters, x)
         if self.shared_gate:
             shared = shared * jax.nn.sigmoid(x @ w["shared_share"])
         return out + shared

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.layers.attention import Attend, Cache
-from tx_async.layers.block import Layer, Mlp, Run
+from tx_async.layers.block import ForwardPass, Layer, Mlp
 from tx_async.layers.cpu import OutFirst
 from tx_async.layers.lora import Lora, LoraTarget
 from tx_async.layers.norm import RmsNorm
@@ -164,9 +164,9 @@ class Decoder:
         x = self._by_rows(params["embed"][tokens])
         if self.embed_scale != 1.0:
             x = x * jnp.asarray(self.embed_scale, x.dtype)
-        run = Run(lora, positions, self._rotary(positions), attend, self.mesh)
+        forward = ForwardPass(lora, positions, self._rotary(positions), attend, self.mesh)
         for segment in self.segments:
-            body = partial(self._run_layers, segment, run)
+            body = partial(self._run_layers, segment, forward)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
             if isinstance(params[segment[0].name], list):
                 # Here the compiler could merge the recomputation with the first computation: the default prevents that.
@@ -183,15 +183,15 @@ class Decoder:
         return {rope: rope(positions) for rope in ropes}
 
     def _run_layers(
-        self, segment: tuple[Stack, ...], run: Run, carry: tuple[Array, Cache], layers: tuple[Any, ...]
+        self, segment: tuple[Stack, ...], forward: ForwardPass, carry: tuple[Array, Cache], layers: tuple[Any, ...]
     ) -> tuple[tuple[Array, Cache], None]:
         x, cache = carry
         for stack, (index, w, adapters) in zip(segment, layers, strict=True):
             w, layer = self._gathered(stack, w), self.layer_of(stack)
             norms = layer.norms
-            out, cache = layer.mixer(run, w, adapters, norms("before_mixer", w, x), cache, index)
+            out, cache = layer.mixer(forward, w, adapters, norms("before_mixer", w, x), cache, index)
             x = self._by_rows(x + norms("after_mixer", w, out))
-            out = layer.mlp(run, w, adapters, norms("before_mlp", w, x))
+            out = layer.mlp(forward, w, adapters, norms("before_mlp", w, x))
             x = x + norms("after_mlp", w, out)
         return (self._by_rows(x), cache), None
 

@@ -176,7 +176,7 @@ def _some(names: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _TensorRows:
     """Rows of a tensor, as they are in the file."""
 
     start: int
@@ -188,7 +188,7 @@ class _Chunk:
 
 def _read_ahead(
     wanted: list[tuple[StoredTensor, tuple[int, int]]], tensors: dict[str, StoredTensor]
-) -> Iterator[tuple[StoredTensor, _Chunk]]:
+) -> Iterator[tuple[StoredTensor, _TensorRows]]:
     """Read one chunk while the previous one is being placed."""
     with ThreadPoolExecutor(1) as reader:
         pending = None
@@ -218,11 +218,11 @@ def _block_size(tensor: StoredTensor, scale: StoredTensor) -> tuple[int, int]:
     return rows, cols
 
 
-def _read_chunk(tensor: StoredTensor, scale: StoredTensor | None, start: int, stop: int) -> _Chunk:
+def _read_chunk(tensor: StoredTensor, scale: StoredTensor | None, start: int, stop: int) -> _TensorRows:
     if scale is None:
-        return _Chunk(start, tensor.rows(start, stop), None)
+        return _TensorRows(start, tensor.rows(start, stop), None)
     block = _block_size(tensor, scale)
-    return _Chunk(start, tensor.rows(start, stop), scale.rows(start // block[0], -(-stop // block[0])), block)
+    return _TensorRows(start, tensor.rows(start, stop), scale.rows(start // block[0], -(-stop // block[0])), block)
 
 
 # ---- buffers
@@ -269,14 +269,14 @@ class _Leaf:
             for shard in self.shards
         )
 
-    def write(self, number: int, chunk: _Chunk) -> None:
+    def write(self, number: int, chunk: _TensorRows) -> None:
         """Put a chunk of tensor `hf_names[number]` where it belongs, and wait, so that its memory is free again."""
         lead = self._lead_of(number)
         for shard in self.shards:
             if self._inside(shard, lead):
                 self._write_shard(shard, lead, chunk)
 
-    def _write_shard(self, shard: _Shard, lead: tuple[int, ...], chunk: _Chunk) -> None:
+    def _write_shard(self, shard: _Shard, lead: tuple[int, ...], chunk: _TensorRows) -> None:
         order = slice(None, None, -1) if self.weight.transposed else slice(None)
         starts, sizes = shard.start[self.lead :][order], shard.shape[self.lead :][order]
         first, last = max(starts[0], chunk.start), min(starts[0] + sizes[0], chunk.start + len(chunk.values))
@@ -308,7 +308,7 @@ class _Leaf:
         return all(s <= i < s + n for i, s, n in zip(lead, shard.start, shard.shape, strict=False))
 
 
-def _scale_of(chunk: _Chunk, cut: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+def _scale_of(chunk: _TensorRows, cut: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray] | None:
     """(scales with columns spread out [blocks, cols], the block of each row), for the cut rows and columns."""
     if chunk.scale is None:
         return None

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 Item = Append | Finish | DeleteFiles
 
 
-class _Entry(Struct, eq=False):
+class _QueuedItem(Struct, eq=False):
     item: Item
     visible: asyncio.Future[None] | None = None
     """Set for those who wait until it, and everything before it, is visible."""
@@ -42,13 +42,13 @@ class Outbox:
         self.journal = journal
         self.show = show
         #: decided, not visible yet; oldest first
-        self._entries: Inbox[_Entry] = Inbox()
+        self._entries: Inbox[_QueuedItem] = Inbox()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def post(self, item: Item) -> None:
-        self._entries.post(_Entry(item))
+        self._entries.post(_QueuedItem(item))
 
     async def flush(self) -> None:
         """Wait until everything that was posted so far is visible."""
@@ -68,9 +68,9 @@ class Outbox:
                 if entry.visible is not None and not entry.visible.done():
                     entry.visible.set_result(None)
 
-    def _next_batch(self) -> list[_Entry]:
+    def _next_batch(self) -> list[_QueuedItem]:
         """The oldest entries, up to a size, and at least one."""
-        batch: list[_Entry] = []
+        batch: list[_QueuedItem] = []
         num_bytes = 0
         for entry in self._entries:
             num_bytes += len(entry.item.result.payload) if isinstance(entry.item, Finish) else 0

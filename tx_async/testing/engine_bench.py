@@ -18,8 +18,8 @@ from tx_async.wire.worker import (
     CreateAdapter,
     LoadAdapter,
     Loaded,
-    OptimStep,
     SaveAdapter,
+    StepOptimizer,
     Stepped,
     TrainMicroBatch,
 )
@@ -104,7 +104,7 @@ class EngineBench:
         return logprobs, losses
 
     def step(self, slot: int, **adam: Any) -> Stepped:
-        return self.run(OptimStep(slot=slot, adam=AdamParams(**{"learning_rate": 0.01} | adam)))[0]
+        return self.run(StepOptimizer(slot=slot, adam=AdamParams(**{"learning_rate": 0.01} | adam)))[0]
 
     def state(self, slot: int) -> TrainingState:
         """Everything of a slot, on the host, copied."""

@@ -69,7 +69,6 @@ from tx_async.wire.worker import (
     LoadAdapter,
     Loaded,
     LoadSampler,
-    OptimStep,
     ReleaseAdapter,
     Sampled,
     SampleQuantum,
@@ -77,6 +76,7 @@ from tx_async.wire.worker import (
     Saved,
     SequencePiece,
     SequenceSpec,
+    StepOptimizer,
     Trained,
     TrainMicroBatch,
     Welcome,
@@ -200,7 +200,7 @@ class FakeEngine:
                 return Loaded(step=self._samplers[slot].step), []
             case TrainMicroBatch():
                 return self._train(command, dict(zip(TRAIN_TENSORS, tensors, strict=True)))
-            case OptimStep(slot=slot, adam=adam):
+            case StepOptimizer(slot=slot, adam=adam):
                 return optim_step(self._adapter(slot), adam), []
             case AdmitSequences(sequences=sequences):
                 for spec in sequences:

@@ -68,7 +68,7 @@ R = TypeVar("R")
 
 
 @dataclass
-class _Lane:
+class _FakeLane:
     """The sequence of one model."""
 
     #: every operation below this seq_id has run
@@ -106,7 +106,7 @@ class FakeScheduler(FakeViews):
         self._requests: dict[str, RequestRecord] = {}
         self._by_key: dict[tuple[str, int], RequestRecord] = {}
         self._results: dict[str, ResultRecord] = {}
-        self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
+        self._lanes: defaultdict[str, _FakeLane] = defaultdict(_FakeLane)
         self._held_operations: list[tuple[RequestRecord, Operation]] = []
 
     def __repr__(self) -> str:

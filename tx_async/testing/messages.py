@@ -28,7 +28,6 @@ from tx_async.wire.worker import (
     Loaded,
     LoadSampler,
     NumberedCommand,
-    OptimStep,
     Progress,
     PromptScores,
     Ready,
@@ -42,6 +41,7 @@ from tx_async.wire.worker import (
     SequencePiece,
     SequenceSpec,
     Shutdown,
+    StepOptimizer,
     Stepped,
     ToWorker,
     Trained,
@@ -83,7 +83,7 @@ COMMANDS = (
         (_spec("float32", 2, 64, 1), _spec("float32", 2, 64)),
     ),
     CommandExample(
-        OptimStep(slot=0, adam=AdamParams(learning_rate=0.0001)), Stepped(metrics={"grad_norm": 0.5}, step=1)
+        StepOptimizer(slot=0, adam=AdamParams(learning_rate=0.0001)), Stepped(metrics={"grad_norm": 0.5}, step=1)
     ),
     CommandExample(SaveAdapter(slot=0, config=CONFIG, key=KEY, kind="training"), Saved(size_bytes=1_048_576)),
     CommandExample(LoadSampler(sampler_slot=0, key=KEY), Loaded()),

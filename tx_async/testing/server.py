@@ -41,7 +41,7 @@ class ServerFailed(AssertionError):
 
 
 @dataclass
-class Server:
+class ServerProcess:
     """One server process. After `kill()` or `stop()`, `start()` brings it back on the same port and folder."""
 
     base_url: str
@@ -146,7 +146,7 @@ def running_server(
     ready: bool = True,
     waiting: Waiting | None = None,
     **settings: Any,
-) -> Iterator[Server]:
+) -> Iterator[ServerProcess]:
     """Start a server, yield it once healthz answers 200 (`ready=False`: as soon as the process exists), stop it.
 
     `settings` are fields of `ServerConfig`. Without `data_dir` everything lives in a temporary folder. The compilation
@@ -171,7 +171,7 @@ def running_server(
 
 def _server(
     folder: Path, base_model: str | Path, backend: dict[str, Any], environ: dict[str, str], settings: dict[str, Any]
-) -> Server:
+) -> ServerProcess:
     port = settings.pop("port", None) or free_port()
     if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         settings = {"compilation_cache_dir": cache} | settings
@@ -181,7 +181,7 @@ def _server(
     flags = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TX_")}
     cert = settings.get("tls_cert")
-    return Server(
+    return ServerProcess(
         base_url=f"http{'s' if cert else ''}://127.0.0.1:{port}",
         tls=ssl.create_default_context(cafile=cert) if cert else None,
         port=port,
@@ -192,7 +192,7 @@ def _server(
     )
 
 
-def _end(server: Server) -> None:
+def _end(server: ServerProcess) -> None:
     """Something else failed already: stop, and let that be the error."""
     with contextlib.suppress(ServerFailed):
         server.stop()

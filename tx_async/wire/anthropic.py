@@ -42,7 +42,7 @@ class ThinkingBlock(Request, tag="thinking", kw_only=True):
     signature: str | None = None
 
 
-Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock
+ContentBlock = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock
 BLOCK_TYPES = ("text", "tool_use", "tool_result", "thinking")
 
 
@@ -161,12 +161,12 @@ class InputJsonDelta(Answer, tag="input_json_delta", kw_only=True):
     partial_json: str
 
 
-Delta = TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
+ContentDelta = TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
 
 
 class BlockDelta(Answer, tag="content_block_delta", kw_only=True):
     index: int
-    delta: Delta
+    delta: ContentDelta
 
 
 class BlockStop(Answer, tag="content_block_stop", kw_only=True):

@@ -26,7 +26,7 @@ class StreamOptions(Request, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class Sampling(Request, kw_only=True):
+class SamplingFields(Request, kw_only=True):
     """The fields that both kinds of completions take."""
 
     model: str
@@ -82,7 +82,7 @@ class ResponseFormat(Request, kw_only=True):
     json_schema: dict[str, Any] | None = None
 
 
-class ChatRequest(Sampling, kw_only=True):
+class ChatRequest(SamplingFields, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
@@ -95,7 +95,7 @@ class ChatRequest(Sampling, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class CompletionRequest(Sampling, kw_only=True):
+class CompletionRequest(SamplingFields, kw_only=True):
     prompt: str | list[Any]
     """A text, several texts, token ids, or several lists of token ids."""
     echo: bool | None = None

@@ -340,7 +340,8 @@ CLIP_THRESHOLDS = {"ppo": (0.8, 1.2), "gspo": (0.8, 1.2), "cispo": (0.0, 4.0)}
 clip_high_threshold), as bounds of the ratio itself."""
 
 
-class OptimStep(Struct, tag=True, frozen=True, kw_only=True):
+# Its tag is the protocol's name for it, which workers of earlier versions know.
+class StepOptimizer(Struct, tag="OptimStep", frozen=True, kw_only=True):
     """Apply the gradients accumulated in a slot since its last optim_step, then clear them. Result: `Stepped`.
 
     Without gradients since the last step the update is that of a zero gradient (moments decay, weight decay applies).
@@ -463,7 +464,7 @@ Command = (
     | LoadAdapter
     | ReleaseAdapter
     | TrainMicroBatch
-    | OptimStep
+    | StepOptimizer
     | SaveAdapter
     | LoadSampler
     | AdmitSequences

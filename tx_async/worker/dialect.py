@@ -50,7 +50,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Completion:
+class EngineCompletion:
     """One sampled sequence."""
 
     stop_reason: Literal["stop", "length"]
@@ -98,12 +98,12 @@ class Dialect(Protocol):
 
     async def unload_adapter(self, name: str) -> None: ...
 
-    async def complete(self, model: str, prompt: Prompt, spec: SequenceSpec) -> Completion: ...
+    async def complete(self, model: str, prompt: EncodedPrompt, spec: SequenceSpec) -> EngineCompletion: ...
 
     async def close(self) -> None: ...
 
 
-class Prompt:
+class EncodedPrompt:
     """A prompt's tokens, encoded once for all its samples."""
 
     def __init__(self, tokens: np.ndarray):

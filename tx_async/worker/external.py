@@ -25,12 +25,12 @@ from tx_async.errors import EngineError, EngineGone
 from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
 from tx_async.wire.worker import BASE_SLOT, EngineInfo, SequenceSpec, Welcome
-from tx_async.worker.dialect import Completion, Dialect, Prompt, RejectedByEngine, Served, Unreachable
+from tx_async.worker.dialect import Dialect, EncodedPrompt, EngineCompletion, RejectedByEngine, Served, Unreachable
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 from tx_async.worker.external_adapters import AdapterFolder
 from tx_async.worker.external_attach import Attachment, named, read_subject
 from tx_async.worker.external_health import EngineHealth, HealthSettings
-from tx_async.worker.external_report import Outcome, SampleFailure, report
+from tx_async.worker.external_report import SampleFailure, SampleOutcome, report
 from tx_async.worker.external_settings import ExternalSettings
 from tx_async.worker.external_trial import Subject
 
@@ -52,7 +52,7 @@ class _Left(Exception):
 @dataclass(eq=False)
 class _Sequence:
     spec: SequenceSpec
-    prompt: Prompt
+    prompt: EncodedPrompt
     task: asyncio.Task[None] | None = None
 
 
@@ -86,7 +86,7 @@ class ExternalEngine:
         #: admitted and without an outcome
         self._running: dict[int, _Sequence] = {}
         #: what the next quantum reports of sequences that are not in `_running` any more
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[SampleOutcome] = []
         self._last_outcome = time.monotonic()
         self._news = asyncio.Event()
         self._examining = asyncio.Lock()
@@ -150,7 +150,7 @@ class ExternalEngine:
             case wire.LoadSampler(sampler_slot=slot, key=key):
                 return self._call(self._load(slot, key))
             case wire.AdmitSequences(sequences=specs):
-                prompts = {index: Prompt(tensors[index]) for index in {spec.prompt_index for spec in specs}}
+                prompts = {index: EncodedPrompt(tensors[index]) for index in {spec.prompt_index for spec in specs}}
                 self._loop.call_soon_threadsafe(
                     self._admit, [_Sequence(spec, prompts[spec.prompt_index]) for spec in specs]
                 )
@@ -230,11 +230,11 @@ class ExternalEngine:
         except _Left:
             return
         if self._running.pop(spec.sequence_id, None):
-            self._outcomes.append(Outcome(spec, len(prompt), result))
+            self._outcomes.append(SampleOutcome(spec, len(prompt), result))
             self._last_outcome = time.monotonic()
             self._news.set()
 
-    async def _sample(self, spec: SequenceSpec, prompt: Prompt) -> Completion | SampleFailure:
+    async def _sample(self, spec: SequenceSpec, prompt: EncodedPrompt) -> EngineCompletion | SampleFailure:
         model = self._served.name if spec.sampler_slot == BASE_SLOT else self._slots.get(spec.sampler_slot)
         if model is None:
             return SampleFailure("server", f"Sampler slot {spec.sampler_slot} is empty.")

@@ -15,7 +15,7 @@ from tx_async.errors import BaseModelError, ConfigError
 from tx_async.storage.store import Store
 from tx_async.wire.worker import BASE_SLOT, EngineConfig, EngineInfo, SequenceSpec, Trial
 from tx_async.worker import external_trial
-from tx_async.worker.dialect import Dialect, Prompt, RejectedByEngine, Served, Unreachable
+from tx_async.worker.dialect import Dialect, EncodedPrompt, RejectedByEngine, Served, Unreachable
 from tx_async.worker.engine_api import ReportProgress
 from tx_async.worker.external_adapters import AdapterFolder
 from tx_async.worker.external_trial import Subject
@@ -108,7 +108,7 @@ class Attachment:
     async def _returns_candidates(self, served: Served, number: int) -> bool:
         """Whether the engine returns `number` log-probabilities for each token."""
         try:
-            await self.dialect.complete(served.name, Prompt(np.zeros(1, np.int32)), probe_spec(number))
+            await self.dialect.complete(served.name, EncodedPrompt(np.zeros(1, np.int32)), probe_spec(number))
         except RejectedByEngine as error:
             if error.is_failure:
                 raise

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from msgspec import Struct
 
-from tx_async.worker.dialect import Dialect, Prompt, RejectedByEngine, Served, Unreachable
+from tx_async.worker.dialect import Dialect, EncodedPrompt, RejectedByEngine, Served, Unreachable
 from tx_async.worker.external_attach import probe_spec
 
 
@@ -81,7 +81,7 @@ class EngineHealth:
         return f"has forgotten {len(missing)} of its adapters" if missing else ""
 
     async def _sample_one(self) -> str:
-        await self.dialect.complete(self.served.name, Prompt(np.zeros(1, np.int32)), probe_spec())
+        await self.dialect.complete(self.served.name, EncodedPrompt(np.zeros(1, np.int32)), probe_spec())
         return ""
 
     async def _progress(self, mark: float | None) -> float:

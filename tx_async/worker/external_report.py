@@ -9,7 +9,7 @@ import numpy as np
 
 from tx_async.errors import Category
 from tx_async.wire.worker import FinishedSequence, Sampled, SequenceSpec
-from tx_async.worker.dialect import Completion
+from tx_async.worker.dialect import EngineCompletion
 from tx_async.worker.engine_api import Reply
 
 
@@ -20,18 +20,18 @@ class SampleFailure:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SampleOutcome:
     spec: SequenceSpec
     num_prompt_tokens: int
-    result: Completion | SampleFailure
+    result: EngineCompletion | SampleFailure
 
 
-def report(outcomes: Sequence[Outcome], num_running: int) -> Reply:
+def report(outcomes: Sequence[SampleOutcome], num_running: int) -> Reply:
     finished: list[FinishedSequence] = []
     tensors: list[np.ndarray] = []
     progress: list[tuple[int, int]] = []
     for outcome in outcomes:
-        if isinstance(outcome.result, Completion):
+        if isinstance(outcome.result, EngineCompletion):
             finished.append(_finished(outcome.spec.sequence_id, outcome.result, tensors))
             num_computed = outcome.num_prompt_tokens - outcome.result.num_cached_tokens + len(outcome.result.tokens)
             progress.append((outcome.spec.sequence_id, num_computed))
@@ -48,7 +48,7 @@ def report(outcomes: Sequence[Outcome], num_running: int) -> Reply:
     return result, tensors
 
 
-def _finished(sequence_id: int, completion: Completion, tensors: list[np.ndarray]) -> FinishedSequence:
+def _finished(sequence_id: int, completion: EngineCompletion, tensors: list[np.ndarray]) -> FinishedSequence:
     def add(array: np.ndarray | None) -> int:
         if array is None:
             return -1

@@ -22,7 +22,7 @@ from tx_async.errors import ConfigError
 from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG, write_checkpoint_sync
 from tx_async.storage.store import Store
 from tx_async.wire.worker import BASE_SLOT, LORA_ALPHA, AdapterConfig, SequenceSpec, TrialSequence
-from tx_async.worker.dialect import Dialect, Prompt
+from tx_async.worker.dialect import Dialect, EncodedPrompt
 
 FOLDER = "external-trials"
 TOLERANCE = 1e-4
@@ -129,7 +129,7 @@ async def sample(dialect: Dialect, base: str, adapter: str, vocab_size: int) -> 
             sequence_id=0, sampler_slot=BASE_SLOT, adapter_version="", prompt_index=0, max_tokens=COMPLETION_TOKENS,
             temperature=temperature, seed=SEED,
         )  # fmt: skip
-        completion = await dialect.complete(name, Prompt(prompt), spec)
+        completion = await dialect.complete(name, EncodedPrompt(prompt), spec)
         if len(completion.tokens) != len(completion.logprobs) or not len(completion.tokens):
             raise ConfigError(f"{dialect.product} at {dialect.url} returns no log-probabilities of sampled tokens.")
         found.append(

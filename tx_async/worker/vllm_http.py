@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from tx_async.wire.results import EMPTY_LOGPROB
 from tx_async.wire.worker import GREEDY_BELOW, SamplingLimits, SequenceSpec
-from tx_async.worker.dialect import Completion, Prompt, RejectedByEngine, Served, Unreachable
+from tx_async.worker.dialect import EncodedPrompt, EngineCompletion, RejectedByEngine, Served, Unreachable
 
 TESTED_VERSION = "0.32"
 TEMPERATURE_MIN = 0.01
@@ -140,7 +140,7 @@ class VllmHttp:
 
     # ---- samples
 
-    async def complete(self, model: str, prompt: Prompt, spec: SequenceSpec) -> Completion:
+    async def complete(self, model: str, prompt: EncodedPrompt, spec: SequenceSpec) -> EngineCompletion:
         prompt.encoded = prompt.encoded or msgspec.json.encode(prompt.tokens)
         body = completion_request(model, spec) | {"prompt": msgspec.Raw(prompt.encoded)}
         return _completion(_answers.decode(await self._post("/v1/completions", body)), spec)
@@ -207,14 +207,14 @@ def seed_of(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _completion(answer: _Answer, spec: SequenceSpec) -> Completion:
+def _completion(answer: _Answer, spec: SequenceSpec) -> EngineCompletion:
     choice = answer.choices[0]
     if choice.finish_reason not in ("stop", "length"):
         raise RejectedByEngine(500, f"a sample ended with finish_reason {choice.finish_reason!r}")
     ids, values = _topk(choice.logprobs.top_logprobs, spec.topk_logprobs)
     head_ids, head_values = _topk(choice.logprobs.top_logprobs, spec.head_tokens)
     details = answer.usage.prompt_tokens_details
-    return Completion(
+    return EngineCompletion(
         stop_reason=choice.finish_reason,  # type: ignore[arg-type]
         tokens=np.array(choice.token_ids, np.int32),
         logprobs=np.array(choice.logprobs.token_logprobs, np.float32),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support import chat_templates
 from tx_async.api.compatible.families import family_of
-from tx_async.api.compatible.parsing import Call, Reasoning, Text
+from tx_async.api.compatible.parsing import ParsedCall, Reasoning, Text
 
 PARAMETERS = {"f": {"a": {"type": "integer"}, "b": {"type": "string"}, "c": {"type": "array"}}}
 CALLS = [("f", {"a": 1, "b": "x <y> & z", "c": ["d"]}), ("g", {})]
@@ -108,7 +108,7 @@ def parsed(family: str, answer: str, size: int, with_tools: bool = True, prompt:
     parser = family_of(TEMPLATES[family]).parser(PARAMETERS, with_tools=with_tools, prompt=prompt)
     pieces = [answer[i : i + size] for i in range(0, len(answer), size)]
     events = [event for piece in pieces for event in parser.feed(piece)] + list(parser.finish())
-    calls = [(event.name, json.loads(event.arguments)) for event in events if isinstance(event, Call)]
+    calls = [(event.name, json.loads(event.arguments)) for event in events if isinstance(event, ParsedCall)]
     reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
     return reasoning, "".join(event.text for event in events if isinstance(event, Text)), calls
 

@@ -20,7 +20,7 @@ from tx_async.wire import openai
 from tx_async.wire.operations import Sample
 
 
-class Answer(Protocol):
+class ApiAnswer(Protocol):
     """The answer to one request, in one API's form."""
 
     def failed(self, status: int, message: str) -> bytes:
@@ -32,7 +32,7 @@ class Answer(Protocol):
     def events(self, samples: Samples) -> AsyncIterator[bytes]: ...
 
 
-async def respond(call: Call, samples: Samples, answer: Answer, is_streamed: bool) -> Response:
+async def respond(call: Call, samples: Samples, answer: ApiAnswer, is_streamed: bool) -> Response:
     """Send the answer. The samples end with the response, however that ends."""
     is_taken = False
     try:

@@ -70,7 +70,7 @@ def _messages(message: anthropic.Message, where: str) -> list[openai.ChatMessage
     return [*results, *([openai.ChatMessage(role="user", content=_one_or_all(texts))] if texts else [])]
 
 
-def _assistant(blocks: Sequence[anthropic.Block], texts: list[dict[str, Any]]) -> openai.ChatMessage:
+def _assistant(blocks: Sequence[anthropic.ContentBlock], texts: list[dict[str, Any]]) -> openai.ChatMessage:
     calls = [
         openai.ToolCall(id=block.id, function=openai.FunctionCall(name=block.name, arguments=block.input))
         for block in blocks
@@ -89,12 +89,12 @@ def _one_or_all(texts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return texts[0]["text"] if len(texts) == 1 else texts
 
 
-def _block(block: dict[str, Any], role: str, where: str) -> anthropic.Block:
+def _block(block: dict[str, Any], role: str, where: str) -> anthropic.ContentBlock:
     kind = block.get("type")
     if kind in _NOT_SERVED:
         raise InvalidField(where, f"{kind}: only text and tools are served here.")
     try:
-        found = msgspec.convert(block, anthropic.Block)
+        found = msgspec.convert(block, anthropic.ContentBlock)
     except msgspec.ValidationError as error:
         raise named(str(error), where) from None
     if role == "user" and isinstance(found, anthropic.ToolUseBlock | anthropic.ThinkingBlock):

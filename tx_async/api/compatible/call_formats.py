@@ -9,25 +9,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from tx_async.api.compatible.json_values import is_list, is_object
-from tx_async.api.compatible.parsing import Call, Parameters
+from tx_async.api.compatible.parsing import Parameters, ParsedCall
 
 
-def call_of(value: Any) -> Call | None:
+def call_of(value: Any) -> ParsedCall | None:
     """A call from {"name": …, "arguments": … or "parameters": …}."""
     if not is_object(value) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = parsed_json(arguments)
-    return Call(value["name"], dumps(arguments)) if is_object(arguments) else None
+    return ParsedCall(value["name"], dumps(arguments)) if is_object(arguments) else None
 
 
-def _all_calls(values: list[Any]) -> list[Call] | None:
+def _all_calls(values: list[Any]) -> list[ParsedCall] | None:
     calls = [call for value in values if (call := call_of(value))]
     return calls if calls and len(calls) == len(values) else None
 
 
-def read_hermes(inside: str, _parameters: Parameters) -> list[Call] | None:
+def read_hermes(inside: str, _parameters: Parameters) -> list[ParsedCall] | None:
     """`{"name": …, "arguments": {…}}`"""
     return _all_calls([parsed_json(inside)])
 
@@ -36,7 +36,7 @@ _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-def read_functions(inside: str, parameters: Parameters) -> list[Call] | None:
+def read_functions(inside: str, parameters: Parameters) -> list[ParsedCall] | None:
     """`<function=NAME><parameter=KEY>VALUE</parameter></function>`"""
     if not (found := _FUNCTION.fullmatch(inside)):
         return None
@@ -47,7 +47,7 @@ def read_functions(inside: str, parameters: Parameters) -> list[Call] | None:
 _GLM = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
 
-def read_glm(inside: str, parameters: Parameters) -> list[Call] | None:
+def read_glm(inside: str, parameters: Parameters) -> list[ParsedCall] | None:
     """`NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>`"""
     name = inside.partition("<arg_key>")[0].strip()
     if not re.fullmatch(r"[\w.:-]+", name):
@@ -58,7 +58,7 @@ def read_glm(inside: str, parameters: Parameters) -> list[Call] | None:
 _DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
 
 
-def read_deepseek(inside: str, _parameters: Parameters) -> list[Call] | None:
+def read_deepseek(inside: str, _parameters: Parameters) -> list[ParsedCall] | None:
     """`NAME<sep>{…}` (V3.1), or `function<sep>NAME` and a fenced block of JSON (V3, R1)."""
     values: list[Any] = []
     for first, second in _DEEPSEEK.findall(inside):
@@ -72,7 +72,7 @@ def read_deepseek(inside: str, _parameters: Parameters) -> list[Call] | None:
 _MISTRAL = re.compile(r"\s*(?:\[TOOL_CALLS\])?([\w.-]+)(?:\[CALL_ID\][\w-]+)?(?:\[ARGS\])?(?={)")
 
 
-def read_mistral(inside: str, _parameters: Parameters) -> list[Call] | None:
+def read_mistral(inside: str, _parameters: Parameters) -> list[ParsedCall] | None:
     """A JSON list of calls, or `NAME[ARGS]{…}` one after the other."""
     if inside.lstrip().startswith("["):
         listed = parsed_json(inside)
@@ -88,10 +88,10 @@ def read_mistral(inside: str, _parameters: Parameters) -> list[Call] | None:
     return _all_calls(values) if not inside[place:].strip() else None
 
 
-def _typed_call(name: str, pairs: list[tuple[str, str]], parameters: Parameters) -> Call:
+def _typed_call(name: str, pairs: list[tuple[str, str]], parameters: Parameters) -> ParsedCall:
     """A value stays text; where the tool's schema wants something else, it is parsed as JSON if it can be."""
     schemas = parameters.get(name, {})
-    return Call(name, dumps({key.strip(): _typed(value, schemas.get(key.strip(), {})) for key, value in pairs}))
+    return ParsedCall(name, dumps({key.strip(): _typed(value, schemas.get(key.strip(), {})) for key, value in pairs}))
 
 
 def _typed(value: str, schema: Mapping[str, Any]) -> Any:

@@ -16,9 +16,8 @@ from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.api.compatible.forms import openai_error
 from tx_async.api.compatible.models import fingerprint, model_path
-from tx_async.api.compatible.parsing import Call as ToolCall
-from tx_async.api.compatible.parsing import Event, Reasoning, Text
-from tx_async.api.compatible.prompts import Chat, Prompt, chat_prompt
+from tx_async.api.compatible.parsing import Event, ParsedCall, Reasoning, Text
+from tx_async.api.compatible.prompts import Chat, ChatPrompt, chat_prompt
 from tx_async.api.compatible.samples import PATIENCE_S, Samples
 from tx_async.api.compatible.tokenizer import Tokenizer
 from tx_async.api.context import Call
@@ -79,7 +78,7 @@ def chat_of(request: ChatRequest) -> Chat:
 @dataclass
 class ChatAnswer:
     request: ChatRequest
-    prompt: Prompt
+    prompt: ChatPrompt
     tokenizer: Tokenizer
     choices: list[Choice]
     fingerprint: str
@@ -116,7 +115,7 @@ class ChatAnswer:
     def _message(self, events: list[Event]) -> AnsweredChatMessage:
         text = "".join(event.text for event in events if isinstance(event, Text))
         reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
-        calls = [self._call(event) for event in events if isinstance(event, ToolCall)]
+        calls = [self._call(event) for event in events if isinstance(event, ParsedCall)]
         return AnsweredChatMessage(
             role="assistant",
             content=text or (None if calls else ""),
@@ -125,7 +124,7 @@ class ChatAnswer:
             tool_calls=calls or UNSET,
         )
 
-    def _call(self, call: ToolCall) -> openai.AnsweredCall:
+    def _call(self, call: ParsedCall) -> openai.AnsweredCall:
         function = openai.AnsweredFunction(name=call.name, arguments=call.arguments)
         return openai.AnsweredCall(id=self.prompt.family.new_call_id("call_"), function=function)
 
@@ -162,7 +161,7 @@ class ChatAnswer:
         messages: list[AnsweredChatMessage] = []
         for event in delta.events:
             messages.append(self._delta(event, num_calls))
-            num_calls += isinstance(event, ToolCall)
+            num_calls += isinstance(event, ParsedCall)
         if not messages and delta.scored and (self.request.logprobs or self.request.return_token_ids):
             messages.append(AnsweredChatMessage())
         for i, message in enumerate(messages):
@@ -178,7 +177,7 @@ class ChatAnswer:
                 return AnsweredChatMessage(content=event.text)
             case Reasoning():
                 return AnsweredChatMessage(reasoning_content=event.text)
-            case ToolCall():
+            case ParsedCall():
                 call = self._call(event)
                 call.index = num_calls
                 return AnsweredChatMessage(tool_calls=[call])

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from tx_async.api.compatible.parsing import Call, Event, Parser
+from tx_async.api.compatible.parsing import Event, ParsedCall, Parser
 from tx_async.api.compatible.text_stream import TextStream
 from tx_async.scheduler.interface import LivePiece
 from tx_async.wire.results import EMPTY_LOGPROB, TopkLogprobs
@@ -72,8 +72,8 @@ class Choice:
         return Delta(scored, text, [event for event in events if self._counts(event)], piece.stop_reason)
 
     def _counts(self, event: Event) -> bool:
-        self.num_calls += isinstance(event, Call)
-        return not (isinstance(event, Call) and self.is_one_call and self.num_calls > 1)
+        self.num_calls += isinstance(event, ParsedCall)
+        return not (isinstance(event, ParsedCall) and self.is_one_call and self.num_calls > 1)
 
     @property
     def calls_tools(self) -> bool:

@@ -21,9 +21,8 @@ from tx_async.api.compatible.families import Family
 from tx_async.api.compatible.fields import ContextExceeded, InvalidField
 from tx_async.api.compatible.forms import anthropic_error
 from tx_async.api.compatible.models import model_path
-from tx_async.api.compatible.parsing import Call as ToolCall
-from tx_async.api.compatible.parsing import Event, Reasoning, Text
-from tx_async.api.compatible.prompts import Prompt, chat_prompt
+from tx_async.api.compatible.parsing import Event, ParsedCall, Reasoning, Text
+from tx_async.api.compatible.prompts import ChatPrompt, chat_prompt
 from tx_async.api.compatible.samples import PATIENCE_S, Samples
 from tx_async.api.context import Call
 from tx_async.wire import anthropic, openai
@@ -75,8 +74,8 @@ _OWN_NAMES = (
 """(OpenAI's, Anthropic's) names of fields."""
 
 
-def _sampling(request: anthropic.MessagesRequest) -> openai.Sampling:
-    return openai.Sampling(
+def _sampling(request: anthropic.MessagesRequest) -> openai.SamplingFields:
+    return openai.SamplingFields(
         model=request.model,
         temperature=request.temperature,
         top_k=request.top_k,
@@ -88,7 +87,7 @@ def _sampling(request: anthropic.MessagesRequest) -> openai.Sampling:
 @dataclass
 class MessageAnswer:
     model: str
-    prompt: Prompt
+    prompt: ChatPrompt
     choice: Choice
     id: str = field(default_factory=lambda: f"msg_{secrets.token_hex(12)}")
 
@@ -153,7 +152,7 @@ def new_block(event: Event, family: Family) -> anthropic.AnsweredBlock:
             return anthropic.AnsweredText(text="")
         case Reasoning():
             return anthropic.AnsweredThinking(thinking="")
-        case ToolCall():
+        case ParsedCall():
             return anthropic.AnsweredToolUse(id=family.new_call_id("toolu_"), name=event.name, input={})
 
 
@@ -162,14 +161,14 @@ def blocks_of(events: list[Event], family: Family) -> list[anthropic.AnsweredBlo
     blocks: list[anthropic.AnsweredBlock] = []
     for event in events:
         block = new_block(event, family)
-        if not blocks or type(blocks[-1]) is not type(block) or isinstance(event, ToolCall):
+        if not blocks or type(blocks[-1]) is not type(block) or isinstance(event, ParsedCall):
             blocks.append(block)
         match blocks[-1], event:
             case anthropic.AnsweredText() as last, Text(text):
                 last.text += text
             case anthropic.AnsweredThinking() as last, Reasoning(text):
                 last.thinking += text
-            case anthropic.AnsweredToolUse() as last, ToolCall(_, arguments):
+            case anthropic.AnsweredToolUse() as last, ParsedCall(_, arguments):
                 last.input = msgspec.json.decode(arguments)
             case _:
                 raise AssertionError("a block grows only by events of its own kind")
@@ -187,7 +186,7 @@ class BlockEvents:
 
     def say(self, event: Event) -> Iterator[Struct]:
         block = new_block(event, self._family)
-        if self._open is None or type(self._open) is not type(block) or isinstance(event, ToolCall):
+        if self._open is None or type(self._open) is not type(block) or isinstance(event, ParsedCall):
             yield from self.end()
             self._open = block
             yield anthropic.BlockStart(index=self._num_blocks, content_block=block)
@@ -202,11 +201,11 @@ class BlockEvents:
         self._num_blocks, self._open = self._num_blocks + 1, None
 
 
-def _delta(event: Event) -> anthropic.Delta:
+def _delta(event: Event) -> anthropic.ContentDelta:
     match event:
         case Text():
             return anthropic.TextDelta(text=event.text)
         case Reasoning():
             return anthropic.ThinkingDelta(thinking=event.text)
-        case ToolCall():
+        case ParsedCall():
             return anthropic.InputJsonDelta(partial_json=event.arguments)

@@ -24,20 +24,20 @@ class Reasoning(Struct, frozen=True):
     text: str
 
 
-class Call(Struct, frozen=True):
+class ParsedCall(Struct, frozen=True):
     name: str
     arguments: str
     """A JSON object."""
 
 
-Event = Text | Reasoning | Call
+Event = Text | Reasoning | ParsedCall
 Parameters = Mapping[str, Mapping[str, Any]]
 """The name of a tool -> the JSON Schemas of its parameters by name."""
-Read = Callable[[str, Parameters], list[Call] | None]
+Read = Callable[[str, Parameters], list[ParsedCall] | None]
 """The inside of a block -> its calls; None where it is no call."""
 
 
-def read_nothing(inside: str, parameters: Parameters) -> list[Call] | None:
+def read_nothing(inside: str, parameters: Parameters) -> list[ParsedCall] | None:
     return None
 
 

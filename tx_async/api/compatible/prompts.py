@@ -41,7 +41,7 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ChatPrompt:
     tokens: Sequence[int]
     text: str
     family: Family
@@ -55,7 +55,7 @@ async def compute(call: Call, function: Callable[[Tokenizer], T]) -> T:
         return await anyio.to_thread.run_sync(function, tokenizer)
 
 
-async def chat_prompt(call: Call, chat: Chat) -> Prompt:
+async def chat_prompt(call: Call, chat: Chat) -> ChatPrompt:
     """Raises `InvalidRequest` for a chat that the template cannot render, or that is too long."""
     prompt = await compute(call, partial(render, chat=chat))
     check_length(prompt.tokens, call, "messages")
@@ -67,7 +67,7 @@ def check_length(tokens: Sequence[int], call: Call, field: str) -> None:
         raise ContextExceeded(field, len(tokens), call.scheduler.base_model.max_context_length)
 
 
-def render(tokenizer: Tokenizer, chat: Chat) -> Prompt:
+def render(tokenizer: Tokenizer, chat: Chat) -> ChatPrompt:
     template = tokenizer.template(bool(chat.tools))
     family = family_of(template.source, tokenizer.has)
     parameters = parameters_of(chat.tools)
@@ -84,7 +84,7 @@ def render(tokenizer: Tokenizer, chat: Chat) -> Prompt:
         continues=chat.continues,
         options=chat.options,
     )
-    return Prompt(tokenizer.encode(text, framed=False), text, family, parameters)
+    return ChatPrompt(tokenizer.encode(text, framed=False), text, family, parameters)
 
 
 def _check_options(template: Template, chat: Chat) -> None:

@@ -15,7 +15,7 @@ from tx_async.wire.operations import Sample
 
 T = TypeVar("T")
 
-Piece = tuple[int, LivePiece]
+PromptPiece = tuple[int, LivePiece]
 """The prompt's number, and the piece that came."""
 PATIENCE_S = 10.0
 """A client that asked for a stream hears something at least this often."""
@@ -25,9 +25,9 @@ class Samples:
     """Runs operations side by side. `close` ends those that still run; it must be called."""
 
     def __init__(self, call: Call, operations: Sequence[Sample], model_path: str | None):
-        self._arrived: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+        self._arrived: asyncio.Queue[PromptPiece | BaseException | None] = asyncio.Queue()
         self._num_running = len(operations)
-        self._early: list[Piece | None] = []
+        self._early: list[PromptPiece | None] = []
         # One task each: a generator is used by one task from its beginning to its end.
         self._tasks = [
             asyncio.create_task(self._pump(call, prompt, operation, model_path))
@@ -50,7 +50,7 @@ class Samples:
         """Wait for the first piece, or a while: a refused request gets its error before a stream begins."""
         self._early.append(await self._next(PATIENCE_S))
 
-    async def pieces(self, timeout_s: float | None = None) -> AsyncIterator[Piece | None]:
+    async def pieces(self, timeout_s: float | None = None) -> AsyncIterator[PromptPiece | None]:
         """All pieces until all samples have ended; None when nothing came for `timeout_s`."""
         while self._early:
             if (piece := self._early.pop(0)) is not None:
@@ -59,7 +59,7 @@ class Samples:
             if (piece := await self._next(timeout_s)) is not None or self._num_running:
                 yield piece
 
-    async def _next(self, timeout_s: float | None) -> Piece | None:
+    async def _next(self, timeout_s: float | None) -> PromptPiece | None:
         """The next piece. Raises the error with which a sample failed."""
         while self._num_running:
             try:

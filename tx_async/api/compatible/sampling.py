@@ -12,7 +12,7 @@ from tx_async.api import validation
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.api.context import Call
 from tx_async.errors import InvalidRequest
-from tx_async.wire.openai import ResponseFormat, Sampling
+from tx_async.wire.openai import ResponseFormat, SamplingFields
 from tx_async.wire.operations import Sample
 
 LOGPROBS_MAX = 20
@@ -20,7 +20,7 @@ _RENAMED = {"num_samples": "n", "topk_sample_logprobs": "logprobs", "topk_prompt
 """The fields of a sample that clients know under another name."""
 
 
-def operation(call: Call, tokens: Any, request: Sampling, max_tokens: int | None, **more: Any) -> Sample:
+def operation(call: Call, tokens: Any, request: SamplingFields, max_tokens: int | None, **more: Any) -> Sample:
     """The validated operation. max_tokens: at least 1 (`check_max_tokens`); what exceeds the context is cut off."""
     texts, ids = stops(request)
     top_k, top_p = _support(request)
@@ -64,12 +64,12 @@ def _under_known_names() -> Generator[None]:
     except InvalidRequest as error:
         field, _, what = error.message.partition(" ")
         name = _RENAMED.get(field, field)
-        if isinstance(error, InvalidField) or name not in (*Sampling.__struct_fields__, "prompt"):
+        if isinstance(error, InvalidField) or name not in (*SamplingFields.__struct_fields__, "prompt"):
             raise
         raise InvalidField(name, f"it {what}" if what.startswith(("is ", "has ")) else what) from None
 
 
-def stops(request: Sampling) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def stops(request: SamplingFields) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """(texts, tokens) that end an answer."""
     given = [request.stop] if isinstance(request.stop, str) else request.stop or []
     texts = tuple(entry for entry in given if isinstance(entry, str))
@@ -79,7 +79,7 @@ def stops(request: Sampling) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return texts, tokens
 
 
-def _support(request: Sampling) -> tuple[int, float]:
+def _support(request: SamplingFields) -> tuple[int, float]:
     """(top_k, top_p) of the operation. A top_p of 0 leaves the likeliest token alone, and so does a top_k of 1."""
     top_k, top_p = request.top_k or -1, _or(request.top_p, 1.0)
     if not 0 <= top_p <= 1:
@@ -106,12 +106,12 @@ def check_response_format(form: ResponseFormat | None) -> None:
         raise InvalidField("response_format", f"{form.type} is not supported here; only text is.")
 
 
-def check_stream_options(request: Sampling) -> None:
+def check_stream_options(request: SamplingFields) -> None:
     if request.stream_options is not None and not request.stream:
         raise InvalidField("stream_options", "they go only with stream.")
 
 
-def includes_usage(request: Sampling) -> bool:
+def includes_usage(request: SamplingFields) -> bool:
     """Whether a stream ends with what it used."""
     return request.stream_options is not None and bool(request.stream_options.include_usage)
 

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tx_async.errors import InvalidRequest
 
-Message = dict[str, Any]
+TemplateMessage = dict[str, Any]
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names that a message's reasoning may have; templates read the first, gpt-oss's template the second."""
@@ -57,7 +57,7 @@ class Template:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         *,
         special_tokens: Mapping[str, str],
         tools: Sequence[dict[str, Any]] | None = None,
@@ -82,11 +82,11 @@ class Template:
         return _cut_where_it_goes_on(text, messages[-1]["content"]) if continues else text
 
 
-def _without_none(message: Message) -> Message:
+def _without_none(message: TemplateMessage) -> TemplateMessage:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def _with_reasoning(message: Message) -> Message:
+def _with_reasoning(message: TemplateMessage) -> TemplateMessage:
     reasoning = next((message[field] for field in REASONING_FIELDS if message.get(field) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tx_async.api.compatible.tokenizer import Tokenizer
 
 
-class _Run(NamedTuple):
+class _HeldText(NamedTuple):
     text: str
     is_hidden: bool
 
@@ -31,7 +31,7 @@ class TextStream:
         self._ends = frozenset(ends)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         #: decoded, but a stop string may begin in it
-        self._held: list[_Run] = []
+        self._held: list[_HeldText] = []
         #: how many visible characters were decoded so far, held ones included
         self._num_characters = 0
         self.stop: str | None = None
@@ -59,7 +59,7 @@ class TextStream:
 
     def _hold(self, text: str, is_hidden: bool) -> None:
         if text and self.stop is None:
-            self._held.append(_Run(text, is_hidden))
+            self._held.append(_HeldText(text, is_hidden))
             self._num_characters += 0 if is_hidden else len(text)
 
     def _take(self, is_last: bool) -> str:
@@ -83,7 +83,7 @@ class TextStream:
         while length and self._held:
             run = self._held.pop(0)
             if len(run.text) > length:
-                self._held.insert(0, _Run(run.text[length:], run.is_hidden))
+                self._held.insert(0, _HeldText(run.text[length:], run.is_hidden))
             visible += "" if run.is_hidden else run.text[:length]
             length -= min(length, len(run.text))
         return visible

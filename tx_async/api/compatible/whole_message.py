@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 from tx_async.api.compatible.call_formats import call_of
-from tx_async.api.compatible.parsing import Call, Event, Text, overlap
+from tx_async.api.compatible.parsing import Event, ParsedCall, Text, overlap
 
 PYTHON_TAG = "<|python_tag|>"
 
@@ -35,9 +35,9 @@ class WholeMessageParser:
             yield from _calls(held) or [Text(held)]
 
 
-def _calls(text: str) -> list[Call] | None:
+def _calls(text: str) -> list[ParsedCall] | None:
     text = text.strip().removeprefix(PYTHON_TAG).strip()
-    calls: list[Call] = []
+    calls: list[ParsedCall] = []
     while text:
         try:
             value, end = json.JSONDecoder().raw_decode(text)

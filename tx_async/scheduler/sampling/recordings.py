@@ -168,7 +168,7 @@ def _with_heads(datum: Datum, recordings: Mapping[str, Recording]) -> Datum:
     targets = datum.loss_fn_inputs["target_tokens"].numpy()
     _check(np.frombuffer(datum.tokens, "<i4"), provenance.model_input, "model_input_spans", recordings)
     _check(targets, provenance.loss_fn_inputs, "loss_fn_input_spans", recordings, sampled_only=True)
-    pieces: list[_Piece] = []
+    pieces: list[_SpanHeads] = []
     position = 0
     for i, span in enumerate(provenance.loss_fn_inputs):
         if span.is_sampled and span.length:
@@ -201,7 +201,7 @@ def _check(
         position += span.length
 
 
-class _Piece(Struct, frozen=True):
+class _SpanHeads(Struct, frozen=True):
     """The heads of one span."""
 
     positions: np.ndarray
@@ -210,7 +210,7 @@ class _Piece(Struct, frozen=True):
     is_whole: np.ndarray
 
 
-def _piece(recording: Recording, span: ProvenanceSpan, position: int, where: str) -> _Piece:
+def _piece(recording: Recording, span: ProvenanceSpan, position: int, where: str) -> _SpanHeads:
     rows = slice(span.offset, span.offset + span.length)
     is_whole = np.frombuffer(recording.head_is_whole, np.uint8)[rows]
     if (is_whole == CUT).any():
@@ -218,7 +218,7 @@ def _piece(recording: Recording, span: ProvenanceSpan, position: int, where: str
             f"{where}: top_k or top_p left more than {recording.k} tokens to draw, and only so many were recorded. "
             "Sample without them, or with smaller ones."
         )
-    return _Piece(
+    return _SpanHeads(
         np.arange(position, position + span.length, dtype=np.int32),
         np.frombuffer(recording.head_token_ids, "<i4").reshape(-1, recording.k)[rows],
         np.frombuffer(recording.head_probabilities, "<f4").reshape(-1, recording.k)[rows],
@@ -226,7 +226,7 @@ def _piece(recording: Recording, span: ProvenanceSpan, position: int, where: str
     )
 
 
-def _joined(pieces: Sequence[_Piece]) -> SamplerHeads:
+def _joined(pieces: Sequence[_SpanHeads]) -> SamplerHeads:
     """The heads of several sequences joined; the shorter ones get unused cells."""
     k = max(piece.token_ids.shape[1] for piece in pieces)
 

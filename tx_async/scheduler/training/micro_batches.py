@@ -12,9 +12,9 @@ from tx_async.errors import InvalidRequest, NonFiniteLoss
 from tx_async.scheduler.core.decisions import Decisions
 from tx_async.scheduler.core.fairness import FairQueue
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
+from tx_async.scheduler.training.history_recorder import HistoryRecorder
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.packing import PackedRow, fill, fits, pack
-from tx_async.scheduler.training.progress import Progress
 from tx_async.scheduler.training.rollout_gap import rollout_gap
 from tx_async.scheduler.training.runs import Runs
 from tx_async.wire import results
@@ -41,11 +41,11 @@ class RowsSent(Struct, frozen=True):
 
 
 class MicroBatches:
-    def __init__(self, runs: Runs, decisions: Decisions, fair: FairQueue, progress: Progress):
+    def __init__(self, runs: Runs, decisions: Decisions, fair: FairQueue, history: HistoryRecorder):
         self.runs = runs
         self.decisions = decisions
         self.fair = fair
-        self.progress = progress
+        self.history = history
         #: tokens of sequences that came back, for an operator
         self.num_tokens = 0
 
@@ -174,7 +174,7 @@ class MicroBatches:
             self.runs.finish(step, "forward_backward", b"")
             return
         result = _result_of(step, operation)
-        changes = () if operation.forward_only else self.progress.trained(step, operation, result.metrics)
+        changes = () if operation.forward_only else self.history.trained(step, operation, result.metrics)
         self.runs.finish(step, "forward_backward", results.encode(result), *changes)
 
     def failed(self, answer: RowsSent, failure: CommandFailed) -> None:

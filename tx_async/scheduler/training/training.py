@@ -20,9 +20,9 @@ from tx_async.scheduler.core.fairness import FairQueue, Flow
 from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import Cause, WorkerState, cause_of, error_of
+from tx_async.scheduler.training.history_recorder import HistoryRecorder
 from tx_async.scheduler.training.lanes import Lane, Step
 from tx_async.scheduler.training.micro_batches import MicroBatches, RowsSent
-from tx_async.scheduler.training.progress import Progress
 from tx_async.scheduler.training.runs import Runs
 from tx_async.scheduler.training.saves import Saves
 from tx_async.scheduler.training.snapshots import Snapshots, SnapshotSent
@@ -38,8 +38,7 @@ from tx_async.wire.operations import (
     UnloadModel,
 )
 from tx_async.wire.records import RequestRecord
-from tx_async.wire.worker import CommandFailed, CommandFinished, Saved, Stepped
-from tx_async.wire.worker import OptimStep as OptimStepCommand
+from tx_async.wire.worker import CommandFailed, CommandFinished, Saved, StepOptimizer, Stepped
 
 _log = logging.getLogger(__name__)
 
@@ -78,8 +77,8 @@ class Training:
         self.snapshots = Snapshots(self.runs, decisions)
         self.slots = TrainingSlots(self.runs, self.snapshots, decisions)
         self.saves = Saves(self.runs, decisions)
-        self.progress = Progress(decisions, policy)
-        self.micro_batches = MicroBatches(self.runs, decisions, self.fair, self.progress)
+        self.history = HistoryRecorder(decisions, policy)
+        self.micro_batches = MicroBatches(self.runs, decisions, self.fair, self.history)
         #: saves that were answered before their base, or steps that they contain, were; with size or failure
         self._held_saves: list[tuple[StepSent, int | TxError]] = []
         #: saves that storage has not taken yet
@@ -234,7 +233,7 @@ class Training:
         match step.operation:
             case OptimStep(adam_params=adam):
                 assert slot is not None
-                command = OptimStepCommand(slot=slot, adam=adam)
+                command = StepOptimizer(slot=slot, adam=adam)
             case SaveWeights() as operation:
                 assert slot is not None
                 command = self.saves.command(lane, step, operation, slot)
@@ -313,14 +312,14 @@ class Training:
             case OptimStep():
                 assert isinstance(result, Stepped)
                 finite = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
-                changes = () if step.finished else self.progress.stepped(step, result)
+                changes = () if step.finished else self.history.stepped(step, result)
                 self.runs.succeed(step, {"metrics": finite}, *changes)
             case SaveWeights():
                 assert isinstance(result, Saved)
                 self._end_save(sent, result.size_bytes)
             case LoadWeights(path=path):
                 body = {"type": "load_weights", "path": path, "model_id": sent.lane.model_id}
-                changes = () if step.finished else self.progress.dropped(sent.lane.model_id)
+                changes = () if step.finished else self.history.dropped(sent.lane.model_id)
                 self.runs.succeed(step, body, *changes)
             case _:
                 pass  # its result is not a command's
@@ -332,7 +331,7 @@ class Training:
                 self.failures["save", cause_of(failure)] += 1
                 self._save_failed(sent, error)
             case OptimStep() if error.category == "user":
-                self.decisions.append(*(() if step.finished else self.progress.dropped(lane.model_id)))
+                self.decisions.append(*(() if step.finished else self.history.dropped(lane.model_id)))
                 self.runs.fail(step, error, had_effect=True)  # NaN gradients: cleared, weights as before
             case LoadWeights() if not step.finished and (error.category == "user" or self._is_given_up(step)):
                 self.runs.fail(step, error)

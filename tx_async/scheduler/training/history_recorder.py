@@ -23,7 +23,7 @@ METRICS_MAX = 32
 """How many names one step may have: a custom engine may report any."""
 
 
-class Progress:
+class HistoryRecorder:
     """Makes the rows. It has no state of its own: they are in the catalog."""
 
     def __init__(self, decisions: Decisions, policy: Policy):
