@@ -12,6 +12,7 @@ from tx_async import cli
 from tx_async.errors import ConfigError
 from tx_async.export_command import without_unembed
 from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG
+from tx_async.testing.sdk import UNCLOSED, collect_connections
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 HEAD = "base_model.model.lm_head.lora_A.weight"
@@ -34,6 +35,7 @@ def test_an_export_of_nothing_is_refused():
         without_unembed(files(HEAD))
 
 
+@pytest.mark.filterwarnings(UNCLOSED)
 def test_a_checkpoint_of_a_running_server_becomes_a_folder(tiny_qwen3: Path, tmp_path: Path, capsys):
     import tinker
 
@@ -51,3 +53,4 @@ def test_a_checkpoint_of_a_running_server_becomes_a_folder(tiny_qwen3: Path, tmp
             assert cli.main([*command, *wrong]) == 2
         assert cli.main([*command, path.replace("/one", "/two"), "--to", str(tmp_path / "new")]) == 2
         assert not (tmp_path / "new").exists()
+    collect_connections()

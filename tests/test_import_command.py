@@ -13,6 +13,7 @@ from tx_async.errors import InvalidRequest
 from tx_async.models import import_adapter
 from tx_async.models.load import from_config, read_config
 from tx_async.models.peft import from_peft, to_peft
+from tx_async.testing.sdk import UNCLOSED, collect_connections
 from tx_async.wire.worker import AdapterConfig
 
 LORA = AdapterConfig(rank=3)
@@ -107,6 +108,7 @@ def test_a_refused_adapter_is_one_line_and_exit_code_2(write, tiny_qwen3, tmp_pa
     assert "cannot be reached" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings(UNCLOSED)
 def test_what_was_imported_at_rest_is_there_when_the_server_runs(write, tiny_qwen3, tmp_path, capsys):
     """Into the data first, then over HTTP into the server that was started with them; a client uses both."""
     from tx_async.testing.server import running_server
@@ -135,3 +137,4 @@ def test_what_was_imported_at_rest_is_there_when_the_server_runs(write, tiny_qwe
             assert trainer.forward_backward([DATUM], "cross_entropy").result().metrics["loss:sum"] > 0
         assert cli.main(["checkpoints", "delete", second.strip(), *url]) == 0
         assert capsys.readouterr().out == second
+    collect_connections()

@@ -6,7 +6,8 @@ while the server runs.
     DIR/backup.json                          written last: a folder without it is not a backup
 
 The journal is copied first. A running server goes on meanwhile and may delete files that the copy still names; then the
-copy is taken again. Every checkpoint and body is compared with its hash, here and after a restore.
+journal is copied again, and with it only the files that are not yet here: each attempt is shorter than the one before.
+Every checkpoint and body is compared with its hash, here and after a restore.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from pathlib import Path
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError, ContentLost, NotFound, TxError
 from tx_async.journal.transaction import verify
-from tx_async.storage.checkpoint_files import METADATA, read_manifest_sync, verify_checkpoint_sync
+from tx_async.storage.checkpoint_files import (
+    METADATA,
+    Manifest,
+    delete_checkpoint_sync,
+    list_checkpoints_sync,
+    read_manifest_sync,
+    verify_checkpoint_sync,
+)
 from tx_async.storage.store import IDENTITY, Store
 from tx_async.wire.records import (
     RECORD_TYPES,
@@ -38,8 +46,8 @@ JOURNAL = "tx_async.db"
 STORAGE = "checkpoints"
 MANIFEST = "backup.json"
 FORMAT = 1
-ATTEMPTS = 5
-"""How many copies to try, because a busy server's deletions may spoil one."""
+ATTEMPTS = 30
+"""How often the journal is copied at most, because a busy server's deletions may spoil a copy."""
 
 
 def backup(config: ServerConfig, folder: Path) -> str:
@@ -52,8 +60,8 @@ def backup(config: ServerConfig, folder: Path) -> str:
         try:
             return _copy(config, source, folder)
         except (NotFound, ContentLost) as error:
-            _clear(folder)
             if attempt == ATTEMPTS - 1:
+                _clear(folder)
                 raise ConfigError(f"The backup is incomplete: {error.message}") from error
         except (TxError, OSError, sqlite3.Error) as error:
             _clear(folder)
@@ -93,13 +101,17 @@ def journal_path(config: ServerConfig) -> Path:
 
 
 def _copy(config: ServerConfig, source: Path, folder: Path) -> str:
+    """One attempt. What goes first is what a running server deletes soonest: bodies, then snapshots."""
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(_payloads(folder / JOURNAL), ignore_errors=True)
     _copy_database(source, folder / JOURNAL)
     _copy_payloads(source, folder / JOURNAL)
-    _check_bodies(folder / JOURNAL, _payloads(folder / JOURNAL))
     records = _records(folder / JOURNAL)
-    store = Store(config.resolved_checkpoints_base)
-    num_checkpoints = _copy_storage(store, Store(folder / STORAGE), records)
+    copied = Store(folder / STORAGE)
+    num_checkpoints = _copy_storage(Store(config.resolved_checkpoints_base), copied, records)
+    _check_bodies(folder / JOURNAL, _payloads(folder / JOURNAL))
+    for key in {*list_checkpoints_sync(copied)} - {*_keys(records)}:  # of earlier attempts
+        delete_checkpoint_sync(copied, key)
     manifest = {
         "created_at": time.time(),
         "format": FORMAT,
@@ -156,10 +168,17 @@ def _payloads(journal: Path) -> Path:
 
 def _copy_storage(source: Store, target: Store, records: list[Record]) -> int:
     """Returns the number of checkpoints and snapshots. Raises `NotFound` for one that was deleted."""
-    keys = sorted({key for record in records for key in _keys_of(record)})
+    keys = _keys(records)
     for key in keys:
-        for name in (*read_manifest_sync(source, key).files, METADATA):
-            target.put_sync(f"{key}/{name}", source.get_sync(f"{key}/{name}"))
+        manifest = read_manifest_sync(source, key)
+        if _is_there(target, key, manifest):
+            continue
+        try:
+            for name in (*manifest.files, METADATA):
+                target.put_sync(f"{key}/{name}", source.get_sync(f"{key}/{name}"))
+        except NotFound:
+            target.delete_prefix_sync(key)
+            raise
         verify_checkpoint_sync(target, key)
     try:
         target.put_sync(IDENTITY, source.get_sync(IDENTITY))
@@ -167,6 +186,19 @@ def _copy_storage(source: Store, target: Store, records: list[Record]) -> int:
         if keys:
             raise
     return len(keys)
+
+
+def _is_there(target: Store, key: str, manifest: Manifest) -> bool:
+    try:
+        return read_manifest_sync(target, key) == manifest
+    except NotFound:
+        return False
+
+
+def _keys(records: list[Record]) -> list[str]:
+    """Of everything that the records name: the runs' snapshots first, the oldest of a run before its newer ones."""
+    by_haste = sorted(records, key=lambda record: not isinstance(record, ModelRecord))
+    return list(dict.fromkeys(key for record in by_haste for key in _keys_of(record)))
 
 
 def _keys_of(record: Record) -> list[str]:

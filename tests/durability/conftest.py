@@ -10,7 +10,7 @@ import pytest
 from tests.support.durability import Told, serving, stored, train
 from tests.support.long_tests import long
 from tx_async.testing.models import GPT_OSS_TINY, QWEN3_5_TINY, make_model
-from tx_async.testing.sdk import collect_connections
+from tx_async.testing.sdk import UNCLOSED, collect_connections
 
 FAKE_STEPS = 10
 JAX_STEPS = 8
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The SDK leaves its sockets to the garbage collector, and here they are cut as well."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"))
+            item.add_marker(pytest.mark.filterwarnings(UNCLOSED))
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
 
 

@@ -8,8 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from tests.support.browser import served
+from tx_async import keys
+from tx_async.api.routes import create_api
+from tx_async.config import ServerConfig
+from tx_async.testing.fake_scheduler import FakeScheduler
 from tx_async.testing.server import free_port
 
 READY_S = 180
@@ -41,6 +47,7 @@ def run(server: str, name: str, *arguments: str) -> str:
     command = [sys.executable, "-m", f"tx_async.examples.{name}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=READY_S, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "FutureWarning" not in done.stderr
     return done.stdout
 
 
@@ -82,3 +89,31 @@ def test_every_example_has_a_row_in_the_readme():
     folder = Path(__file__).parents[2] / "tx_async" / "examples"
     rows = set(re.findall(r"^\| `(\w+\.py)` \|", (folder / "README.md").read_text(), re.MULTILINE))
     assert rows == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+
+
+def test_the_demo_s_model_can_chat(demo_server):
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    answer = httpx.post(f"{demo_server}/v1/chat/completions", json=body, timeout=READY_S)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] > 0
+
+
+# ---- what a newcomer may lack
+
+
+def test_made_up_keys_are_one_line_where_there_is_a_keys_file(tmp_path):
+    keys.add(tmp_path / "keys", "alice")
+    scheduler = FakeScheduler()
+    with served(create_api(scheduler, ServerConfig(api_keys_file=str(tmp_path / "keys")), scheduler.files)) as site:
+        environ = os.environ | {"TINKER_BASE_URL": site.url}
+        command = [sys.executable, "-m", "tx_async.examples.many_tenants", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=READY_S, env=environ)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "keys file" in done.stderr
+
+
+def test_preferences_without_torch_are_one_line():
+    program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('tx_async.examples.dpo')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=READY_S)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].endswith("pip install torch")
+    assert "Traceback" not in done.stderr

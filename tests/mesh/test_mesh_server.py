@@ -19,9 +19,10 @@ from tests.support.long_tests import long
 from tests.support.peft_sampler import stride_of
 from tx_async.storage.checkpoint_files import read_checkpoint_sync
 from tx_async.storage.store import Store
+from tx_async.testing.sdk import UNCLOSED
 from tx_async.testing.server import free_port, running_server
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # the SDK's sockets
+pytestmark = pytest.mark.filterwarnings(UNCLOSED)  # the SDK's sockets
 
 TOKEN = "a-token-that-nobody-guesses"
 ENVIRON = {"TX_WORKER_TOKEN": TOKEN} | xla.flags(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import xla
-from tx_async.testing.sdk import collect_connections
+from tx_async.testing.sdk import UNCLOSED, collect_connections
 from tx_async.testing.server import ServerProcess, free_port, running_server
 
 BACKEND = {"max_lora_adapters": 8, "max_lora_rank": 32, "max_context_length": 256}
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The SDK leaves its sockets to the garbage collector: here, and only here, that is no error."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"))
+            item.add_marker(pytest.mark.filterwarnings(UNCLOSED))
 
 
 @pytest.fixture(scope="module", autouse=True)

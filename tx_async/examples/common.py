@@ -7,9 +7,9 @@ from typing import Any
 import tinker
 
 
-def base_model(service: tinker.ServiceClient) -> str:
+def base_model(api_key: str | None = None) -> str:
     """The name of the model that this server trains."""
-    name = service.get_server_capabilities().supported_models[0].model_name
+    name = tinker.RestClient(api_key=api_key).get_server_capabilities().result().supported_models[0].model_name
     assert name is not None
     return name
 

@@ -12,7 +12,11 @@ import sys
 from typing import Any
 
 import tinker
-import torch  # pyright: ignore[reportMissingImports]
+
+try:
+    import torch  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:
+    sys.exit("This example needs torch beside the tinker SDK: pip install torch")
 
 from tx_async.examples.common import base_model, datum_of
 
@@ -33,7 +37,7 @@ def log_likelihoods(data: list[tinker.Datum], logprobs: list[Any]) -> Any:
 
 def main(steps: int = 20) -> None:
     service = tinker.ServiceClient()
-    trainer = service.create_lora_training_client(base_model=base_model(service), rank=16).result()
+    trainer = service.create_lora_training_client(base_model=base_model(), rank=16).result()
     tokenizer = trainer.get_tokenizer()
     data = [datum_of(tokenizer, prompt, answer) for prompt, *answers in PAIRS for answer in answers]
     before = trainer.forward(data, "cross_entropy").result()
@@ -50,6 +54,7 @@ def main(steps: int = 20) -> None:
         trainer.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE)).result()
         if step % 5 == 0 or step == steps - 1:
             print(f"step {step:3}  margin {output.metrics['margin']:.3f}")
+    service.close("success").result()
 
 
 if __name__ == "__main__":

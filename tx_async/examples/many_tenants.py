@@ -25,8 +25,9 @@ LEARNING_RATE = 0.005
 
 def train(name: str, steps: int) -> list[float]:
     """One tenant's losses."""
-    service = tinker.ServiceClient(api_key=f"tml-{name}")
-    trainer = service.create_lora_training_client(base_model=base_model(service), rank=8, seed=1).result()
+    key = f"tml-{name}"
+    service = tinker.ServiceClient(api_key=key)
+    trainer = service.create_lora_training_client(base_model=base_model(key), rank=8, seed=1).result()
     data = [datum_of(trainer.get_tokenizer(), *TENANTS[name])]
     losses = []
     for _ in range(steps):
@@ -34,12 +35,16 @@ def train(name: str, steps: int) -> list[float]:
         update = trainer.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE))
         losses.append(mean_loss(data, batch.result()))
         update.result()
+    service.close("success").result()
     return losses
 
 
 def main(steps: int = 15) -> None:
     with ThreadPoolExecutor(len(TENANTS)) as pool:
-        together = dict(zip(TENANTS, pool.map(train, TENANTS, [steps] * len(TENANTS)), strict=True))
+        try:
+            together = dict(zip(TENANTS, pool.map(train, TENANTS, [steps] * len(TENANTS)), strict=True))
+        except tinker.AuthenticationError:
+            sys.exit("This server has a keys file and refuses keys made up here: try one without, as the demo's.")
     for name, losses in together.items():
         print(f"{name:6} loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     alone = train("alice", steps)

@@ -20,9 +20,9 @@ SAVE_EVERY = 5
 LEARNING_RATE = 0.005
 
 
-def newest_checkpoint(service: tinker.ServiceClient) -> tuple[str, int] | None:
+def newest_checkpoint() -> tuple[str, int] | None:
     """(path, steps that it has behind it) of this program's newest checkpoint; None when there is none."""
-    found = service.create_rest_client().list_user_checkpoints(limit=100).result().checkpoints
+    found = tinker.RestClient().list_user_checkpoints(limit=100).result().checkpoints
     steps = {
         item.tinker_path: int(item.checkpoint_id.rsplit("-", 1)[1])
         for item in found
@@ -33,13 +33,13 @@ def newest_checkpoint(service: tinker.ServiceClient) -> tuple[str, int] | None:
 
 def main(steps: int = 20) -> None:
     service = tinker.ServiceClient()
-    if found := newest_checkpoint(service):
+    if found := newest_checkpoint():
         path, done = found
         trainer = service.create_training_client_from_state_with_optimizer(path).result()
         print(f"going on after step {done} from {path}")
     else:
         done = 0
-        trainer = service.create_lora_training_client(base_model=base_model(service), rank=16, seed=1).result()
+        trainer = service.create_lora_training_client(base_model=base_model(), rank=16, seed=1).result()
     data = [datum_of(trainer.get_tokenizer(), "Once upon a time,", " there was a server that never forgot.\n")]
     for step in range(done + 1, steps + 1):
         batch = trainer.forward_backward(data, "cross_entropy")
@@ -47,6 +47,7 @@ def main(steps: int = 20) -> None:
         print(f"step {step:3}  loss {mean_loss(data, batch.result()):.4f}")
         if step % SAVE_EVERY == 0:
             trainer.save_state(f"{NAME}-{step}").result()
+    service.close("success").result()
 
 
 if __name__ == "__main__":

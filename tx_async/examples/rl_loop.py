@@ -52,7 +52,7 @@ def group(sampler: tinker.SamplingClient, tokenizer: Any, text: str) -> tuple[li
 
 def main(steps: int = 12) -> None:
     service = tinker.ServiceClient()
-    trainer = service.create_lora_training_client(base_model=base_model(service), rank=16).result()
+    trainer = service.create_lora_training_client(base_model=base_model(), rank=16).result()
     tokenizer = trainer.get_tokenizer()
     for step in range(steps):
         sampler = trainer.save_weights_and_get_sampling_client().result()
@@ -62,6 +62,7 @@ def main(steps: int = 12) -> None:
         trainer.forward_backward(data, "importance_sampling")
         trainer.optim_step(tinker.AdamParams(learning_rate=LEARNING_RATE)).result()
         print(f"step {step:3}  reward {sum(rewards) / len(rewards):.3f}")
+    service.close("success").result()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def prompt_of(english: str) -> str:
 
 def main(steps: int = 40) -> None:
     service = tinker.ServiceClient()
-    trainer = service.create_lora_training_client(base_model=base_model(service), rank=32).result()
+    trainer = service.create_lora_training_client(base_model=base_model(), rank=32).result()
     tokenizer = trainer.get_tokenizer()
     data = [datum_of(tokenizer, prompt_of(english), f" {latin}\n") for english, latin in PHRASES.items()]
     for step in range(steps):
@@ -40,13 +40,14 @@ def main(steps: int = 40) -> None:
             print(f"step {step:3}  loss {loss:.3f}")
 
     checkpoint = trainer.save_weights_for_sampler("pig-latin").result().path
-    sampler = service.create_sampling_client(model_path=checkpoint)
+    sampler = service.create_sampling_client(model_path=checkpoint).result()
     params = tinker.SamplingParams(max_tokens=32, temperature=0.0, stop=["\n"])
     for english in PHRASES:
         prompt = tinker.ModelInput.from_ints(tokenizer.encode(prompt_of(english), add_special_tokens=True))
         answer = sampler.sample(prompt, num_samples=1, sampling_params=params).result().sequences[0]
         print(f"{english} -> {str(tokenizer.decode(answer.tokens)).strip()}")
     print(f"saved {checkpoint}")
+    service.close("success").result()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import time
 from asyncio import BaseTransport
 
 CLOSING_S = 6.0
+UNCLOSED = "ignore:unclosed:ResourceWarning"
+"""A filter for pytest: the SDK leaves sockets to the garbage collector."""
 
 
 def collect_connections() -> None:
