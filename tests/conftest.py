@@ -17,8 +17,6 @@ for _name in [name for name in os.environ if name.startswith(("TX_", "TINKER_"))
 os.environ |= {
     "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-    # As in engine/compilation.py: JAX keeps access times beside entries only when the size is limited; all must agree.
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", xla.LIGHT),

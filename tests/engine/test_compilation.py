@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax._src import compilation_cache
 
-from tx_async.engine import platform
+from tx_async.engine import compilation, platform
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.row_shapes import row_shapes
 from tx_async.testing.engine_bench import rl_segment, segment
@@ -132,6 +133,16 @@ jax.jit(lambda x: x + 1)(1)
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, cwd=ROOT)
     names = [path.name for path in tmp_path.iterdir()]
     assert any(name.endswith("-cache") for name in names) and not any("killed" in name for name in names)
+
+
+def test_a_cache_keeps_what_was_used_last_and_stays_within_its_size(tmp_path):
+    for used, name in enumerate(("oldest", "used again", "newest")):
+        (tmp_path / f"{name}-cache").write_bytes(compilation_cache.compress_executable(b"program"))
+        os.utime(tmp_path / f"{name}-cache", (used, used))
+    os.utime(tmp_path / "oldest-cache", (7, 0))
+    size = (tmp_path / "newest-cache").stat().st_size
+    compilation._tidy(tmp_path, 2 * size)
+    assert {path.name for path in tmp_path.iterdir()} == {"oldest-cache", "newest-cache"}
 
 
 def test_no_program_copies_the_adapters_of_other_slots(bench):

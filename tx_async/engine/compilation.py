@@ -7,6 +7,7 @@ whoever asked for it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
+from jax._src import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
@@ -26,6 +28,8 @@ from tx_async.engine.executables import Executables
 from tx_async.private import make_folder
 
 CACHE_BYTES_MAX = 4 * 2**30
+MAYBE_INCOMPLETE = 64
+"""The newest entries of a cache are read at a start: one may be what a killed process was writing."""
 SLOW_S = 10.0
 """A program that takes this long is worth a line of the log."""
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -36,6 +40,9 @@ log = logging.getLogger(__name__)
 def use_cache(folder: str) -> None:
     """Keep compiled programs in `folder`, however short their compilation was; "" leaves JAX's own configuration.
 
+    Its size is bounded here, once a start. Were JAX told the limit, it would read the times of all entries for every
+    program that it adds, under a lock between processes: seconds for each in a cache of thousands.
+
     Call before the first jit.
     """
     if folder:
@@ -43,10 +50,8 @@ def use_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES_MAX)
-    settings = jax.config.values
-    if settings["jax_compilation_cache_dir"] and settings["jax_compilation_cache_max_size"] != -1:
-        _remove_incomplete(Path(settings["jax_compilation_cache_dir"]))
+        jax.config.update("jax_compilation_cache_max_size", -1)
+        _tidy(Path(folder), CACHE_BYTES_MAX)
 
 
 def keep_cache_on_every_host() -> None:
@@ -60,13 +65,27 @@ def keep_cache_on_every_host() -> None:
     distributed.global_state.process_id = 0
 
 
-def _remove_incomplete(folder: Path) -> None:
-    """JAX writes an entry, then its time of use. A process killed between the two leaves an entry without a time, and
-    from then on JAX can add nothing, because its search for the oldest entry fails.
-    """
+def _tidy(folder: Path, bytes_max: int) -> None:
+    """Remove the entries whose last use is longest ago, over `bytes_max`, and those of writers that were killed."""
+    entries: list[tuple[float, int, Path]] = []
     for entry in folder.glob("*-cache"):
-        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+        with contextlib.suppress(FileNotFoundError):  # another process tidies, too
+            stat = entry.stat()
+            entries.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry))
+    total = 0
+    for age, (_, num_bytes, entry) in enumerate(sorted(entries, reverse=True)):
+        total += num_bytes
+        if total > bytes_max or (age < MAYBE_INCOMPLETE and not _is_complete(entry)):
             entry.unlink(missing_ok=True)
+
+
+def _is_complete(entry: Path) -> bool:
+    """Half an entry would stay for good: JAX reports it, compiles anew, and does not replace it."""
+    try:
+        compilation_cache.decompress_executable(entry.read_bytes())
+    except Exception:  # of whichever library JAX compresses with
+        return False
+    return True
 
 
 class CompilationCounter:
