@@ -1,6 +1,7 @@
 """The page in a real browser, in front of a fake scheduler: it shows what there is, loads nothing from elsewhere, takes
 nothing for markup, works by keyboard, asks before it deletes, and comes back when its stream breaks."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +89,13 @@ def clean(driver: Any) -> Iterator[None]:
     assert hosts <= {"127.0.0.1"}
 
 
+def new_request(scheduler: FakeScheduler, run: str) -> None:
+    scheduler._requests["r-1"] = RequestRecord(
+        request_id="r-1", owner="o", kind="OptimStep", subject=run, seq_id=1, body_digest="", body_bytes=0,
+        created_at=1000.0,
+    )  # fmt: skip
+
+
 def until(driver: Any, is_it: Callable[[str], bool], script: str = "return document.body.innerText") -> str:
     deadline, text = time.monotonic() + WAIT_S, ""
     while time.monotonic() < deadline:
@@ -117,11 +125,7 @@ def test_every_view_shows_what_there_is_and_markup_is_text(driver: Any, site: Se
 
 
 def test_a_request_s_stations_have_their_times(driver: Any, site: Serving, scheduler: FakeScheduler, run: str):
-    record = RequestRecord(
-        request_id="r-1", owner="o", kind="OptimStep", subject=run, seq_id=1, body_digest="", body_bytes=0,
-        created_at=1000.0,
-    )  # fmt: skip
-    scheduler._requests["r-1"] = record
+    new_request(scheduler, run)
     driver.get(f"{site.url}/#/runs/{run}")
     cells = "return [...document.querySelectorAll('td')].map((e) => `${e.dataset.label} ${e.textContent}`).join('|')"
     until(driver, lambda text: "Queued +1 s|Sent –|Finished –" in text, cells)
@@ -268,14 +272,66 @@ def test_where_there_are_keys_the_page_asks_for_one_and_shows_its_runs_only(
         driver.get("about:blank")
 
 
-def test_no_view_is_wider_than_the_window(driver: Any, site: Serving, run: str):
+@contextlib.contextmanager
+def window(driver: Any, width: int) -> Iterator[None]:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        for width in (360, 820, 1440):
-            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        yield
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_fault(
+    driver: Any, scheduler: FakeScheduler, site: Serving, run: str, folder: Path, theme: str, width: int
+):
+    """Contrast, names, roles, landmarks, the order of headings: what a program can find of WCAG's rules."""
+    scheduler.missing = ["worker w0: it compiles"]
+    scheduler.live.answers.append([*tokenizer.load(str(folder)).encode("sampled", framed=False), 256])
+    new_request(scheduler, run)
+    with window(driver, width):
+        driver.get(site.url)
+        driver.execute_script("localStorage.setItem('tx_async.theme', arguments[0])", theme)
+        driver.refresh()
+        faults = {}
+        for view, shown in (
+            ("now", "it compiles"),
+            ("runs", run),
+            (f"runs/{run}", "OptimStep"),
+            ("operator", "s-markup"),
+            ("playground", "Ctrl+Enter"),
+        ):
+            driver.get(f"{site.url}/#/{view}")
+            until(driver, lambda text, shown=shown: shown in text)
+            faults[view] = faults_of(driver)
+        scheduler.missing = []
+        find(driver, "textarea").send_keys("hello")
+        find(driver, "button.main").click()
+        until(driver, lambda text: "ended by stop" in text)
+        faults["sample"] = faults_of(driver)
+        driver.get(f"{site.url}/#/runs/{run}")
+        find(driver, "button.danger").click()
+        find(driver, "dialog[open]")
+        faults["dialog"] = faults_of(driver)
+        assert driver.execute_script("return document.documentElement.dataset.theme") == theme
+        driver.execute_script("localStorage.removeItem('tx_async.theme')")
+    assert not {view: found for view, found in faults.items() if found}
+
+
+def faults_of(driver: Any) -> list[str]:
+    from axe_core_python.selenium import Axe
+
+    report = Axe().run(driver)
+    assert "color-contrast" in {rule["id"] for rule in report["passes"]}
+    return [f"{rule['id']}: {node['html'][:300]}" for rule in report["violations"] for node in rule["nodes"]]
+
+
+def test_no_view_is_wider_than_the_window(driver: Any, site: Serving, run: str):
+    for width in (360, 820, 1440):
+        with window(driver, width):
             for view in ("now", "runs", f"runs/{run}", "playground", "operator"):
                 driver.get(f"{site.url}/#/{view}")
                 find(driver, "main h1")
                 assert driver.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0, view
-    finally:
-        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
