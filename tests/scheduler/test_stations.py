@@ -96,6 +96,10 @@ def test_first_tokens_and_tokens_are_measured_by_what_the_worker_tells():
     assert value(metrics.registry, "time_per_output_token_seconds_sum") == pytest.approx(0.5)
     passage = watch.passages.get("r")
     assert passage is not None and passage.first_token_at == pytest.approx(1007.0)
+    unknown = SequenceTimes(decode_began=2000.0, first_token=2000.0, last_token=2000.0)
+    watch.sequence_ended(SequenceEnded(asked, unknown, num_tokens=1))
+    assert value(metrics.registry, "time_to_first_token_seconds_count") == 2
+    assert value(metrics.registry, "time_per_output_token_seconds_count") == 1
 
 
 def test_only_the_newest_that_have_ended_are_remembered():

@@ -215,6 +215,21 @@ def test_cancelled_sequences_end_in_vllm_too(vllm, engine):
     wait_until(lambda: vllm.num_running == 1)
 
 
+@pytest.mark.parametrize(("tells", "num_tokens"), [(False, 4), (True, 4), (True, 1)])
+def test_vllm_says_how_long_it_generated_where_it_was_asked_to(vllm, engine, tells, num_tokens):
+    vllm.tells_times, vllm.token_s = tells, 0.01
+    engine.execute(AdmitSequences(sequences=(spec(max_tokens=num_tokens),)), [np.array([1], np.int32)])()
+    sampled, _ = engine.execute(QUANTUM, [])()
+    times = sampled.finished[0].times
+    if not tells:
+        assert times is None
+    else:
+        step = 10 * (num_tokens > 1)
+        assert times.last_token - times.first_token == pytest.approx(10 * (num_tokens - 1))
+        assert times.first_token - times.decode_began == pytest.approx(step)
+        assert times.last_token >= 10 * num_tokens
+
+
 def test_a_request_that_vllm_refuses_fails_alone(vllm, engine):
     admit(engine, spec(1), prompt=(vllm.vocab_size,))
     admit(engine, spec(2))

@@ -43,6 +43,8 @@ class FakeVllm:
     version: str = "0.32.0"
     token_s: float = 0.0
     """Time that each token takes."""
+    tells_times: bool = False
+    """As with --enable-per-request-metrics."""
     drops: tuple[str, ...] = ()
     """Parts of tensors' names: what it leaves out of adapters, silently."""
     failing: tuple[str, ...] = ()
@@ -269,6 +271,8 @@ class FakeVllm:
         answer["choices"][0]["logprobs"] |= {
             "token_logprobs": logprobs, "top_logprobs": top, "tokens": [f"token_id:{token}" for token in tokens]
         }  # fmt: skip
+        if self.tells_times:
+            answer["metrics"] = {"generation_time_ms": 1000 * self.token_s * (len(tokens) - 1)}
         return answer
 
 

@@ -512,7 +512,8 @@ class SequenceTimes(Struct, frozen=True, kw_only=True):
     """Times in milliseconds since the worker received the sequence."""
 
     decode_began: float
-    """When the quantum that brought its first tokens began."""
+    """When the quantum that brought its first tokens began; that of `first_token` where it is unknown how long one
+    token took."""
     first_token: float
     """When its first tokens had come."""
     last_token: float

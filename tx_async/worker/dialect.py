@@ -65,6 +65,8 @@ class EngineCompletion:
     head_probabilities: np.ndarray | None
     """int32 / float32 [T, head_tokens], likeliest first; only of untempered sequences without top-k and top-p."""
     num_cached_tokens: int
+    generation_ms: float | None = None
+    """From its first token to its last; None where the engine does not say."""
 
 
 class Dialect(Protocol):

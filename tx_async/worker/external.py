@@ -224,14 +224,14 @@ class ExternalEngine:
     # ---- sequences
 
     async def _run(self, sequence: _Sequence) -> None:
-        spec, prompt = sequence.spec, sequence.prompt
+        spec, prompt, began_at = sequence.spec, sequence.prompt, time.monotonic()
         try:
             result = await self._sample(spec, prompt)
         except _Left:
             return
         if self._running.pop(spec.sequence_id, None):
-            self._outcomes.append(SampleOutcome(spec, len(prompt), result))
             self._last_outcome = time.monotonic()
+            self._outcomes.append(SampleOutcome(spec, len(prompt), result, 1000 * (self._last_outcome - began_at)))
             self._news.set()
 
     async def _sample(self, spec: SequenceSpec, prompt: EncodedPrompt) -> EngineCompletion | SampleFailure:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tx_async.errors import Category
-from tx_async.wire.worker import FinishedSequence, Sampled, SequenceSpec
+from tx_async.wire.worker import FinishedSequence, Sampled, SequenceSpec, SequenceTimes
 from tx_async.worker.dialect import EngineCompletion
 from tx_async.worker.engine_api import Reply
 
@@ -24,6 +24,8 @@ class SampleOutcome:
     spec: SequenceSpec
     num_prompt_tokens: int
     result: EngineCompletion | SampleFailure
+    took_ms: float = 0.0
+    """From its admission to the engine's answer."""
 
 
 def report(outcomes: Sequence[SampleOutcome], num_running: int) -> Reply:
@@ -32,7 +34,7 @@ def report(outcomes: Sequence[SampleOutcome], num_running: int) -> Reply:
     progress: list[tuple[int, int]] = []
     for outcome in outcomes:
         if isinstance(outcome.result, EngineCompletion):
-            finished.append(_finished(outcome.spec.sequence_id, outcome.result, tensors))
+            finished.append(_finished(outcome, outcome.result, tensors))
             num_computed = outcome.num_prompt_tokens - outcome.result.num_cached_tokens + len(outcome.result.tokens)
             progress.append((outcome.spec.sequence_id, num_computed))
     result = Sampled(
@@ -48,7 +50,7 @@ def report(outcomes: Sequence[SampleOutcome], num_running: int) -> Reply:
     return result, tensors
 
 
-def _finished(sequence_id: int, completion: EngineCompletion, tensors: list[np.ndarray]) -> FinishedSequence:
+def _finished(outcome: SampleOutcome, completion: EngineCompletion, tensors: list[np.ndarray]) -> FinishedSequence:
     def add(array: np.ndarray | None) -> int:
         if array is None:
             return -1
@@ -56,7 +58,7 @@ def _finished(sequence_id: int, completion: EngineCompletion, tensors: list[np.n
         return len(tensors) - 1
 
     return FinishedSequence(
-        sequence_id=sequence_id,
+        sequence_id=outcome.spec.sequence_id,
         stop_reason=completion.stop_reason,
         tokens_index=add(completion.tokens),
         logprobs_index=add(completion.logprobs),
@@ -68,4 +70,16 @@ def _finished(sequence_id: int, completion: EngineCompletion, tensors: list[np.n
         if completion.head_token_ids is None
         else add(np.zeros(len(completion.tokens), np.int32)),
         num_cached_tokens=completion.num_cached_tokens,
+        times=_times(outcome.took_ms, completion),
     )
+
+
+def _times(took_ms: float, completion: EngineCompletion) -> SequenceTimes | None:
+    """The engine says how long it generated, and the rest was before the first token. That token's own step counts as
+    long as the mean of the others'; of a single token it is unknown."""
+    if completion.generation_ms is None:
+        return None
+    first_token = max(0.0, took_ms - completion.generation_ms)
+    num_steps = len(completion.tokens) - 1
+    step = completion.generation_ms / num_steps if num_steps > 0 else 0.0
+    return SequenceTimes(decode_began=max(0.0, first_token - step), first_token=first_token, last_token=took_ms)

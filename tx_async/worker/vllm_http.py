@@ -57,9 +57,15 @@ class _Usage(Struct):
     prompt_tokens_details: _PromptDetails | None = None
 
 
+class _Metrics(Struct):
+    generation_time_ms: float | None = None
+
+
 class _Answer(Struct):
     choices: list[_Choice]
     usage: _Usage
+    metrics: _Metrics | None = None
+    """Of vLLM 0.25 and later with --enable-per-request-metrics."""
 
 
 class _Model(Struct):
@@ -223,6 +229,7 @@ def _completion(answer: _Answer, spec: SequenceSpec) -> EngineCompletion:
         head_token_ids=head_ids,
         head_probabilities=None if head_values is None else np.exp(head_values),
         num_cached_tokens=(details.cached_tokens or 0) if details else 0,
+        generation_ms=answer.metrics.generation_time_ms if answer.metrics else None,
     )
 
 

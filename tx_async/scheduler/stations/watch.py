@@ -68,7 +68,8 @@ class Watch:
         first_token_at = self.now - (times.last_token - times.first_token) / 1000
         decode_s = (times.last_token - times.decode_began) / 1000
         self.metrics.time_to_first_token.observe(max(0.0, first_token_at - request.created_at))
-        self.metrics.time_per_output_token.observe(decode_s / instruction.num_tokens)
+        if decode_s > 0:
+            self.metrics.time_per_output_token.observe(decode_s / instruction.num_tokens)
         passage = self.passages.get(request.request_id)
         if passage is not None and not passage.first_token_at:
             passage.first_token_at = max(first_token_at, passage.begun_at)
