@@ -7,6 +7,7 @@ bounded by counts, never by time, so that every process comes to the same end wi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -54,9 +55,12 @@ class Vocabulary:
                 f"this base model's tokenizer is of a kind that grammars cannot be used with ({error})."
             ) from None
 
-    def is_special(self, token: int) -> bool:
-        """Whether a grammar must name it by its number: it is no text."""
-        return self.tokens.is_special_token(token)
+        self._added = {entry["content"]: int(entry["id"]) for entry in json.loads(tokenizer).get("added_tokens", ())}
+
+    def special(self, name: str) -> int | None:
+        """The number of a token that a grammar must name by it, because it is no text."""
+        token = self._added.get(name)
+        return token if token is not None and self.tokens.is_special_token(token) else None
 
 
 @cache

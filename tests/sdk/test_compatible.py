@@ -5,9 +5,11 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import anthropic
 import openai
+import pydantic
 import pytest
 
 from tests.support.chat_templates import QWEN3, make_chat_tokenizer
@@ -17,10 +19,10 @@ from tx_async.testing.server import ServerProcess, running_server
 BACKEND = {"max_lora_adapters": 4, "max_lora_rank": 32, "max_context_length": 1024}
 KEY = "tml-dummy"
 USER = [{"role": "user", "content": "Hi!"}]
-TOOL = {
-    "type": "function",
-    "function": {"name": "add", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}},
-}
+TIGHT = {"x-guidance": {"whitespace_flexible": False}}
+"""A model with random weights likes white space."""
+PARAMETERS = {"type": "object", "properties": {"n": {"enum": [2, 3]}}, "additionalProperties": False, **TIGHT}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
 ANTHROPIC_TOOL = {"name": "add", "input_schema": TOOL["function"]["parameters"]}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"n": 2}}\n</tool_call>'
 END = 256
@@ -187,6 +189,30 @@ def test_a_trained_checkpoint_calls_its_tool(client, claude, caller):
     assert client.chat.completions.create(tools=[TOOL], **fields | {"messages": answered, "max_tokens": 3}).choices
 
 
+class Person(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(json_schema_extra=TIGHT)
+    name: Literal["Ada", "Alan"]
+    born: int = pydantic.Field(ge=1800, le=2000)
+
+
+def test_an_untrained_model_keeps_to_what_it_must_answer(client, claude, model):
+    """Its weights are random: only its grammar can have made it say this."""
+    fields = {"model": model, "messages": USER, "max_tokens": 200}
+    parsed = client.chat.completions.parse(response_format=Person, seed=3, n=2, **fields)
+    assert [choice.finish_reason for choice in parsed.choices] == ["stop"] * 2
+    assert all(choice.message.parsed.name in ("Ada", "Alan") for choice in parsed.choices)
+    choice = {"type": "function", "function": {"name": "add"}}
+    with client.chat.completions.stream(tools=[TOOL], tool_choice=choice, seed=1, **fields) as stream:
+        said = stream.get_final_completion().choices[0]
+    assert said.finish_reason == "tool_calls", said
+    assert set(json.loads(said.message.tool_calls[0].function.arguments)) <= {"n"}
+    any_one = {"type": "any", "disable_parallel_tool_use": True}
+    message = claude.messages.create(tools=[ANTHROPIC_TOOL], tool_choice=any_one, **fields)
+    assert (message.stop_reason, message.content[-1].name) == ("tool_use", "add"), message
+    grammar = {"grammar": 'root ::= "yes" | "no"'}
+    assert client.completions.create(model=model, prompt="a", extra_body=grammar).choices[0].text in ("yes", "no")
+
+
 def test_what_one_key_saved_does_not_exist_for_another(server, client, claude, caller):
     assert caller in [entry.id for entry in client.models.list()]
     stranger = client.with_options(api_key="tml-other")
@@ -200,8 +226,8 @@ def test_what_one_key_saved_does_not_exist_for_another(server, client, claude, c
 
 def test_errors_are_the_clients_own(client, claude, model):
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model=model, messages=USER, response_format={"type": "json_object"})
-    assert refused.value.param == "response_format"
+        client.chat.completions.create(model=model, messages=USER, extra_body={"grammar": "start: ("})
+    assert refused.value.param == "grammar"
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model=model, prompt="a" * 2000)
     assert refused.value.code == "context_length_exceeded"

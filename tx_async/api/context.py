@@ -9,6 +9,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from tx_async.api.budget import Bodies, Hold
+from tx_async.api.compatible.grammar_check import GrammarCheck
 from tx_async.api.compatible.tokenizer import TokenizerLoader
 from tx_async.api.gate import Gate
 from tx_async.api.links import Links
@@ -56,6 +57,7 @@ class Api:
     """The folder or hub name that clients load the tokenizer from."""
     bodies: Bodies
     tokenizer: TokenizerLoader
+    grammars: GrammarCheck
     news: News
     tokens: Tokens
 

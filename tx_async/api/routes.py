@@ -26,6 +26,7 @@ from tx_async.api import (
 from tx_async.api.budget import Bodies
 from tx_async.api.compatible import cors
 from tx_async.api.compatible import rows as compatible
+from tx_async.api.compatible.grammar_check import GrammarCheck
 from tx_async.api.compatible.tokenizer import TokenizerLoader
 from tx_async.api.context import Api, CheckpointFiles
 from tx_async.api.endpoint import Endpoint, Row
@@ -209,6 +210,7 @@ def create_routes(
         or scheduler.base_model.name,
         bodies=Bodies(config),
         tokenizer=TokenizerLoader(scheduler.base_model.path),
+        grammars=GrammarCheck(scheduler.base_model.path),
         news=News(scheduler, clock, owners.names, redact, rates),
         tokens=Tokens(),
     )

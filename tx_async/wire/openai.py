@@ -77,9 +77,26 @@ class ChatMessage(Request, kw_only=True):
     """Fields of answers that are always null here: clients send them back."""
 
 
+class JsonSchemaFormat(Request, kw_only=True):
+    schema: dict[str, Any] | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    """Answers obey the schema in any case."""
+
+
 class ResponseFormat(Request, kw_only=True):
-    type: str
-    json_schema: dict[str, Any] | None = None
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class FunctionName(Request, kw_only=True):
+    name: str
+
+
+class NamedFunction(Request, kw_only=True):
+    function: FunctionName
+    type: Literal["function"]
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -91,6 +108,8 @@ class ChatRequest(SamplingFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
+    grammar: str | None = None
+    """GBNF, or llguidance's Lark."""
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -102,6 +121,8 @@ class CompletionRequest(SamplingFields, kw_only=True):
     best_of: int | None = None
     logprobs: int | None = None
     response_format: ResponseFormat | None = None
+    grammar: str | None = None
+    """GBNF, or llguidance's Lark."""
 
 
 # ---- answers

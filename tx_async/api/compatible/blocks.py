@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from tx_async.api.compatible.conversation import CallWords, OpenCalls, check_tool_choice, text_of_part
+from tx_async.api.compatible.constraints import ForcedCall, check_tools, named_choice
+from tx_async.api.compatible.conversation import CallWords, OpenCalls, text_of_part
 from tx_async.api.compatible.fields import InvalidField, named
 from tx_async.api.compatible.prompts import Chat
 from tx_async.wire import anthropic, openai
@@ -36,12 +37,25 @@ def chat_of(request: anthropic.CountTokensRequest) -> Chat:
     calls.end()
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
     choice = request.tool_choice.type if request.tool_choice is not None else None
-    check_tool_choice(choice in ("any", "tool"), choice == "auto", bool(request.tools))
+    tool_choice(request, tools)
     options, required = _thinking(request.thinking)
     continues = request.messages[-1].role == "assistant"
     if continues and not messages[-1].content:
         raise InvalidField("messages", "the last message must be the user's, or text for the answer to go on with.")
     return Chat(messages, () if choice == "none" else tools, options, required, continues)
+
+
+def tool_choice(request: anthropic.CountTokensRequest, tools: Sequence[dict[str, Any]]) -> ForcedCall:
+    """tools: the request's, in OpenAI's form. Raises `InvalidField`."""
+    given = request.tool_choice
+    if given is None or given.type == "none":
+        return ForcedCall()
+    if given.type == "tool":
+        if not given.name:
+            raise InvalidField("tool_choice.name", "it is missing.")
+        return named_choice(given.name, tools)
+    check_tools(True, tools)
+    return ForcedCall(is_forced=given.type == "any")
 
 
 def _system(system: str | list[dict[str, Any]] | None) -> list[openai.ChatMessage]:

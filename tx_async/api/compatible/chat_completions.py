@@ -11,7 +11,7 @@ from starlette.responses import Response
 from tx_async.api.compatible import fields, sampling
 from tx_async.api.compatible.answering import chat_logprobs, fed, new_choice, respond, usage
 from tx_async.api.compatible.choices import Choice, Delta, Scored
-from tx_async.api.compatible.conversation import check_tool_choice
+from tx_async.api.compatible.constraints import Wish, grammar_of, openai_choice
 from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.api.compatible.forms import openai_error
@@ -32,9 +32,13 @@ async def chat_completions(call: Call) -> Response:
     request = await fields.read(call, ChatRequest)
     path = model_path(call, request.model)
     num_likely = check(request)
-    prompt = await chat_prompt(call, chat_of(request))
+    chat = chat_of(request)
+    prompt = await chat_prompt(call, chat)
+    grammar = await grammar_of(call, wish_of(request, chat), prompt)
     max_tokens = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
-    operation = sampling.operation(call, prompt.tokens, request, max_tokens, topk_sample_logprobs=num_likely)
+    operation = sampling.operation(
+        call, prompt.tokens, request, max_tokens, topk_sample_logprobs=num_likely, grammar=grammar
+    )
     tokenizer = await call.api.tokenizer.get()
     choices = [
         new_choice(
@@ -54,7 +58,6 @@ async def chat_completions(call: Call) -> Response:
 def check(request: ChatRequest) -> int:
     """How many of the likeliest tokens it wants with each token. Raises `InvalidField` for fields that contradict each
     other."""
-    sampling.check_response_format(request.response_format)
     sampling.check_stream_options(request)
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise InvalidField("max_tokens", "it differs from max_completion_tokens. Send one of them.")
@@ -62,8 +65,6 @@ def check(request: ChatRequest) -> int:
         raise InvalidField("top_logprobs", "it goes with logprobs: true only.")
     for name in ("max_tokens", "max_completion_tokens"):
         sampling.check_max_tokens(name, getattr(request, name), ", or absent for as many as fit")
-    choice = request.tool_choice
-    check_tool_choice(choice not in (None, "none", "auto"), choice == "auto", bool(request.tools))
     return sampling.check_top_logprobs("top_logprobs", request.top_logprobs)
 
 
@@ -73,6 +74,16 @@ def chat_of(request: ChatRequest) -> Chat:
         options[EFFORT], required = request.reasoning_effort, ((EFFORT, EFFORT),)
     tools = () if request.tool_choice == "none" else tuple(request.tools or ())
     return Chat(request.messages, tools, options, required)
+
+
+def wish_of(request: ChatRequest, chat: Chat) -> Wish:
+    return Wish(
+        format=request.response_format,
+        grammar=request.grammar,
+        tools=chat.tools,
+        choice=openai_choice(request.tool_choice, request.tools or ()),
+        several_calls=request.parallel_tool_calls is not False,
+    )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from tx_async.api.compatible import fields, sampling
 from tx_async.api.compatible.answering import new_choice, respond, usage
 from tx_async.api.compatible.choices import Choice, Delta, Likely, Scored, rows_of
+from tx_async.api.compatible.constraints import Wish, grammar_of
 from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.api.compatible.forms import openai_error
@@ -37,9 +38,10 @@ async def completions(call: Call) -> Response:
     request = await fields.read(call, CompletionRequest)
     path = model_path(call, request.model)
     check(request)
+    grammar = await grammar_of(call, Wish(format=request.response_format, grammar=request.grammar))
     prompts = await compute(call, partial(_encoded, prompts=prompts_of(request.prompt)))
     _check_num_answers(len(prompts), request.n, call.api.config.sample_num_samples_max)
-    operations = [_operation(call, request, tokens) for tokens in prompts]
+    operations = [_operation(call, request, tokens, grammar) for tokens in prompts]
     tokenizer = await call.api.tokenizer.get()
     choices = [
         [new_choice(call, tokenizer, operation, PlainParser()) for _ in range(operation.num_samples)]
@@ -50,7 +52,6 @@ async def completions(call: Call) -> Response:
 
 
 def check(request: CompletionRequest) -> None:
-    sampling.check_response_format(request.response_format)
     sampling.check_stream_options(request)
     sampling.check_top_logprobs("logprobs", request.logprobs)
     if request.max_tokens == 0 and not request.echo:
@@ -95,7 +96,7 @@ def _encoded(tokenizer: Tokenizer, prompts: list[str | list[int]]) -> list[list[
     return found
 
 
-def _operation(call: Call, request: CompletionRequest, tokens: list[int]) -> Any:
+def _operation(call: Call, request: CompletionRequest, tokens: list[int], grammar: str) -> Any:
     """With echo, the log-probabilities of the prompt are part of the answer."""
     scores = bool(request.echo) and request.logprobs is not None
     if not scores:
@@ -108,6 +109,7 @@ def _operation(call: Call, request: CompletionRequest, tokens: list[int]) -> Any
         max_tokens,
         topk_sample_logprobs=request.logprobs or 0,
         prompt_logprobs=scores,
+        grammar=grammar,
         topk_prompt_logprobs=(request.logprobs or 0) if scores else 0,
     )
 

@@ -86,16 +86,6 @@ class OpenCalls:
         return self._words.no_result.format(calls=", ".join(sorted(self._ids)), before=before)
 
 
-def check_tool_choice(is_forced: bool, is_auto: bool, has_tools: bool) -> None:
-    """Raises `InvalidField` for a choice that this server, or a request without tools, does not have."""
-    if is_forced:
-        raise InvalidField(
-            "tool_choice", "a call cannot be forced here: use auto or none, and say in a message what to call."
-        )
-    if is_auto and not has_tools:
-        raise InvalidField("tool_choice", "it goes with tools only.")
-
-
 def _check_fields(message: ChatMessage, where: str) -> None:
     if message.tool_calls and message.role != "assistant":
         raise InvalidField(f"{where}.tool_calls", "only the assistant calls tools.")

@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from tx_async.api.compatible import fields, sampling
 from tx_async.api.compatible.answering import fed, new_choice, respond
-from tx_async.api.compatible.blocks import chat_of
+from tx_async.api.compatible.blocks import chat_of, tool_choice
 from tx_async.api.compatible.choices import Choice
+from tx_async.api.compatible.constraints import Wish, grammar_of
 from tx_async.api.compatible.event_stream import named_event
 from tx_async.api.compatible.families import Family
 from tx_async.api.compatible.fields import ContextExceeded, InvalidField
@@ -41,12 +42,14 @@ async def messages(call: Call) -> Response:
     path = model_path(call, request.model)
     sampling.check_max_tokens("max_tokens", request.max_tokens)
     with _under_own_names():
-        prompt = await chat_prompt(call, chat_of(request))
-        operation = sampling.operation(call, prompt.tokens, _sampling(request), request.max_tokens)
+        chat = chat_of(request)
+        prompt = await chat_prompt(call, chat)
+        is_one_call = request.tool_choice is not None and bool(request.tool_choice.disable_parallel_tool_use)
+        wish = Wish(tools=chat.tools, choice=tool_choice(request, chat.tools), several_calls=not is_one_call)
+        grammar = await grammar_of(call, wish, prompt)
+        operation = sampling.operation(call, prompt.tokens, _sampling(request), request.max_tokens, grammar=grammar)
     tokenizer = await call.api.tokenizer.get()
     parser = prompt.family.parser(prompt.parameters, with_tools=bool(prompt.parameters), prompt=prompt.text)
-    tool_choice = request.tool_choice
-    is_one_call = tool_choice is not None and bool(tool_choice.disable_parallel_tool_use)
     choice = new_choice(call, tokenizer, operation, parser, prompt.family.marks, is_one_call)
     answer = MessageAnswer(request.model, prompt, choice)
     return await respond(call, Samples(call, [operation], path), answer, bool(request.stream))

@@ -12,7 +12,7 @@ from tx_async.api import validation
 from tx_async.api.compatible.fields import InvalidField
 from tx_async.api.context import Call
 from tx_async.errors import InvalidRequest
-from tx_async.wire.openai import ResponseFormat, SamplingFields
+from tx_async.wire.openai import SamplingFields
 from tx_async.wire.operations import Sample
 
 LOGPROBS_MAX = 20
@@ -27,6 +27,7 @@ def operation(call: Call, tokens: Any, request: SamplingFields, max_tokens: int 
     with _under_known_names():
         seed = validation.seed(request.seed)
     left = max(call.scheduler.base_model.max_context_length - len(tokens), 1)
+    _check_grammar(more.get("grammar", ""), request)
     sample = Sample(
         sampling_session_id="",
         seq_id=0,
@@ -101,11 +102,6 @@ def check_top_logprobs(field: str, value: int | None) -> int:
     return value or 0
 
 
-def check_response_format(form: ResponseFormat | None) -> None:
-    if form is not None and form.type != "text":
-        raise InvalidField("response_format", f"{form.type} is not supported here; only text is.")
-
-
 def check_stream_options(request: SamplingFields) -> None:
     if request.stream_options is not None and not request.stream:
         raise InvalidField("stream_options", "they go only with stream.")
@@ -114,6 +110,13 @@ def check_stream_options(request: SamplingFields) -> None:
 def includes_usage(request: SamplingFields) -> bool:
     """Whether a stream ends with what it used."""
     return request.stream_options is not None and bool(request.stream_options.include_usage)
+
+
+def _check_grammar(grammar: str, request: SamplingFields) -> None:
+    """A grammar says where an answer ends: there, and not before."""
+    for name in ("ignore_eos", "min_tokens"):
+        if grammar and getattr(request, name):
+            raise InvalidField(name, "it does not go with response_format, grammar or a forced call.")
 
 
 def _logit_bias(given: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
