@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.api.test_integers import message
+from tx_async.api import measure
 from tx_async.api.measure import NestedTooDeep, check_forward_backward, check_nesting, check_values
 from tx_async.errors import BodyTooLarge, InvalidRequest
 
@@ -33,10 +34,23 @@ def test_nesting_is_what_a_parser_would_find(value: object):
             check_nesting(body, depth - 1)
 
 
+@given(VALUES, st.integers(1, 9))
+def test_it_makes_no_difference_where_a_piece_ends(value: object, piece_bytes: int):
+    depth, body = depth_of(value), json.dumps(value).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "PIECE_BYTES", piece_bytes)
+        check_nesting(body, depth)
+        if depth:
+            with pytest.raises(NestedTooDeep, match=f"{depth} levels"):
+                check_nesting(body, depth - 1)
+
+
 def test_values_are_counted_and_not_made():
     check_values(json.dumps([1] * 1000).encode(), 1000)
     with pytest.raises(BodyTooLarge, match="json_values_max"):
         check_values(json.dumps([1] * 1001).encode(), 1000)
+    with pytest.raises(BodyTooLarge, match="json_values_max"):
+        check_values(json.dumps("a text that is as long as many numbers" * 1000).encode(), 1000)
 
 
 @pytest.mark.parametrize(

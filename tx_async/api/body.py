@@ -20,9 +20,12 @@ from starlette.requests import Request
 from tx_async.api import measure
 from tx_async.api.budget import INLINE_BYTES_MAX, Bodies, Hold
 from tx_async.errors import BodyTimeout, BodyTooLarge, InvalidRequest
+from tx_async.wire import datums
 
 T = TypeVar("T")
 
+CONTROL_BYTES_MAX = 2**20
+"""The size limit of bodies that carry no data; they are decoded on the event loop."""
 HEAD_BYTES = 4096
 """How much is kept of a body over the limit: enough for the ids at the start of a protobuf."""
 DRAIN_FACTOR = 4
@@ -74,8 +77,7 @@ def decode_json(body: bytes, kind: type[T], depth_max: int) -> T:
     try:
         return _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
-        hint = " (the SDK sends NaN and infinity as null)" if "got `null`" in str(error) else ""
-        raise InvalidRequest(f"The request body is invalid: {error}{hint}.") from None
+        raise InvalidRequest(f"The request body is invalid: {datums.explained(error)}.") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
 

@@ -24,8 +24,6 @@ from tx_async.api.owner import key_of, reached_at
 from tx_async.errors import NotReady, Overloaded, TxError
 from tx_async.wire import tinker
 
-CONTROL_BODY_BYTES_MAX = 2**20
-"""The size limit of bodies that carry no data."""
 LEFTOVERS_S = 1.0
 """How long a request that has been answered may take to send what is left of its body."""
 
@@ -111,7 +109,7 @@ class Endpoint:
             if self._decodes is None:
                 answer = await self.row.handler(call)
             else:
-                content = await body.read(request, CONTROL_BODY_BYTES_MAX, hold)
+                content = await body.read(request, body.CONTROL_BYTES_MAX, hold)
                 decoded = body.decode_json(content, self._decodes, self._api.config.json_depth_max)
                 hold.release()  # a long poll may follow
                 answer = await self.row.handler(call, decoded)

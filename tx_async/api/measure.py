@@ -6,7 +6,6 @@ All functions here go over the bytes a piece at a time, so that other threads ge
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,20 +18,27 @@ PIECE_BYTES = 2**20
 VALUES_PER_DATUM = 64
 """Fields of a datum, its chunks and tensors included; one with four inputs has some twenty."""
 
-_ESCAPES = re.compile(rb"\\.", re.DOTALL)
-_QUOTE, _OPEN, _CLOSE = ord('"'), (ord("["), ord("{")), (ord("]"), ord("}"))
+BYTES_PER_VALUE = 24
+"""Of JSON: a number with all its digits, and a comma."""
+
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_STEPS = np.zeros(256, np.int8)
+"""How much deeper each character leads."""
+_STEPS[[ord("["), ord("{")]] = 1
+_STEPS[[ord("]"), ord("}")]] = -1
 
 
 def check_values(body: bytes, values_max: int) -> None:
     """Raises `BodyTooLarge` for JSON with more numbers, texts and containers: each follows a comma or a bracket, and
-    each becomes an object."""
+    each becomes an object; and for JSON that is longer than so many numbers."""
     if len(body) <= values_max:
         return
-    num_values = sum(
-        body.count(sign, start, start + PIECE_BYTES)
-        for start in range(0, len(body), PIECE_BYTES)
-        for sign in (b",", b"[", b"{")
-    )
+    if len(body) > BYTES_PER_VALUE * values_max:
+        raise BodyTooLarge(
+            f"The request body has {len(body)} bytes; as JSON {BYTES_PER_VALUE * values_max} are allowed "
+            f"({BYTES_PER_VALUE} times `json_values_max`): send smaller pieces, or protobuf."
+        )
+    num_values = _num_signs(body, (b",", b"[", b"{"))
     if num_values > values_max:
         raise BodyTooLarge(
             f"The request body has about {num_values} numbers and texts; as JSON {values_max} are allowed "
@@ -42,29 +48,49 @@ def check_values(body: bytes, values_max: int) -> None:
 
 def check_nesting(body: bytes, depth_max: int) -> None:
     """Raises `InvalidRequest`. Brackets within texts do not count."""
-    if body.count(b"[") + body.count(b"{") <= depth_max:
+    if _num_signs(body, (b"[", b"{")) <= depth_max:
         return
-    if b"\\" in body:
-        body = _ESCAPES.sub(b"", body)
-    characters = np.frombuffer(body, np.uint8)
-    quotes = np.flatnonzero(characters == _QUOTE)
-    opening = np.flatnonzero((characters == _OPEN[0]) | (characters == _OPEN[1]))
-    closing = np.flatnonzero((characters == _CLOSE[0]) | (characters == _CLOSE[1]))
-    places = np.concatenate([_outside(opening, quotes), _outside(closing, quotes)])
-    steps = np.ones(len(places), np.int64)
-    steps[len(_outside(opening, quotes)) :] = -1
-    depth = int(np.cumsum(steps[np.argsort(places, kind="stable")]).max(initial=0))
-    if depth > depth_max:
-        raise NestedTooDeep(f"The request body nests {depth} levels deep; {depth_max} are allowed (`json_depth_max`).")
+    depth = deepest = 0
+    is_escaped = is_text = False
+    for start in range(0, len(body), PIECE_BYTES):
+        piece = np.frombuffer(body, np.uint8, min(PIECE_BYTES, len(body) - start), start)
+        quotes, is_escaped = _ends_of_texts(piece, is_escaped)
+        steps = _STEPS[piece]
+        places = np.flatnonzero(steps)
+        outside = places[(np.searchsorted(quotes, places) + is_text) % 2 == 0]
+        depths = depth + np.cumsum(steps[outside], dtype=np.int64)
+        deepest = max(deepest, int(depths.max(initial=0)))
+        depth = int(depths[-1]) if depths.size else depth
+        is_text = bool((len(quotes) + is_text) % 2)
+    if deepest > depth_max:
+        raise NestedTooDeep(
+            f"The request body nests {deepest} levels deep; {depth_max} are allowed (`json_depth_max`)."
+        )
+
+
+def _num_signs(body: bytes, signs: tuple[bytes, ...]) -> int:
+    return sum(
+        body.count(sign, start, start + PIECE_BYTES) for start in range(0, len(body), PIECE_BYTES) for sign in signs
+    )
+
+
+def _ends_of_texts(piece: np.ndarray, is_escaped: bool) -> tuple[np.ndarray, bool]:
+    """The places of quotes that no backslash escapes, and whether the piece ends with a backslash that escapes what
+    follows. `is_escaped`: the piece before ended so."""
+    quotes = np.flatnonzero(piece == _QUOTE)
+    others = np.flatnonzero(piece != _BACKSLASH)
+    if len(others) == len(piece) and not is_escaped:
+        return quotes, False
+    # A character is escaped by an odd number of backslashes that precede it.
+    ends = np.append(others, len(piece))
+    runs = np.diff(ends, prepend=-1) - 1
+    runs[0] += is_escaped
+    escaped = ends[runs % 2 == 1]
+    return np.setdiff1d(quotes, escaped, assume_unique=True), bool(runs[-1] % 2)
 
 
 class NestedTooDeep(InvalidRequest):
     """The request body nests too deep (`json_depth_max`)."""
-
-
-def _outside(places: np.ndarray, quotes: np.ndarray) -> np.ndarray:
-    """The places that an even number of quotes precedes."""
-    return places[np.searchsorted(quotes, places) % 2 == 0]
 
 
 # ---- protobuf

@@ -21,8 +21,9 @@ from tx_async.wire.worker import AdamParams
 
 Ids = TypeVar("Ids", bound=tinker.TrainingIds)
 
-LENIENT_BYTES_MAX = 4 * 2**20
-"""Bodies up to this size are searched for their ids even if they are not JSON."""
+LENIENT_BYTES_MAX = 2**20
+"""Bodies up to this size are searched for their ids even if they are not JSON: their parser makes an object of
+everything, in one piece."""
 _ids_decoder = msgspec.json.Decoder(tinker.TrainingIds)
 
 
@@ -40,7 +41,7 @@ async def forward_backward(call: Call) -> tinker.UntypedAPIFuture:
 
 
 async def forward(call: Call) -> tinker.UntypedAPIFuture:
-    return await submit(call, "ForwardBackward", tinker.ForwardRequest, _forward_from_json)
+    return await submit(call, "ForwardBackward", tinker.UndecodedForwardRequest, _forward_from_json)
 
 
 async def optim_step(call: Call) -> tinker.UntypedAPIFuture:
@@ -82,8 +83,9 @@ async def read(call: Call) -> bytes:
 
 
 def ids_of(content: bytes) -> tinker.TrainingIds | None:
-    """The ids from a JSON body with any other fault. Python's parser also takes NaN, which JSON lacks, but it is used
-    only on small bodies, because it makes an object of everything."""
+    """The ids from a JSON body with any other fault."""
+    for name in (b"-Infinity", b"Infinity", b"NaN"):  # Python's names of numbers that JSON lacks
+        content = content.replace(name, b"null")
     try:
         return _ids_decoder.decode(content)
     except msgspec.ValidationError:
@@ -146,7 +148,7 @@ def _from_json(call: Call, request: tinker.ForwardBackwardRequest) -> operations
     return validation.forward_backward(operation, call.scheduler.base_model)
 
 
-def _forward_from_json(call: Call, request: tinker.ForwardRequest) -> operations.ForwardBackward:
+def _forward_from_json(call: Call, request: tinker.UndecodedForwardRequest) -> operations.ForwardBackward:
     operation = datums.forward_backward_from_json(request, request.forward_input, True, _budget(call))
     return validation.forward_backward(operation, call.scheduler.base_model)
 

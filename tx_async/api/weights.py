@@ -30,8 +30,7 @@ async def save_weights_external(call: Call) -> tinker.UntypedAPIFuture:
 
 async def load_weights(call: Call) -> tinker.UntypedAPIFuture:
     """With (model_id, seq_id) it loads into a live model, with (session_id, model_seq_id) into a new one."""
-    content = await training.read(call)
-    measure.check_values(content, call.api.config.json_values_max)
+    content = await body.read(call.request, body.CONTROL_BYTES_MAX, call.hold)
     measure.check_nesting(content, call.api.config.json_depth_max)
     if training.ids_of(content) is not None:
         return await training.submit_body(call, content, "LoadWeights", tinker.LoadStateRequest, _load_weights)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from tx_async.errors import InvalidRequest
@@ -20,6 +21,8 @@ from tx_async.wire.tensors import Tensor
 TENSOR_RANK_MAX = 2
 AXIS_MAX = 2**31 - 1
 ITEM_BYTES = {"float32": 4, "int64": 8}
+
+_datum_decoder = msgspec.json.Decoder(tinker.DatumJson)
 
 
 class DenseBudget:
@@ -117,7 +120,7 @@ def array_from_json(data: tinker.TensorData, budget: DenseBudget, fill: int = 0)
 
 
 def forward_backward_from_json(
-    ids: tinker.TrainingIds, content: tinker.ForwardBackwardInput, forward_only: bool, budget: DenseBudget
+    ids: tinker.TrainingIds, content: tinker.UndecodedInput, forward_only: bool, budget: DenseBudget
 ) -> ForwardBackward:
     return ForwardBackward(
         model_id=ids.model_id,
@@ -129,7 +132,17 @@ def forward_backward_from_json(
     )
 
 
-def _datum_from_json(datum: tinker.DatumJson, where: str, budget: DenseBudget) -> Datum:
+def explained(error: msgspec.ValidationError) -> str:
+    hint = " (the SDK sends NaN and infinity as null)" if "got `null`" in str(error) else ""
+    return f"{error}{hint}"
+
+
+def _datum_from_json(encoded: msgspec.Raw, where: str, budget: DenseBudget) -> Datum:
+    """Datums are decoded one by one, because each call into the decoder keeps the interpreter to itself."""
+    try:
+        datum = _datum_decoder.decode(encoded)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"{where}: {explained(error)}.") from None
     try:
         inputs = {name: Tensor.of(array_from_json(data, budget)) for name, data in datum.loss_fn_inputs.items()}
         return Datum(text_tokens(datum.model_input), inputs)

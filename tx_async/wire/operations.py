@@ -6,6 +6,8 @@ before one is made; past `api/` their fields are trusted.
 from __future__ import annotations
 
 import hashlib
+import io
+import struct
 from typing import Any, Literal
 
 import msgspec
@@ -213,10 +215,28 @@ Operation = CreateModel | CreateModelFromCheckpoint | TrainingOperation | Unload
 
 _encoder = msgspec.msgpack.Encoder(order="sorted")
 _decoder = msgspec.msgpack.Decoder(Operation)
+_DATA = _encoder.encode("data")
+_NO_DATA = _DATA + _encoder.encode(())
 
 
 def encode(operation: Operation) -> bytes:
-    return _encoder.encode(operation)
+    """Large batches are encoded a datum at a time, because each call into the encoder keeps the interpreter to itself.
+    The bytes are the same."""
+    if not isinstance(operation, ForwardBackward):
+        return _encoder.encode(operation)
+    head, rest = _encoder.encode(msgspec.structs.replace(operation, data=())).split(_NO_DATA, 1)
+    pieces = [head, _DATA, _array_head(len(operation.data)), *map(_encoder.encode, operation.data), rest]
+    room = io.BytesIO(bytes(sum(map(len, pieces))))
+    for piece in pieces:
+        room.write(piece)
+    return room.getvalue()
+
+
+def _array_head(length: int) -> bytes:
+    """How msgpack begins an array."""
+    if length < 2**4:
+        return bytes([0x90 | length])
+    return struct.pack(">BH", 0xDC, length) if length < 2**16 else struct.pack(">BI", 0xDD, length)
 
 
 class Encoded(Struct, frozen=True):

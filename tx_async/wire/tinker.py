@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Raw, Struct, field
 
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -230,12 +230,24 @@ class ForwardBackwardInput(Request):
     loss_fn_config: dict[str, float] | None = None
 
 
+class UndecodedInput(Request):
+    """`ForwardBackwardInput` whose datums are decoded later, one by one."""
+
+    data: list[Raw]
+    loss_fn: str
+    loss_fn_config: dict[str, float] | None = None
+
+
 class ForwardBackwardRequest(TrainingIds):
-    forward_backward_input: ForwardBackwardInput
+    forward_backward_input: UndecodedInput
 
 
 class ForwardRequest(TrainingIds):
     forward_input: ForwardBackwardInput
+
+
+class UndecodedForwardRequest(TrainingIds):
+    forward_input: UndecodedInput
 
 
 class AdamParams(Request):
