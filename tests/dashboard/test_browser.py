@@ -3,8 +3,7 @@ nothing for markup, works by keyboard, asks before it deletes, and comes back wh
 
 import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +12,7 @@ import msgspec
 import pytest
 
 from tests.dashboard.test_views import new_run
-from tests.support.browser import Serving, browsing, served, why_not
+from tests.support.browser import Serving, browsing, find, served, until, why_not
 from tests.support.chat_templates import QWEN3, make_chat_tokenizer
 from tx_async import keys
 from tx_async.api.compatible import tokenizer
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 MARKUP = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b>"
-WAIT_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +94,6 @@ def new_request(scheduler: FakeScheduler, run: str) -> None:
     )  # fmt: skip
 
 
-def until(driver: Any, is_it: Callable[[str], bool], script: str = "return document.body.innerText") -> str:
-    deadline, text = time.monotonic() + WAIT_S, ""
-    while time.monotonic() < deadline:
-        text = driver.execute_script(script) or ""
-        if is_it(text):
-            return text
-        time.sleep(0.1)
-    raise AssertionError(f"it never showed: {text[:2000]}")
-
-
-def find(driver: Any, selector: str) -> Any:
-    until(driver, bool, f"return document.querySelector({selector!r}) ? 'yes' : ''")
-    return driver.find_element("css selector", selector)
-
-
 def test_every_view_shows_what_there_is_and_markup_is_text(driver: Any, site: Serving, run: str):
     driver.get(site.url)
     until(driver, lambda text: "Ready" in text and "The server is ready" in text and "Tokens per second" in text)
@@ -149,6 +132,25 @@ def test_runs_that_the_events_leave_out_are_loaded_and_found(
     until(driver, lambda text: "No run matches" in text)
 
 
+def test_the_page_says_what_the_server_waits_for(driver: Any, site: Serving, scheduler: FakeScheduler):
+    scheduler.missing = ["worker w0: compiling, 3 of 12"]
+    driver.get(site.url)
+    waiting = "It waits for: worker w0: compiling, 3 of 12"
+    until(driver, lambda text: "Starting" in text and waiting in " ".join(text.split()))
+    until(driver, lambda text: "No worker is attached." in text and "Nothing waits." in text)
+    scheduler.missing = ["worker w0: compiling, 4 of 12"]
+    until(driver, lambda text: "4 of 12" in text and "3 of 12" not in text)
+    scheduler.missing, scheduler.operations_to_replay = [], 7
+    until(driver, lambda text: "Ready, while 7 operations run again after a restart." in text and "4 of 12" not in text)
+    scheduler.operations_to_replay = 0
+    until(driver, lambda text: "The server is ready: requests run at once." in text)
+
+
+def test_where_there_is_no_run_the_page_says_how_one_begins(driver: Any, site: Serving):
+    driver.get(f"{site.url}/#/runs")
+    until(driver, lambda text: "No run yet." in text and f"TINKER_BASE_URL={site.url}" in text)
+
+
 def test_an_address_that_names_nothing_says_so(driver: Any, site: Serving, run: str):
     driver.get(f"{site.url}/#/runs/%zz")
     until(driver, lambda text: "%zz" in text and "All runs" in text)
@@ -172,7 +174,7 @@ def test_the_policy_stops_inline_script(driver: Any, site: Serving):
 def test_what_is_sampled_is_text_with_its_log_probabilities(
     driver: Any, site: Serving, scheduler: FakeScheduler, folder: Path
 ):
-    answer = "<b>x</b> ok"
+    answer = "<b>x</b> ökay \N{GRINNING FACE}"  # letters beyond ASCII are several tokens each
     scheduler.live.answers.append([*tokenizer.load(str(folder)).encode(answer, framed=False), 256])
     driver.get(f"{site.url}/#/playground")
     find(driver, "select[name=model] option")
@@ -181,10 +183,14 @@ def test_what_is_sampled_is_text_with_its_log_probabilities(
     until(driver, lambda text: "ended by stop" in text)
     assert answer in driver.execute_script("return document.querySelector('.answer .text').textContent")
     assert driver.execute_script("return document.querySelectorAll('.answer .text b').length") == 0
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
+    read = "return document.querySelector('.answer .read').textContent"
     find(driver, ".answer .text").send_keys(Keys.ARROW_RIGHT)
-    until(driver, lambda text: "logprob" in text, "return document.querySelector('.answer .read').textContent")
+    until(driver, lambda text: text.startswith('"<"  logprob -'), read)
+    ActionChains(driver).move_to_element(driver.find_elements("css selector", ".answer .token")[1]).perform()
+    until(driver, lambda text: text.startswith('"b"  logprob -'), read)
 
 
 def test_a_checkpoint_is_deleted_when_that_was_confirmed_in_the_page(

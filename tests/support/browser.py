@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tx_async.testing.server import free_port
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 DRIVER = shutil.which("chromedriver") or ""
+WAIT_S = 60
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -52,6 +54,21 @@ def browsing(profile: Path) -> Iterator[Any]:
         yield driver
     finally:
         driver.quit()
+
+
+def until(driver: Any, is_it: Callable[[str], bool], script: str = "return document.body.innerText") -> str:
+    deadline, text = time.monotonic() + WAIT_S, ""
+    while time.monotonic() < deadline:
+        text = driver.execute_script(script) or ""
+        if is_it(text):
+            return text
+        time.sleep(0.1)
+    raise AssertionError(f"it never showed: {text[:2000]}")
+
+
+def find(driver: Any, selector: str) -> Any:
+    until(driver, bool, f"return document.querySelector({selector!r}) ? 'yes' : ''")
+    return driver.find_element("css selector", selector)
 
 
 class Serving:

@@ -24,8 +24,8 @@ export function create() {
     h("section", { class: "card half", "aria-labelledby": "workers-title" }, h("header", {}, h("h2", { id: "workers-title" }, "Workers")), noWorkers, workers),
   ];
   const element = h("div", { class: "stack" },
-    h("div", { class: "head" }, h("div", {}, h("h1", { tabindex: "-1" }, "Now"), readiness)),
-    h("section", { class: "card", "aria-label": "Summary" }, numbers.element, waits),
+    h("div", { class: "head" }, h("div", {}, h("h1", { tabindex: "-1" }, "Now"), readiness, waits)),
+    h("section", { class: "card", "aria-label": "Summary" }, numbers.element),
     h("div", { class: "grid" }, server, h("section", { class: "card", "aria-labelledby": "queue-title" }, h("header", {}, h("h2", { id: "queue-title" }, "Queues by key")), noQueue, queues.element)));
 
   function update(state) {

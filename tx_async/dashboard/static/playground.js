@@ -5,8 +5,43 @@ import { h, say, short, tell } from "./ui.js";
 
 const kept = { mode: "completion", model: "", prompt: "", system: "", compare: false, max_tokens: "128", temperature: "0.7", top_p: "1", seed: "" };
 
-// What is no text of its own is named by its bytes.
-const PART_OF_A_CHARACTER = /^bytes:(\\x[0-9a-f]{2})+$/;
+// A token that is no text of its own, such as a part of a character, is named by its bytes.
+const BYTES = /^bytes:((?:\\x[0-9a-f]{2})+)$/;
+
+const bytesOf = (text) => BYTES.exec(text)?.[1].match(/[0-9a-f]{2}/g).map((byte) => parseInt(byte, 16));
+
+// What the bytes say; "" where more must follow, null where they can be no text.
+function textOf(bytes) {
+  const decoder = new TextDecoder("utf-8", { fatal: true });
+  try {
+    const begun = decoder.decode(new Uint8Array(bytes), { stream: true });
+    try { return begun + decoder.decode(); } catch { return ""; }
+  } catch { return null; }
+}
+
+// Puts characters that came in several tokens together: the first one shows them, the others nothing.
+function joiner() {
+  let bytes = [], places = [];
+  return (text, place) => {
+    const more = bytesOf(text);
+    if (!more) { bytes = []; places = []; return text; }
+    if (textOf([...bytes, ...more]) === null) { bytes = []; places = []; }
+    bytes.push(...more);
+    places.push(place);
+    const whole = textOf(bytes);
+    if (whole === "") return "�";
+    const [first, ...others] = places;
+    bytes = [];
+    places = [];
+    if (whole === null) return "�";
+    for (const other of others) if (other !== place) say(other, "");
+    if (first === place) return whole;
+    say(first, whole);
+    return "";
+  };
+}
+
+const quoted = (text) => (BYTES.test(text) ? text : JSON.stringify(text));
 
 export function create(_argument, { onError }) {
   const field = (name, label, props = {}) => h("label", {}, label, h("input", { name, value: kept[name], oninput: (event) => { kept[name] = event.target.value; }, ...props }));
@@ -45,7 +80,7 @@ export function create(_argument, { onError }) {
       if (isOver) return;
       base = name;
       owned = new Map(checkpoints.map((item) => [item.path, item.is_own]));
-      model.replaceChildren(h("option", { value: name }, `${name} (base model)`), ...checkpoints.map((item) => h("option", { value: item.path }, item.path.replace("tinker://", ""))));
+      model.replaceChildren(h("option", { value: name }, `${name} (base model)`), ...checkpoints.map((item) => h("option", { value: item.path }, optionOf(item))));
       const wanted = kept.model || checkpoints[0]?.path || name;
       model.value = [...model.options].some((option) => option.value === wanted) ? wanted : name;
       kept.model = model.value;
@@ -89,6 +124,11 @@ export function create(_argument, { onError }) {
   return { title: "Playground", element, update() {}, stop() { isOver = true; running?.abort(); } };
 }
 
+// What tells checkpoints apart comes first: a narrow window cuts the rest off.
+function optionOf({ path, name, kind }) {
+  return `${name} (${kind}) of ${path.replace("tinker://", "").split("/")[0]}`;
+}
+
 // {text, logprob, likely: [[text, logprob]]} of what has come; without log-probabilities one piece of text.
 
 function plainTokens(choice) {
@@ -108,6 +148,7 @@ function answerPlace(title) {
   const text = h("div", { class: "text", tabindex: "0", role: "textbox", "aria-readonly": "true", "aria-multiline": "true", "aria-label": `${title}: sampled text. Arrow keys read tokens.`, onkeydown: (event) => onKey(event) });
   const read = h("p", { class: "read", role: "status" }), end = h("span", { class: "muted small" }, "waiting…");
   const element = h("section", { class: "card answer", "aria-labelledby": id }, h("header", {}, h("h2", { id, class: "mono" }, title), h("span", { class: "grow" }), end), text, read);
+  const join = joiner();
   let tokens = [], picked = -1, sum = 0, scored = 0;
 
   function pick(i) {
@@ -117,8 +158,8 @@ function answerPlace(title) {
     if (!token) return;
     text.children[i].classList.add("picked");
     if (token.logprob === undefined || token.logprob === null) { say(read, "no log-probability"); return; }
-    const likely = token.likely.map(([name, logprob]) => `${JSON.stringify(name)} ${(100 * Math.exp(logprob)).toFixed(1)} %`).join("  ");
-    say(read, `${JSON.stringify(token.text)}  logprob ${short(token.logprob)}  p ${(100 * Math.exp(token.logprob)).toFixed(2)} %\n${likely}`);
+    const likely = token.likely.map(([name, logprob]) => `${quoted(name)} ${(100 * Math.exp(logprob)).toFixed(1)} %`).join("  ");
+    say(read, `${quoted(token.text)}  logprob ${short(token.logprob)}  p ${(100 * Math.exp(token.logprob)).toFixed(2)} %\n${likely}`);
   }
   function onKey(event) {
     const moves = { ArrowLeft: -1, ArrowRight: 1 };
@@ -131,7 +172,9 @@ function answerPlace(title) {
       const i = tokens.push(token) - 1, probability = Math.exp(token.logprob ?? 0);
       const shade = probability < 0.05 ? "p0" : probability < 0.2 ? "p1" : probability < 0.5 ? "p2" : probability < 0.8 ? "p3" : "";
       const title = token.logprob === undefined || token.logprob === null ? null : `logprob ${short(token.logprob)}`;
-      text.append(h("span", { class: `token ${shade}`, title, onpointerenter: () => pick(i) }, token.text.replace(PART_OF_A_CHARACTER, "�")));
+      const place = h("span", { class: `token ${shade}`, title, onpointerenter: () => pick(i) });
+      text.append(place);
+      say(place, join(token.text, place));
       if (token.logprob !== undefined && token.logprob !== null) { sum += token.logprob; scored += 1; }
     }
     say(end, finished ? `${tokens.length} tokens, ended by ${finished}${scored ? `, mean logprob ${short(sum / scored)}` : ""}` : `${tokens.length} tokens…`);
