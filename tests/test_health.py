@@ -79,6 +79,17 @@ async def test_who_asks_again_at_once_gets_the_same_answer(tmp_path):
     assert broken["journal"] == Finding("problem", "the disk is full")
 
 
+async def test_a_worker_that_has_missed_heartbeats_is_a_warning(tmp_path):
+    async def write() -> None:
+        pass
+
+    silence = {"w0": "worker w0.0: silent for 12 s"}
+    found = (await Health(Store(tmp_path / "c"), tmp_path, write, lambda in_full: [], lambda: silence).report())[
+        "worker"
+    ]
+    assert found.state == "warning" and "silent for 12 s" in found.text and "worker_lease_ms" in found.text
+
+
 def test_healthz_of_a_server_says_each(tiny_qwen3, tmp_path):
     with serving(tmp_path, tiny_qwen3) as server:
         healthz = f"{server.base_url}/api/v1/healthz"

@@ -124,6 +124,7 @@ class Server:
                 dismiss=router.dismiss,
                 worker_status=supervisor.waiting_for,
                 storage_status=identity.waiting_for,
+                worker_silence=router.silence,
                 metrics=self.metrics,
                 tracing=self.tracing,
                 marks=marks.ReplayMarks(map_marks(config.data_path, identity.record.journal_id, marks.NUM_BYTES)),
@@ -198,7 +199,8 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             if key_file:
                 follow_keys(key_file, scheduler)
             store = server.identity.store
-            health = Health(store, config.data_path, partial(_write_nothing, scheduler), scheduler.waiting_for)
+            write = partial(_write_nothing, scheduler)
+            health = Health(store, config.data_path, write, scheduler.waiting_for, scheduler.silence)
             rates = Rates()
             routes = create_routes(scheduler, config, store, owners=owners, health=health, rates=rates)
             app.router.routes.extend(routes)

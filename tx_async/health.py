@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -116,12 +116,14 @@ class Health:
         data_path: Path,
         write_journal: Callable[[], Awaitable[None]],
         waiting_for: Callable[[bool], list[str]],
+        silence: Callable[[], Mapping[str, str]] = dict,
     ):
-        """write_journal: a transaction that changes nothing."""
+        """write_journal: a transaction that changes nothing. silence: workers that have missed heartbeats -> which."""
         self._store = store
         self._data_path = data_path
         self._write_journal = write_journal
         self._waiting_for = waiting_for
+        self._silence = silence
         self._asked_at = float("-inf")
         self._report: dict[str, Finding] = {}
         self._asking = asyncio.Lock()
@@ -151,5 +153,10 @@ class Health:
         return Finding("ok", f"a commit took {1000 * (time.monotonic() - started):.0f} ms")
 
     def _worker(self, in_full: bool) -> Finding:
-        lines = self._waiting_for(in_full)
-        return Finding("problem" if lines else "ok", "; ".join(lines) or "every capability is there")
+        if lines := self._waiting_for(in_full):
+            return Finding("problem", "; ".join(lines))
+        if lines := self._silence().values():
+            return Finding(
+                "warning", f"{'; '.join(lines)}; what it does is done again when it is lost (worker_lease_ms)"
+            )
+        return Finding("ok", "every capability is there")

@@ -433,9 +433,13 @@ async def test_a_silent_worker_is_lost_when_its_lease_ends():
             await hear(socket)
             say(socket, Ready(info=INFO))
             await server.event(WorkerReady)
-            clock.time += 60
+            clock.time += 30
+            server.router.check_leases()
+            assert server.router.silence() == {}
+            clock.time += 30
             server.router.check_leases()
             assert server.router.is_ready("w0")
+            assert server.router.silence() == {"w0": "worker w0.0: silent for 60 s"}, "long before it is lost"
             clock.time += 0.1
             server.router.check_leases()
             assert "silent for 60.1 s" in (await server.event(WorkerLost)).reason

@@ -189,6 +189,19 @@ async def test_a_result_that_is_no_longer_in_memory_is_read_from_the_journal():
         assert [await result_of(scheduler, request.request_id) for request in requests] == results
 
 
+async def test_a_long_poll_says_when_no_worker_answers_any_more():
+    async with running() as server:
+        scheduler = await with_model(server)
+        server.is_worker_stuck = True
+        request = await scheduler.submit("alice", step(1))
+        assert await scheduler.retrieve("alice", request.request_id, 0.01) == StillPending()
+        (worker_id,) = scheduler.state.workers
+        scheduler.silence = lambda: {worker_id: "worker w0.0: silent for 12 s"}
+        pending = await scheduler.retrieve("alice", request.request_id, 0.01)
+        assert isinstance(pending, StillPending) and pending.queue_state == "paused_capacity"
+        assert "silent for 12 s" in (pending.queue_state_reason or "")
+
+
 async def test_a_long_poll_ends_without_a_result_and_says_what_is_waited_for():
     async with running(worker=False) as server:
         scheduler = await with_model(server)

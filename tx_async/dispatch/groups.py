@@ -6,6 +6,7 @@ and knows no socket; `router.py` moves the bytes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ from tx_async.wire.worker import (
     SaveAdapter,
 )
 
+logger = logging.getLogger(__name__)
+
+SILENT_HEARTBEATS = 5
+"""A process that has missed so many is silent."""
+
 Outcome = CommandFinished | CommandFailed
 
 
@@ -46,6 +52,7 @@ class Member:
     released: list[int] = field(default_factory=list)
     progress: Progress | None = None
     info: EngineInfo | None = None
+    is_silent: bool = False
     #: what its newest heartbeat said
     vitals: Heartbeat = field(default_factory=Heartbeat)
 
@@ -53,6 +60,13 @@ class Member:
     def peer(self) -> tuple[str, bytes]:
         """The connection behind which it is."""
         return self.transport, self.identity
+
+    def notice_silence(self, now: float, interval_s: float, lease_s: float) -> None:
+        """Say in the log that it has fallen silent, once, long before it is lost."""
+        limit_s = min(SILENT_HEARTBEATS * interval_s, lease_s / 2)
+        was_silent, self.is_silent = self.is_silent, now - self.last_heard > limit_s
+        if self.is_silent and not was_silent:
+            logger.warning("%s has been silent for %.0f s", self, now - self.last_heard)
 
     def __str__(self) -> str:
         return f"process {self.hello.process_id} (pid {self.hello.pid} on {self.hello.host})"
@@ -125,6 +139,15 @@ class Group:
         if self.inbox:
             self.inbox.close()
             Path(self.inbox.path).unlink(missing_ok=True)
+
+    def silence(self, now: float) -> str:
+        """Which of its processes are silent; "" if none is, or if it has not been ready yet."""
+        lines = [
+            f"worker {self.name}.{id}: silent for {now - member.last_heard:.0f} s"
+            for id, member in sorted(self.members.items())
+            if member.is_silent and self.is_ready
+        ]
+        return "; ".join(lines)
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
         """What this group still lacks, one line for each process."""

@@ -203,6 +203,10 @@ class Router:
         """
         return [line for group in self._groups.values() if not group.is_ready for line in group.waiting_for(without)]
 
+    def silence(self) -> dict[str, str]:
+        """Ready workers with processes that have missed some heartbeats, and are not given up yet -> which."""
+        return {name: text for name, group in self._groups.items() if (text := group.silence(self.clock.monotonic()))}
+
     def member_progress(self, worker_id: str, process_id: int) -> Progress | None:
         member = self._member(worker_id, process_id)
         return member.progress if member else None
@@ -406,6 +410,7 @@ class Router:
             silent_s = now - member.last_heard
             if peer not in self._peers:
                 continue
+            member.notice_silence(now, interval_s, lease_s)
             if silent_s > lease_s:
                 self._lose(group, f"{member} has been silent for {silent_s:.1f} s")
             elif silent_s > 1.5 * interval_s and not self._doors.post(peer, Heartbeat()):

@@ -87,6 +87,7 @@ class Scheduler:
         dismiss: DismissWorker = lambda worker_id, reason: None,
         worker_status: Callable[[bool], list[str]],
         storage_status: Callable[[], list[str]] = list,
+        worker_silence: Callable[[], dict[str, str]] = dict,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
@@ -99,6 +100,8 @@ class Scheduler:
         self.clock = clock or SystemClock()
         self._worker_status = worker_status
         self._storage_status = storage_status
+        #: workers that have missed heartbeats, and are not given up yet -> which of their processes
+        self.silence = worker_silence
         self.catalog = Catalog(records)
         self.state = SchedulerState(self.catalog, base_model, policy_of(config), self.clock.now(), marks)
         self.waiters = Waiters()
@@ -318,6 +321,8 @@ class Scheduler:
     def _still_pending(self, request_id: str) -> StillPending:
         if missing := self.waiting_for():
             return StillPending("paused_capacity", f"The server is not ready: {'; '.join(missing)}")
+        if (silence := self.silence()) and silence.keys() >= self.state.workers.keys():
+            return StillPending("paused_capacity", f"No worker answers: {'; '.join(silence.values())}")
         if nowhere := self.state.stranded.get(request_id):
             return StillPending("paused_capacity", f"Waiting for a worker that can sample this ({nowhere})")
         return StillPending()
