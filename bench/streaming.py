@@ -5,12 +5,15 @@ route `/oai/api/v1/completions` with `stream`.
 
 - alone: one stream of 64 tokens on an idle server, several times.
 - streams: 64 streams of 32 tokens at once.
+- streams_and_training: the same while a client trains all the time.
 - beside_long: one stream at a time while 32 samples run through the SDK.
 - beside_long_and_training: the same while a client trains all the time.
 
 Prompts are random tokens and nothing stops early. A stream tells its tokens in pieces, one for each quantum: a gap is
 the time between two pieces, a token's time that from the first piece to the last one for each token in between. Each
-case runs twice, and the second run counts.
+case runs twice, and the second run counts. loop_late is how late the timers of the server's event loop came, loop_held
+how much of it the loop's own work can have caused (each the bound of a bucket of its histogram), bare the same as
+loop_late in a process that does nothing else, at the same time.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import re
+import subprocess
 import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +43,15 @@ REPEATS = 5
 STREAM_TOKENS = 64
 MANY, MANY_TOKENS = 64, 32
 LONG, LONG_TOKENS = 32, 256
+BARE_LOOP = """
+import sys, threading, time
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+while not ended.is_set():
+    due = time.monotonic() + 0.02
+    time.sleep(0.02)
+    print(max(0.0, time.monotonic() - due))
+"""
 
 
 @dataclass
@@ -57,6 +72,43 @@ class Stream:
     @property
     def token_s(self) -> float:
         return (self.times[-1] - self.times[0]) / max(1, sum(self.sizes[1:]))
+
+
+@dataclass
+class LoopLag:
+    """How late the server's event loop was, from its metrics: upper bound in seconds -> how often, for each kind."""
+
+    counts: dict[str, dict[float, float]]
+
+    @classmethod
+    def of(cls, metrics: str) -> LoopLag:
+        found = re.findall(r'^tx_async_event_loop_(\w+)_seconds_bucket\{le="([^"]+)"\} (\S+)$', metrics, re.MULTILINE)
+        counts: dict[str, dict[float, float]] = {}
+        for kind, bound, count in found:
+            counts.setdefault(kind, {})[float(bound)] = float(count)
+        return cls(counts)
+
+    def since(self, before: LoopLag) -> dict[str, float]:
+        """The bounds within which 99 % and all of the times lay, in milliseconds."""
+        found = {}
+        for kind, now in self.counts.items():
+            new = {bound: count - before.counts[kind][bound] for bound, count in now.items()}
+            total = max(new.values())
+            for name, share in (("p99", 0.99), ("worst", 1.0)):
+                found[f"loop_{kind}_{name}_ms"] = 1000 * min(b for b, count in new.items() if count >= share * total)
+        return found
+
+
+@contextmanager
+def bare_loop() -> Iterator[dict[str, float]]:
+    """How late the timers of a process that does nothing else come meanwhile: what the machine does to everybody."""
+    found: dict[str, float] = {}
+    command = [sys.executable, "-c", BARE_LOOP]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield found
+        output, _ = process.communicate(b"")
+    late = sorted(map(float, output.split()))
+    found |= {"bare_p99_ms": 1000 * late[int(0.99 * (len(late) - 1))], "bare_worst_ms": 1000 * late[-1]}
 
 
 class Server:
@@ -96,6 +148,10 @@ class Server:
         if sum(stream.sizes) != max_tokens:
             raise RuntimeError(f"{sum(stream.sizes)} tokens came of {max_tokens}")
         return stream
+
+    def loop(self) -> LoopLag:
+        with urllib.request.urlopen(f"{self.options.base_url}/metrics", timeout=TIMEOUT_S) as response:
+            return LoopLag.of(response.read().decode())
 
     def one_by_one(self) -> list[Stream]:
         return [self.stream(self.client.prompt(16), STREAM_TOKENS) for _ in range(REPEATS)]
@@ -149,6 +205,11 @@ def streams(server: Server) -> dict[str, float]:
     return summary(found) | {"tokens_per_s": tokens_per_s}
 
 
+def streams_and_training(server: Server) -> dict[str, float]:
+    with server.client.training():
+        return streams(server)
+
+
 def beside_long(server: Server) -> dict[str, float]:
     with server.long_samples():
         return summary(server.one_by_one())
@@ -162,7 +223,7 @@ def beside_long_and_training(server: Server) -> dict[str, float]:
 
 
 CASES: dict[str, Callable[[Server], dict[str, float]]] = {
-    case.__name__: case for case in (alone, streams, beside_long, beside_long_and_training)
+    case.__name__: case for case in (alone, streams, streams_and_training, beside_long, beside_long_and_training)
 }
 
 
@@ -178,7 +239,11 @@ def main() -> None:
     server, results = Server(options), {}
     for name in options.cases:
         CASES[name](server)
-        results[name] = CASES[name](server)
+        before = server.loop()
+        with bare_loop() as bare:
+            results[name] = CASES[name](server)
+            results[name] |= server.loop().since(before)
+        results[name] |= bare
         line = "  ".join(f"{key} {value:.3f}" for key, value in results[name].items())
         print(f"{name:26s} {line}", file=sys.stderr if options.json else sys.stdout, flush=True)
     ratios = compared(results)

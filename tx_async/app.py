@@ -41,6 +41,7 @@ from tx_async.health import Health
 from tx_async.identity import Identity
 from tx_async.journal.factory import open_journal
 from tx_async.journal.marks import map_marks
+from tx_async.loop_lag import watch_lag
 from tx_async.metrics import Metrics
 from tx_async.names import tokenizer_id
 from tx_async.private import close_data, private_umask
@@ -206,11 +207,16 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             app.router.routes.extend(routes)
             app.router.routes.append(_metrics_route(server, scheduler, app.state.gate, owners))
             started = True
-            reading = asyncio.create_task(keep(rates, scheduler, scheduler.clock))
+            metrics = server.metrics
+            tasks = [
+                asyncio.create_task(keep(rates, scheduler, scheduler.clock)),
+                asyncio.create_task(watch_lag(metrics.event_loop_late.observe, metrics.event_loop_held.observe)),
+            ]
             try:
                 yield
             finally:
-                reading.cancel()
+                for task in tasks:
+                    task.cancel()
     except BaseException as error:
         if started:
             # The ASGI server would go on without its actors. End the process; the journal brings it back.

@@ -30,6 +30,7 @@ DEVICE_KINDS = ("forward_backward", "forward", "optim_step", "save_weights", "lo
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 COMMIT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LATE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 prometheus_client.disable_created_metrics()  # it would add a line for each series, which nobody reads
@@ -74,6 +75,13 @@ class Metrics:
         )
         self.http_server_errors = prometheus_client.Counter(
             f"{PREFIX}_http_server_errors", "Answers with status 500: the log says why.", registry=self.registry
+        )
+        # The event loop
+        self.event_loop_late = self._histogram(
+            "event_loop_late_seconds", "How late a timer of the event loop comes; told 50 times a second.", LATE_SECONDS
+        )
+        self.event_loop_held = self._histogram(
+            "event_loop_held_seconds", "How much of that the loop's own work can have caused.", LATE_SECONDS
         )
         for kind in DEVICE_KINDS:
             self.queue.labels(kind)

@@ -13,6 +13,7 @@ import pydantic
 import pytest
 
 from tests.support.chat_templates import QWEN3, make_chat_tokenizer
+from tests.support.durability import kill_worker
 from tx_async.testing.models import make_qwen3
 from tx_async.testing.server import ServerProcess, running_server
 
@@ -259,3 +260,30 @@ async def test_nothing_runs_on_for_clients_that_went_away(server, client, claude
             break
         await asyncio.sleep(0.1)
     assert samples_open(server) == 0
+
+
+def test_streams_go_on_after_the_worker_s_death_and_say_nothing_twice(server, client, model):
+    """kill -9 of the worker once both have begun: another one samples the same tokens from the beginning."""
+    plain = {
+        "messages": USER,
+        "max_tokens": 150,
+        "seed": 5,
+        "extra_body": {"ignore_eos": True, "return_token_ids": True},
+    }
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 60, "maxItems": 60, **TIGHT}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    bound = {"messages": USER, "max_tokens": 700, "seed": 5, "response_format": form}
+    bound["extra_body"] = {"return_token_ids": True}
+    expected = [client.chat.completions.create(model=model, **fields) for fields in (plain, bound)]
+    streams = [client.chat.completions.create(model=model, stream=True, **fields) for fields in (plain, bound)]
+    said: list[list[int]] = [[], []]
+    for stream, tokens in zip(streams, said, strict=True):
+        while len(tokens) < 10:
+            tokens += next(stream).choices[0].model_extra.get("token_ids") or []
+    kill_worker(server)
+    for stream, tokens, whole in zip(streams, said, expected, strict=True):
+        choices = [choice for chunk in stream for choice in chunk.choices]
+        tokens += [token for choice in choices for token in choice.model_extra.get("token_ids") or ()]
+        assert tokens == whole.choices[0].model_extra["token_ids"]
+        assert choices[-1].finish_reason == whole.choices[0].finish_reason
+    assert len(json.loads(expected[1].choices[0].message.content)) == 60
