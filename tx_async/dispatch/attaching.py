@@ -49,7 +49,7 @@ def why_refused(hello: Hello, config: ServerConfig, is_stranger: bool) -> str | 
     if hello.num_processes not in (0, num_processes) and "train" in hello.capabilities:
         return (
             f"This worker was started as one of {hello.num_processes} processes, but the server's backend_config "
-            f"says num_processes {num_processes}: leave that out, or start as many."
+            f"says num_processes {num_processes}: leave that out, or start that many."
         )
     if not 0 <= hello.process_id < num_processes:
         return f"There is no process {hello.process_id}: worker {hello.name} has {num_processes}, counted from 0."
@@ -60,7 +60,9 @@ def why_no_member(hello: Hello, group: Group, config: ServerConfig) -> str | Non
     """Why a process cannot join those of its worker that are attached already; None when it can."""
     num_processes = num_processes_of(hello, config)
     if group.num_processes != num_processes:
-        return f"Worker {hello.name} has {group.num_processes} processes; this one was started as of {num_processes}."
+        return (
+            f"Worker {hello.name} has {group.num_processes} processes; this one was started as one of {num_processes}."
+        )
     if group.capabilities != hello.capabilities:
         return f"Worker {hello.name} has other capabilities: {', '.join(sorted(group.capabilities))}."
     return None

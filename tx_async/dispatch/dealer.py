@@ -338,8 +338,8 @@ class Dealer:
                 next_beat = now + (UNSENT_RETRY_S if is_stuck else self._heartbeat_s)
             if not self._is_attached and now >= next_log + WAITING_LOG_INTERVAL_S:
                 next_log = now
-                logger.warning("waiting for the server at %s since %.0f s: it does not run there, or has another token",
-                               self.connect, now - started)  # fmt: skip
+                logger.warning("have waited %.0f s for the server at %s: it is not running there, or has another token",
+                               now - started, self.connect)  # fmt: skip
             self._watch(now)
             poller.poll(int(1000 * (UNSENT_RETRY_S if is_stuck else min(PARENT_POLL_S, self._heartbeat_s / 2))))
         self._send_all()

@@ -121,7 +121,7 @@ class Doors:
                 return
             frames: list[bytes | memoryview] = []
             while socket.rcvmore:
-                # Copying the small header is cheaper than keeping its frame; the tensors behind it are not copied.
+                # Copying the small header is cheaper than keeping its frame; the tensors that follow it are not copied.
                 frames.append(socket.recv(zmq.DONTWAIT, copy=False).buffer if frames else socket.recv(zmq.DONTWAIT))
             self._on_frames((transport, identity), frames)
         self._drain_soon()

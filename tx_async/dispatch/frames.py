@@ -1,4 +1,4 @@
-"""One message = one header frame, and at most one frame behind it.
+"""One message = one header frame, and at most one frame after it.
 
 The header is the msgpack of an envelope: the message, where its tensors' bytes are, and which blocks of the
 receiver's own arena its peer has finished reading. A message's tensors form one *block*: each begins at the next

@@ -58,7 +58,7 @@ class Member:
 
     @property
     def peer(self) -> tuple[str, bytes]:
-        """The connection behind which it is."""
+        """The connection by which it is reached."""
         return self.transport, self.identity
 
     def notice_silence(self, now: float, interval_s: float, lease_s: float) -> None:

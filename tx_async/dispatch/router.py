@@ -79,7 +79,7 @@ class Router:
         #: identities of the storage and the base model, as the journal knows them; "" while it does not
         self.storage_id = self.base_fingerprint = ""
         self.clock = clock or SystemClock()
-        #: made by `start`, so that a server that never gets so far leaves nothing behind
+        #: made by `start`, so that a server that never gets that far leaves nothing behind
         self._runtime = runtime
         self._tell = tell
         #: every attached or attaching worker by name; a lost group is removed

@@ -2,7 +2,7 @@
 
 The owner holds a lock on the folder, which the kernel releases when the process ends, however that happens. A folder
 that can be locked therefore belongs to nobody, and the next server removes it. (A process id alone would not do: ids
-are used again, and containers that share /dev/shm do not share them. The folder's name has it for people to read.)
+are reused, and containers that share /dev/shm do not share them. The folder's name contains it for people to read.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A submission becomes an accepted request only when it is durable: then first the state is told, then the client.
-
-After a crash before the commit, the client tries again. After a crash behind it, recovery finds the request and runs
+"""A submission becomes an accepted request only when it is durable: then the state is told first, and the client after
 it.
+
+After a crash before the commit, the client tries again. After a crash later than that, recovery finds the request and
+runs it.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Passage(Struct, kw_only=True):
     begun_at: float = 0.0
     """Its first part was sent to a worker."""
     first_token_at: float = 0.0
-    """Of a sample."""
+    """A sample's first token was drawn."""
     ended_at: float = 0.0
     """All of it is back, or it has failed."""
     published_at: float = 0.0

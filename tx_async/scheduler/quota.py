@@ -25,9 +25,12 @@ UNSHARED_BYTES = 2**20
 
 
 class Queue:
-    """The use of one limit: requests, or their bytes. All keys together stay within the limit, and whatever they have
-    done there is room for a newcomer: a key gets as much as it leaves free, or up to an equal part, counting all keys
-    that have something queued and one that may come, while half a part stays free."""
+    """How much of one limit (requests, or their bytes) is in use, and by whom.
+
+    All keys together stay within the limit, and there is always room for a newcomer. A key may have as much as it
+    leaves free. Beyond that it may have up to an equal part, counting all keys that have something queued and one that
+    may come, as long as half a part stays free.
+    """
 
     def __init__(self, limit: int, unshared: int):
         self.limit = limit

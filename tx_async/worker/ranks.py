@@ -32,7 +32,7 @@ class Rank(Struct, frozen=True):
     num_processes: int = 0
     """0: the launcher does not say, but the server's `backend_config` does."""
     coordinator_address: str = ""
-    """"": as `num_processes`."""
+    """Empty where the launcher does not say it."""
 
     def __str__(self) -> str:
         total = f" of {self.num_processes}" if self.num_processes else ""

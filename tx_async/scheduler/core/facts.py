@@ -237,9 +237,8 @@ RecordFact = (
 )
 """Facts that only change records: after one, nothing can run that could not run before."""
 
-Fact = (
-    RecordFact
-    | RequestAccepted
+WorkFact = (
+    RequestAccepted
     | LiveRequested
     | RequestCancelled
     | BodyLoaded
@@ -251,3 +250,6 @@ Fact = (
     | FilesListed
     | Tick
 )
+"""Facts after which something may run that could not run before."""
+
+Fact = RecordFact | WorkFact

@@ -13,7 +13,7 @@ Flow = tuple[str, ...]
 
 QUANTUM_MS_MAX = 2000.0
 PREFIXES_KEPT = 4096
-"""For how many flows the prefixes are kept, so that they are not cut again in each quantum."""
+"""For how many flows the prefixes are kept, so that they are not made anew in each quantum."""
 
 
 @lru_cache(PREFIXES_KEPT)
@@ -152,7 +152,7 @@ class Shares(Generic[Key]):
         return sorted(busy, key=self._used.__getitem__)
 
     def is_ahead(self, name: Key, num_quanta: int) -> bool:
-        """Whether it is ahead of the least served class of the last `order` by more than so many of its quanta."""
+        """Whether it is ahead of the least served class of the last `order` by more than `num_quanta` of its quanta."""
         return self._used[name] > num_quanta * self._cost(name)
 
     def weigh(self, name: Key, weight: float) -> None:

@@ -64,7 +64,7 @@ def in_blocks(model_id: str, rows: Sequence[HistoryRow]) -> list[HistoryRecord]:
 
 
 def gathered(row: Mapping[str, float], batch: Mapping[str, float], positions: int) -> HistoryRow:
-    """A row with one more forward_backward. The part behind a name's colon says how it adds up; a mean is weighted by
+    """A row with one more forward_backward. The part after a name's colon says how it adds up; a mean is weighted by
     the batch's number of sampled `positions`, as in the batch itself."""
     known = row.get("sampled_tokens", 0.0)
     total = {**row, "sampled_tokens": known + positions}

@@ -2,8 +2,8 @@
 knows at which record this one died.
 
 A record that ends the process would end every process after it. The second death at the same step of the same record
-sets it aside (`recovery.py`). One death may be chance (somebody killed the server just then), and a mark is written in
-a microsecond, with no I/O: the kernel keeps what was written into mapped memory, whatever ends the process.
+sets it aside (`recovery.py`): one death may be chance, because somebody killed the server just then. A mark is written
+in a microsecond, with no I/O: the kernel keeps what was written into mapped memory, whatever ends the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tx_async.errors import TxError
 PLACE_BYTES = 512
 NUM_BYTES = 2 * PLACE_BYTES
 DEATHS_MAX = 2
-"""So many deaths in a row at one step of a record are not chance."""
+"""This many deaths in a row at one step of a record are not chance."""
 
 Stage = Literal["restore", "read", "run"]
 """The steps of a replay: a record takes its place in its run, its body is decoded, it becomes commands."""

@@ -1,5 +1,5 @@
-"""How a restart takes up the journal. All operations after each run's newest snapshot run again; those that had
-reported their results run for their effect only."""
+"""How a restart picks up where the journal ends. All operations after each run's newest snapshot run again; those that
+had reported their results run for their effect only."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from tx_async.scheduler.core.facts import (
     SessionEnded,
     SubmissionRefused,
     Tick,
+    WorkFact,
 )
 from tx_async.scheduler.core.instructions import Instruction
 from tx_async.scheduler.core.marks import ReplayMarks
@@ -126,7 +127,7 @@ class SchedulerState:
             case _:
                 self.registry.handle(fact)
 
-    def _react(self, fact: Fact) -> None:
+    def _react(self, fact: WorkFact) -> None:
         match fact:
             case RequestAccepted():
                 self._accepted(fact)
@@ -154,8 +155,6 @@ class SchedulerState:
                 self._tick()
             case WorkerProgress():
                 pass  # nothing can run on it yet
-            case _:
-                pass  # only `handle` need know: it lets nothing run that could not run before
 
     def drain(self, now: float) -> tuple[list[Instruction], bool]:
         """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag says whether something

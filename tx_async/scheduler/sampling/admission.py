@@ -15,8 +15,8 @@ from tx_async.scheduler.sampling.sampler_slots import SamplerSlots
 from tx_async.wire.worker import SequenceSpec
 
 NEWCOMERS_SHARE = 8
-"""One in so many places on the device stays free for sessions that have nothing running yet; half of these are only for
-keys that have nothing running, and a quarter for live requests."""
+"""One place in this many on the device stays free for sessions that have nothing running yet; half of these are only
+for keys that have nothing running, and a quarter for live requests."""
 
 
 class Places:

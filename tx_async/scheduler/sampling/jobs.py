@@ -20,7 +20,7 @@ from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import INT32_MAX, FinishedSequence, PromptScores, SequenceSpec
 
 BASE_NAMESPACE = "base"
-"""Prefix-cache namespace of the base model without an adapter, behind its tenant's name."""
+"""Prefix-cache namespace of the base model without an adapter, after its tenant's name."""
 
 
 def namespace_of(owner: str, version: str | None) -> str:

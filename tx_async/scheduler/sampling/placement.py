@@ -16,10 +16,10 @@ from tx_async.scheduler.sampling.jobs import SampleJob
 from tx_async.wire.worker import GREEDY_BELOW
 
 SPREAD = 4
-"""A version stays with the engine that has it while that engine exceeds the least busy one by at most one in so many of
-its places."""
+"""A version stays with the engine that has it, unless that engine runs more sequences than the least busy one by over
+one in SPREAD of its places."""
 DESERTIONS_MAX = 3
-"""A job that was running when so many external engines went away goes to another kind of worker."""
+"""A job that was running when this many external engines went away goes to another kind of worker."""
 
 
 class Place(NamedTuple):

@@ -215,7 +215,7 @@ def _piece(recording: Recording, span: ProvenanceSpan, position: int, where: str
     is_whole = np.frombuffer(recording.head_is_whole, np.uint8)[rows]
     if (is_whole == CUT).any():
         raise InvalidRequest(
-            f"{where}: top_k or top_p left more than {recording.k} tokens to draw, and only so many were recorded. "
+            f"{where}: top_k or top_p left more than {recording.k} tokens to draw, and only that many were recorded. "
             "Sample without them, or with smaller ones."
         )
     return _SpanHeads(

@@ -414,5 +414,5 @@ class Stranded:
         self._sampling = sampling
 
     def get(self, request_id: str) -> str:
-        """ "" while one can."""
+        """The reason; "" while one can."""
         return self._sampling.why_waiting(request_id)

@@ -80,7 +80,7 @@ class Trials:
 
 
 def verdict(jobs: list[TrialJob], tolerance: float) -> str:
-    """ "" when all agree; else what differs."""
+    """What differs; "" when all agree."""
     base = max((job.difference or 0.0 for job in jobs if job.version is None), default=0.0)
     adapter = max((job.difference or 0.0 for job in jobs if job.version is not None), default=0.0)
     if base > tolerance:

@@ -36,7 +36,7 @@ class Passages:
         return passage
 
     def end(self, request_id: str) -> Passage | None:
-        """The request has a result, so its passage will be forgotten some time. None on a second call."""
+        """The request has a result, so its passage may be forgotten from now on. None on a second call."""
         passage = self._known.get(request_id)
         if passage is None or passage.published_at:
             return None

@@ -3,7 +3,7 @@ after a loss.
 
 The lane's device state is always "base + operations up to the cursor", where the base is the newest snapshot, or the
 run's creation. Losing the device state therefore only means moving the cursor back to the base; operations that had
-finished by then run again for their effect and their results are not reported twice.
+finished by then run again for their effect, and their results are not reported twice.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Step(Struct, eq=False):
     failed_in_company: bool = False
     """A micro-batch that it shared with others failed: it runs alone, so that only the culprit fails."""
     outage: Outage | None = None
-    """The outage of the storage that it must load from."""
+    """The outage of the storage that it must load from, or save to."""
 
     # ---- of the current attempt; cleared by `restart`
     attempt: int = 0
@@ -123,7 +123,7 @@ class Step(Struct, eq=False):
         self.operation = operation
 
     def out_of_reach(self) -> Outage:
-        """Storage does not deliver what the step must load."""
+        """Storage does not deliver what the step must load, or does not take what it saves."""
         self.outage = self.outage or Outage()
         return self.outage
 

@@ -1,5 +1,5 @@
-"""Snapshots that nobody knows: their files were written, or half written, when the worker or the server died, and the
-journal never heard of them.
+"""Snapshots that nobody knows of: their files were written, or half written, when the worker or the server died, and
+the journal never heard of them.
 
 The search takes three steps, so that it can never delete a snapshot that is just being taken: the folder is listed; the
 list is compared with what the run knows *then*; snapshots that it does not know are deleted. A snapshot taken after the

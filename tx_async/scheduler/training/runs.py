@@ -124,8 +124,8 @@ class Runs:
             lane.used(self.decisions.now)
 
     def try_again(self, step: Step, error: TxError) -> None:
-        """It failed, as far as one can tell, through no fault of its own: run it once more from the base, until
-        `attempts_max`."""
+        """It failed, as far as one can tell, through no fault of its own: run it once more from the base, at most
+        `attempts_max` times."""
         lane = self.lanes.get(step.model_id)
         if lane is None:
             return

@@ -55,7 +55,7 @@ class StepSent(Struct, frozen=True):
     step: Step
     attempt: int
     is_again: bool = False
-    """The outage of the storage that has refused a save."""
+    """Whether it repeats a save that storage did not take the first time."""
 
     @property
     def is_current(self) -> bool:
@@ -293,9 +293,9 @@ class Training:
         self.snapshots.settle()
 
     def _end_save(self, sent: StepSent, outcome: int | TxError) -> None:
-        """outcome: bytes, or why not. It may come before the answers of the operations that the files contain, and one
-        of those may still be a failure: then the files are not what they should be, or the failure is not the save's
-        own."""
+        """outcome: the size in bytes, or why the save failed. It may come before the answers of the operations that the
+        files contain, and one of those may still fail: then the files are not what they should be, or the failure is
+        not the save's own."""
         lane, step = sent.lane, sent.step
         assert isinstance(step.operation, SaveWeights)
         if not lane.is_settled_before(step.seq_id):
@@ -357,7 +357,7 @@ class Training:
         self._waiting_saves.append(sent)
 
     def save_again(self, worker: WorkerState) -> None:
-        """Write saves again that storage has not taken, when their pause is over."""
+        """Send the saves that storage has not taken once more, when their pause is over."""
         waiting, self._waiting_saves = self._waiting_saves, []
         for sent in waiting:
             lane, step = sent.lane, sent.step
@@ -372,7 +372,7 @@ class Training:
             self.decisions.send(worker, command, StepSent(lane, step, step.attempt, is_again=True))
 
     def _is_given_up(self, step: Step) -> bool:
-        """Whether storage has not delivered for too long what the step must load."""
+        """Whether storage has failed for too long to deliver what the step must load."""
         now = self.decisions.now
         return step.outage is not None and step.outage.has_lasted(now) >= self.policy.storage_patience_s
 
