@@ -44,9 +44,8 @@ from tx_async.engine.engine import JaxEngine
 from tx_async.engine.kernels import flash_difference, paged_difference
 from tx_async.engine.kv_cache import token_bytes
 from tx_async.engine.platform import current
-from tx_async.engine.sharding import tree_of
 from tx_async.layers.weights import Weight
-from tx_async.models.decoder import Decoder, Params, layers_apart
+from tx_async.models.decoder import Decoder, Params, layers_apart, tree_of
 from tx_async.models.load import from_config
 from tx_async.scheduler.training.packing import fill, pack
 from tx_async.storage.store import Store
@@ -126,7 +125,7 @@ def cases(options: argparse.Namespace) -> list[str]:
 def random_model(name: str) -> tuple[Decoder, Params]:
     """Norms are one, matrices keep the size of what goes through them."""
     model = from_config(SHAPES[name])
-    params = tree_of(model, dict(zip(model.weights, jax.jit(partial(_random_leaves, model.weights))(), strict=True)))
+    params = tree_of(dict(zip(model.weights, jax.jit(partial(_random_leaves, model.weights))(), strict=True)))
     return model, layers_apart(params) if current().layers_apart else jax.block_until_ready(params)
 
 

@@ -125,8 +125,8 @@ def engine_of(model_name: str, tensor: int) -> Any:
     from tx_async.engine.allocation import described_on
     from tx_async.engine.engine import JaxEngine
     from tx_async.engine.kernels import ALL_KERNELS, NO_KERNELS
-    from tx_async.engine.sharding import tree_of, weight_sharding
-    from tx_async.layers.sharding import AXES
+    from tx_async.layers.sharding import AXES, weight_sharding
+    from tx_async.models.decoder import tree_of
     from tx_async.models.load import from_config
     from tx_async.storage.store import Store
     from tx_async.wire.worker import EngineConfig
@@ -141,7 +141,7 @@ def engine_of(model_name: str, tensor: int) -> Any:
         sharding = weight_sharding(weight, mesh) if mesh else alone
         return jax.ShapeDtypeStruct(weight.shape, jnp.float32 if weight.wide else jnp.bfloat16, sharding=sharding)
 
-    params = tree_of(model, {weight: described(weight) for weight in model.weights})
+    params = tree_of({weight: described(weight) for weight in model.weights})
     config = EngineConfig(kv_cache_tokens=4 * CONTEXT, tensor_parallel_size=tensor, sample_max_num_sequences=128)
     folder = tempfile.mkdtemp(prefix="gpu-programs-")
     return JaxEngine(

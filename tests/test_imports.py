@@ -45,7 +45,7 @@ NEVER = {
     "storage": (*DEVICE, *WEB, *SQL, "zmq", "tx_async.api", "tx_async.scheduler", "tx_async.engine"),
     "worker": (*DEVICE, *WEB, *SQL, "tx_async.api", "tx_async.scheduler", "tx_async.journal"),
     "engine": (*WEB, *SQL, "zmq", "tx_async.api", "tx_async.scheduler", "tx_async.journal", "tx_async.dispatch"),
-    "models": (*WEB, *SQL, "zmq", "tx_async.api", "tx_async.scheduler", "tx_async.journal", "tx_async.engine.engine"),
+    "models": (*WEB, *SQL, "zmq", "tx_async.api", "tx_async.scheduler", "tx_async.journal", "tx_async.engine"),
     "layers": (*WEB, *SQL, "zmq", "tx_async.api", "tx_async.scheduler", "tx_async.models", "tx_async.engine"),
 }
 #: folder or module -> the only parts of this package that it may import

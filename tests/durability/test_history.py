@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.durability import Server, serving, train
+from tests.support.durability import ServerProcess, serving, train
 
 STEPS = 6
 TIMES = ("started_at", "finished_at")
 
 
-def history(server: Server) -> list[dict[str, float]]:
+def history(server: ServerProcess) -> list[dict[str, float]]:
     _, listed = server.get("/dashboard/checkpoints")
     run = listed["checkpoints"][0]["path"].split("/")[2]
     _, answer = server.get(f"/dashboard/runs/{urllib.parse.quote(run)}")

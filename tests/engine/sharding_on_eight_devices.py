@@ -27,7 +27,7 @@ from tx_async.engine.optimizer import Adam, optim_step
 from tx_async.engine.platform import current
 from tx_async.engine.sharding import make_mesh, param_shardings
 from tx_async.layers import grouped
-from tx_async.layers.block import Run
+from tx_async.layers.block import ForwardPass
 from tx_async.layers.moe import MoeMlp
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import load_model
@@ -149,7 +149,7 @@ def expert_rows(model: Decoder, params: Params) -> list[int]:
         return original(activation, x, *rest)
 
     def layer(w: Any, x: jax.Array) -> jax.Array:
-        run = Run(parity.no_lora(model, len(x)), jnp.zeros(x.shape[:2], jnp.int32), {}, None, model.mesh)  # type: ignore[arg-type]
+        run = ForwardPass(parity.no_lora(model, len(x)), jnp.zeros(x.shape[:2], jnp.int32), {}, None, model.mesh)  # type: ignore[arg-type]
         return mlp(run, {name: leaf[0] for name, leaf in w.items()}, {}, x)
 
     x = np.random.default_rng(0).standard_normal((2, 64, model.hidden_size)).astype(np.float32)

@@ -6,7 +6,8 @@ computation; `expert` gives each device some of the experts; `tensor` cuts heads
 
 from __future__ import annotations
 
-from jax.sharding import Mesh, PartitionSpec
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from tx_async.layers.weights import Dim, Weight
 
@@ -29,6 +30,11 @@ divide stays whole, as when `num_kv_heads` < tensor."""
 def spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:
     """How a leaf is stored: never cut along its layers."""
     return PartitionSpec(*((None,) if weight.stack else ()), *_layer_axes(weight, mesh))
+
+
+def weight_sharding(weight: Weight, mesh: Mesh | None) -> Sharding:
+    """The sharding of a stored leaf; without a mesh it lies on the first device."""
+    return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, spec_of(weight, mesh))
 
 
 def gathered_spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -208,6 +209,12 @@ class Decoder:
         if self.mesh is None or x.shape[0] % self.mesh.shape["fsdp"]:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("fsdp")))
+
+
+def tree_of(leaves: dict[Weight, Any]) -> Params:
+    """What belongs to each weight, in the form of `params`: top-level weights beside a dict per stack."""
+    paths = {(weight.stack, weight.name) if weight.stack else (weight.name,): leaf for weight, leaf in leaves.items()}
+    return unflatten_dict(paths)
 
 
 def unembedding(params: Params) -> Any:

@@ -22,9 +22,10 @@ from jax.sharding import Mesh, Sharding
 
 from tx_async import hub, model_folder
 from tx_async.errors import BaseModelError
+from tx_async.layers.sharding import weight_sharding
 from tx_async.layers.weights import Weight
 from tx_async.models import fused_experts, tensor_files
-from tx_async.models.decoder import Decoder, Params
+from tx_async.models.decoder import Decoder, Params, tree_of
 from tx_async.models.families import FAMILIES
 from tx_async.models.loading_bar import LoadingBar
 from tx_async.models.tensor_files import StoredTensor
@@ -95,8 +96,8 @@ def from_config(config: dict[str, Any], served_context_length: int = 0) -> Decod
 
 
 def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | None = None) -> Params:
-    from tx_async.engine.sharding import tree_of, weight_sharding
-
+    """The folder's weights in `dtype` (those that are `wide` in fp32), on the devices of the model's mesh. Raises
+    `BaseModelError` for files that are not this model's."""
     tensors = text_tensors(tensor_files.open_folder(folder))
     check(model, tensors)
     leaves = _empty_leaves(model.weights, [weight_sharding(weight, model.mesh) for weight in model.weights], dtype)
@@ -120,7 +121,7 @@ def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | Non
         bar.report(done)
         if progress:
             progress("loading weights", done, total)
-    return tree_of(model, {weight: leaf.assemble() for weight, leaf in leaves.items()})
+    return tree_of({weight: leaf.assemble() for weight, leaf in leaves.items()})
 
 
 def text_tensors(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
