@@ -113,6 +113,19 @@ async def test_what_nobody_wants_of_a_body_leaves_no_reader_behind():
                 await asyncio.sleep(0.02)
 
 
+async def test_a_connection_goes_on_after_a_body_that_nobody_wants():
+    """Its answer used to overtake it now and then, and then the connection was closed under the next request."""
+    async with served(FakeScheduler()) as connect:
+        wire = await connect()
+        for _ in range(10):
+            await wire.send("telemetry", "content-length: 600000", body=b" " * 600_000)
+            assert (await wire.answer())[0] == 200
+        endless = await connect()
+        await endless.send("telemetry", "content-length: 600000", body=b" ")
+        status, answer = await endless.answer()
+        assert status == 200 and b"connection: close" in answer.lower() and await endless.is_closed()
+
+
 @pytest.mark.parametrize("announces", [True, False])
 async def test_what_a_packed_body_unfolds_to_is_asked_for_before_it_is_there(announces: bool):
     bomb = zstandard.ZstdCompressor(write_content_size=announces).compress(b"\0" * 2**26)

@@ -25,7 +25,7 @@ from tx_async.errors import NotReady, Overloaded, TxError
 from tx_async.wire import tinker
 
 LEFTOVERS_S = 1.0
-"""How long a request that has been answered may take to send what is left of its body."""
+"""How long a request whose answer is known may take to send what is left of its body."""
 
 REQUEST_ID_CHARACTERS_MAX = 64
 
@@ -95,10 +95,14 @@ class Endpoint:
             logger.exception("%s %s failed", self.row.method, self.row.path)
             response = internal_error_response(request.url.path)
         response.headers["x-request-id"] = response.headers["request-id"] = request_id
-        if isinstance(response, StreamingResponse) or _is_read(request):  # a stream listens for the client's end itself
+        if isinstance(response, StreamingResponse):  # it listens for the client's end itself
             await response(scope, receive, send)
             await _read_to_the_end(request)
+        elif response.headers.get("connection") != "close" and await _read_to_the_end(request):
+            await response(scope, receive, send)
         else:
+            # A connection on which the rest of a body may still come cannot be used again, and its client must know.
+            response.headers["connection"] = "close"
             # Both at once: sending does not end while the connection's reader waits for somebody to take its data.
             await asyncio.gather(response(scope, receive, send), _read_to_the_end(request))
 
@@ -119,18 +123,17 @@ class Endpoint:
         return self._api.owners.authenticate(key_of(request.headers), reached_at(request.scope))
 
 
-async def _read_to_the_end(request: Request) -> None:
-    """Read the rest of a body that is no longer wanted: the connection's reader waits until its data is taken."""
+async def _read_to_the_end(request: Request) -> bool:
+    """Read the rest of a body that is no longer wanted: the connection's reader waits until its data is taken. Returns
+    whether that was all of it."""
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LEFTOVERS_S):
-            while not _is_read(request):
+            while not request._stream_consumed:  # no public name  # pyright: ignore[reportPrivateUsage]
                 message = await request.receive()
                 if message["type"] != "http.request" or not message.get("more_body"):
                     break
-
-
-def _is_read(request: Request) -> bool:
-    return request._stream_consumed  # no public name  # pyright: ignore[reportPrivateUsage]
+            return True
+    return False
 
 
 def _request_id(request: Request) -> str:
