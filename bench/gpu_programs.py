@@ -142,7 +142,9 @@ def engine_of(model_name: str, tensor: int) -> Any:
         return jax.ShapeDtypeStruct(weight.shape, jnp.float32 if weight.wide else jnp.bfloat16, sharding=sharding)
 
     params = tree_of({weight: described(weight) for weight in model.weights})
-    config = EngineConfig(kv_cache_tokens=4 * CONTEXT, tensor_parallel_size=tensor, sample_max_num_sequences=128)
+    config = EngineConfig(
+        kv_cache_tokens=4 * CONTEXT, tensor_parallel_size=tensor, sample_max_num_sequences=128, max_lora_rank=32
+    )
     folder = tempfile.mkdtemp(prefix="gpu-programs-")
     return JaxEngine(
         model,

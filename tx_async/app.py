@@ -123,6 +123,7 @@ class Server:
                 delete_files=store.delete_prefix,
                 list_files=store.list_keys,
                 dismiss=router.dismiss,
+                widen=router.widen,
                 worker_status=supervisor.waiting_for,
                 storage_status=identity.waiting_for,
                 worker_silence=router.silence,
@@ -130,6 +131,7 @@ class Server:
                 tracing=self.tracing,
                 marks=marks.ReplayMarks(map_marks(config.data_path, identity.record.journal_id, marks.NUM_BYTES)),
             )
+            router.lora_rank = scheduler.state.highest_rank
             self.observed = {actor.name: actor for actor in (scheduler, journal, router, supervisor)}
             async with actors_running(scheduler, router, supervisor, journal, identity) as group:
                 group.start_soon(sweep_for_ever, store, lambda: scheduler.models)

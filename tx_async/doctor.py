@@ -64,7 +64,8 @@ def _plan(config: ServerConfig, device: str, devices: int) -> Any:
 
     served = config.backend_config.max_context_length
     model = from_config(read_config(base_model.resolve(config.base_model)), served)
-    return memory_plan.plan(model, config.backend_config, platform.ACCELERATOR, usable(device), devices)
+    at_first = memory_plan.with_slots_for(config.backend_config)
+    return memory_plan.plan(model, at_first, platform.ACCELERATOR, usable(device), devices)
 
 
 def run(config: ServerConfig) -> int:

@@ -24,16 +24,17 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def make_bench(tiny_qwen3: Path, tmp_path: Path):
-    """make_bench(**config) -> EngineBench; engines are closed at the end."""
+    """make_bench(**config) -> EngineBench; engines are closed at the end. lora_rank: what its slots must hold."""
     engines: list[JaxEngine] = []
 
-    def make(**config: Any) -> EngineBench:
+    def make(lora_rank: int = 0, **config: Any) -> EngineBench:
         welcome = Welcome(
             base_model=str(tiny_qwen3),
             engine=EngineConfig(**CONFIG | config),
             checkpoints_base=str(tmp_path / "checkpoints"),
             heartbeat_interval_ms=1000,
             lease_ms=1000,
+            lora_rank=lora_rank,
         )
         engines.append(create(welcome, lambda *_: None))
         return EngineBench(engines[-1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tx_async.errors import NonFiniteGradients
+from tx_async.layers.lora import by_path
 from tx_async.testing.engine_bench import assert_same_bits, rl_segment, segment
 from tx_async.wire.worker import LOSS_FNS, AdamParams, StepOptimizer
 
@@ -133,3 +134,20 @@ def test_the_servers_maximum_rank_changes_no_bit_of_a_low_rank(make_bench):
             assert_same_bits((a, b), (wide["layers"][name][0][..., :8], wide["layers"][name][1][:, :8]))
             assert (wide["layers"][name][0][..., 8:] == 0).all()
     assert np.abs(beside.state(1).gradients["layers"]["q"][1]).max() > 0
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_wider_slots_change_no_bit_of_what_fits_the_first_ones(make_bench, rows):
+    """Of a class below the first slots' rank, and of that rank."""
+    rows_of = {"train_micro_batch_size": rows, "max_lora_rank": 64}
+    narrow, wide = make_bench(**rows_of), make_bench(lora_rank=50, **rows_of)
+    assert [bench.engine.info().max_lora_rank for bench in (narrow, wide)] == [32, 64]
+    for bench in (narrow, wide):
+        bench.create(0, rank=4, seed=3)
+        bench.create(1, rank=20, seed=4)
+    wide.create(2, rank=50)
+    for slot, data in enumerate(DATA[:2]):
+        assert_same_bits(*(bench.train((slot, data)) for bench in (narrow, wide)))
+        assert_same_bits(*(bench.step(slot).metrics["grad_norm"] for bench in (narrow, wide)))
+        of_wide = by_path(lambda _, ab: (ab[0][..., :32], ab[1][..., :32, :]), wide.state(slot).weights)
+        assert_same_bits(narrow.state(slot).weights, of_wide)

@@ -10,7 +10,7 @@ from tx_async.config import ServerConfig
 from tx_async.doctor import run_plan
 from tx_async.engine import adapter_slots, memory_plan
 from tx_async.engine.devices import GPU_BYTES, usable
-from tx_async.engine.memory_plan import GIB, MemoryPlan
+from tx_async.engine.memory_plan import GIB, MemoryPlan, lora_rank_limit, with_slots_for
 from tx_async.engine.platform import ACCELERATOR
 from tx_async.models.load import from_config
 from tx_async.testing.models import GPT_OSS_TINY, QWEN3_5_MOE_TINY, QWEN3_5_TINY, QWEN3_MOE_TINY, QWEN3_TINY
@@ -100,7 +100,11 @@ MEASURED = {(4, 1024): 15.85, (1, 4096): 13.4, (1, 16384): 50.1, (128, 32): 97.9
 
 
 def plan(config: dict[str, Any], device: str = "h100", **engine: Any) -> MemoryPlan:
-    return memory_plan.plan(from_config(config), EngineConfig(**engine), ACCELERATOR, usable(device))
+    """The plan of a start, with slots of rank 32 unless `max_lora_rank` says otherwise."""
+    asked = engine.get("max_lora_rank", 0)
+    return memory_plan.plan(
+        from_config(config), with_slots_for(EngineConfig(**engine), asked), ACCELERATOR, usable(device)
+    )
 
 
 def sizes(made: MemoryPlan) -> dict[str, float]:
@@ -129,7 +133,7 @@ def test_slots_take_what_the_engine_makes_of_them():
 
 @pytest.mark.parametrize("shape", MEASURED)
 def test_the_bound_on_temporaries_holds_against_compiled_programs(shape):
-    planner = memory_plan._Planner(from_config(QWEN3_8B), EngineConfig(), ACCELERATOR, usable("h100"))
+    planner = memory_plan._Planner(from_config(QWEN3_8B), with_slots_for(EngineConfig()), ACCELERATOR, usable("h100"))
     bound = planner._train_temporaries(*shape, recomputes=False) / GIB
     assert MEASURED[shape] <= bound <= 1.25 * MEASURED[shape]
 
@@ -204,3 +208,17 @@ def test_the_states_of_a_hybrid_are_cut_with_its_heads():
 def test_a_row_recomputes_rather_than_not_be_offered():
     lengths = [shape.length for shape in plan(QWEN3_5_35B_A3B, expert_parallel_size=8).row_shapes]
     assert lengths[-1] == lengths[0] * 2 ** (len(lengths) - 1), "no gaps"
+
+
+def test_wider_slots_are_offered_as_far_as_a_plan_with_them_fits():
+    """Slots are fewer then; where no number of them fits, the limit stays below `max_lora_rank`."""
+    model, config = from_config(QWEN3_8B), EngineConfig()
+    assert lora_rank_limit(model, config, ACCELERATOR, usable("h100")) == 128
+    assert plan(QWEN3_8B, max_lora_rank=128).num_training_slots < config.max_lora_adapters
+    small = 2 * GIB + int(plan(QWEN3_8B).parts[0].num_bytes)
+    narrow, asked = (
+        EngineConfig(max_lora_rank=1024),
+        lora_rank_limit(model, EngineConfig(max_lora_rank=1024), ACCELERATOR, small),
+    )
+    assert 32 <= asked < narrow.max_lora_rank
+    assert lora_rank_limit(model, narrow, ACCELERATOR, 0) == 1024, "a CPU does not say how much memory it has"

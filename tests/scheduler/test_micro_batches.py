@@ -6,7 +6,8 @@ import pytest
 from tests.support.chain_engine import NAN_LOSS_TOKEN
 from tests.support.reference import Reference
 from tests.support.simulated_clients import datum
-from tests.support.simulation import INFO, Sent
+from tests.support.simulated_worker import Sent
+from tests.support.simulation import INFO
 from tests.support.stage import POISON_TOKEN, Stage
 from tx_async.wire.operations import ForwardBackward
 from tx_async.wire.worker import TrainMicroBatch

@@ -58,4 +58,5 @@ def test_the_worlds_are_worth_it():
     failed = sum(entry.failed for world in worlds for entry in world.catalog.results.values())
     assert finished > 1_500 and failed < finished / 2
     assert sum(world.num_crashes for world in worlds) > 60
+    assert sum(world.num_widenings for world in worlds) > 10
     assert sum(bool(model.snapshots) for world in worlds for model in world.catalog.models.values()) > 20

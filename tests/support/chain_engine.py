@@ -18,6 +18,7 @@ from msgspec import Struct
 from tx_async.errors import CorruptedCheckpoint, EngineError, NonFiniteGradients, StorageError, UnknownCheckpoint
 from tx_async.scheduler.training.packing import pack
 from tx_async.wire.operations import ForwardBackward
+from tx_async.wire.ranks import class_of
 from tx_async.wire.worker import (
     TRAIN_TENSORS,
     AdapterConfig,
@@ -122,6 +123,8 @@ class Storage:
 
     def __init__(self) -> None:
         self.files: dict[str, Adapter] = {}
+        #: key -> the rank of the adapter, as its files tell
+        self.ranks: dict[str, int] = {}
         self.damaged: set[str] = set()
         self.is_down = False
 
@@ -150,6 +153,8 @@ class ChainEngine:
         self.base_weights = base_weights
         #: slot -> (which run's adapter it is, the adapter)
         self.training: dict[int, tuple[str, Adapter]] = {}
+        #: slot -> the rank of its adapter
+        self.ranks: dict[int, int] = {}
         self.samplers: dict[int, int] = {}
         #: saved in this life: loaded without waiting for its file
         self.kept: dict[str, Adapter] = {}
@@ -160,8 +165,10 @@ class ChainEngine:
         """Raises `TxError`, like an engine. The result of a save counts when `finish_save` has succeeded."""
         match command:
             case CreateAdapter(slot=slot, config=config):
+                self._hold(slot, config.rank)
                 self.training[slot] = (f"created {config.seed}", Adapter.created(config))
-            case LoadAdapter(slot=slot, key=key, optimizer=optimizer):
+            case LoadAdapter(slot=slot, key=key, optimizer=optimizer, config=config):
+                self._hold(slot, config.rank)
                 self.training.pop(slot, None)
                 adapter = self._read(key).loaded(optimizer)
                 self.training[slot] = (key, adapter)
@@ -173,6 +180,7 @@ class ChainEngine:
             case StepOptimizer(slot=slot, adam=adam):
                 return self._step(slot, adam.learning_rate), []
             case SaveAdapter(slot=slot, key=key, kind=kind):
+                self.storage.ranks[key] = command.config.rank
                 if not command.again:
                     self.kept[key] = self._slot(slot)[1].saved(kind)
                 elif key not in self.kept:
@@ -180,7 +188,10 @@ class ChainEngine:
                 return Saved(size_bytes=1), []
             case LoadSampler(sampler_slot=slot, key=key):
                 self.samplers.pop(slot, None)
-                self.samplers[slot] = self._read(key).weights
+                weights, rank = self._read(key).weights, self.storage.ranks.get(key, 0)
+                if rank > self.info.max_lora_rank:
+                    return Loaded(needs_rank=rank), []
+                self.samplers[slot] = weights
                 return Loaded(), []
             case AdmitSequences(sequences=specs):
                 for spec in specs:
@@ -203,6 +214,10 @@ class ChainEngine:
             raise StorageError(f"{key} could not be written.")
         self.storage.write(key, self.kept[key])
 
+    def _hold(self, slot: int, rank: int) -> None:
+        assert rank <= self.info.max_lora_rank, "the slots are too narrow for it"
+        self.ranks[slot] = rank
+
     def _slot(self, slot: int) -> tuple[str, Adapter]:
         if slot not in self.training:
             raise EngineError(f"Training slot {slot} is empty.")
@@ -223,6 +238,8 @@ class ChainEngine:
         assert (len(command.slots), command.row_length) in self.info.row_shapes
         logprobs = np.zeros(inputs["target_tokens"].shape, np.float32)
         losses = np.zeros(inputs["tokens"].shape, np.float32)
+        classes = self.info.lora_rank_classes or (self.info.max_lora_rank,)
+        assert len({class_of(self.ranks[slot], classes) for slot in command.slots if slot >= 0}) <= 1
         for r, slot in enumerate(command.slots):
             if slot < 0:
                 continue

@@ -109,7 +109,7 @@ class Clients:
         name = model_id("s", number)
         self.models.append(name)
         self.next_seq_id[name] = 1
-        lora = AdapterConfig(rank=4, seed=number)
+        lora = AdapterConfig(rank=2 + 2 * (number % 2), seed=number)
         operation = CreateModel(model_id=name, session_id="s", model_seq_id=number, base_model="base", lora=lora)
         self.to_send.append(operation)
 

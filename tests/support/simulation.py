@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 
-from tests.support.chain_engine import ChainEngine, Storage
+from tests.support.chain_engine import Storage
 from tests.support.simulated_clients import BASE, OWNER, Clients
+from tests.support.simulated_worker import WORKER, Sent, SimulatedWorker, failed, finished
 from tx_async.config import ServerConfig
 from tx_async.errors import StorageError, TxError
 from tx_async.journal.transaction import Transaction
@@ -38,6 +38,7 @@ from tx_async.scheduler.core.instructions import (
     ListFiles,
     Publish,
     Send,
+    Widen,
 )
 from tx_async.scheduler.core.marks import NUM_BYTES, ReplayMarks
 from tx_async.scheduler.core.policy import Policy
@@ -48,7 +49,7 @@ from tx_async.scheduler.submissions import Submissions, key_of
 from tx_async.scheduler.training.orphans import LOOK_AFTER_S
 from tx_async.testing.memory_journal import MemoryDisk
 from tx_async.wire import operations
-from tx_async.wire.facts import CommandEnded, WorkerLost, WorkerReady
+from tx_async.wire.facts import WorkerLost, WorkerReady
 from tx_async.wire.records import (
     Change,
     Put,
@@ -57,8 +58,6 @@ from tx_async.wire.records import (
     decode_record,
 )
 from tx_async.wire.worker import (
-    CommandFailed,
-    CommandFinished,
     EngineInfo,
     Result,
     SaveAdapter,
@@ -66,7 +65,6 @@ from tx_async.wire.worker import (
     TrainMicroBatch,
 )
 
-WORKER = "w0"
 INFO = EngineInfo(
     vocab_size=100,
     max_context_length=16,
@@ -84,27 +82,6 @@ POLICY = Policy(
     snapshot_every_steps=3, snapshot_idle_s=20.0, seq_gap_s=30.0, chunk_gap_s=60.0, patience_turns=6, attempts_max=50
 )
 CONFIG = ServerConfig(queued_requests_max=5_000)
-
-
-class Sent(Struct):
-    """A command that reached the worker."""
-
-    number: int
-    command: object
-    tensors: list[np.ndarray]
-    cause: str = ""
-
-
-class SimulatedWorker:
-    def __init__(self, info: EngineInfo, storage: Storage):
-        self.engine = ChainEngine(info, storage)
-        #: sent, not executed
-        self.inbox: deque[Sent] = deque()
-        #: facts on their way to the server, in command order
-        self.outbox: deque[Fact] = deque()
-        #: executed saves whose files are being written
-        self.saving: list[Sent] = []
-        self.last_number = 0
 
 
 class World(Clients):
@@ -135,6 +112,9 @@ class World(Clients):
         self.listings: list[FilesListed] = []
         self.num_events = 0
         self.num_crashes = 0
+        #: the worker was told to start again with wider slots, and how often that was so
+        self.is_widening = False
+        self.num_widenings = 0
         self.session = SessionRecord(session_id="s", owner=OWNER, created_at=self.now)
         self.disk.write(Transaction([Put(self.session)]))
         self._start_server()
@@ -153,6 +133,9 @@ class World(Clients):
             num_training_slots=choose.choice([1, 2, 3]),
             num_sampler_slots=choose.choice([1, 2]),
             num_sequences_max=choose.choice([1, 4, 9]),
+            lora_rank_classes=(2, 4, 8),
+            lora_rank_limit=8,
+            max_lora_rank=2 + 6 * (seed % 2),
         )
         policy = msgspec.structs.replace(
             POLICY,
@@ -209,12 +192,21 @@ class World(Clients):
     def handle(self, fact: Fact) -> None:
         self._perform(self.state.handle(fact, self.now))
         self._check_always()
+        if self.is_widening:
+            self.is_widening = False
+            self._end_worker()
+            self.handle(WorkerLost(WORKER, "it starts again with wider slots"))
 
     def _perform(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
                 case Send():
                     self._send(instruction)
+                case Widen():
+                    assert self.info.max_lora_rank < instruction.lora_rank <= self.info.lora_rank_limit
+                    self.info = msgspec.structs.replace(self.info, max_lora_rank=instruction.lora_rank)
+                    self.is_widening = True
+                    self.num_widenings += 1
                 case FetchBody():
                     self.reads.append(instruction.request_id)
                 case ListFiles():
@@ -438,13 +430,3 @@ class World(Clients):
             assert set(slots) <= set(self.state.training.runs.lanes), f"{slots}: a run that has ended keeps a slot"
             running = [sample.job.request.request_id for sample in worker.sequences.values()]
             assert set(running) <= set(self.state.sampling.jobs), f"{running}: a request that has ended still runs"
-
-
-def finished(sent: Sent, result: Result, tensors: Sequence[np.ndarray] = (), elapsed_ms: float = 0.0) -> CommandEnded:
-    outcome = CommandFinished(number=sent.number, result=result, elapsed_ms=elapsed_ms)
-    return CommandEnded(WORKER, outcome, tensors)
-
-
-def failed(sent: Sent, category: str, message: str, error: str = "") -> CommandEnded:
-    outcome = CommandFailed(number=sent.number, category=category, message=message, error=error)  # type: ignore[arg-type]
-    return CommandEnded(WORKER, outcome)

@@ -10,7 +10,8 @@ import numpy as np
 
 from tests.support.chain_engine import Adapter
 from tests.support.simulated_clients import BASE, datum
-from tests.support.simulation import INFO, POLICY, WORKER, Sent, World, failed
+from tests.support.simulated_worker import WORKER, Sent, failed
+from tests.support.simulation import INFO, POLICY, World
 from tx_async.errors import TxError
 from tx_async.scheduler.assets import new_sampler
 from tx_async.scheduler.core.facts import LiveRequested, SamplerCreated, SessionCreated, Tick

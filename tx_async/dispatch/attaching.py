@@ -76,9 +76,9 @@ def num_processes_of(hello: Hello, config: ServerConfig) -> int:
     return configured if configured > 1 else max(1, hello.num_processes)
 
 
-def new_group(hello: Hello, config: ServerConfig) -> Group:
-    """Make the group that a worker's first process joins."""
-    return Group(hello.name, num_processes_of(hello, config), hello.capabilities, hello.coordinator_address)
+def new_group(hello: Hello, config: ServerConfig, lora_rank: int = 0) -> Group:
+    """Make the group that a worker's first process joins. lora_rank: what its slots must hold."""
+    return Group(hello.name, num_processes_of(hello, config), hello.capabilities, hello.coordinator_address, lora_rank)
 
 
 def make_arenas(group: Group, member: Member, runtime: RuntimeDirectory, num_bytes: int) -> None:
@@ -117,6 +117,7 @@ def welcome(
         outbox=member.outbox_path,
         storage_probe=storage_probe,
         storage_id=storage_id,
+        lora_rank=group.lora_rank,
     )
 
 

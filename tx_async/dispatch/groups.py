@@ -111,6 +111,8 @@ class Group:
     capabilities: frozenset[Capability]
     #: where its processes join, by the launcher of the first one; "" = by `backend_config`
     coordinator_address: str = ""
+    #: the highest rank that somebody had asked for when its first process attached
+    lora_rank: int = 0
     #: process_id -> attached process; a lost one takes the whole group with it
     members: dict[int, Member] = field(default_factory=dict)
     #: tensors for every member on this host; None until the first of them attaches

@@ -78,6 +78,7 @@ class Router:
         self.storage_probe = storage_probe
         #: identities of the storage and the base model, as the journal knows them; "" while it does not
         self.storage_id = self.base_fingerprint = ""
+        self.lora_rank = 0  #: the highest rank that somebody has asked for
         self.clock = clock or SystemClock()
         #: made by `start`, so that a server that never gets that far leaves nothing behind
         self._runtime = runtime
@@ -142,8 +143,7 @@ class Router:
         assert self._failure is not None, "start the router first"
         while True:
             self._tick()
-            interval_s = self.config.worker_heartbeat_interval_ms / 1000
-            done, _ = await asyncio.wait([self._failure], timeout=interval_s)
+            done, _ = await asyncio.wait([self._failure], timeout=self.config.worker_heartbeat_interval_ms / 1000)
             if done:
                 return self._failure.result()
 
@@ -187,6 +187,12 @@ class Router:
             self._counts["workers_refused"] += 1
             self._lose(group, reason)
 
+    def widen(self, worker_id: str, lora_rank: int) -> None:
+        """Have a worker start again with slots for adapters of this rank, which those that attach later get at once."""
+        self.lora_rank = max(self.lora_rank, lora_rank)
+        if group := self._groups.get(worker_id):
+            self._lose(group, f"wider slots are needed, for an adapter of rank {lora_rank}", logging.INFO)
+
     def process_exited(self, worker_id: str, process_id: int, pid: int, reason: str) -> None:
         """The supervisor saw a worker process end: do not wait for its lease to expire."""
         self._doors.drain()
@@ -196,11 +202,7 @@ class Router:
             self._lose(self._groups[worker_id], f"process {process_id} {reason}", level)
 
     def waiting_for(self, without: Container[tuple[str, int]] = ()) -> list[str]:
-        """What workers that have begun to attach still lack, one line for each process; empty when all of them are
-        ready.
-
-        `without`: (worker, process id) of processes that somebody else knows more about.
-        """
+        """What workers that have begun to attach still lack, one line for each process that is not in `without`."""
         return [line for group in self._groups.values() if not group.is_ready for line in group.waiting_for(without)]
 
     def silence(self) -> dict[str, str]:
@@ -308,7 +310,7 @@ class Router:
             return
         group = self._groups.get(hello.name)
         if group is None:
-            group = self._groups[hello.name] = attaching.new_group(hello, self.config)
+            group = self._groups[hello.name] = attaching.new_group(hello, self.config, self.lora_rank)
         transport, identity = peer
         member = Member(identity, transport, hello, self.clock.monotonic())  # type: ignore[arg-type]
         group.members[hello.process_id] = member
@@ -316,8 +318,7 @@ class Router:
         if hello.shared_memory and transport == "ipc":
             attaching.make_arenas(group, member, self.runtime, self.config.shared_memory_bytes)
         logger.info("worker %s: %s attached over %s", group.name, member, transport)
-        welcome = attaching.welcome(group, member, self.config, self.storage_probe, self.storage_id)
-        self._send(member, welcome)
+        self._send(member, attaching.welcome(group, member, self.config, self.storage_probe, self.storage_id))
 
     def _why_refused(self, peer: Peer, hello: Hello) -> str | None:
         if reason := attaching.why_refused(hello, self.config, is_stranger=peer[0] == "tcp"):
@@ -440,8 +441,7 @@ class Router:
         self._forget(group)
         self._counts["workers_lost"] += group.is_ready
         self._totals.workers_lost += group.is_ready
-        lost = WorkerLost(group.name, reason) if group.is_ready else WorkerProgress(group.name, reason)
-        self._tell(lost)
+        self._tell(WorkerLost(group.name, reason) if group.is_ready else WorkerProgress(group.name, reason))
 
     def _forget(self, group: Group) -> None:
         del self._groups[group.name]

@@ -92,15 +92,31 @@ class SavedAdapter:
         return sum(x.nbytes for x in jax.tree.leaves((self.weights, self.m, self.v, self.gradients)))
 
 
+class NeedsWiderSlots(InvalidRequest):
+    """The adapter's rank is higher than that of the slots, as they are now."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.rank = rank
+
+
 class Checkpoints:
     """`cached` is shared by the command thread and the threads that write files: every access holds the lock."""
 
     def __init__(
-        self, store: Store, model: Any, max_rank: int, writes: bool = True, cache_bytes_max: int = CACHE_BYTES_MAX
+        self,
+        store: Store,
+        model: Any,
+        max_rank: int,
+        rank_limit: int = 0,
+        writes: bool = True,
+        cache_bytes_max: int = CACHE_BYTES_MAX,
     ):
-        """writes: False on all but one host of a mesh."""
+        """max_rank: that of the slots; rank_limit: the highest that wider slots could hold, 0 = max_rank; writes: False
+        on all but one host of a mesh."""
         self.store = store
-        self.model, self.max_rank, self.writes, self.cache_bytes_max = model, max_rank, writes, cache_bytes_max
+        self.model, self.writes, self.cache_bytes_max = model, writes, cache_bytes_max
+        self.max_rank, self.rank_limit = max_rank, rank_limit or max_rank
         self._lock = threading.Lock()
         #: newest use last; `_num_bytes` is the sum over it
         self._cached: OrderedDict[str, SavedAdapter] = OrderedDict()
@@ -192,9 +208,7 @@ class Checkpoints:
             raise CorruptedCheckpoint(f"The checkpoint {key} cannot be read: {error}") from error
         weights, config = from_peft(self.model, tensors, peft_config)
         if config.rank > self.max_rank:
-            raise InvalidRequest(
-                f"The checkpoint {key} has rank {config.rank}; this server's maximum is {self.max_rank}."
-            )
+            self._refuse_rank(key, config.rank)
         _check_finite(key, weights)
         config = msgspec.convert(metadata["adapter"], AdapterConfig) if "adapter" in metadata else config
         adapter = SavedAdapter(
@@ -206,6 +220,14 @@ class Checkpoints:
         if GRADIENTS in files:
             adapter.gradients = self._from_named(load_safetensors(files[GRADIENTS]), "", peft_config)
         return adapter
+
+    def _refuse_rank(self, key: str, rank: int) -> None:
+        if rank <= self.rank_limit:
+            raise NeedsWiderSlots(rank)
+        raise InvalidRequest(
+            f"The checkpoint {key} has rank {rank}; this server's maximum is {self.rank_limit} (max_lora_rank in "
+            "backend_config, or less where the devices' memory does not hold wider slots)."
+        )
 
     def _from_named(self, tensors: dict[str, np.ndarray], prefix: str, peft_config: dict[str, Any]) -> HostWeights:
         mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -19,10 +19,11 @@ from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, Til
 from tx_async.engine.platform import Platform
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logsumexp, sample, stream_key
 from tx_async.engine.shaping import Shaping, counted, shaped, tally
-from tx_async.layers.cpu import LowRankActive, OutFirst
+from tx_async.layers.cpu import OutFirst, OwnRankActive
 from tx_async.layers.linear import product
-from tx_async.layers.lora import LOW_RANK, LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
+from tx_async.layers.lora import LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
 from tx_async.models.decoder import unembedding
+from tx_async.wire.ranks import rank_classes
 
 STOP_TOKENS_MAX = 16
 """The stop tokens of a row that the device knows; the host finds further ones a quantum later."""
@@ -53,9 +54,11 @@ class Adapters(NamedTuple):
         return LoraGrouped(*self, row_adapter) if platform.grouped_lora else self.for_rows(platform, row_adapter)
 
     def for_rows(self, platform: Platform, row_adapter: Data) -> LoraActive:
-        if platform.low_rank_programs:
-            return LowRankActive(*self, row_adapter, self.scale >= lora_scale(LOW_RANK), LOW_RANK)
-        return LoraActive(*self, row_adapter)
+        if not platform.own_rank_programs:
+            return LoraActive(*self, row_adapter)
+        ranks = rank_classes(jax.tree.leaves(self.weights)[0].shape[-1])
+        rank_class = sum((jnp.int32(self.scale < lora_scale(rank)) for rank in ranks[:-1]), jnp.zeros_like(self.active))
+        return OwnRankActive(*self, row_adapter, rank_class, ranks)
 
     @classmethod
     def of(cls, weights: LoraWeights, scale: Data, row_adapter: np.ndarray) -> Adapters:

@@ -24,10 +24,9 @@ from tx_async.engine.adapter_slots import Creation, SamplerStacks, TrainingState
 from tx_async.engine.ahead import is_rare, likeliest
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.batch import RowBatch, row_batch
-from tx_async.engine.checkpoints import Checkpoints, SavedAdapter, check_same
+from tx_async.engine.checkpoints import Checkpoints, NeedsWiderSlots, SavedAdapter, check_same
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
-from tx_async.engine.decode_batches import bucket
 from tx_async.engine.executables import Executables
 from tx_async.engine.kernels import Kernels
 from tx_async.engine.kernels import choose as choose_kernels
@@ -38,12 +37,12 @@ from tx_async.engine.row_shapes import preferred_row_length, row_shapes
 from tx_async.engine.streams import OwnStream, SameStream
 from tx_async.errors import ConfigError, InvalidRequest, NonFiniteGradients, TxError
 from tx_async.fingerprint import fingerprint
-from tx_async.layers.lora import LOW_RANK
 from tx_async.models.decoder import Decoder, layers_apart
 from tx_async.models.load import fetch, load_model
 from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
 from tx_async.wire.operations import SUPPORT_TOKENS_MAX
+from tx_async.wire.ranks import class_of, rank_classes, shared_classes
 from tx_async.wire.worker import EngineConfig, EngineInfo, Heartbeat, Welcome
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 
@@ -66,8 +65,11 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     folder = fetch(welcome.base_model)
     model, params = load_model(folder, dtype, progress, devices, config.max_context_length)
     store = Store(welcome.checkpoints_base, welcome.storage_id)
-    planned = planned_memory(model, config, here)
-    engine = JaxEngine(model, params, config, folder, store, fingerprint(folder), here, planned)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    limit = memory_plan.lora_rank_limit(model, config, here, memory)
+    config = memory_plan.with_slots_for(structs.replace(config, max_lora_rank=limit), welcome.lora_rank)
+    planned = planned_memory(model, config, here, memory)
+    engine = JaxEngine(model, params, config, folder, store, fingerprint(folder), here, planned, lora_rank_limit=limit)
     if config.compilation_cache_dir and here.keeps_executables and model.mesh is None:
         engine.keep_executables(Executables(Path(config.compilation_cache_dir) / "executables"))
     if config.compile_ahead or here.compiles_ahead:
@@ -75,10 +77,9 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     return engine
 
 
-def planned_memory(model: Decoder, config: EngineConfig, here: Platform) -> MemoryPlan | None:
+def planned_memory(model: Decoder, config: EngineConfig, here: Platform, memory: int) -> MemoryPlan | None:
     """Plan this device's memory and log the plan; None where the device, like a CPU, does not say how much it has.
     Raises a `ConfigError` that names the setting to change where the plan does not fit."""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     if not memory:
         return None
     planned = memory_plan.plan(model, config, here, memory)
@@ -104,10 +105,13 @@ class JaxEngine:
         planned: MemoryPlan | None = None,
         kernels: Kernels | None = None,
         allocate: Allocate = on_device,
+        lora_rank_limit: int = 0,
     ):
-        """folder: the base model's; base_model_digest: of the folder's contents, for hosts that must have the same; on:
-        the platform, None = where JAX runs; planned: the memory plan, None = as configured; kernels: what runs in place
-        of the plain versions, None = what runs on this device; allocate: how arrays are made."""
+        """config: its `max_lora_rank` is the rank of the slots; folder: the base model's; base_model_digest: of the
+        folder's contents, for hosts that must have the same; on: the platform, None = where JAX runs; planned: the
+        memory plan, None = as configured; kernels: what runs in place of the plain versions, None = what runs on this
+        device; allocate: how arrays are made; lora_rank_limit: the highest rank for which another start could have
+        slots, 0 = that of these."""
         self.platform = on or platform.current()
         self._counter = CompilationCounter()
         self.base_model_digest = base_model_digest
@@ -142,7 +146,9 @@ class JaxEngine:
         )
         #: the rank of the adapter in each training slot; 0 where none was created yet
         self.ranks = np.zeros(self.num_slots + 1, np.int32)
-        self.checkpoints = Checkpoints(store, model, config.max_lora_rank, writes=jax.process_index() == 0)
+        self.lora_rank_limit = lora_rank_limit or config.max_lora_rank
+        writes = jax.process_index() == 0
+        self.checkpoints = Checkpoints(store, model, config.max_lora_rank, self.lora_rank_limit, writes=writes)
         dtype = jax.tree.leaves(params)[0].dtype
         self.samplers = SamplerStacks(
             self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut, allocate, dtype
@@ -182,6 +188,8 @@ class JaxEngine:
             base_model_digest=self.base_model_digest,
             dtype=str(self.params["embed"].dtype),
             kv_cache_tokens=self.sampling.kv_cache_tokens,
+            lora_rank_limit=self.lora_rank_limit,
+            lora_rank_classes=shared_classes(self.config.max_lora_rank),
         )
 
     def recomputes(self, rows: int, length: int) -> bool:
@@ -263,7 +271,7 @@ class JaxEngine:
     def _train(self, command: wire.TrainMicroBatch, tensors: Sequence[np.ndarray]) -> Pending:
         batch, rank = row_batch(command, tensors, self.ranks, self.model.vocab_size)
         rows, length, k = len(command.slots), command.row_length, command.targets_per_token
-        rank = bucket(lora_ranks(rows, self.config.max_lora_rank), rank)
+        rank = class_of(rank, train_ranks(rows, self.config.max_lora_rank))
         program = self._programs[train_program(rows, length, k, rank, command.forward_only)]
         if command.forward_only:
             logprobs, losses = program(self.params, self.training.weights, batch)
@@ -273,7 +281,7 @@ class JaxEngine:
         return lambda: (wire.Trained(), [np.asarray(logprobs), np.asarray(losses)])
 
     def _optim_step(self, command: wire.StepOptimizer) -> Pending:
-        rank = bucket(rank_classes(self.config.max_lora_rank), self.ranks[command.slot])
+        rank = class_of(self.ranks[command.slot], rank_classes(self.config.max_lora_rank))
         program, adam = self._programs[optim_program(rank)], Adam.of(command.adam)
         self.training, outcome = program(self.training, np.int32(command.slot), adam)
         return partial(_stepped, outcome, command.adam.learning_rate)
@@ -328,7 +336,10 @@ class JaxEngine:
         return SavedAdapter(command.kind, command.config, self._programs["read_weights"](self.training.weights, slot))
 
     def _load_sampler(self, command: wire.LoadSampler) -> Pending:
-        saved = self.checkpoints.load(command.key)
+        try:
+            saved = self.checkpoints.load(command.key)
+        except NeedsWiderSlots as error:
+            return partial(_needs, error.rank)
         slot = command.sampler_slot
         program = self._programs["load_sampler"]
         weights = self.sampling.stream.run(program, self.samplers.weights, np.int32(slot), saved.weights)
@@ -336,17 +347,9 @@ class JaxEngine:
         return partial(_loaded, 0)
 
 
-def lora_ranks(rows: int, max_rank: int) -> tuple[int, ...]:
-    """The ranks that training programs are compiled for, ascending; lower ones run padded. An adapter that is alone in
-    its program always gets the same program. Neighbours of other ranks must not choose it: they would change how its
-    sums are formed.
-    """
-    return rank_classes(max_rank) if rows == 1 else (max_rank,)
-
-
-def rank_classes(max_rank: int) -> tuple[int, ...]:
-    """Ascending: an adapter costs as much as the smallest of these that holds its rank."""
-    return (LOW_RANK, max_rank) if max_rank > LOW_RANK else (max_rank,)
+def train_ranks(rows: int, max_rank: int) -> tuple[int, ...]:
+    """The ranks that training programs are compiled for, ascending; lower ones run padded."""
+    return rank_classes(max_rank) if rows == 1 else shared_classes(max_rank)
 
 
 def optim_program(rank: int) -> str:
@@ -395,7 +398,7 @@ def _train_programs(engine: JaxEngine) -> Iterator[Program]:
     for rows, length in engine.row_shapes:
         remat = engine.recomputes(rows, length)
         targets = (*TARGETS_PER_TOKEN, *WIDE_TARGETS_PER_TOKEN)
-        for k, rank in product(targets, lora_ranks(rows, engine.config.max_lora_rank)):
+        for k, rank in product(targets, train_ranks(rows, engine.config.max_lora_rank)):
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
             yield Program(
                 train_program(rows, length, k, rank, forward_only=True),
@@ -422,6 +425,10 @@ def _stepped(outcome: StepOutcome, learning_rate: float) -> Reply:
 
 def _loaded(step: Any) -> Reply:
     return wire.Loaded(step=int(step)), []
+
+
+def _needs(rank: int) -> Reply:
+    return wire.Loaded(needs_rank=rank), []
 
 
 def _done() -> Reply:

@@ -29,6 +29,7 @@ from tx_async.engine.row_shapes import row_shapes
 from tx_async.layers.sharding import AXES, spec_of
 from tx_async.layers.weights import Weight
 from tx_async.models.decoder import Decoder
+from tx_async.wire.ranks import rank_classes, slot_rank
 from tx_async.wire.worker import EngineConfig, MemoryPart
 
 GIB = 2**30
@@ -104,6 +105,23 @@ def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int, 
     does not fit says so in `problem`."""
     found = _with_slots_that_fit(model, config, platform, memory)
     return found if found.fits else replace(found, problem=_what_helps(model, config, platform, memory, devices, found))
+
+
+def with_slots_for(config: EngineConfig, rank: int = 0) -> EngineConfig:
+    """The configuration whose `max_lora_rank` is the rank of slots for adapters up to `rank`; 0 = nobody has asked."""
+    return structs.replace(config, max_lora_rank=slot_rank(config.max_lora_rank, rank))
+
+
+def lora_rank_limit(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> int:
+    """The highest rank, up to `config.max_lora_rank`, with whose slots a plan fits; at least that of slots at first.
+    memory: as for `plan`; 0 = nobody says."""
+    at_first = slot_rank(config.max_lora_rank)
+    wider = [rank for rank in rank_classes(config.max_lora_rank) if rank > at_first]
+
+    def fits(rank: int) -> bool:
+        return not memory or plan(model, structs.replace(config, max_lora_rank=rank), platform, memory).fits
+
+    return next((rank for rank in reversed(wider) if fits(rank)), at_first)
 
 
 def _with_slots_that_fit(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:

@@ -55,7 +55,7 @@ class Platform:
     """Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache."""
     reads_pages_in_place: bool
     """`layers/cpu.py` reads pages again for each query head rather than storing what it read."""
-    low_rank_programs: bool
+    own_rank_programs: bool
     """A CPU waits for adapters to be read; an accelerator is slowed by a branch in every layer."""
     least_decode_rows: int
     """Rows of the smallest decode call. On a CPU a single row would run in another matrix kernel, and round
@@ -111,7 +111,7 @@ CPU = Platform(
     decode_rows_max=16,
     cache_chunk_tokens=64,
     reads_pages_in_place=True,
-    low_rank_programs=True,
+    own_rank_programs=True,
     least_decode_rows=4,
     grouped_lora=False,
     fixed_passes=False,
@@ -141,7 +141,7 @@ ACCELERATOR = Platform(
     decode_rows_max=0,
     cache_chunk_tokens=512,
     reads_pages_in_place=False,
-    low_rank_programs=False,
+    own_rank_programs=False,
     least_decode_rows=1,
     grouped_lora=True,
     fixed_passes=True,

@@ -5,7 +5,7 @@ which of them run. A reader who wants to understand a model can pass over them.
 
 - `OutFirst`: a matrix stored as [out, in], for products with few rows (decoding).
 - `joined`: W and B of a row that is alone, joined in one product (training).
-- `LowRankActive`: adapters of low rank in wide slots, read at their own rank (sampling).
+- `OwnRankActive`: adapters in wider slots, read at the class of their own rank (sampling).
 - `scores_in_place`, `weighted_in_place`: pages that are read again for each query head rather than stored.
 """
 
@@ -71,20 +71,19 @@ joined.defvjp(_forward, _backward)
 
 
 @struct.dataclass
-class LowRankActive(LoraActive):
-    """Reads only the first columns of the slot of an adapter whose rank is low."""
+class OwnRankActive(LoraActive):
+    """Reads only the first columns of an adapter's slot, as many as the class of its rank has."""
 
-    is_low: Array = None  # type: ignore[assignment]
-    """[adapters] bool: whether its rank is at most `low_rank`."""
-    low_rank: int = struct.field(pytree_node=False, default=0)
+    rank_class: Array = None  # type: ignore[assignment]
+    """[adapters] int32: which of `ranks` holds its rank."""
+    ranks: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    """Ascending; the last one is the slots' own."""
 
     def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
-        of_rank = partial(self._deltas_of_rank, pairs, adapter, x)
-        if self._widest(pairs) <= self.low_rank:
+        if len(self.ranks) == 1:
             return super()._deltas(pairs, adapter, x)
-        return jax.lax.cond(
-            self.is_low[adapter], partial(of_rank, self.low_rank), partial(of_rank, self._widest(pairs))
-        )
+        branches = [partial(self._deltas_of_rank, pairs, adapter, x, rank) for rank in self.ranks]
+        return jax.lax.switch(self.rank_class[adapter], branches)
 
 
 def scores_in_place(q: Array, read: Any) -> Array:

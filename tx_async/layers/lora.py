@@ -104,8 +104,6 @@ class LoraRows:
 
 
 TILE_ROWS = 4
-LOW_RANK = 8
-"""Adapters up to this rank run in programs of their own where slots are wider."""
 
 
 def tiles(row_adapter: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

@@ -35,6 +35,7 @@ from tx_async.scheduler.core.instructions import (
     Publish,
     Send,
     SequenceEnded,
+    Widen,
 )
 from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.state import SchedulerState
@@ -55,6 +56,8 @@ SendCommand = Callable[[str, Command, Sequence[np.ndarray]], int]
 """Worker, command, tensors -> the command's number. Raises `NotReady` when the worker is gone."""
 DismissWorker = Callable[[str, str], None]
 """Worker, reason."""
+WidenWorker = Callable[[str, int], None]
+"""Worker, rank."""
 DeleteBelow = Callable[[str], Awaitable[Any]]
 ListBelow = Callable[[str], Awaitable[Sequence[str]]]
 
@@ -75,6 +78,7 @@ class Performer:
         delete_files: DeleteBelow,
         list_files: ListBelow,
         dismiss: DismissWorker = lambda worker_id, reason: None,
+        widen: WidenWorker = lambda worker_id, lora_rank: None,
         marks: ReplayMarks,
         deliver: Callable[[Deliver], None] = lambda instruction: None,
         metrics: Metrics | None = None,
@@ -91,6 +95,7 @@ class Performer:
         self._delete_files = delete_files
         self._list_files = list_files
         self._dismiss = dismiss
+        self._widen = widen
         self._marks = marks
         self._deliver = deliver
         #: facts that arrived while one was being handled
@@ -176,6 +181,8 @@ class Performer:
                     self.outbox.post(instruction)
                 case Dismiss():
                     self._dismiss(instruction.worker_id, instruction.reason)
+                case Widen():
+                    self._widen(instruction.worker_id, instruction.lora_rank)
                 case FetchBody():
                     self._begin(self._fetch_body(instruction))
                 case ListFiles():

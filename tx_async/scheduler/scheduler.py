@@ -39,7 +39,7 @@ from tx_async.scheduler.core.recovery import RecoveryProgress
 from tx_async.scheduler.core.state import SchedulerState
 from tx_async.scheduler.interface import BaseModelInfo, LivePiece, Passage, StillPending
 from tx_async.scheduler.live import LiveRequests
-from tx_async.scheduler.performer import DeleteBelow, DismissWorker, ListBelow, Performer, SendCommand
+from tx_async.scheduler.performer import DeleteBelow, DismissWorker, ListBelow, Performer, SendCommand, WidenWorker
 from tx_async.scheduler.polls.payload_cache import PayloadCache
 from tx_async.scheduler.polls.waiters import Waiters
 from tx_async.scheduler.quota import Quota
@@ -85,6 +85,7 @@ class Scheduler:
         delete_files: DeleteBelow,
         list_files: ListBelow,
         dismiss: DismissWorker = lambda worker_id, reason: None,
+        widen: WidenWorker = lambda worker_id, lora_rank: None,
         worker_status: Callable[[bool], list[str]],
         storage_status: Callable[[], list[str]] = list,
         worker_silence: Callable[[], dict[str, str]] = dict,
@@ -116,6 +117,7 @@ class Scheduler:
             delete_files=delete_files,
             list_files=list_files,
             dismiss=dismiss,
+            widen=widen,
             metrics=metrics,
             tracing=tracing,
             marks=marks,

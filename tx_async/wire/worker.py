@@ -38,7 +38,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_lora_adapters: int = 8
     """Training adapters that are on the device at once; more models than this live in host memory and storage. Fewer
     where a GPU's memory does not hold so many; the plan in the log says how many."""
-    max_lora_rank: int = 32
+    max_lora_rank: int = 128
+    """The highest rank of an adapter. Slots hold rank 32 until somebody asks for more; then the worker starts again
+    with wider ones (64, 128, …), once for each."""
     max_sampler_adapters: int = 8
     """Sampler adapter versions that are on the device at once; likewise."""
     tensor_parallel_size: int = 1
@@ -120,6 +122,8 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     """None where all workers run on the server's host."""
     storage_id: str = ""
     """A file that is not found counts as gone only while the storage carries this identity. "" = not known yet."""
+    lora_rank: int = 0
+    """The highest rank that somebody has asked for: slots must hold it (`wire/ranks.py`); 0 = nobody has."""
 
 
 class Refused(Struct, tag=True, frozen=True):
@@ -192,6 +196,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     num_training_slots: int
     num_sampler_slots: int
     max_lora_rank: int
+    """The highest rank that its slots hold."""
     num_sequences_max: int
     decode_steps: int
     prefill_tokens: int
@@ -220,6 +225,11 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """None: the engine is trusted as it is."""
     kv_cache_tokens: int = 0
     """Tokens that its KV cache holds; 0 = not known."""
+    lora_rank_limit: int = 0
+    """The highest rank that it could hold if it started again with wider slots; 0 = it has no others."""
+    lora_rank_classes: tuple[int, ...] = ()
+    """Ascending: only adapters of one class share a micro-batch, so that no neighbour changes how their sums are
+    formed. () = all may."""
 
 
 class Ready(Struct, tag=True, frozen=True, kw_only=True):
@@ -493,6 +503,8 @@ class Loaded(Struct, tag=True, frozen=True, kw_only=True):
     """How many optimizer steps the loaded state has taken."""
     refused: str = ""
     """Why this engine cannot sample this adapter (its rank, its modules); the slot is empty then."""
+    needs_rank: int = 0
+    """The adapter's rank, where it needs wider slots than there are; the slot is empty then."""
 
 
 class Trained(Struct, tag=True, frozen=True):

@@ -27,6 +27,7 @@ from tx_async.scheduler.core.instructions import (
     ListFiles,
     Publish,
     SequenceEnded,
+    Widen,
 )
 from tx_async.scheduler.core.worker_state import WorkerState
 from tx_async.scheduler.interface import LivePiece
@@ -90,6 +91,10 @@ class Decisions:
 
     def dismiss(self, worker: WorkerState, reason: str) -> None:
         self._instructions.append(Dismiss(worker.worker_id, reason, self.cause))
+
+    def widen(self, worker: WorkerState) -> None:
+        worker.is_leaving = True
+        self._instructions.append(Widen(worker.worker_id, worker.outgrown_by, self.cause))
 
     def fetch_body(self, request_id: str) -> None:
         self._instructions.append(FetchBody(request_id, self.cause))

@@ -77,6 +77,14 @@ class Dismiss(Struct, frozen=True):
     cause: str = ""
 
 
+class Widen(Struct, frozen=True):
+    """Have a worker start again with slots for adapters of this rank. `WorkerLost` follows."""
+
+    worker_id: str
+    lora_rank: int
+    cause: str = ""
+
+
 class FetchBody(Struct, frozen=True):
     """Read a request's body from the journal and come back with `BodyLoaded`."""
 
@@ -99,4 +107,6 @@ class DeleteFiles(Struct, frozen=True):
     cause: str = ""
 
 
-Instruction = Append | Finish | Publish | Deliver | Send | SequenceEnded | Dismiss | FetchBody | ListFiles | DeleteFiles
+Instruction = (
+    Append | Finish | Publish | Deliver | Send | SequenceEnded | Dismiss | Widen | FetchBody | ListFiles | DeleteFiles
+)

@@ -50,6 +50,10 @@ from tx_async.wire.operations import Operation, Sample
 from tx_async.wire.records import Change, DropBody, Put, RequestRecord
 from tx_async.wire.worker import CommandFailed, CommandFinished
 
+LEAVING_S = 60.0
+"""How long a worker that must start again with wider slots waits for what it has in flight; what storage has not taken
+by then is computed again."""
+
 
 class SchedulerState:
     def __init__(
@@ -110,6 +114,13 @@ class SchedulerState:
             for worker in self.workers.values():
                 self._advance(worker)
         return self.decisions.take()
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank of a live run of this base; 0 without any. So a worker that starts after a crash has slots
+        for all of them at once."""
+        models = (model for model in self.catalog.models.values() if not self.catalog.is_of_other_base(model))
+        return max((model.lora.rank for model in models if model.status == "live"), default=0)
 
     def check_turn(self, subject: str, seq_id: int) -> None:
         """Raises `Conflict` when the turn of this number has passed, `InvalidRequest` when it cannot be the next."""
@@ -296,7 +307,7 @@ class SchedulerState:
             if worker.quanta[kind]:
                 return True
             if kind == "train":
-                return trains and self.training.has_work
+                return trains and self.training.has_work(worker)
             return samples and self.sampling.has_work(worker)
 
         self._end_reservation(worker)
@@ -305,6 +316,18 @@ class SchedulerState:
             self.sampling.admit(worker)
         while any(self._issue(worker, kind) for kind in worker.shares.order(is_busy)):
             pass
+        if worker.outgrown_by and not worker.is_leaving:
+            self._leave_if_done(worker)
+
+    def _leave_if_done(self, worker: WorkerState) -> None:
+        """Once nothing of it is in flight, and what it has trained is in snapshots, have it start again with wider
+        slots."""
+        is_busy = bool(worker.in_flight)
+        if worker is self._trainer():
+            self.training.snapshots.take_all(worker)
+            is_busy = bool(worker.in_flight) or self.training.snapshots.are_pending
+        if not is_busy or self.decisions.now - worker.outgrown_at >= LEAVING_S:
+            self.decisions.widen(worker)
 
     def _issue(self, worker: WorkerState, kind: Kind) -> bool:
         """Send one quantum of this kind. False when there was none, or when it is not this kind's turn."""

@@ -86,6 +86,13 @@ class WorkerState:
         self.refused_versions: dict[str, str] = {}
         #: tokens of its KV cache that sequences hold, as the newest quantum reported
         self.num_kv_tokens = 0
+        #: a rank that its slots do not hold and somebody needs: it begins nothing more, and starts again with wider
+        #: ones; 0 = none
+        self.outgrown_by = 0
+        #: when that was noticed
+        self.outgrown_at = 0.0
+        #: whether it was told to start again
+        self.is_leaving = False
         self._last_number = 0
 
     def __repr__(self) -> str:
@@ -115,6 +122,16 @@ class WorkerState:
     def has_run(self, model_id: str) -> bool:
         """Whether a training slot holds this run's base and its operations up to the lane's cursor."""
         return model_id in self.training_slots
+
+    def could_hold(self, rank: int) -> bool:
+        """Whether it could hold an adapter of this rank, at least after another start."""
+        return rank <= max(self.info.max_lora_rank, self.info.lora_rank_limit)
+
+    def outgrow(self, rank: int, now: float) -> None:
+        """An adapter of this rank, which its slots do not hold, is needed."""
+        assert self.info.max_lora_rank < rank <= self.info.lora_rank_limit
+        self.outgrown_at = self.outgrown_at or now
+        self.outgrown_by = max(self.outgrown_by, rank)
 
     def jobs(self) -> list[SampleJob]:
         """The sample requests that run here, at least in part."""

@@ -56,16 +56,22 @@ class SamplerSlots:
 
     def refused(self, worker: WorkerState, version: str, reason: str) -> None:
         """The worker's engine will never take this version; another engine may."""
+        self._leave(worker, version)
+        worker.refused_versions[version] = reason
+
+    def too_narrow(self, worker: WorkerState, version: str, rank: int) -> None:
+        """The worker must start again with wider slots before it can take this version."""
+        self._leave(worker, version)
+        worker.outgrow(rank, self.decisions.now)
+
+    def _leave(self, worker: WorkerState, version: str) -> None:
         worker.loading_samplers.discard(version)
         if version in worker.sampler_slots:
             worker.sampler_slots.release(version)
-        worker.refused_versions[version] = reason
 
     def failed(self, worker: WorkerState, version: str, error: TxError) -> bool:
         """True when trying again will not help, or has not helped for `storage_patience_s`."""
-        worker.loading_samplers.discard(version)
-        if version in worker.sampler_slots:
-            worker.sampler_slots.release(version)
+        self._leave(worker, version)
         self._forget_old_outages(worker)
         outage = worker.sampler_outages.setdefault(version, Outage())
         outage.failed(self.decisions.now)

@@ -123,7 +123,10 @@ class Sampling:
     # ---- issuing
 
     def has_work(self, worker: WorkerState) -> bool:
-        return not self.is_draining and bool(worker.sequences or self.waiting.offers(worker))
+        return self._goes_on(worker) and bool(worker.sequences or self.waiting.offers(worker))
+
+    def _goes_on(self, worker: WorkerState) -> bool:
+        return not (self.is_draining or worker.outgrown_by)
 
     def admit(self, worker: WorkerState) -> None:
         """Admit all that there is room for, on a worker whose sequences run by themselves, whatever else is in
@@ -134,6 +137,8 @@ class Sampling:
 
     def issue(self, worker: WorkerState) -> bool:
         """Admit what there is room for, then send one quantum. False when there is nothing to decode."""
+        if not self._goes_on(worker):
+            return False
         if isinstance(worker.reserved_for, SampleJob):
             self._admit_alone(worker, worker.reserved_for)
         elif worker.reserved_for is None:
@@ -263,7 +268,9 @@ class Sampling:
                 self.decisions.sequence_ended(job.request, finished.times, num_tokens)
 
     def _loaded(self, worker: WorkerState, version: str, result: Result) -> None:
-        if isinstance(result, Loaded) and result.refused:
+        if isinstance(result, Loaded) and result.needs_rank:
+            self.slots.too_narrow(worker, version, result.needs_rank)
+        elif isinstance(result, Loaded) and result.refused:
             self.slots.refused(worker, version, result.refused)
             self.waiting.sort_again()
         else:
@@ -312,9 +319,8 @@ class Sampling:
         for job in worker.jobs():
             if worker.is_external:
                 job.num_desertions += 1
-                self._requeue(worker, job)
-            else:
-                self._requeue(worker, job)
+            self._requeue(worker, job)
+            if not worker.is_external and not worker.is_leaving:
                 times = job.num_failures + 1
                 self._try_again(job, ServerError(f"The worker died {times} times while it ran this request."))
         if worker.is_external:

@@ -19,6 +19,7 @@ from tx_async.scheduler.training.rollout_gap import rollout_gap
 from tx_async.scheduler.training.runs import Runs
 from tx_async.wire import results
 from tx_async.wire.operations import ForwardBackward
+from tx_async.wire.ranks import class_of
 from tx_async.wire.results import ForwardBackwardResult
 from tx_async.wire.tensors import Tensor
 from tx_async.wire.worker import CommandFailed, EngineInfo, TrainMicroBatch
@@ -116,10 +117,14 @@ class MicroBatches:
                 break
             other = others[flow]
             candidate = other.next_step()
-            if candidate is not None and self._joins(candidate, step, length, worker.info):
+            same_class = self._rank_class(other, worker.info) == self._rank_class(lane, worker.info)
+            if candidate is not None and same_class and self._joins(candidate, step, length, worker.info):
                 rows += self._take_rows(other, candidate, length, room - len(rows))
                 self.runs.refresh(other)
         return rows
+
+    def _rank_class(self, lane: Lane, info: EngineInfo) -> int:
+        return class_of(lane.model.lora.rank, info.lora_rank_classes or (info.max_lora_rank,))
 
     def _joins(self, candidate: Step, step: Step, length: int, info: EngineInfo) -> bool:
         ours, theirs = step.operation, candidate.operation

@@ -171,7 +171,7 @@ class Runs:
         for lane in list(self.lanes.values()):
             suspects = [step for step in lane.steps.values() if step.num_outstanding]
             if trainer.has_run(lane.model_id) or lane.num_bases_awaited or lane.pending_snapshots or suspects:
-                for step in suspects:
+                for step in () if trainer.is_leaving else suspects:
                     self.try_again(
                         step, ServerError(f"The worker died {step.num_failures + 1} times while it ran this.")
                     )

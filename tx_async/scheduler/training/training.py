@@ -131,12 +131,12 @@ class Training:
 
     # ---- issuing
 
-    @property
-    def has_work(self) -> bool:
-        return any(self._may_run(self.runs.lanes[model_id]) for model_id in self.runs.ready)
+    def has_work(self, worker: WorkerState) -> bool:
+        return any(self._may_run(worker, self.runs.lanes[model_id]) for model_id in self.runs.ready)
 
-    def _may_run(self, lane: Lane) -> bool:
-        return self.runs.is_runnable(lane) and not (self.is_draining and lane.is_between_operations)
+    def _may_run(self, worker: WorkerState, lane: Lane) -> bool:
+        begins_nothing = self.is_draining or worker.outgrown_by > 0
+        return self.runs.is_runnable(lane) and not (begins_nothing and lane.is_between_operations)
 
     def issue(self, worker: WorkerState) -> bool:
         """Send the commands up to and including the next micro-batch. False when there was none to send."""
@@ -147,7 +147,7 @@ class Training:
             return False
         lanes = [self.runs.lanes[model_id] for model_id in self.runs.ready]
         sessions: dict[Flow, list[Lane]] = {}
-        flows = {lane.flow: lane for lane in lanes if self._may_run(lane)}
+        flows = {lane.flow: lane for lane in lanes if self._may_run(worker, lane)}
         for flow in self.fair.order(flows):
             sessions.setdefault(flow[:SESSION_LEVEL], []).append(flows[flow])
         for runs in sessions.values():
@@ -167,7 +167,7 @@ class Training:
     def _issue_lane(self, worker: WorkerState, lane: Lane) -> bool:
         """Send all that the lane has ready, up to its next micro-batch. True when a micro-batch was sent."""
         is_sent = False
-        while not is_sent and not worker.is_full("train") and self._may_run(lane):
+        while not is_sent and not worker.is_full("train") and self._may_run(worker, lane):
             step = lane.next_step()
             assert step is not None
             if step.operation is None:

@@ -33,12 +33,18 @@ class TrainingSlots:
         self.decisions = decisions
 
     def bring(self, worker: WorkerState, lane: Lane) -> bool:
-        """Put the lane's base into a slot. False when every slot is busy. Raises `InvalidRequest` when no slot fits."""
-        if lane.model.lora.rank > worker.info.max_lora_rank:
+        """Put the lane's base into a slot. False when every slot is busy, or too narrow until the worker has started
+        again. Raises `InvalidRequest` when no slot can ever hold it."""
+        rank = lane.model.lora.rank
+        if not worker.could_hold(rank):
+            limit = max(worker.info.max_lora_rank, worker.info.lora_rank_limit)
             raise InvalidRequest(
-                f"This run has rank {lane.model.lora.rank}; the server was restarted with a maximum of "
-                f"{worker.info.max_lora_rank} (`max_lora_rank`)."
+                f"This run has rank {rank}; this server's slots hold at most {limit} (`max_lora_rank` in "
+                "backend_config, or less where the devices' memory does not hold wider slots)."
             )
+        if rank > worker.info.max_lora_rank:
+            worker.outgrow(rank, self.decisions.now)
+            return False
         slot = self._take_slot(worker, lane)
         if slot is None:
             return False
