@@ -4,6 +4,7 @@ refused by name."""
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -18,6 +19,38 @@ from tx_async.errors import ConfigError
 from tx_async.wire.worker import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+
+MAY_BE_ZERO = frozenset(
+    {
+        "audit_events_max",
+        "chunk_gap_ms",
+        "heartbeat_timeout_s",
+        "history_bytes_max",
+        "history_steps_max",
+        "local_workers",
+        "long_poll_ms",
+        "port",
+        "result_cache_bytes",
+        "result_retention_s",
+        "results_kept_max",
+        "seq_gap_ms",
+        "session_retention_s",
+        "session_timeout_s",
+        "shared_memory_bytes",
+        "shutdown_ms",
+        "snapshot_idle_s",
+        "stability_bytes_max",
+        "stability_head_tokens",
+        "stability_retention_s",
+        "stability_support_max",
+        "storage_patience_s",
+        "tags_max",
+        "text_bytes_max",
+        "user_metadata_bytes_max",
+    }
+)
+"""Numbers that mean "none" or "at once" where they are 0. None may be negative."""
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -237,9 +270,21 @@ def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | No
         values["base_model_name"] = ",".join(map(str, values["base_model_name"]))
     values = dict(compatibility.worker_door(values, _say))
     try:
-        return msgspec.convert(values, ServerConfig, strict=False)
+        config = msgspec.convert(values, ServerConfig, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"The configuration is invalid: {error}") from error
+    _check_numbers(config)
+    return config
+
+
+def _check_numbers(config: ServerConfig) -> None:
+    """Raises `ConfigError` for a number with which a server would start and then refuse or drop everything."""
+    for name, value in msgspec.structs.asdict(config).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+            least = "at least 0" if name in MAY_BE_ZERO else "more than 0"
+            raise ConfigError(f"{name} is {value}; it must be {least}.")
 
 
 def _in_our_names(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
