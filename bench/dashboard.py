@@ -1,13 +1,13 @@
-"""What open pages cost a training loop: tokens per second through the SDK with 0 and with 50 of them, in turn.
+"""What open pages cost a server that trains: processor time of its process with 0 and with 50 of them, in turn.
 
-    python bench/dashboard.py [--pages 50] [--rounds 6] [--seconds 5] [--json]
+    python bench/dashboard.py [--pages 50] [--rounds 6] [--seconds 10] [--json]
 
-A step is forward_backward of 16 sequences of 128 tokens and optim_step, both awaited, on a 2-layer, 64-wide model: the
-server's own work is a larger part of it than with any real model. Pages are connections that read `/dashboard/events`,
-in one process beside the server; a page looks at the run that trains. Rounds with and without pages alternate on one
-server, so that both see the same machine; what is compared is the median of the rounds' ratios. On a machine that
-others use as well the rates say little: the processor time that the server's process takes for its pages, beyond what
-the same number of steps takes without them, says more.
+A run takes a step (forward_backward of 16 sequences of 128 tokens and optim_step) four times a second, so that every
+page has news all the time. Pages are connections in one process beside the server, and do what a browser's page of this
+run does: they read `/dashboard/events`, and ask for the run's newest steps as often as these say. What is compared
+is the processor time of the server's process (its event loop is one thread) in rounds without pages and with them: the
+pages take a training loop no more than their share of that one core, however busy the machine is, which throughput on
+a shared machine does not show.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import psutil
 
@@ -36,15 +36,14 @@ from tx_async.testing.server import running_server
 ROOT = Path(__file__).parents[1]
 SEQUENCES, TOKENS = 16, 128
 WARM_UP_STEPS = 5
+STEPS_PER_S = 4
 API_KEY = "tml-bench"
 
 
-class Rate(NamedTuple):
-    tokens_per_s: float
+class Round(NamedTuple):
     steps: int
-    seconds: float
-    cpu_s: float
-    """Processor time of the server's process."""
+    cpu_share: float
+    """Processor time of the server's process, of one core."""
 
 
 def measure(base_url: str, base_model: str, pid: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -52,18 +51,17 @@ def measure(base_url: str, base_model: str, pid: int, options: argparse.Namespac
 
     with tinker.ServiceClient(base_url=base_url, api_key=API_KEY) as service:
         trainer = service.create_lora_training_client(base_model=base_model, rank=8).result()
-        step = _step_of(trainer)
+        step, server = _step_of(trainer), psutil.Process(pid)
         for _ in range(WARM_UP_STEPS):
             step()
-        rounds = [_round(base_url, step, psutil.Process(pid), options) for _ in range(options.rounds)]
-    ratios = [with_pages.tokens_per_s / without.tokens_per_s for without, with_pages, _ in rounds]
+        rounds = [_both(base_url, trainer.model_id, step, server, options) for _ in range(options.rounds)]
+    costs = [100 * (with_pages.cpu_share - without.cpu_share) for without, with_pages, _ in rounds]
     return {
-        "tokens_per_s_without": statistics.median(without.tokens_per_s for without, _, _ in rounds),
-        "tokens_per_s_with": statistics.median(with_pages.tokens_per_s for _, with_pages, _ in rounds),
-        "server_cpu_percent_for_pages": statistics.median(100 * _cpu_of_pages(*both) for *both, _ in rounds),
-        "cost_percent": 100 * (1 - statistics.median(ratios)),
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "events": sum(events for _, _, events in rounds),
+        "server_cpu_percent_without": 100 * statistics.median(without.cpu_share for without, _, _ in rounds),
+        "server_cpu_percent_for_pages": statistics.median(costs),
+        "costs": [round(cost, 2) for cost in costs],
+        "steps": [(without.steps, with_pages.steps) for without, with_pages, _ in rounds],
+        "answers": sum(answers for _, _, answers in rounds),
         "load_average": os.getloadavg()[0],
     }
 
@@ -89,29 +87,23 @@ def _step_of(trainer: Any) -> Callable[[], None]:
     return step
 
 
-def _cpu_of_pages(without: Rate, with_pages: Rate) -> float:
-    """Of one core."""
-    per_step = without.cpu_s / without.steps
-    return (with_pages.cpu_s - per_step * with_pages.steps) / with_pages.seconds
+def _both(
+    base_url: str, run: str, step: Callable[[], None], server: psutil.Process, options: argparse.Namespace
+) -> tuple[Round, Round, int]:
+    """Without pages and with them, and the events and answers that these got."""
+    without = _round(step, server, options.seconds)
+    with pages(base_url, run, options.pages) as num_answers:
+        with_pages = _round(step, server, options.seconds)
+    return without, with_pages, num_answers()
 
 
-def _round(
-    base_url: str, step: Callable[[], None], server: psutil.Process, options: argparse.Namespace
-) -> tuple[Rate, Rate, int]:
-    """Without pages and with them, and the events that these got."""
-    without = _rate(step, server, options.seconds)
-    with pages(base_url, options.pages) as num_events:
-        with_pages = _rate(step, server, options.seconds)
-    return without, with_pages, num_events()
-
-
-def _rate(step: Callable[[], None], server: psutil.Process, seconds: float) -> Rate:
+def _round(step: Callable[[], None], server: psutil.Process, seconds: float) -> Round:
     num_steps, began, cpu = 0, time.perf_counter(), _cpu(server)
-    while time.perf_counter() - began < seconds:
+    while (passed := time.perf_counter() - began) < seconds:
         step()
         num_steps += 1
-    passed = time.perf_counter() - began
-    return Rate(num_steps * SEQUENCES * TOKENS / passed, num_steps, passed, _cpu(server) - cpu)
+        time.sleep(max(0.0, num_steps / STEPS_PER_S - (time.perf_counter() - began)))
+    return Round(num_steps, (_cpu(server) - cpu) / passed)
 
 
 def _cpu(server: psutil.Process) -> float:
@@ -123,10 +115,10 @@ def _cpu(server: psutil.Process) -> float:
 
 
 @contextmanager
-def pages(base_url: str, number: int) -> Iterator[Callable[[], int]]:
+def pages(base_url: str, run: str, number: int) -> Iterator[Callable[[], int]]:
     context = multiprocessing.get_context("spawn")
     are_open, end, queue = context.Event(), context.Event(), context.Queue()
-    process = context.Process(target=_read_pages, args=(base_url, number, are_open, end, queue), daemon=True)
+    process = context.Process(target=_read_pages, args=(base_url, run, number, are_open, end, queue), daemon=True)
     process.start()
     if not are_open.wait(60):
         raise SystemExit("The pages did not open.")
@@ -139,35 +131,48 @@ def pages(base_url: str, number: int) -> Iterator[Callable[[], int]]:
         process.join()
 
 
-def _read_pages(base_url: str, number: int, are_open: Event, end: Event, queue: Any) -> None:
-    queue.put(asyncio.run(_read_all(base_url, number, are_open, end)))
+def _read_pages(base_url: str, run: str, number: int, are_open: Event, end: Event, queue: Any) -> None:
+    queue.put(asyncio.run(_read_all(base_url, run, number, are_open, end)))
 
 
-async def _read_all(base_url: str, number: int, are_open: Event, end: Event) -> int:
-    counts = [0] * number
-    tasks = [asyncio.create_task(_read_page(base_url, counts, place)) for place in range(number)]
-    while not all(counts):  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
-    are_open.set()
-    await asyncio.to_thread(end.wait)
-    for task in tasks:
-        task.cancel()
+async def _read_all(base_url: str, run: str, number: int, are_open: Event, end: Event) -> int:
+    counts, every_s = [0] * number, [2.5] * number
+    async with httpx.AsyncClient(base_url=base_url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+        readers = [_read_events(client, counts, every_s, place) for place in range(number)]
+        readers += [_read_run(client, run, counts, every_s, place) for place in range(number)]
+        tasks = [asyncio.create_task(reader) for reader in readers]
+        while not all(counts):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        are_open.set()
+        await asyncio.to_thread(end.wait)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     return sum(counts)
 
 
-async def _read_page(base_url: str, counts: list[int], place: int) -> None:
-    address = urlsplit(base_url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    writer.write(f"GET /dashboard/events HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
-    while line := await reader.readline():
-        counts[place] += line.startswith(b"event:")
+async def _read_events(client: httpx.AsyncClient, counts: list[int], every_s: list[float], place: int) -> None:
+    async with client.stream("GET", "/dashboard/events", timeout=None) as response:
+        async for line in response.aiter_lines():
+            counts[place] += line.startswith("event:")
+            if line.startswith("data:"):
+                every_s[place] = json.loads(line[5:]).get("read_every_s", every_s[place])
+
+
+async def _read_run(client: httpx.AsyncClient, run: str, counts: list[int], every_s: list[float], place: int) -> None:
+    since = 0
+    while True:
+        await asyncio.sleep(every_s[place])
+        answer = (await client.get(f"/dashboard/runs/{run}", params={"since": since})).json()
+        since = int(answer["steps"][-1]["index"]) + 1 if answer["steps"] else since
+        counts[place] += 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pages", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ |= {"TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -179,9 +184,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
     print(
-        f"{result['tokens_per_s_without']:.0f} tokens/s without pages, {result['tokens_per_s_with']:.0f} with "
-        f"{options.pages}: {result['cost_percent']:.1f} %; the pages take "
-        f"{result['server_cpu_percent_for_pages']:.1f} % of a core (load average {result['load_average']:.1f})"
+        f"{options.pages} pages take {result['server_cpu_percent_for_pages']:.1f} % of a core; the run alone takes "
+        f"{result['server_cpu_percent_without']:.1f} % (load average {result['load_average']:.1f})"
     )
 
 

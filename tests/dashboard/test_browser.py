@@ -140,8 +140,8 @@ def test_the_page_says_what_the_server_waits_for(driver: Any, site: Serving, sch
     until(driver, lambda text: "No worker is attached." in text and "Nothing waits." in text)
     scheduler.missing = ["worker w0: compiling, 4 of 12"]
     until(driver, lambda text: "4 of 12" in text and "3 of 12" not in text)
-    scheduler.missing, scheduler.operations_to_replay = [], 7
-    until(driver, lambda text: "Ready, while 7 operations run again after a restart." in text and "4 of 12" not in text)
+    scheduler.missing, scheduler.operations_to_replay, scheduler.operations_lost = [], 7, 9
+    until(driver, lambda text: "Ready; 2 of 9 operations have run again" in text and "4 of 12" not in text)
     scheduler.operations_to_replay = 0
     until(driver, lambda text: "The server is ready: requests run at once." in text)
 

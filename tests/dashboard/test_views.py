@@ -164,7 +164,8 @@ async def test_without_keys_this_machine_sees_everything(open_site: Site, runs: 
         assert (await browser.get("/dashboard/viewer")).json()["role"] == "admin"
         events = await read_events(open_site.app, "/dashboard/events", 1)
         assert events[0][0] == "state" and set(events[0][1]["runs"]) == set(runs.values())
-        assert events[0][1]["ready"] == {"is_ready": True, "waiting_for": [], "operations_to_replay": 0}
+        nothing_lost = {"operations_to_replay": 0, "operations_lost": 0}
+        assert events[0][1]["ready"] == {"is_ready": True, "waiting_for": []} | nothing_lost
         assert (await browser.get("/dashboard/operator")).status_code == 200
 
 
@@ -222,6 +223,12 @@ async def test_nobody_looks_when_no_page_is_open_and_all_pages_share_a_look(open
     assert news.num_looks == 0
     await read_events(open_site.app, "/dashboard/events", 1, pages=5)
     assert news.num_looks == 1 and news.num_pages == 0 and news._ticking is None
+
+
+@pytest.mark.parametrize(("pages", "read_every_s"), [(1, 2.5), (50, 12.5)])
+async def test_many_pages_read_less_often(open_site: Site, pages: int, read_every_s: float):
+    events = await read_events(open_site.app, "/dashboard/events", 1 if pages == 1 else 2, pages=pages)
+    assert [event["read_every_s"] for _, event in events if "read_every_s" in event][-1] == read_every_s
 
 
 async def test_a_revoked_key_s_stream_ends(keyed_site: Site, people: dict[str, str], tmp_path: Path):

@@ -26,6 +26,10 @@ SILENCE_S = 15
 """After so many ticks without news, a line says that the stream is alive: proxies cut silent ones."""
 RETRY_MS = 2000
 PAGES_MAX = 512
+READ_S = 2.5
+READS_PER_S_MAX = 4
+"""Pages of a run that trains read its newest steps every `READ_S` seconds; many pages less often, so that all together
+read no more than this."""
 
 
 class News:
@@ -111,7 +115,7 @@ class News:
                 self._look()
             self._pictures[viewer] = picture.take(
                 self.scheduler, self._overview, viewer, self._names(), self._server
-            ) | {"ready": self._ready(viewer)}
+            ) | {"ready": self._ready(viewer), "read_every_s": max(READ_S, self.num_pages / READS_PER_S_MAX)}
         return self._pictures[viewer]
 
     def _look(self) -> None:
@@ -131,6 +135,7 @@ class News:
             "is_ready": not waiting,
             "waiting_for": waiting if viewer.sees_all else [self._redact(line) for line in waiting],
             "operations_to_replay": self._overview.operations_to_replay,
+            "operations_lost": self._overview.operations_lost,
         }
 
     def _change(self, viewer: Viewer, before: Picture, after: Picture) -> bytes:

@@ -76,7 +76,7 @@ async def dashboard_run(call: Call) -> Response:
         {
             "run": picture.run(call.scheduler, model, call.api.owners.names()) | _more(model),
             "checkpoints": [_checkpoint(checkpoint) for checkpoint in checkpoints],
-            "requests": msgspec.to_builtins(call.scheduler.requests_of(model.model_id, REQUESTS_MAX)),
+            "requests": call.scheduler.requests_of(model.model_id, REQUESTS_MAX),
             "columns": columns_of(rows),
             "steps": rows,
         }

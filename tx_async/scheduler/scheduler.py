@@ -18,6 +18,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
+import msgspec
 
 from tx_async import logs
 from tx_async.actor import running
@@ -203,7 +204,8 @@ class Scheduler:
         return self.catalog.histories.rows(model_id, since)
 
     def overview(self) -> Overview:
-        return overview(self.state, self.quota.requests.parts, self.quota.num_samples)
+        view = overview(self.state, self.quota.requests.parts, self.quota.num_samples)
+        return msgspec.structs.replace(view, operations_lost=self._recovery.total(view.operations_to_replay))
 
     def run_view(self, model: ModelRecord) -> RunView:
         return run_view(self.state, model)

@@ -14,7 +14,7 @@ class FakeViews:
 
     histories: defaultdict[str, list[dict[str, float]]]
     """model_id -> what `history` answers; an optim_step adds a row."""
-    operations_to_replay = 0
+    operations_to_replay = operations_lost = 0
     """What a test says that runs again after a restart."""
     operations: list[Operation]
     _requests: dict[str, RequestRecord]
@@ -28,7 +28,10 @@ class FakeViews:
         held = Counter(record.owner for record, _ in self._held_operations)
         queues = tuple(QueueView(owner=owner, requests=number, samples=0) for owner, number in held.items())
         return Overview(
-            queues=queues, operations_to_replay=self.operations_to_replay, train_tokens=float(len(self.operations))
+            queues=queues,
+            operations_to_replay=self.operations_to_replay,
+            operations_lost=self.operations_lost,
+            train_tokens=float(len(self.operations)),
         )
 
     def run_view(self, model: ModelRecord) -> RunView:

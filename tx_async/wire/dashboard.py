@@ -58,6 +58,8 @@ class Overview(Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerView, ...] = ()
     queues: tuple[QueueView, ...] = ()
     operations_to_replay: int = 0
+    operations_lost: int = 0
+    """How many a crash had taken from the device: those above, and what has run again since."""
     train_tokens: float = 0.0
     sample_tokens: float = 0.0
     train_ms: float = 0.0

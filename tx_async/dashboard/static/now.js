@@ -33,7 +33,10 @@ export function create() {
     const active = Object.values(runs).filter((run) => run.state === "running" || run.state === "queued");
     const waiting = (state.queues ?? []).reduce((sum, queue) => sum + queue.requests, 0);
     say(readiness, ready?.is_ready ? "The server is ready: requests run at once." : "Not ready yet. It waits for:");
-    if (ready?.is_ready && ready.operations_to_replay) say(readiness, `Ready, while ${count(ready.operations_to_replay)} operations run again after a restart.`);
+    if (ready?.operations_to_replay) {
+      const again = `${count(ready.operations_lost - ready.operations_to_replay)} of ${count(ready.operations_lost)} operations have run again after a restart.`;
+      say(readiness, ready.is_ready ? `Ready; ${again}` : `Not ready yet: ${again} It waits for:`);
+    }
     keyed(waits, ready?.waiting_for ?? [], (line) => line, () => h("li"), say);
     numbers.show([rate(rates?.train), rate(rates?.sample), count(waiting), count(active.length)]);
     for (const part of server) part.hidden = !state.workers;

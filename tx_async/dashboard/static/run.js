@@ -4,7 +4,7 @@ import { get, post, Refused } from "./api.js";
 import { Axis, Chart, smooth } from "./chart.js";
 import { ago, ask, bytes, count, figures, h, keyName, pill, say, scrolled, span, table, tell, time, took, when } from "./ui.js";
 
-const READ_MS = 2500;
+const READ_S = 2.5;
 
 export function create(id, { onError }) {
   const axis = new Axis((step) => `step ${count(step)}`, [1, 2, 5]);
@@ -44,10 +44,10 @@ export function create(id, { onError }) {
     h("div", { class: "charts" }, curves.map((curve) => curve.chart.element)),
     h("section", { class: "card", "aria-labelledby": "checkpoints-title" }, h("header", {}, h("h2", { id: "checkpoints-title" }, "Checkpoints")), noCheckpoints, scrolled(checkpoints.element, "Checkpoints, scrollable")),
     h("section", { class: "card", "aria-labelledby": "requests-title" }, h("header", {}, h("h2", { id: "requests-title" }, "Newest requests"), h("span", { class: "muted small" }, "accepted → queued → sent → finished; times after the first")), scrolled(requests.element, "Requests, scrollable")));
-  let rows = [], shown = null, readAt = 0, isReading = false, isOver = false, timer = 0;
+  let rows = [], shown = null, readAt = 0, isReading = false, isOver = false, timer = 0, readS = READ_S;
 
   async function read(force = false) {
-    if (isOver || isReading || (!force && Date.now() - readAt < READ_MS)) return;
+    if (isOver || isReading || (!force && Date.now() - readAt < readS * 1000)) return;
     isReading = true;
     try {
       const since = rows.length ? rows[rows.length - 1].index + 1 : 0;
@@ -136,11 +136,12 @@ export function create(id, { onError }) {
   }
 
   function update(all) {
+    readS = all.read_every_s ?? READ_S;
     const run = all.runs?.[id], wanted = JSON.stringify([run?.steps, run?.state, run?.used_at]);
     if (wanted === shown) return;
     shown = wanted;
     clearTimeout(timer);
-    timer = setTimeout(() => read(true), Math.max(0, READ_MS - (Date.now() - readAt)));
+    timer = setTimeout(() => read(true), Math.max(0, readS * 1000 - (Date.now() - readAt)));
   }
   read(true);
   return { title: id, element, update, stop: () => { isOver = true; clearTimeout(timer); } };

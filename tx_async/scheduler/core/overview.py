@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.state import SchedulerState
@@ -12,6 +13,9 @@ from tx_async.scheduler.training.lanes import Step
 from tx_async.wire.dashboard import Overview, QueueView, RequestView, RunState, RunView, Station, WorkerView, mean_loss
 from tx_async.wire.records import ModelRecord, RequestRecord
 
+GAPS_MAX = 1000
+"""How many numbers without a request are passed over in the search for the newest requests: pages ask often, so nobody
+looks through all requests of the server for them."""
 PassageOf = Callable[[str], Passage | None]
 
 
@@ -66,9 +70,12 @@ def requests_of(state: SchedulerState, model_id: str, limit: int, passage_of: Pa
     catalog = state.catalog
     lane = state.training.runs.lanes.get(model_id)
     steps = lane.steps if lane else {}
-    known = [record for record in catalog.requests.values() if record.subject == model_id]
-    known.sort(key=lambda record: record.seq_id, reverse=True)
-    return [_request(catalog, record, steps, passage_of(record.request_id)) for record in known[:limit]]
+    model = catalog.models.get(model_id)
+    newest = lane.newest_seq_id if lane else model.newest_seq_id if model else 0
+    numbers = range(newest, max(-1, newest - GAPS_MAX - limit), -1)
+    ids = filter(None, (catalog.request_ids.get((model_id, number)) for number in numbers))
+    known = [catalog.requests[request_id] for request_id in islice(ids, limit)]
+    return [_request(catalog, record, steps, passage_of(record.request_id)) for record in known]
 
 
 def _request(

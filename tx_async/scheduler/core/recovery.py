@@ -23,6 +23,10 @@ class RecoveryProgress:
         self._began: float | None = None
         self._most = 0
 
+    def total(self, left: int) -> int:
+        """How many operations a crash has taken, of which `left` have yet to run again."""
+        return max(self._most, left)
+
     def report(self, left: int, now: float) -> None:
         """`left`: operations that have yet to run again. `now`: monotonic seconds."""
         if left:
