@@ -98,7 +98,8 @@ COUNTED = tuple(name for name in Figures.__dataclass_fields__ if name != "compil
 def targets() -> list[Target]:
     rows = ((8, 512), (4, 1024), (2, 2048), *((1, length) for length in (4096, 8192, 16_384, 32_768, CONTEXT)))
     return [
-        *(Target(f"decode-{n}", f"decode {n}") for n in (1, 4, 32, 128)),
+        Target("decode-1", "decode 2"),  # what a batch of one runs in: `Platform.least_decode_rows`
+        *(Target(f"decode-{n}", f"decode {n}") for n in (4, 32, 128)),
         Target("decode-32-base", "decode 32 base"),
         *(Target(f"prefill-{n}", f"prefill {n}") for n in (1, 8)),
         Target("score-8", "score 8"),

@@ -62,10 +62,11 @@ def lora(kind, row_adapter: np.ndarray, slots: int = 5):
     return kind(*jax.tree.map(jnp.asarray, data))
 
 
+@pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("rows", [[-1, -1, -1], [2, -1, 0], [0], [3, 1, -1, 1, 0, 2, 4]])
-def test_grouped_adapters_give_each_row_its_own(rows):
+def test_grouped_adapters_give_each_row_its_own(rows, length):
     row_adapter = np.array(rows, np.int32)
-    x = jnp.asarray(np.random.default_rng(3).standard_normal((len(rows), 1, 16)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((len(rows), length, 16)), jnp.float32)
 
     def run(kind):
         adapters = lora(kind, row_adapter)

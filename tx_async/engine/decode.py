@@ -345,7 +345,7 @@ class SamplingEngine:
         and_pools = (self._replicated, self._pool_shardings) if self._replicated else None
 
         decode = partial(programs.decode, self.platform, self.model, self.layout, self.decode_steps)
-        decode = partial(decode, kernel=self.kernels.paged_attention)
+        decode = partial(decode, kernels=self.kernels)
         for num, rows in product((TOPK_MAX, SUPPORT_TOKENS_MAX), self._batch_sizes):
             function = partial(decode, num_candidates=num)
             batch = decode_batch([], rows, self.layout)
@@ -361,6 +361,7 @@ class SamplingEngine:
                 yield program(f"constrained {name}", function, (*variant, shaping[1]), **more)
 
         function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.tile_tokens
+        function = partial(function, kernels=self.kernels)
         for rows in self.platform.prefill_rows:
             batch = prefill_batch([], rows, tile_tokens, self.layout)
             arguments = (self.params, adapters(batch.adapter), self.pools, batch)

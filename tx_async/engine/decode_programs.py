@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from tx_async.engine.adapter_slots import lora_scale
+from tx_async.engine.kernels import NO_KERNELS, Kernels
 from tx_async.engine.kv_cache import CacheLayout, Pools
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, TileStates
 from tx_async.engine.platform import Platform
@@ -49,8 +50,8 @@ class Adapters(NamedTuple):
         """The adapters of a batch in which nobody has one."""
         return self._replace(weights={})
 
-    def for_tokens(self, platform: Platform, row_adapter: Data) -> LoraActive:
-        """The active adapters of rows of one token each."""
+    def for_steps(self, platform: Platform, row_adapter: Data) -> LoraActive:
+        """The active adapters of rows that run through the layers."""
         return LoraGrouped(*self, row_adapter) if platform.grouped_lora else self.for_rows(platform, row_adapter)
 
     def for_rows(self, platform: Platform, row_adapter: Data) -> LoraActive:
@@ -152,12 +153,14 @@ def prefill(
     adapters: Adapters,
     pools: Pools,
     batch: PrefillBatch,
+    kernels: Kernels = NO_KERNELS,
 ) -> tuple[Array, Pools]:
     """Write the rows' keys and values; -> (hidden [R * L, D], pools)."""
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     attend = PagedAttention(layout, batch.tables, positions, batch.alive, batch.states)
-    lora = adapters.for_rows(platform, batch.adapter)
-    hidden, pools = model.forward(params, lora, batch.tokens, positions, attend, pools)
+    lora = adapters.for_steps(platform, batch.adapter)
+    grouped = kernels.grouped_product
+    hidden, pools = model.forward(params, lora, batch.tokens, positions, attend, pools, grouped_kernel=grouped)
     return hidden.reshape(-1, hidden.shape[-1]), pools
 
 
@@ -205,13 +208,12 @@ def decode(
     batch: DecodeBatch,
     num_steps: Array,
     shaping: Shaping | None = None,
-    kernel: bool = False,
+    kernels: Kernels = NO_KERNELS,
     num_candidates: int = TOPK_MAX,
 ) -> tuple[Decoded, Pools]:
-    """Sample at most `num_steps` ≤ max_steps tokens for every row, fewer when every row has ended. kernel: whether
-    `paged_kernel.py` computes attention."""
+    """Sample at most `num_steps` ≤ max_steps tokens for every row, fewer when every row has ended."""
     rows = batch.token.shape[0]
-    lora = adapters.for_tokens(platform, batch.adapter)
+    lora = adapters.for_steps(platform, batch.adapter)
     min_p = None if shaping is None else shaping.min_p
     choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index), min_p)
     topk = min(num_candidates, model.vocab_size)
@@ -228,8 +230,9 @@ def decode(
     def step(state):
         i, token, alive, pools, out, told = state
         position = batch.position + out.count
-        attend = DecodeAttention(layout, batch.tables, position[:, None], alive, batch.slot, kernel)
-        hidden, pools = model.forward(params, lora, token[:, None], position[:, None], attend, pools)
+        attend = DecodeAttention(layout, batch.tables, position[:, None], alive, batch.slot, kernels.paged_attention)
+        inputs = params, lora, token[:, None], position[:, None], attend, pools
+        hidden, pools = model.forward(*inputs, grouped_kernel=kernels.grouped_product)
         logits = unembed(params, lora, hidden[:, 0])
         drawn_from = None if shaping is None else shaped(logits, shaping, told, out.count)
         drawn, logprob, lse = sample(logits, choices, position + 1, platform.fixed_passes, drawn_from)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from tx_async.engine.kv_cache import CacheLayout
 from tx_async.engine.paged_attention import DecodeAttention
 from tx_async.engine.platform import Platform
 from tx_async.layers.attention import packed_attention
+from tx_async.layers.grouped import RowBlocks, experts_mlp
+from tx_async.layers.lora import ExpertLora
+from tx_async.layers.mlp import silu_gated
 
 TOLERANCE = 2e-2
 """The largest difference allowed in bf16, relative to the largest value."""
@@ -33,17 +37,20 @@ class Kernels:
     """Whether `layers/flash_attention.py` runs in training."""
     paged_attention: bool = False
     """Whether `paged_kernel.py` runs in decode steps."""
+    grouped_product: bool = False
+    """Whether `layers/grouped_kernel.py` computes the products of experts."""
 
     def names(self) -> tuple[tuple[str, str], ...]:
         """(task, what runs it)"""
         return (
             ("training attention", "flash_attention" if self.flash_attention else PLAIN),
             ("decode attention", "paged_attention" if self.paged_attention else PLAIN),
+            ("experts", "grouped_product" if self.grouped_product else PLAIN),
         )
 
 
 NO_KERNELS = Kernels()
-ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True)
+ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True, grouped_product=True)
 
 
 def choose(here: Platform, is_alone: bool) -> Kernels:
@@ -51,6 +58,7 @@ def choose(here: Platform, is_alone: bool) -> Kernels:
     return Kernels(
         flash_attention=here.flash_kernel and is_alone and _is_right("flash_attention", flash_difference),
         paged_attention=here.paged_kernel and is_alone and _is_right("paged_attention", paged_difference),
+        grouped_product=here.grouped_kernel and is_alone and _is_right("grouped_product", grouped_difference),
     )
 
 
@@ -117,3 +125,38 @@ def paged_difference(interpret: bool = False) -> float:
 
     plain, kernel = both(q, keys, values)
     return float(jnp.max(jnp.abs(plain - kernel)))
+
+
+def grouped_difference(interpret: bool = False) -> float:
+    """The difference between the kernels and the plain loop over blocks, in outputs and all gradients of two rows'
+    experts with adapters, one block unused."""
+    from tx_async.layers import grouped_kernel
+
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16)  # noqa: E731
+    sides = {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
+    w: dict[str, Array] = {name: normal(3, *side) for name, side in sides.items()}
+    w |= {f"{name}_bias": normal(3, side[1]) for name, side in sides.items()}
+    pairs = {
+        name: (normal(2, 3, side[0], 16).astype(jnp.float32), normal(2, 3, 16, side[1]).astype(jnp.float32))
+        for name, side in sides.items()
+    }
+    blocks = RowBlocks(
+        expert=jnp.array([0, 0, 2, 1, 2, 2], jnp.int32),
+        adapter=jnp.array([0, 0, 0, 1, 1, 1], jnp.int32),
+        used=jnp.array([True, True, True, True, True, False]),
+    )
+    x, direction = normal(6, 16, 64), normal(6, 16, 64)
+    x = jnp.where(blocks.used[:, None, None], x, 0)
+
+    def of(experts: Any) -> tuple[Array, ...]:
+        lora = lambda pairs: ExpertLora(pairs, jnp.array([1.0, 0.5]), None)  # noqa: E731
+        out, back = jax.vjp(lambda x, pairs: experts(silu_gated, x, blocks, w, lora(pairs)), x, pairs)
+        return out, *jax.tree.leaves(back(direction))
+
+    @jax.jit
+    def both() -> Array:
+        kernel = of(lambda *inputs: grouped_kernel.experts_mlp(*inputs, interpret=interpret))
+        return jnp.stack([_gap(a, b) for a, b in zip(of(experts_mlp), kernel, strict=True)]).max()
+
+    return float(both())

@@ -59,7 +59,8 @@ class Platform:
     """A CPU waits for adapters to be read; an accelerator is slowed by a branch in every layer."""
     least_decode_rows: int
     """Rows of the smallest decode call. On a CPU a single row would run in another matrix kernel, and round
-    differently, than among others; on an accelerator a single row costs only itself."""
+    differently, than among others. On an accelerator it would cost more than two: the compiler turns its thin products
+    into sums over products that it writes out."""
     grouped_lora: bool
     """Each adapter of a decode batch takes one product, without a branch (`layers/lora.py`); batches without
     adapters have programs of their own. At each branch an accelerator waits for the host's answer."""
@@ -69,6 +70,8 @@ class Platform:
     """Training attention runs in `layers/flash_attention.py` where the self-test found it right."""
     paged_kernel: bool
     """Decode attention runs in `paged_kernel.py` where the self-test found it right."""
+    grouped_kernel: bool
+    """Experts run in `layers/grouped_kernel.py` where the self-test found it right."""
     copies_weights: bool
     """Small models' weights are kept twice, the second copy laid out for decoding."""
     overlaps: bool
@@ -117,6 +120,7 @@ CPU = Platform(
     fixed_passes=False,
     flash_kernel=False,
     paged_kernel=False,
+    grouped_kernel=False,
     copies_weights=True,
     overlaps=True,
     same_sums_in_every_batch=True,
@@ -142,11 +146,12 @@ ACCELERATOR = Platform(
     cache_chunk_tokens=512,
     reads_pages_in_place=False,
     own_rank_programs=False,
-    least_decode_rows=1,
+    least_decode_rows=2,
     grouped_lora=True,
     fixed_passes=True,
     flash_kernel=True,
     paged_kernel=True,
+    grouped_kernel=True,
     copies_weights=False,
     overlaps=False,
     same_sums_in_every_batch=False,

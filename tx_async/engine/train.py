@@ -98,7 +98,8 @@ def _trunk(
     # Only for a row that is alone: with several, each would need its own copy of W.
     joined = platform.joins_lora and batch.slots.shape[0] == 1 and model.mesh is None
     lora = LoraRows(rows, batch.scale, joined)
-    return model.forward(params, lora, batch.tokens, batch.positions, attend, remat=remat)[0]
+    inputs = params, lora, batch.tokens, batch.positions, attend
+    return model.forward(*inputs, remat=remat, grouped_kernel=kernels.grouped_product)[0]
 
 
 def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:

@@ -32,6 +32,8 @@ class ForwardPass(NamedTuple):
     """cos, sin fp32 [R, L, D/2] of each rope that a layer of the model has."""
     attend: Attend
     mesh: Mesh | None
+    grouped_kernel: bool = False
+    """Whether `grouped_kernel.py` computes experts where it can."""
 
 
 class Keeps(NamedTuple):

@@ -34,14 +34,15 @@ class Dispatch(NamedTuple):
     """bool [R, N]."""
 
 
-def block_shape(num_assignments: int, num_experts: int, num_devices: int = 1) -> tuple[int, int]:
-    """(blocks, rows of a block) that hold a row's assignments however they fall: a function of the shapes alone.
+def block_shape(num_assignments: int, num_experts: int, num_devices: int = 1, least: int = 1) -> tuple[int, int]:
+    """(blocks, rows of a block, `least` or more) that hold a row's assignments however they fall: a function of the
+    shapes alone.
 
     num_experts: those of this device; each of num_devices has as many. An assignment may go to any of them, so a
     device's blocks are no larger than if it had all experts: else it would compute mostly padding.
     """
     even = max(1, num_assignments // (num_experts * num_devices))
-    size = min(BLOCK_MAX, 1 << (even - 1).bit_length())
+    size = max(least, min(BLOCK_MAX, 1 << (even - 1).bit_length()))
     return min(num_assignments, num_assignments // size + num_experts), size
 
 
@@ -65,7 +66,8 @@ def _dispatch_row(experts: Array, num_experts: int, blocks: tuple[int, int]) -> 
     source = jnp.full(num_blocks * size, num_assignments, jnp.int32).at[slots].set(order, mode="drop")
     slot = jnp.zeros(num_assignments, jnp.int32).at[order].set(slots)
     block = jnp.arange(num_blocks, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(ends, block, side="right"), num_experts - 1).astype(jnp.int32)
+    expert = jnp.searchsorted(ends, block, side="right", method="compare_all")  # no loop, so nothing to wait for
+    expert = jnp.minimum(expert, num_experts - 1).astype(jnp.int32)
     return Dispatch(slot, source, expert, block < ends[-1])
 
 

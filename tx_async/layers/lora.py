@@ -56,13 +56,25 @@ class ExpertLora(NamedTuple):
     """[adapters] fp32."""
     row_adapter: Array | None
     """[R] int32, -1 = none; None where the adapter axis is the row axis."""
+    layer: Array | None = None
+    """Set where the weights hold every layer of a stack, on an axis before the adapters': the layer that is meant."""
+
+    @property
+    def of_layer(self) -> ExpertLora:
+        """The same with the weights of its layer alone."""
+        if self.layer is None:
+            return self
+        index = partial(jax.lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
+        return ExpertLora(jax.tree.map(index, self.weights), self.scale, self.row_adapter)
 
 
 class Lora(Protocol):
     @property
     def weights(self) -> Any: ...
 
-    def of_experts(self, layer: LayerLora) -> ExpertLora: ...
+    def of_experts(self, layer: LayerLora) -> ExpertLora:
+        """Nothing is copied: where adapters are stacked over layers, so they stay (`ExpertLora.layer`)."""
+        ...
 
     def per_row(self, ab: tuple[Array, Array], function: RowFunction, x: Array) -> Array:
         """Call `function` on each row with its adapter's matrices; rows without one give zeros. For arithmetic that is
@@ -101,6 +113,12 @@ class LoraRows:
         """x A · scale [R, L, rank] in x's dtype."""
         low = jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
         return keep((low * self.scale[:, None, None]).astype(x.dtype))
+
+
+def _low_rank(a: Array, b: Array, scale: Array, x: Array) -> Array:
+    """The plain (x A) B · scale of one row."""
+    low = jnp.einsum("ld,dk->lk", x, a, preferred_element_type=jnp.float32)
+    return jnp.einsum("lk,ko->lo", (low * scale).astype(x.dtype), b)
 
 
 TILE_ROWS = 4
@@ -152,7 +170,9 @@ class LoraActive:
         return by_path(lambda path, ab: PairOfLayer(jnp.arange(ab[0].shape[0]), *path), self.stacks)
 
     def of_experts(self, layer: dict[str, PairOfLayer]) -> ExpertLora:
-        return ExpertLora({name: self._whole_layer(pair) for name, pair in layer.items()}, self.scale, self.row_adapter)
+        pairs = {name: self.stacks[pair.stack][pair.name] for name, pair in layer.items()}
+        index = next((pair.layer for pair in layer.values()), None)
+        return ExpertLora(pairs, self.scale, self.row_adapter, index)
 
     def per_row(self, pair: PairOfLayer, function: RowFunction, x: Array) -> Array:
         a, b = self.stacks[pair.stack][pair.name]
@@ -228,12 +248,21 @@ class LoraActive:
 
 @struct.dataclass
 class LoraGrouped(LoraActive):
-    """For rows of one token: each adapter multiplies all rows in one grouped product, and each row takes its own
-    adapter's result. There is no branch, so a step is one stretch of work for an accelerator. What another adapter
-    computes for a row is not added, not even times zero: a NaN stays in its adapter's rows."""
+    """Without a branch, so that a step is one stretch of work for an accelerator. Rows of one token: each adapter
+    multiplies all rows in one grouped product, and each row takes its own adapter's result. Rows of many tokens: each
+    brings its adapter. What another adapter computes for a row is not added, not even times zero: a NaN stays in its
+    adapter's rows."""
 
     def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
+        if x.shape[1] > 1:
+            return [self.per_row(layer[name], _low_rank, x) for name in names]
         return [self._of_all(layer[name], x[:, 0])[:, None] for name in names]
+
+    def per_row(self, pair: PairOfLayer, function: RowFunction, x: Array) -> Array:
+        own = jnp.maximum(self.row_adapter, 0)
+        a, b = (w[pair.layer, own].astype(x.dtype) for w in self.stacks[pair.stack][pair.name])
+        rows = jax.vmap(function)(a, b, self.scale[own], x)
+        return jnp.where(self._adapted(rows.ndim), rows, 0)
 
     def _of_all(self, pair: PairOfLayer, x: Array) -> Array:
         """x [R, in] -> [R, out]"""
@@ -244,7 +273,11 @@ class LoraGrouped(LoraActive):
         low = (low * scale[:, None, None]).astype(x.dtype)
         of_all = jnp.einsum("srk,sko->sro", low, b.astype(x.dtype))
         mine = of_all[place, jnp.arange(x.shape[0])]
-        return jnp.where((self.row_adapter >= 0)[:, None], mine, 0)
+        return jnp.where(self._adapted(mine.ndim), mine, 0)
+
+    def _adapted(self, ndim: int) -> Array:
+        """Which rows have an adapter."""
+        return (self.row_adapter >= 0).reshape(-1, *[1] * (ndim - 1))
 
     def _adapters_here(self, num_rows: int) -> tuple[Array | None, Array]:
         """(the adapters to compute, None = those of every slot; the place of each row's adapter among them): no more

@@ -60,9 +60,9 @@ class MoeMlp:
         matrices = {name: w[name] for name in (*NAMES, *BIASES) if name in w}
         lora = forward.lora.of_experts({name: adapters[name] for name in NAMES if name in adapters})
         if forward.mesh is None:
-            out = routed(matrices, lora, x, experts, weights, self.activation)
+            out = routed(matrices, lora, x, experts, weights, self.activation, kernel=forward.grouped_kernel)
         else:
-            out = self._on_mesh(forward.mesh, matrices, lora, x, experts, weights)
+            out = self._on_mesh(forward.mesh, matrices, lora.of_layer, x, experts, weights)
         if self.shared is None:
             return out
         shared = self.shared(forward, w, adapters, x)
@@ -156,16 +156,30 @@ def routed(
     weights: Array,
     activation: Activation = silu_gated,
     num_devices: int = 1,
+    kernel: bool = False,
 ) -> Array:
     """The experts' output, or one device's share of it. w: gate, up [E, D, F], down [E, F, D]; x [R, L, D];
-    experts int32, weights fp32 [R, L, k]; out [R, L, D]. Experts outside of [0, E) contribute nothing."""
+    experts int32, weights fp32 [R, L, k]; out [R, L, D]. Experts outside of [0, E) contribute nothing. kernel: whether
+    `grouped_kernel.py` computes it where it can."""
     (R, L, D), k, num_experts = x.shape, experts.shape[-1], w["gate"].shape[0]
-    blocks = block_shape(L * k, num_experts, num_devices)
+    run, least = _experts_program(kernel, x, w)
+    blocks = block_shape(L * k, num_experts, num_devices, least)
     plan = dispatch(experts.reshape(R, L * k), num_experts, blocks)
     repeated = jnp.broadcast_to(x[:, :, None], (R, L, k, D)).reshape(R, L * k, D)
     inputs = rearrange(repeated, plan.source, plan.slot).reshape(-1, blocks[1], D)
     rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
     made_with = RowBlocks(plan.expert.reshape(-1), jnp.repeat(rows, blocks[0]), plan.used.reshape(-1))
-    out = keep(experts_mlp(activation, inputs, made_with, w, lora._replace(row_adapter=None)))
+    out = keep(run(activation, inputs, made_with, w, lora._replace(row_adapter=None)))
     out = rearrange(out.reshape(R, -1, D), plan.slot, plan.source).reshape(R, L, k, D)
     return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)
+
+
+def _experts_program(kernel: bool, x: Array, w: LayerWeights) -> tuple[Any, int]:
+    """(what computes the blocks, the least rows that a block has for it)"""
+    if kernel:
+        # Here, because a CPU that never needs Pallas should not wait for its import.
+        from tx_async.layers import grouped_kernel
+
+        if grouped_kernel.fits(x, w):
+            return grouped_kernel.experts_mlp, grouped_kernel.ROWS_MIN
+    return lambda activation, x, blocks, w, lora: experts_mlp(activation, x, blocks, w, lora.of_layer), 1

@@ -157,15 +157,16 @@ class Decoder:
         attend: Attend,
         cache: Cache = (),
         remat: bool = False,
+        grouped_kernel: bool = False,
     ) -> tuple[Array, Cache]:
         """tokens, positions int32 [R, L] -> (hidden [R, L, D] after the final norm, cache).
 
-        remat: a layer keeps only its input for the backward pass.
+        remat: a layer keeps only its input for the backward pass. grouped_kernel: experts run in their kernels.
         """
         x = self._by_rows(params["embed"][tokens])
         if self.embed_scale != 1.0:
             x = x * jnp.asarray(self.embed_scale, x.dtype)
-        forward = ForwardPass(lora, positions, self._rotary(positions), attend, self.mesh)
+        forward = ForwardPass(lora, positions, self._rotary(positions), attend, self.mesh, grouped_kernel)
         for segment in self.segments:
             body = partial(self._run_layers, segment, forward)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
