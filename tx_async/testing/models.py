@@ -56,7 +56,7 @@ DEEPSEEK_V3_TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -87,9 +87,9 @@ DEEPSEEK_V3_TINY: dict[str, Any] = {
 QWEN3_5_TINY: dict[str, Any] = QWEN3_TINY | {
     "architectures": ["Qwen3_5ForCausalLM"],
     "model_type": "qwen3_5_text",
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "rms_norm_eps": 1e-4,  # where the rule's output is near 0, its norm amplifies rounding
-    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
@@ -113,7 +113,6 @@ GPT_OSS_TINY: dict[str, Any] = QWEN3_TINY | {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",
     "intermediate_size": 32,
-    "num_hidden_layers": 4,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "attention_bias": True,
