@@ -16,7 +16,7 @@ _OPERATORS_OWN = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRES
 
 
 def keep(num_bytes: int) -> bool:
-    """Let each heap keep so many free bytes. Returns whether it does: an operator's own choice takes precedence, and
+    """Let each heap keep this many free bytes. Returns whether it does: an operator's own choice takes precedence, and
     other C libraries have no such setting."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or any(name in os.environ for name in _OPERATORS_OWN):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GRAMMAR_BYTES_MAX = 64 * 1024
 """The longest grammar that a request may have, in llguidance's form."""
 WORD_BITS = 32
-"""What is allowed is told in words of so many bits."""
+"""The bits of a word, in which allowed tokens are listed."""
 KEPT_GRAMMARS = 16
 """How many compiled grammars a process keeps: the samples of one request, and the requests of one agent, share one."""
 _LIMITS = {
@@ -40,7 +40,7 @@ class GrammarError(InvalidRequest):
 
 
 class Vocabulary:
-    """A tokenizer in llguidance's form. The end of an answer is a token of its own behind all others: which of the
+    """A tokenizer in llguidance's form. The end of an answer is a token of its own after all others: which of the
     model's tokens end one is for the request to say."""
 
     def __init__(self, tokenizer: str):

@@ -29,7 +29,7 @@ CONTROL_BYTES_MAX = 2**20
 HEAD_BYTES = 4096
 """How much is kept of a body over the limit: enough for the ids at the start of a protobuf."""
 DRAIN_FACTOR = 4
-"""A body is read (and forgotten) up to this many times the limit, so that its sender gets to see the answer."""
+"""A body is read (and forgotten) up to this many times the limit, so that its sender sees the answer."""
 
 PIECE_BYTES = 2048
 """Input unpacked at once: an RLE block of zstd makes 128 KiB from four bytes, so one piece gives at most 64 MiB."""
@@ -162,7 +162,7 @@ async def _receive(request: Request, bytes_max: int, hold: Hold) -> bytes:
 
 
 def _room(num_bytes: int) -> io.BytesIO:
-    """A file of so many bytes, to be written over: it never grows, which would copy it, and its memory is first touched
+    """A file of `num_bytes` zeros to write over: it never grows, which would copy it, and its memory is first touched
     by what is written to it."""
     return io.BytesIO(bytes(num_bytes))
 

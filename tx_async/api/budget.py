@@ -26,10 +26,10 @@ T = TypeVar("T")
 INLINE_BYTES_MAX = 64 * 1024
 """Bodies and results up to this size are handled on the event loop: a thread would cost more than it saves."""
 SMALL_SHARE = 8
-"""One in so many bytes of the budget is for bodies of at most `INLINE_BYTES_MAX`."""
+"""One byte in this many of the budget is for bodies of at most `INLINE_BYTES_MAX`."""
 SMALL_BYTES_MIN = 16 * INLINE_BYTES_MAX
 READING_SHARE = 4
-"""One in so many bytes of a bound is for what bodies unpack to, not for reading more of them."""
+"""One byte in this many of a bound is for what bodies unpack to, not for reading more of them."""
 DECODERS = 2
 PIECES_PER_ROUND = 2
 """Pieces (of 64 KiB, as a rule) of large bodies that one round of the event loop takes: half a millisecond of it."""
@@ -54,7 +54,7 @@ class Ledger:
         return f"<Ledger [{self.num_bytes} of {self.bytes_max} bytes | {len(self.held)} keys | {waiting} waiting]>"
 
     def fits(self, owner: str, num_bytes: int, unfolds: bool) -> bool:
-        """Whether so many bytes fit. A key that has some already leaves as much to the others as it takes."""
+        """Whether this many more bytes fit. A key that has some already leaves as much to the others as it takes."""
         mine, left = self.held[owner] + num_bytes, self.bytes_max - self.num_bytes - num_bytes
         if not unfolds:
             left -= self.bytes_max // READING_SHARE
@@ -163,7 +163,7 @@ class Hold:
         self._ledger = bodies.large
 
     async def take(self, num_bytes: int, *, unfolds: bool = False) -> None:
-        """Take so many more bytes, waiting for room. Raises `BodyTooLarge` when there can never be room, `Overloaded`
+        """Take this many more bytes, waiting for room. Raises `BodyTooLarge` when there can never be room, `Overloaded`
         when there was none for too long."""
         self.check(self.num_bytes + num_bytes)
         if not self.num_bytes:

@@ -21,7 +21,7 @@ from tx_async.errors import ConfigError
 
 HASH_DIGITS = 64
 ID_DIGITS = 8
-"""So many digits of a key's hash are its id in listings."""
+"""The first digits of a key's hash, this many of them, are its id in listings."""
 _PAIRS = ("role", "expires", "added", "owner")
 
 Role = Literal["user", "admin"]

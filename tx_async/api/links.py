@@ -24,7 +24,7 @@ class Permission(msgspec.Struct, frozen=True, array_like=True):
     path: str
     """Or a session_id, which differs from every path."""
     storage_key: str
-    """ "" of a session."""
+    """Empty for a session."""
     created_at: float
     expires_at: float
     key_mark: bytes = b""

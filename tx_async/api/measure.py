@@ -114,8 +114,8 @@ _DATA = protobuf.ForwardBackwardRequest.DESCRIPTOR.fields_by_name["data"].number
 
 
 def check_forward_backward(body: bytes, datums_max: int) -> None:
-    """Raises `InvalidRequest` for more datums, or more fields, than so many datums have. A body that is not protobuf at
-    all is left to the parser to refuse."""
+    """Raises `InvalidRequest` for more than `datums_max` datums, or more fields than those have. A body that is not
+    protobuf at all is left to the parser to refuse."""
     num_datums, num_values = 0, 0
     for number, start, stop in _fields(body, 0, len(body)):
         num_datums += number == _DATA

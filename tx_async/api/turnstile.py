@@ -1,4 +1,4 @@
-"""How large bodies share the event loop with everybody else: so many pieces in one round of it.
+"""How large bodies share the event loop with everybody else: a limited number of pieces in each round of it.
 
 The loop takes whatever has come on every connection before it looks again, so with a hundred uploads one round takes a
 hundred pieces, and a heartbeat that needs a few rounds waits for all of them each time. With a turnstile a round is

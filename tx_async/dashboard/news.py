@@ -23,7 +23,7 @@ from tx_async.wire.dashboard import Overview
 
 TICK_S = 1.0
 SILENCE_S = 15
-"""After so many ticks without news, a line says that the stream is alive: proxies cut silent ones."""
+"""After this many ticks without news, a line says that the stream is alive: proxies cut silent ones."""
 RETRY_MS = 2000
 PAGES_MAX = 512
 READ_S = 2.5

@@ -43,7 +43,8 @@ class TrainingState(NamedTuple):
 def zeros(
     targets: Targets, num_slots: int, rank: int, sharding: Any = None, allocate: Allocate = on_device
 ) -> TrainingState:
-    """sharding: a `TrainingState` of shardings; None is the default device."""
+    """`num_slots` empty slots: A and B of zeros at this rank, no steps taken. sharding: a `TrainingState` of shardings;
+    None is the default device."""
 
     def make() -> TrainingState:
         weights, m, v, gradients = (init_weights(targets, num_slots, rank) for _ in range(4))
@@ -87,11 +88,13 @@ def at(slot: Array, stack: Array) -> list[Array | int]:
 
 
 def read_state(state: TrainingState, slot: Array, rank: int | None = None) -> TrainingState:
+    """All that one slot holds; rank: as in `read_slot`."""
     weights, m, v, gradients = (read_slot(stack, slot, rank) for stack in state[:4])
     return TrainingState(weights, m, v, gradients, state.step[slot])
 
 
 def write_state(state: TrainingState, slot: Array, one: TrainingState) -> TrainingState:
+    """The inverse of `read_state`. What lies above the rank of `one` stays as it is."""
     pairs = zip(state[:4], one[:4], strict=True)
     weights, m, v, gradients = (write_slot(stack, slot, adapter) for stack, adapter in pairs)
     return TrainingState(weights, m, v, gradients, state.step.at[slot].set(one.step))
@@ -178,6 +181,7 @@ def pad(targets: Targets, weights: HostWeights, rank: int) -> HostWeights:
 
 
 def lora_scale(rank: int) -> float:
+    """The factor of (x A) B: alpha / rank."""
     return LORA_ALPHA / rank
 
 
@@ -206,6 +210,6 @@ class SamplerStacks:
         self.scale: Any = np.zeros(num_slots, np.float32)
 
     def load(self, slot: int, weights: LoraWeights, scale: float) -> None:
-        """`weights`: the stacks with the adapter already in `slot`."""
+        """Replace the stacks. weights: with the adapter already in `slot`; scale: the adapter's (`lora_scale`)."""
         self.weights, self.scale = weights, self.scale.copy()
         self.scale[slot] = scale

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 AHEAD_MAX = 24
 SHARES = (("decode ", 14), ("prefill ", 3), ("forward_backward ", 5), ("score ", 1), ("optim_step ", 1))
-"""At most so many programs of each kind, in the order in which they are compiled; AHEAD_MAX is their sum."""
+"""The most programs of each kind, in the order in which they are compiled; AHEAD_MAX is their sum."""
 
 
 RARE = (" wide", " K=1024 ", " K=4097 ")

@@ -78,7 +78,7 @@ def _tiles(segment: PrefillPiece, tile_tokens: int) -> Iterator[Tile]:
 
 
 def prefill_rows(num_tiles: int, sizes: Sequence[int]) -> Iterator[int]:
-    """The rows of each call for so many tiles: the largest of `sizes` that the remaining tiles fill more than half."""
+    """The rows of each call: the largest of `sizes` that the remaining tiles fill more than half."""
     while num_tiles > 0:
         rows = max((rows for rows in sizes if num_tiles > rows // 2), default=sizes[0])
         yield rows
@@ -86,6 +86,7 @@ def prefill_rows(num_tiles: int, sizes: Sequence[int]) -> Iterator[int]:
 
 
 def page_tables(samples: Sequence[SequenceState], rows: int, layout: CacheLayout) -> np.ndarray:
+    """int32 [rows, table_pages]: each sequence's pages in order, then the null page."""
     tables = np.zeros((rows, layout.table_pages), np.int32)
     for row, sample in enumerate(samples):
         tables[row, : len(sample.pages)] = sample.pages
@@ -93,6 +94,7 @@ def page_tables(samples: Sequence[SequenceState], rows: int, layout: CacheLayout
 
 
 def prefill_batch(tiles: Sequence[Tile], rows: int, tile_tokens: int, layout: CacheLayout) -> PrefillBatch:
+    """One prefill call: a row for each tile, [rows, tile_tokens]; rows without a tile are not alive."""
     tokens = np.zeros((rows, tile_tokens), np.int32)
     start = np.zeros(rows, np.int32)
     adapter = np.full(rows, BASE_SLOT, np.int32)
@@ -118,6 +120,7 @@ def _tile_states(tiles: Sequence[Tile], rows: int) -> TileStates:
 
 
 def decode_batch(samples: Sequence[SequenceState], rows: int, layout: CacheLayout) -> DecodeBatch:
+    """One decode call: a row for each sequence; unused rows have nothing left to sample."""
     specs = [sample.spec for sample in samples]
 
     def column(values: Sequence, dtype: type, unused: float = 0) -> np.ndarray:
@@ -173,6 +176,7 @@ def score_batches(tiles: Sequence[Tile], tile_tokens: int) -> Iterator[tuple[lis
 
 
 def empty_scores() -> ScoreBatch:
+    """SCORE_ROWS unused rows, as numpy arrays that `score_batches` fills."""
     rows = SCORE_ROWS
     zeros = lambda: np.zeros(rows, np.int32)  # noqa: E731
     return ScoreBatch(

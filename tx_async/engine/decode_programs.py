@@ -55,6 +55,7 @@ class Adapters(NamedTuple):
         return LoraGrouped(*self, row_adapter) if platform.grouped_lora else self.for_rows(platform, row_adapter)
 
     def for_rows(self, platform: Platform, row_adapter: Data) -> LoraActive:
+        """The active adapters of rows of any length. row_adapter: int32 [R], a sampler slot or -1."""
         if not platform.own_rank_programs:
             return LoraActive(*self, row_adapter)
         ranks = rank_classes(jax.tree.leaves(self.weights)[0].shape[-1])
@@ -72,6 +73,8 @@ class Adapters(NamedTuple):
 
 
 class PrefillBatch(NamedTuple):
+    """R rows of L prompt tokens each, of one sequence a row; see `prefill`."""
+
     tokens: Data
     """int32 [R, L]"""
     start: Data
@@ -87,6 +90,8 @@ class PrefillBatch(NamedTuple):
 
 
 class ScoreBatch(NamedTuple):
+    """T prompt positions whose tokens are to be scored; arrays are [T] unless they say otherwise; see `score`."""
+
     row: Data
     """int32 [T]: index in the flat hidden states of a prefill."""
     adapter: Data
@@ -104,6 +109,8 @@ class ScoreBatch(NamedTuple):
 
 
 class DecodeBatch(NamedTuple):
+    """B sequences, a row each; arrays are [B] unless they say otherwise; see `decode`."""
+
     token: Data
     """int32 [B]: each sequence's last token."""
     position: Data

@@ -353,10 +353,12 @@ def train_ranks(rows: int, max_rank: int) -> tuple[int, ...]:
 
 
 def optim_program(rank: int) -> str:
+    """The name of the program of an optimizer step for adapters up to this rank."""
     return f"optim_step rank={rank}"
 
 
 def train_program(rows: int, length: int, k: int, rank: int, forward_only: bool) -> str:
+    """The name of the program of a micro-batch: its shape, K targets per token, adapters up to this rank."""
     return f"{'forward' if forward_only else 'forward_backward'} {rows}x{length} K={k} rank={rank}"
 
 

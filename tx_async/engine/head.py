@@ -22,6 +22,8 @@ CHUNK_TOKENS = 512
 
 
 class Unembedding(NamedTuple):
+    """The frozen head with each row's adapter."""
+
     head: Array
     """[V, D], frozen, in the model's dtype."""
     a: Array
@@ -33,6 +35,8 @@ class Unembedding(NamedTuple):
 
 
 class HeadGradients(NamedTuple):
+    """Gradients of the sum of the losses by what the head reads; a and b as in `Unembedding`."""
+
     hidden: Array
     """[R, L, D] in the dtype of the hidden states."""
     a: Array

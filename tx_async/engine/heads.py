@@ -16,8 +16,8 @@ Head = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def num_candidates(head_tokens: int) -> int:
-    """How many candidates a decode program must look at for a head of so many tokens: one of two numbers, so that there
-    are only two programs."""
+    """How many candidates a decode program must look at for a head of `head_tokens` tokens: one of two numbers, so that
+    there are only two programs."""
     return TOPK_MAX if head_tokens <= TOPK_MAX else SUPPORT_TOKENS_MAX
 
 

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kernels:
+    """The kernels that run in place of plain versions."""
+
     flash_attention: bool = False
     """Whether `layers/flash_attention.py` runs in training."""
     paged_attention: bool = False

@@ -24,7 +24,7 @@ from tx_async.wire.worker import EngineConfig
 Pools = dict[str, Array]
 NULL_PAGE = 0
 CACHE_PART = 4
-"""The KV cache takes one in so many parts of a device's memory."""
+"""The KV cache takes one part in CACHE_PART of a device's memory."""
 MIN_STATES = 4
 """How many sequences of a recurrent model may always run at once."""
 
@@ -63,7 +63,8 @@ class CacheLayout:
     def plan(
         cls, cache_tokens: int, page_size: int, max_context_length: int, platform: Platform = platform.CPU
     ) -> CacheLayout:
-        """Plan the cache; at least one sequence of the longest context always fits."""
+        """Plan a cache of `cache_tokens`, in pages of `page_size` tokens; at least one sequence of the longest context
+        always fits."""
         chunk_pages = max(1, platform.cache_chunk_tokens // page_size)
         context_pages = -(-max_context_length // page_size)
         return cls(
@@ -84,6 +85,7 @@ class CacheLayout:
         shardings: dict[str, NamedSharding] | None = None,
         allocate: Allocate = on_device,
     ) -> Pools:
+        """Pools of zeros: of pages in `dtype`, and of recurrent state, whose `wide` parts are fp32."""
         lead = (model.cache_layers * self.num_pages, self.page_size)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
         for name, shape in model.cache_shapes.items():

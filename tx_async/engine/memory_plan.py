@@ -36,7 +36,7 @@ GIB = 2**30
 MARGIN_BYTES = GIB
 """Left free for fragmentation and for what a bound has missed."""
 RECOMPUTE_SHARE = 4
-"""A row shape recomputes where it would keep more than one in so many parts of the device's memory."""
+"""A row shape recomputes where it would keep more than one part in RECOMPUTE_SHARE of the device's memory."""
 HEAD_CHUNK_TOKENS = 512
 """Tokens of a chunk, as `head.py` cuts a row."""
 CONTEXT_MIN = 512
@@ -48,10 +48,14 @@ DEVICES_MAX = 64
 
 @dataclass(frozen=True)
 class RowShape:
+    """A shape of training micro-batches, with what it costs."""
+
     rows: int
     length: int
     recomputes: bool
+    """Whether each layer is computed again in the backward pass, which keeps only the layers' inputs."""
     temporaries: int
+    """Bytes on each device while such a micro-batch runs."""
 
     @property
     def tokens(self) -> int:

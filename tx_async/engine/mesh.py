@@ -5,8 +5,8 @@ Every process of a mesh runs this, then the same programs in the order of the co
 exchanges nothing: a program's inputs are host arrays that every process has (the stream brought them), its results come
 back whole on every device, and process 0 answers for all.
 
-A mesh that cannot work is a `ConfigError`: it is the last message that this process sends the server, and the operator
-reads it in the logs of both.
+A mesh that cannot work is a `ConfigError`: it is the last message that this process sends to the server, and the
+operator reads it in the logs of both.
 """
 
 from __future__ import annotations

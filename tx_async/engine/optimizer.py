@@ -72,11 +72,14 @@ class Moments(NamedTuple):
 
 
 class StepOutcome(NamedTuple):
+    """What a step reports, as scalars on the device."""
+
     taken: Array
     """bool: False when the gradients, or the state after the step, are not finite; nothing has changed then."""
     grad_norm: Array
     """The norm before clipping."""
     step: Array
+    """int32: how many steps the adapter has taken, this one included if it was."""
 
 
 # ---- the chain. Every update takes adam, the hyperparameters; norm, the gradients' norm; step, counted from 1.
@@ -94,6 +97,8 @@ def adamw() -> optax.GradientTransformationExtraArgs:
 
 
 def clip_by_global_norm() -> optax.GradientTransformationExtraArgs:
+    """torch's clip_grad_norm_, where grad_clip_norm is above 0."""
+
     def update(updates: Any, state: Any, params: Any = None, *, adam: Adam, norm: Array, **_: Any) -> tuple[Any, Any]:
         clip = jnp.minimum(1.0, adam.grad_clip_norm / (norm + CLIP_EPSILON))
         clip = jnp.where(adam.grad_clip_norm > 0, clip, 1.0)
@@ -125,6 +130,8 @@ def scale_by_adam() -> optax.GradientTransformationExtraArgs:
 
 
 def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """-lr / (1 - β1^t): the rate, with the bias correction of m in it."""
+
     def update(updates: Any, state: Any, params: Any = None, *, adam: Adam, step: Array, **_: Any) -> tuple[Any, Any]:
         step_size = adam.learning_rate / _bias_correction(adam.log_beta1, step)
         return jax.tree.map(lambda u: -step_size * u, updates), state
@@ -202,7 +209,8 @@ def not_taken_because(norm: float) -> str:
 
 
 def global_norm(tree: LoraWeights) -> Array:
-    """Entries are scaled by the largest one, so that gradients up to fp32's limit have a norm and do not overflow."""
+    """The L2 norm of all leaves together. Entries are first scaled by the largest one, so that gradients up to fp32's
+    limit have a norm and do not overflow."""
     leaves = jax.tree.leaves(tree)
     largest = reduce(jnp.maximum, (jnp.max(jnp.abs(x)) for x in leaves))
     unit = jnp.where(largest > 0, largest, 1.0)

@@ -22,9 +22,9 @@ from jax import Array
 from tx_async.layers import cpu
 
 BLOCK_DIAGONAL_HEADS_MAX = 8
-"""Up to so many key heads, the products with zeros cost less than laying each head's keys together."""
+"""Up to this many key heads, the products with zeros cost less than laying each head's keys together."""
 IN_PLACE_GROUP_MAX = 2
-"""Up to so many query heads of a key head, a CPU reads the pages again for each rather than storing what it read."""
+"""Up to this many query heads of a key head, a CPU reads the pages again for each rather than storing what it read."""
 
 
 class Products(NamedTuple):

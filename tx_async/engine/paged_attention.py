@@ -1,7 +1,7 @@
 """Attention over the paged KV cache (`kv_cache.py`).
 
 It reads a sequence's pages in chunks at absolute positions and combines them by an online softmax in fp32. The number
-of chunks is data, so the context length is never a shape; a chunk wholly behind a row's end changes none of the row's
+of chunks is data, so the context length is never a shape; a chunk wholly past a row's end changes none of the row's
 bits.
 """
 
@@ -92,8 +92,8 @@ class PagedAttention:
         return out, cache | {"conv": conv, "state": state}
 
     def write(self, pool: Array, layer: Array, new: Array) -> Array:
-        """Write whole pages: what stands behind a row's last token is overwritten before anything unmasks it. Pages
-        behind the sequence's last one are null."""
+        """Write whole pages: what stands after a row's last token is overwritten before anything unmasks it. Pages past
+        the sequence's last one are null."""
         L = new.shape[1]
         page_size = self.layout.page_size
         first = self.positions[:, 0] // page_size
@@ -113,6 +113,8 @@ class PagedAttention:
         window: int = 0,
         sinks: Array | None = None,
     ) -> Array:
+        """q [R, L, H, D], pools of keys and values [pages, page_size, Hkv, D] (with one pool, values are the first
+        `v_features` of its keys) -> [R, L, H, Dv]. window, sinks: as in `Attend`."""
         R, L, H, D = q.shape
         kv_heads = pools[0].shape[2]
         q = q.reshape(R, L, kv_heads, H // kv_heads, D)

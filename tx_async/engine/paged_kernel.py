@@ -44,10 +44,12 @@ def attend(
     window: int = 0,
     interpret: bool = False,
 ) -> Array:
-    """q [R, H, D] of one token each; keys, values [pages, page_size, Hkv, D]; tables int32 [R, n] of pages, counted
-    from `first_page` (a layer's); positions int32 [R]: of the token, whose own key is in its
-    page; window: keys that it sees, itself included,
-    0 = all -> [R, H, D]."""
+    """q [R, H, D], keys, values [pages, page_size, Hkv, D] -> [R, H, D].
+
+    Each row is one token, whose own key is in its page already. tables int32 [R, n]: its pages, counted from
+    `first_page` (a layer's). positions int32 [R]: its position. window: how many keys it sees, its own included; 0 =
+    all.
+    """
     num_rows, num_heads, features = q.shape
     page_size, kv_heads = keys.shape[1:3]
     group = num_heads // kv_heads

@@ -16,6 +16,8 @@ import jax
 
 @dataclass(frozen=True)
 class Platform:
+    """One column of the table."""
+
     name: str
     """JAX's name for it: cpu, gpu, tpu."""
     dtype: str
@@ -49,8 +51,8 @@ class Platform:
     prefill_rows: tuple[int, ...]
     """The row counts of prefill calls, ascending."""
     decode_rows_max: int
-    """Up to so many rows the kernels give every row the same bits in every batch, and larger batches are no faster per
-    row; 0 = no limit."""
+    """Up to this many rows the kernels give every row the same bits in every batch, and larger batches are no faster
+    per row; 0 = no limit."""
     cache_chunk_tokens: int
     """Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache."""
     reads_pages_in_place: bool

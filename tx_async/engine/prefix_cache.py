@@ -50,7 +50,7 @@ class PrefixCache:
         return self.num_pages - 1 - self.num_available
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, or None when there are not so many. Idle pages that are handed out
+        """`count` pages with one reference each, or None when there are not that many. Idle pages that are handed out
         lose their content."""
         if count > self.num_available:
             return None

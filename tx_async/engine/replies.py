@@ -28,6 +28,7 @@ def fetch(decoded: Decoded, samples: Sequence[SequenceState]) -> Decoded:
 
 
 def store_scores(pieces: Sequence[ScoringPiece], scores: Scores) -> None:
+    """Give each prompt its rows of one scoring call."""
     for piece in pieces:
         rows = slice(piece.first, piece.first + piece.count)
         piece.scoring.store(piece.start, Scores(*(array[rows] for array in vars(scores).values())))

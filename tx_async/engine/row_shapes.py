@@ -12,7 +12,7 @@ PREFERRED_ROW = 1024
 
 
 def row_shapes(config: EngineConfig, context: int, platform: Platform) -> tuple[tuple[int, int], ...]:
-    """(rows, length), ascending."""
+    """(rows, length in tokens) of every micro-batch, ascending by length; the last one holds a whole context."""
     configured = {length for length in config.train_row_lengths if length < context}
     lengths = (*configured, context) if configured else _doubling(platform.shortest_row, context)
     tokens = config.train_micro_batch_tokens or platform.micro_batch_tokens
@@ -28,5 +28,6 @@ def _doubling(shortest: int, context: int) -> tuple[int, ...]:
 
 
 def preferred_row_length(row_shapes: Sequence[tuple[int, int]]) -> int:
+    """The length that rows are filled up to: the longest that is no longer than PREFERRED_ROW."""
     lengths = [length for _, length in row_shapes]
     return max((length for length in lengths if length <= PREFERRED_ROW), default=lengths[0])

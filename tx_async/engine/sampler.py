@@ -22,7 +22,7 @@ from tx_async.wire.worker import GREEDY_BELOW
 
 SEGMENTS = 128
 TOPK_MAX = 128
-"""At most so many candidates are reported per position."""
+"""The most candidates that are reported per position."""
 KEY_BITS = 30
 """Weights are at most 1.0, whose bits are 0x3f800000."""
 

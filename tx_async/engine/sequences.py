@@ -431,4 +431,5 @@ def _is_watched(sample: SequenceState) -> bool:
 
 
 def prompt_key(spec: SequenceSpec, prompt: Sequence[int] | np.ndarray) -> PromptKey:
+    """Equal for sequences whose prompts have the same keys and values: same tokens, same adapter version."""
     return spec.adapter_version, np.asarray(prompt, np.int32).tobytes()

@@ -83,6 +83,7 @@ def check_shaping(spec: SequenceSpec) -> None:
 
 
 def shaping_of(samples: Sequence[SequenceState], rows: int, context: int, vocab: int) -> Shaping:
+    """What the sequences ask for, as numpy arrays of `rows` rows; unused rows ask for nothing."""
     specs = [sample.spec for sample in samples]
 
     def column(values: Sequence, dtype: type, unused: float = 0) -> np.ndarray:
@@ -139,6 +140,7 @@ def shapes(rows: int, context: int, vocab: int = 0) -> Shaping:
 
 
 def tally(shaping: Shaping, vocab: int) -> Tally:
+    """The lists of a `Shaping` spread out over the vocabulary, when a quantum begins."""
     rows = jnp.arange(shaping.min_p.shape[0])[:, None]
 
     def place(tokens: Array) -> Array:

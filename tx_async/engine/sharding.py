@@ -29,5 +29,5 @@ def make_mesh(config: EngineConfig) -> Mesh | None:
 
 
 def param_shardings(model: Decoder, mesh: Mesh | None) -> dict[str, Any]:
-    """A tree like `params` of shardings."""
+    """How every parameter lies: a tree like `params`, of shardings."""
     return tree_of({weight: weight_sharding(weight, mesh) for weight in model.weights})

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 
 class Stream(Protocol):
+    """Where device work is dispatched."""
+
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function`, which dispatches, on this stream; -> what it returns."""
         ...

@@ -34,6 +34,8 @@ BLOCK = 64
 
 
 class Attend(Protocol):
+    """How a layer's tokens attend to others; `layer` is the layer's place in the cache."""
+
     def __call__(
         self,
         cache: Cache,

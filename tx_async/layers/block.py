@@ -69,6 +69,8 @@ class Mixer(Protocol):
 
 
 class Mlp(Protocol):
+    """Works on each token alone: dense, or a mixture of experts."""
+
     def weights(self, stack: Stack) -> Iterable[Weight]: ...
 
     def __call__(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
@@ -97,6 +99,8 @@ class Norms:
 
 @dataclass(frozen=True)
 class Layer:
+    """x + mixer(norm(x)), then x + mlp(norm(x)), with norms after them where the family has some."""
+
     name: str
     """The name of its kind: layers that share it are equal and are scanned together."""
     mixer: Mixer

@@ -36,6 +36,8 @@ class Mixed(NamedTuple):
 
 @dataclass(frozen=True)
 class GatedDeltaNet:
+    """See the module, and `delta_rule.py` for the recurrence. A `Mixer`."""
+
     hidden_size: int
     num_key_heads: int
     num_value_heads: int

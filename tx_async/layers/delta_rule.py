@@ -2,9 +2,9 @@
 
     S_t = exp(g_t) S_{t-1} + k_t u_tᵀ    u_t = β_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)    o_t = S_tᵀ q_t
 
-`step` computes that for one token. In chunks of C tokens, the u of a chunk solve one triangular system (`Chunk.of`),
-and only the state goes from chunk to chunk. A segment that begins inside of a chunk sees nothing from before it: its
-terms with earlier tokens are exact zeros. Everything is fp32.
+`step` computes that for one token. In chunks of C tokens, the u of a chunk solve one triangular system
+(`ChunkTransition.of`), and only the state goes from chunk to chunk. A segment that begins inside of a chunk sees
+nothing from before it: its terms with earlier tokens are exact zeros. Everything is fp32.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ class QueryScaling:
 
 @dataclass(frozen=True)
 class GroupedQueryAttention:
+    """Several query heads share one head of keys and values (arXiv 2305.13245). A `Mixer`."""
+
     hidden_size: int
     num_heads: int
     num_kv_heads: int

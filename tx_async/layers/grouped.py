@@ -19,6 +19,7 @@ from jax import Array
 from tx_async.layers.lora import ExpertLora, LayerLora
 
 BLOCK_MAX = 128
+"""The most tokens of a block."""
 
 
 class Dispatch(NamedTuple):

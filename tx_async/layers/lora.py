@@ -1,8 +1,8 @@
 """LoRA beside a frozen linear layer: y = x W + (x A) B · scale, with the adapter chosen per row.
 
 `weights[stack][name] = (A, B)`: stacked over the layers of a stack, then over adapters, so that a scan over layers
-    slices both. A: [layers, adapters, in, rank]    B: [layers, adapters, rank, out]   fp32
-Experts have one more axis: A [layers, adapters, experts, in, rank].
+slices both. A: [layers, adapters, in, rank], B: [layers, adapters, rank, out], both fp32. Experts have one more axis:
+A [layers, adapters, experts, in, rank].
 
 There are two ways to apply them, with one interface (`deltas`):
 - `LoraRows` (training): the adapter axis is the row axis, A is already gathered per row; differentiable per row.
@@ -69,8 +69,12 @@ class ExpertLora(NamedTuple):
 
 
 class Lora(Protocol):
+    """The adapters of a batch, whichever way they are applied."""
+
     @property
-    def weights(self) -> Any: ...
+    def weights(self) -> Any:
+        """stack -> name -> what a scan over layers slices and hands to the methods below."""
+        ...
 
     def of_experts(self, layer: LayerLora) -> ExpertLora:
         """Nothing is copied: where adapters are stacked over layers, so they stay (`ExpertLora.layer`)."""
@@ -89,6 +93,8 @@ class Lora(Protocol):
 
 @struct.dataclass
 class LoraRows:
+    """Training: row r has the adapter at index r of the adapter axis."""
+
     weights: LoraWeights
     scale: Array
     """[R] fp32: LORA_ALPHA / rank of the row's adapter."""
@@ -150,7 +156,10 @@ class PairOfLayer:
 
 @struct.dataclass
 class LoraActive:
+    """Sampling: rows choose among the adapters in the sampler slots."""
+
     stacks: LoraWeights
+    """Of every slot."""
     scale: Array
     """[adapters] fp32."""
     active: Array

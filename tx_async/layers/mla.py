@@ -29,6 +29,8 @@ LATENT_NORM_EPS = 1e-6  # transformers builds these norms with its default eps, 
 
 @dataclass(frozen=True)
 class LatentAttention:
+    """See the module, and DeepSeek-V2 (arXiv 2405.04434). A `Mixer`."""
+
     hidden_size: int
     num_heads: int
     q_lora_rank: int

@@ -18,6 +18,8 @@ from tx_async.layers.weights import Dim, Stack, Weight
 
 @dataclass(frozen=True)
 class GatedMlp:
+    """A gated linear unit (arXiv 2002.05202). An `Mlp`."""
+
     hidden_size: int
     intermediate_size: int
     bias: bool = False

@@ -30,6 +30,8 @@ BIASES = tuple(f"{name}_bias" for name in NAMES)
 
 @dataclass(frozen=True)
 class MoeMlp:
+    """Experts behind a router, with or without shared ones. An `Mlp`."""
+
     hidden_size: int
     intermediate_size: int
     """The features of one expert."""

@@ -1,4 +1,4 @@
-"""RMSNorm with fp32 statistics."""
+"""RMSNorm (arXiv 1910.07467) with fp32 statistics: x / √(mean(x²) + eps) · w."""
 
 from __future__ import annotations
 

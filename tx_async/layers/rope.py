@@ -1,4 +1,4 @@
-"""Rotary position embeddings with the scalings of the supported models.
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) with the scalings of the supported models.
 
 Frequencies are computed once, in float32 like transformers' `modeling_rope_utils`, and are static: they are part of a
 model's identity, not of its parameters.
@@ -19,6 +19,8 @@ from tx_async.errors import BaseModelError
 
 @dataclass(frozen=True)
 class Rope:
+    """One rotary embedding: the angle of a pair of features is its frequency times the position."""
+
     frequencies: tuple[float, ...]
     """Radians per position, for each pair of features."""
     attention_factor: float = 1.0
@@ -157,4 +159,5 @@ def _yarn_attention_factor(rope: dict[str, Any]) -> float:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's correction of the softmax's temperature: 0.1 · mscale · ln(factor) + 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -35,7 +35,7 @@ class SoftmaxRouter:
 
 @dataclass(frozen=True)
 class ChosenSoftmaxRouter:
-    """gpt-oss: the k largest logits, which have a bias, and a softmax over those alone."""
+    """gpt-oss: the k largest logits, which have a bias, and a softmax over those alone. Called like `SoftmaxRouter`."""
 
     hidden_size: int
     num_experts: int
@@ -53,7 +53,8 @@ class ChosenSoftmaxRouter:
 
 @dataclass(frozen=True)
 class SigmoidRouter:
-    """DeepSeek V3: sigmoid scores, with a bias that affects only the choice; experts come from the best groups only."""
+    """DeepSeek V3 (arXiv 2412.19437): sigmoid scores, with a bias that affects only the choice; experts come from the
+    best groups only. Called like `SoftmaxRouter`."""
 
     hidden_size: int
     num_experts: int

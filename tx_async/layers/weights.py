@@ -21,13 +21,15 @@ class Dim(NamedTuple):
 
     size: int
     axis: str | None = None
-    """Logical name that `engine/sharding.py` maps to a mesh axis; None is never cut."""
+    """Logical name that `layers/sharding.py` maps to a mesh axis; None is never cut."""
     units: int = 0
     """The number of units that must stay whole (heads); 0 = it may be cut between any two elements."""
 
 
 @dataclass(frozen=True)
 class Weight:
+    """One leaf of `params`: its shape, its tensors in the files, and what adapts and cuts it."""
+
     stack: str
     """The key in `params` of the stack that it belongs to; "" for weights outside of the layers."""
     name: str

@@ -48,3 +48,5 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Decoder]] = {
     "Glm4MoeForCausalLM": glm4_moe.from_hf,
     "Glm4MoeLiteForCausalLM": deepseek_v3.from_hf,
 }
+"""Each function takes the text model's `config.json`, with `served_context_length` beside its keys (0 = the model's
+own), and returns its decoder without weights. It raises `BaseModelError` naming a setting that is not implemented."""

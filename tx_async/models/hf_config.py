@@ -16,7 +16,7 @@ Config = dict[str, Any]
 
 
 def only(config: Config, key: str, *allowed: Any) -> None:
-    """Refuses any value but those `allowed`; the first of them is the value of an absent key."""
+    """Raises `BaseModelError` for any value but those `allowed`; the first of them is the value of an absent key."""
     value = config.get(key, allowed[0])
     if value not in allowed:
         known = ", ".join(repr(a) for a in allowed)
@@ -24,6 +24,7 @@ def only(config: Config, key: str, *allowed: Any) -> None:
 
 
 def need(config: Config, key: str) -> Any:
+    """The value of a key. Raises `BaseModelError` where it is absent or null."""
     if config.get(key) is None:
         raise BaseModelError(f"config.json lacks {key}.")
     return config[key]
@@ -62,6 +63,7 @@ def heads(config: Config, head_dim: int) -> dict[str, Any]:
 
 
 def gated_mlp(config: Config, key: str = "hidden_act", bias: bool = False, fused: bool = False) -> GatedMlp:
+    """The dense MLP. key: where the family names its activation."""
     only(config, key, *ACTIVATIONS)
     hidden, inner = need(config, "hidden_size"), need(config, "intermediate_size")
     return GatedMlp(hidden, inner, bias, activation=config.get(key, "silu"), fused=fused)
@@ -108,7 +110,7 @@ def window(config: Config, kind: str) -> int:
 
 
 def no_windows(config: Config) -> None:
-    """Refuses sliding windows, for families that have none."""
+    """Raises `BaseModelError` for sliding windows, for families that have none."""
     only(config, "use_sliding_window", False, None)
     layer_types(config, known=(FULL,))
 

@@ -80,6 +80,7 @@ def fetch(base_model: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`. Raises `BaseModelError`."""
     return model_folder.read_config(folder)
 
 
@@ -141,7 +142,7 @@ def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check(model: Decoder, tensors: dict[str, StoredTensor]) -> None:
-    """Missing, mis-shaped and unknown tensors are refused by name before anything is read."""
+    """Raises `BaseModelError` naming missing, mis-shaped and unknown tensors, before anything is read."""
     expected = {name: weight.hf_shape for weight in model.weights for name in weight.hf_names}
     missing = [name for name in expected if name not in tensors]
     if missing:

@@ -9,7 +9,8 @@ from tx_async.errors import BaseModelError
 
 
 def check_quantization(config: dict[str, Any]) -> None:
-    """Accepts fp8 (e4m3) in blocks of powers of two, or with one scale per tensor, and MXFP4 (gpt-oss)."""
+    """Accepts fp8 (e4m3) in blocks of powers of two, or with one scale per tensor, and MXFP4 (gpt-oss). Raises
+    `BaseModelError` for every other kind."""
     quantization = config.get("quantization_config")
     if not quantization:
         return

@@ -30,6 +30,8 @@ DTYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """A tensor in a safetensors file, which is read by ranges of rows."""
+
     path: Path
     name: str
     """The name for messages; the file is read only by offset."""

@@ -20,7 +20,7 @@ class TrainingRunHistory(Struct, kw_only=True):
     steps: list[dict[str, float]]
     """Oldest first: `index` counts the run's optimizer steps from 0, `step` is the optimizer's own count, `started_at`
     and `finished_at` are seconds since the epoch, `tokens`, `sequences` and `num_batches` count the training data, and
-    the metrics are those that forward_backward and optim_step have reported, combined as the part behind the colon
+    the metrics are those that forward_backward and optim_step have reported, combined as the part after the colon
     says."""
 
 

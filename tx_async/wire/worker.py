@@ -37,7 +37,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     max_lora_adapters: int = 8
     """Training adapters that are on the device at once; more models than this live in host memory and storage. Fewer
-    where a GPU's memory does not hold so many; the plan in the log says how many."""
+    where a GPU's memory does not hold that many; the plan in the log says how many."""
     max_lora_rank: int = 128
     """The highest rank of an adapter. Slots hold rank 32 until somebody asks for more; then the worker starts again
     with wider ones (64, 128, …), once for each."""

@@ -16,7 +16,7 @@ _FINGERPRINT_CHARACTERS = 12
 
 def model_path(call: Call, name: str) -> str | None:
     """The checkpoint that a name stands for, None for the base model: `BASE`, `tinker://…` or `BASE;tinker://…`,
-    optionally with `:peft:N` behind it. Raises `ModelNotServed`."""
+    optionally followed by `:peft:N`. Raises `ModelNotServed`."""
     base, path, context = _parts(name)
     model = call.scheduler.base_model
     try:
