@@ -273,18 +273,23 @@ def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | No
         config = msgspec.convert(values, ServerConfig, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"The configuration is invalid: {error}") from error
-    _check_numbers(config)
+    _check_numbers(config, "")
+    _check_numbers(config.backend_config, "backend_config.")
     return config
 
 
-def _check_numbers(config: ServerConfig) -> None:
-    """Raises `ConfigError` for a number with which a server would start and then refuse or drop everything."""
-    for name, value in msgspec.structs.asdict(config).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-            least = "at least 0" if name in MAY_BE_ZERO else "more than 0"
-            raise ConfigError(f"{name} is {value}; it must be {least}.")
+def _check_numbers(settings: ServerConfig | EngineConfig, where: str) -> None:
+    """Raises `ConfigError` for a number with which a server would start, and then refuse everything or wait for ever
+    for its workers."""
+    for field in msgspec.structs.fields(settings):
+        given = getattr(settings, field.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            may_be_zero = field.name in MAY_BE_ZERO or field.default == 0
+            if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+                least = "at least 0" if may_be_zero else "more than 0"
+                raise ConfigError(f"{where}{field.name} is {value}; it must be {least}.")
 
 
 def _in_our_names(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
