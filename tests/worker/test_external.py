@@ -94,6 +94,17 @@ def outcomes(engine, number):
     return finished, failed
 
 
+def watched(engine):
+    """One sequence to its end: (piece, tensors) of each quantum that told some, what finished, and its tensors."""
+    pieces = []
+    while True:
+        result, tensors = engine.execute(QUANTUM, [])()
+        assert not result.failed
+        pieces += [(piece, tensors) for piece in result.pieces]
+        if result.finished:
+            return pieces, result.finished, tensors
+
+
 def wait_until(condition):
     deadline = time.monotonic() + 20
     while not condition():
@@ -215,6 +226,30 @@ def test_cancelled_sequences_end_in_vllm_too(vllm, engine):
     wait_until(lambda: vllm.num_running == 1)
 
 
+def test_a_watched_sequence_is_told_as_it_grows(vllm, engine):
+    asked = {"max_tokens": 6, "topk_logprobs": 3}
+    admit(engine, spec(1, **asked))
+    (whole,), tensors = watched(engine)[1:]
+    vllm.token_s = 0.02
+    admit(engine, spec(1, stream=True, **asked))
+    pieces, (finished,), streamed = watched(engine)
+    assert len(pieces) > 1 and [piece.start for piece, _ in pieces] == sorted({piece.start for piece, _ in pieces})
+    for name in ("tokens_index", "logprobs_index", "topk_token_ids_index", "topk_logprobs_index"):
+        all_of_it = tensors[getattr(whole, name)]
+        np.testing.assert_array_equal(streamed[getattr(finished, name)], all_of_it)
+        told = np.concatenate([arrays[getattr(piece, name)] for piece, arrays in pieces])
+        np.testing.assert_array_equal(told, all_of_it[: len(told)])
+    assert finished.stop_reason == whole.stop_reason
+
+
+def test_a_watched_sequence_that_is_cancelled_ends_in_vllm_too(vllm, engine):
+    vllm.token_s = 0.5
+    admit(engine, spec(1, stream=True, max_tokens=100))
+    wait_until(lambda: vllm.num_running == 1)
+    engine.execute(CancelSequences(sequence_ids=(1,)), [])()
+    wait_until(lambda: vllm.num_running == 0)
+
+
 @pytest.mark.parametrize(("tells", "num_tokens"), [(False, 4), (True, 4), (True, 1)])
 def test_vllm_says_how_long_it_generated_where_it_was_asked_to(vllm, engine, tells, num_tokens):
     vllm.tells_times, vllm.token_s = tells, 0.01
@@ -292,12 +327,26 @@ def test_it_leaves_in_one_line_when_vllm(failure, vllm, engine, tmp_path):
     assert gone.empty()
 
 
-def test_one_bad_answer_of_a_healthy_engine_is_no_reason_to_leave(vllm, engine):
+NO_ANSWERS = ((500, {"error": {"message": "EngineCore"}}), (200, {"choices": [], "usage": {}}), (200, "<html>"))
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS, ids=["failure", "empty", "of_something_else"])
+def test_one_bad_answer_of_a_healthy_engine_is_no_reason_to_leave(answer, vllm, engine):
     """A request that always breaks it fails alone, and goes to another worker."""
-    vllm.poison = 99
+    vllm.poison, vllm.poisoned = 99, answer
     gone = queue.SimpleQueue()
     engine.watch(gone.put)
     admit(engine, spec(1), prompt=(5, 99))
     admit(engine, spec(2))
     finished, failed = outcomes(engine, 2)
-    assert len(finished) == len(failed) == 1 and "500" in failed[0][2] and gone.empty()
+    assert len(finished) == len(failed) == 1 and re.search("50[02]", failed[0][2]) and gone.empty()
+
+
+def test_a_stream_that_breaks_off_fails_alone(vllm, engine):
+    vllm.broken_stream = True
+    gone = queue.SimpleQueue()
+    engine.watch(gone.put)
+    admit(engine, spec(1, stream=True))
+    admit(engine, spec(2))
+    finished, failed = outcomes(engine, 2)
+    assert [sequence.sequence_id for sequence in finished] == [2] and failed[0][0] == 1 and gone.empty()

@@ -1,9 +1,11 @@
 """Against a real vLLM: VLLM_VENV names a virtual environment that has one (`testing/vllm_process.py` says how), and
 these tests start their own. Minutes, so not a part of the suite otherwise."""
 
+import json
 import os
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -87,6 +89,27 @@ def test_twelve_versions_take_turns_on_four_slots(served):
     asked = [client.ask(sampler, PROMPT, 16, num_samples=2) for sampler in samplers]
     assert all(len(client.outcome(promise)["sequences"]) == 2 for promise in asked)
     assert max(check(client, sampler) for sampler in samplers[::4]) <= TOLERANCE
+
+
+def test_a_stream_brings_the_tokens_as_vllm_samples_them(served):
+    server, vllm, client = served
+    body = {
+        "model": client.model, "prompt": PROMPT, "max_tokens": 48, "temperature": 0, "logprobs": 2,
+        "presence_penalty": 0.5, "return_token_ids": True,
+    }  # fmt: skip
+    whole = httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+    before = vllm.log.read_text().count("POST /v1/completions")
+    tokens, logprobs, num_events = [], [], 0
+    with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body | {"stream": True}, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                tokens += choice.get("token_ids") or []
+                logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
+                num_events += 1
+    assert vllm.log.read_text().count("POST /v1/completions") == before + 1
+    assert num_events > 4 and tokens == whole["token_ids"]
+    np.testing.assert_allclose(logprobs, whole["logprobs"]["token_logprobs"], atol=TOLERANCE)
 
 
 def test_kill_9_in_the_middle_of_64_samples(served):

@@ -11,7 +11,7 @@ import asyncio
 import copy
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,10 @@ class FakeVllm:
     off_by: float = 0.0
     """Added to every log-probability, as by another model."""
     poison: int = -1
-    """A token: prompts that hold it are answered 500."""
+    """A token: prompts that hold it are answered with `poisoned`."""
+    poisoned: Answer = FAILED
+    broken_stream: bool = False
+    """Streams end with an error before their last token."""
     allows_loading: bool = True
     port: int = field(default_factory=free_port)
 
@@ -145,7 +148,7 @@ class FakeVllm:
     ) -> None:  # fmt: skip
         while self.is_hanging:  # noqa: ASYNC110 - a test ends it, on another thread
             await asyncio.sleep(0.02)
-        answering = asyncio.ensure_future(self._respond(method, path, headers, body))
+        answering = asyncio.ensure_future(self._respond(method, path, headers, body, writer))
         gone = asyncio.ensure_future(reader.read(1))
         try:
             await asyncio.wait([answering, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -156,13 +159,18 @@ class FakeVllm:
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
-        status, content = answering.result()
+        if (answer := answering.result()) is None:
+            return
+        status, content = answer
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         head = f"HTTP/1.1 {status} Recorded\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
         writer.write(head.encode() + data)
         await writer.drain()
 
-    async def _respond(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+    async def _respond(
+        self, method: str, path: str, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter
+    ) -> Answer | None:
+        """None: the answer is written already."""
         if any(path.startswith(failing) for failing in self.failing):
             return FAILED
         if self.api_key and path.startswith("/v1") and headers.get("authorization") != f"Bearer {self.api_key}":
@@ -177,7 +185,7 @@ class FakeVllm:
             case "GET", "/metrics":
                 return 200, f'vllm:generation_tokens_total{{engine="0"}} {float(self.num_completions)}\n'
             case "POST", "/v1/completions":
-                return await self._complete(json.loads(body))
+                return await self._complete(json.loads(body), writer)
             case "POST", "/v1/load_lora_adapter" if self.allows_loading:
                 return self._load(**json.loads(body))
             case "POST", "/v1/unload_lora_adapter" if self.allows_loading:
@@ -217,21 +225,36 @@ class FakeVllm:
 
     # ---- completions
 
-    async def _complete(self, body: dict[str, Any]) -> Answer:
+    async def _complete(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> Answer | None:
         base, model = self.name or self.model, body["model"]
         if model != base and model not in self.adapters:
             return recorded("unknown_model", **{"nothing": model, "/models/qwen3": base})
         if self.poison in body["prompt"]:
-            return FAILED
+            return self.poisoned
         if problem := self._objection(body):
             return problem
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
+        slot = BASE_SLOT if model == base else self._slots[model]
         try:
+            if body.get("stream"):
+                await self._stream(self._completion(body, slot), writer)
+                return None
             await asyncio.sleep(self.token_s * body["max_tokens"])
-            return 200, self._completion(body, BASE_SLOT if model == base else self._slots[model])
+            return 200, self._completion(body, slot)
         finally:
             self.num_running -= 1
+
+    async def _stream(self, answer: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """An answer as events: a token each, then the usage."""
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        for event in stream_events(answer, self.broken_stream):
+            data = f"data: {event}\n\n".encode()
+            await asyncio.sleep(self.token_s)
+            writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
 
     def _objection(self, body: dict[str, Any]) -> Answer | None:
         if body["logprobs"] > self.max_logprobs:
@@ -274,6 +297,24 @@ class FakeVllm:
         if self.tells_times:
             answer["metrics"] = {"generation_time_ms": 1000 * self.token_s * (len(tokens) - 1)}
         return answer
+
+
+def stream_events(answer: dict[str, Any], is_broken: bool) -> Iterator[str]:
+    """The events' data, as vLLM has them."""
+    head = {key: answer[key] for key in ("id", "object", "created", "model")}
+    choice = answer["choices"][0]
+    last = len(choice["token_ids"]) - 1
+    for place, token in enumerate(choice["token_ids"]):
+        if is_broken and place == last:
+            yield json.dumps({"error": {"message": "EngineCore encountered an issue.", "code": 500}})
+            break
+        logprobs = {name: values[place : place + 1] for name, values in choice["logprobs"].items()}
+        reason = choice["finish_reason"] if place == last else None
+        part = {"index": 0, "text": "", "logprobs": logprobs, "finish_reason": reason, "token_ids": [token]}
+        yield json.dumps(head | {"choices": [part]})
+    else:
+        yield json.dumps(head | {"choices": [], "usage": answer["usage"], "metrics": answer["metrics"]})
+    yield "[DONE]"
 
 
 def recorded(name: str, **replacements: str) -> Answer:

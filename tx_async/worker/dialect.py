@@ -6,6 +6,7 @@ with the same kind of interface is one more file like that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -69,6 +70,21 @@ class EngineCompletion:
     """From its first token to its last; None where the engine does not say."""
 
 
+@dataclass(frozen=True)
+class CompletionPart:
+    """What the engine has added to a watched sequence, as in `EngineCompletion`."""
+
+    start: int
+    """How many tokens come before these."""
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    topk_token_ids: np.ndarray | None
+    topk_logprobs: np.ndarray | None
+
+
+OnPart = Callable[[CompletionPart], None]
+
+
 class Dialect(Protocol):
     """Every call raises `Unreachable` or `RejectedByEngine`. All run on one event loop; a call that is cancelled closes
     its connection, which ends what the engine does for it."""
@@ -100,7 +116,11 @@ class Dialect(Protocol):
 
     async def unload_adapter(self, name: str) -> None: ...
 
-    async def complete(self, model: str, prompt: EncodedPrompt, spec: SequenceSpec) -> EngineCompletion: ...
+    async def complete(
+        self, model: str, prompt: EncodedPrompt, spec: SequenceSpec, on_part: OnPart | None = None
+    ) -> EngineCompletion:
+        """`on_part` is told what has come while there is more to come; the completion has all of it again."""
+        ...
 
     async def close(self) -> None: ...
 

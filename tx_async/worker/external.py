@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,12 +26,20 @@ from tx_async.errors import EngineError, EngineGone
 from tx_async.storage.store import Store
 from tx_async.wire import worker as wire
 from tx_async.wire.worker import BASE_SLOT, EngineInfo, SequenceSpec, Welcome
-from tx_async.worker.dialect import Dialect, EncodedPrompt, EngineCompletion, RejectedByEngine, Served, Unreachable
+from tx_async.worker.dialect import (
+    CompletionPart,
+    Dialect,
+    EncodedPrompt,
+    EngineCompletion,
+    RejectedByEngine,
+    Served,
+    Unreachable,
+)
 from tx_async.worker.engine_api import Pending, Reply, ReportProgress
 from tx_async.worker.external_adapters import AdapterFolder
 from tx_async.worker.external_attach import Attachment, named, read_subject
 from tx_async.worker.external_health import EngineHealth, HealthSettings
-from tx_async.worker.external_report import SampleFailure, SampleOutcome, report
+from tx_async.worker.external_report import SampleFailure, SampleOutcome, SamplePart, report
 from tx_async.worker.external_settings import ExternalSettings
 from tx_async.worker.external_trial import Subject
 
@@ -87,7 +96,9 @@ class ExternalEngine:
         self._running: dict[int, _Sequence] = {}
         #: what the next quantum reports of sequences that are not in `_running` any more
         self._outcomes: list[SampleOutcome] = []
-        self._last_outcome = time.monotonic()
+        #: and of watched sequences that go on
+        self._parts: list[SamplePart] = []
+        self._last_news = time.monotonic()
         self._news = asyncio.Event()
         self._examining = asyncio.Lock()
         self._gone: EngineGone | None = None
@@ -174,9 +185,10 @@ class ExternalEngine:
             if sequence and sequence.task:
                 sequence.task.cancel()
         self._outcomes = [outcome for outcome in self._outcomes if outcome.spec.sequence_id not in sequence_ids]
+        self._parts = [part for part in self._parts if part.sequence_id not in sequence_ids]
 
     async def _quantum(self) -> Reply:
-        if self._running and not self._outcomes and not self._gone:
+        if self._running and not (self._outcomes or self._parts or self._gone):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), QUANTUM_S)
             await asyncio.sleep(GATHER_S)
@@ -184,7 +196,8 @@ class ExternalEngine:
             raise self._gone
         self._news.clear()
         outcomes, self._outcomes = self._outcomes, []
-        return report(outcomes, len(self._running))
+        parts, self._parts = [part for part in self._parts if part.sequence_id in self._running], []
+        return report(outcomes, parts, len(self._running))
 
     # ---- adapters
 
@@ -230,8 +243,8 @@ class ExternalEngine:
         except _Left:
             return
         if self._running.pop(spec.sequence_id, None):
-            self._last_outcome = time.monotonic()
-            self._outcomes.append(SampleOutcome(spec, len(prompt), result, 1000 * (self._last_outcome - began_at)))
+            self._last_news = time.monotonic()
+            self._outcomes.append(SampleOutcome(spec, len(prompt), result, 1000 * (self._last_news - began_at)))
             self._news.set()
 
     async def _sample(self, spec: SequenceSpec, prompt: EncodedPrompt) -> EngineCompletion | SampleFailure:
@@ -241,9 +254,10 @@ class ExternalEngine:
         if spec.prompt_scores:
             return SampleFailure("server", "This worker does not score prompts.")
         problem = ""
+        on_part = partial(self._heard, spec.sequence_id) if spec.stream else None
         for _ in range(TRIES):
             try:
-                return await self._dialect.complete(model, prompt, spec)
+                return await self._dialect.complete(model, prompt, spec, on_part)
             except RejectedByEngine as error:
                 problem = f"{named(self._dialect)} answered {error.status}: {error.message}"
                 if error.is_unknown_model:
@@ -256,6 +270,11 @@ class ExternalEngine:
             await self._leave_if_unwell()
         return SampleFailure("server", problem)
 
+    def _heard(self, sequence_id: int, part: CompletionPart) -> None:
+        self._last_news = time.monotonic()
+        self._parts.append(SamplePart(sequence_id, part))
+        self._news.set()
+
     # ---- leaving
 
     def _begin_to_watch(self) -> None:
@@ -265,7 +284,7 @@ class ExternalEngine:
         self._leave(await self._health.watch(self._slots.values, self._mark))
 
     def _mark(self) -> float | None:
-        return self._last_outcome if self._running else None
+        return self._last_news if self._running else None
 
     async def _leave_if_unwell(self) -> None:
         """Something failed: was it the request, or the engine? Raises `_Left`."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from tx_async.errors import Category
-from tx_async.wire.worker import FinishedSequence, Sampled, SequenceSpec, SequenceTimes
-from tx_async.worker.dialect import EngineCompletion
+from tx_async.wire.worker import FinishedSequence, Sampled, SequencePiece, SequenceSpec, SequenceTimes
+from tx_async.worker.dialect import CompletionPart, EngineCompletion
 from tx_async.worker.engine_api import Reply
 
 
@@ -28,9 +29,18 @@ class SampleOutcome:
     """From its admission to the engine's answer."""
 
 
-def report(outcomes: Sequence[SampleOutcome], num_running: int) -> Reply:
+@dataclass(frozen=True)
+class SamplePart:
+    """What a watched sequence that goes on has added."""
+
+    sequence_id: int
+    part: CompletionPart
+
+
+def report(outcomes: Sequence[SampleOutcome], parts: Sequence[SamplePart], num_running: int) -> Reply:
     finished: list[FinishedSequence] = []
     tensors: list[np.ndarray] = []
+    pieces = tuple(_piece(part.sequence_id, part.part, tensors) for part in parts)
     progress: list[tuple[int, int]] = []
     for outcome in outcomes:
         if isinstance(outcome.result, EngineCompletion):
@@ -45,18 +55,33 @@ def report(outcomes: Sequence[SampleOutcome], num_running: int) -> Reply:
             if isinstance(outcome.result, SampleFailure)
         ),
         progress=tuple(progress),
+        pieces=pieces,
         num_running=num_running,
     )
     return result, tensors
 
 
-def _finished(outcome: SampleOutcome, completion: EngineCompletion, tensors: list[np.ndarray]) -> FinishedSequence:
-    def add(array: np.ndarray | None) -> int:
-        if array is None:
-            return -1
-        tensors.append(array)
-        return len(tensors) - 1
+def _piece(sequence_id: int, part: CompletionPart, tensors: list[np.ndarray]) -> SequencePiece:
+    return SequencePiece(
+        sequence_id=sequence_id,
+        start=part.start,
+        tokens_index=_add(part.tokens, tensors),
+        logprobs_index=_add(part.logprobs, tensors),
+        topk_token_ids_index=_add(part.topk_token_ids, tensors),
+        topk_logprobs_index=_add(part.topk_logprobs, tensors),
+    )
 
+
+def _add(array: np.ndarray | None, tensors: list[np.ndarray]) -> int:
+    """The place of an array among `tensors`; -1 of none."""
+    if array is None:
+        return -1
+    tensors.append(array)
+    return len(tensors) - 1
+
+
+def _finished(outcome: SampleOutcome, completion: EngineCompletion, tensors: list[np.ndarray]) -> FinishedSequence:
+    add = partial(_add, tensors=tensors)
     return FinishedSequence(
         sequence_id=outcome.spec.sequence_id,
         stop_reason=completion.stop_reason,

@@ -6,19 +6,28 @@ Every sampling parameter is sent, whatever its value: vLLM takes those that a re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from tx_async.wire.results import EMPTY_LOGPROB
 from tx_async.wire.worker import GREEDY_BELOW, SamplingLimits, SequenceSpec
-from tx_async.worker.dialect import EncodedPrompt, EngineCompletion, RejectedByEngine, Served, Unreachable
+from tx_async.worker.dialect import (
+    CompletionPart,
+    EncodedPrompt,
+    EngineCompletion,
+    OnPart,
+    RejectedByEngine,
+    Served,
+    Unreachable,
+)
 
 TESTED_VERSION = "0.32"
 TEMPERATURE_MIN = 0.01
@@ -31,6 +40,8 @@ CONNECT_S = 5.0
 ANSWER_S = 20.0
 """Time for all calls but loads and samples, which take as long as they take: the watch notices when nothing moves."""
 MESSAGE_CHARACTERS_MAX = 300
+T = TypeVar("T")
+
 COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
@@ -62,10 +73,25 @@ class _Metrics(Struct):
 
 
 class _Answer(Struct):
-    choices: list[_Choice]
+    choices: Annotated[list[_Choice], Meta(min_length=1)]
     usage: _Usage
     metrics: _Metrics | None = None
     """Of vLLM 0.25 and later with --enable-per-request-metrics."""
+
+
+class _StreamedChoice(Struct):
+    token_ids: list[int]
+    logprobs: _Logprobs
+    finish_reason: str | None = None
+
+
+class _Chunk(Struct):
+    """One event of a stream: a choice with the tokens since the last one, at the end the usage alone, or an error."""
+
+    choices: list[_StreamedChoice] = []
+    usage: _Usage | None = None
+    metrics: _Metrics | None = None
+    error: dict[str, Any] | None = None
 
 
 class _Model(Struct):
@@ -79,8 +105,14 @@ class _Models(Struct):
     data: list[_Model]
 
 
+class _Version(Struct):
+    version: str
+
+
 _answers = msgspec.json.Decoder(_Answer)
+_chunks = msgspec.json.Decoder(_Chunk)
 _models = msgspec.json.Decoder(_Models)
+_versions = msgspec.json.Decoder(_Version)
 
 
 class VllmHttp:
@@ -113,7 +145,7 @@ class VllmHttp:
     # ---- what it is
 
     async def version(self) -> str:
-        return msgspec.json.decode(await self._get("/version"))["version"]
+        return _decoded(_versions, await self._get("/version")).version
 
     def why_untested(self, version: str) -> str:
         if version.startswith(f"{TESTED_VERSION}."):
@@ -124,7 +156,7 @@ class VllmHttp:
         await self._get("/health")
 
     async def served(self) -> Served:
-        models = _models.decode(await self._get("/v1/models")).data
+        models = _decoded(_models, await self._get("/v1/models")).data
         base = next((model for model in models if model.parent is None and model.max_model_len), None)
         if base is None:
             raise RejectedByEngine(404, "no base model is served")
@@ -146,10 +178,21 @@ class VllmHttp:
 
     # ---- samples
 
-    async def complete(self, model: str, prompt: EncodedPrompt, spec: SequenceSpec) -> EngineCompletion:
+    async def complete(
+        self, model: str, prompt: EncodedPrompt, spec: SequenceSpec, on_part: OnPart | None = None
+    ) -> EngineCompletion:
         prompt.encoded = prompt.encoded or msgspec.json.encode(prompt.tokens)
         body = completion_request(model, spec) | {"prompt": msgspec.Raw(prompt.encoded)}
-        return _completion(_answers.decode(await self._post("/v1/completions", body)), spec)
+        if on_part is None:
+            return _completion(_decoded(_answers, await self._post("/v1/completions", body)), spec)
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        answer = _Answer([_Choice("", [], _Logprobs([], []))], _Usage())
+        async for chunk in self._stream("/v1/completions", body):
+            if part := _extended(answer, chunk, spec):
+                on_part(part)
+        if not answer.choices[0].finish_reason:
+            raise Unreachable("a stream broke off")
+        return _completion(answer, spec)
 
     # ---- HTTP
 
@@ -160,17 +203,37 @@ class VllmHttp:
         return await self._ask("POST", path, msgspec.json.encode(body), None)
 
     async def _ask(self, method: str, path: str, content: bytes | None, answer_s: float | None) -> bytes:
+        async with self._answered(method, path, content, answer_s) as response:
+            return await response.aread()
+
+    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[_Chunk, None]:
+        async with self._answered("POST", path, msgspec.json.encode(body), None) as response:
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                chunk = _decoded(_chunks, data)
+                if chunk.error:
+                    raise RejectedByEngine(500, _cut(chunk.error.get("message")))
+                yield chunk
+
+    @contextlib.asynccontextmanager
+    async def _answered(
+        self, method: str, path: str, content: bytes | None, answer_s: float | None
+    ) -> AsyncGenerator[httpx.Response, None]:
+        """A response whose head has come, and is no refusal. What goes wrong while its body is read is raised alike."""
         headers = {"Content-Type": "application/json"} if content else {}
         timeout = httpx.Timeout(answer_s, connect=CONNECT_S)
         try:
-            response = await self._client.request(method, path, content=content, headers=headers, timeout=timeout)
+            async with self._client.stream(method, path, content=content, headers=headers, timeout=timeout) as response:
+                if response.status_code >= 400:
+                    await response.aread()
+                    raise RejectedByEngine(response.status_code, _message(response))
+                yield response
         except httpx.TimeoutException as error:
             raise Unreachable(f"{path} was not answered in time") from error
         except httpx.HTTPError as error:
             raise Unreachable(f"{path}: {str(error) or type(error).__name__}") from error
-        if response.status_code >= 400:
-            raise RejectedByEngine(response.status_code, _message(response))
-        return response.content
 
 
 def completion_request(model: str, spec: SequenceSpec) -> dict[str, Any]:
@@ -213,6 +276,27 @@ def seed_of(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def _extended(answer: _Answer, chunk: _Chunk, spec: SequenceSpec) -> CompletionPart | None:
+    """Add what a stream says next to `answer`; -> the new tokens, where it adds some."""
+    answer.usage, answer.metrics = chunk.usage or answer.usage, chunk.metrics or answer.metrics
+    if not chunk.choices:
+        return None
+    whole, new = answer.choices[0], chunk.choices[0]
+    start = len(whole.token_ids)
+    whole.token_ids += new.token_ids
+    whole.logprobs.token_logprobs += new.logprobs.token_logprobs
+    whole.logprobs.top_logprobs += new.logprobs.top_logprobs
+    whole.finish_reason = new.finish_reason or ""
+    if not new.token_ids or new.finish_reason:
+        return None
+    return CompletionPart(
+        start,
+        np.array(new.token_ids, np.int32),
+        np.array(new.logprobs.token_logprobs, np.float32),
+        *_topk(new.logprobs.top_logprobs, spec.topk_logprobs),
+    )
+
+
 def _completion(answer: _Answer, spec: SequenceSpec) -> EngineCompletion:
     choice = answer.choices[0]
     if choice.finish_reason not in ("stop", "length"):
@@ -247,10 +331,22 @@ def _topk(positions: Sequence[dict[str, float]], k: int) -> tuple[np.ndarray, np
     return ids, values
 
 
+def _decoded(decoder: msgspec.json.Decoder[T], content: bytes | str) -> T:
+    """Whatever listens there answers, and it may not be vLLM."""
+    try:
+        return decoder.decode(content)
+    except msgspec.MsgspecError as error:
+        raise RejectedByEngine(502, f"this is no answer of vLLM's: {error}") from None
+
+
 def _message(response: httpx.Response) -> str:
     try:
         body = msgspec.json.decode(response.content)
         text = body["error"]["message"] if "error" in body else body["detail"]
     except (msgspec.DecodeError, KeyError, TypeError):
         text = response.text
+    return _cut(text)
+
+
+def _cut(text: object) -> str:
     return " ".join(str(text).split())[:MESSAGE_CHARACTERS_MAX]
