@@ -77,15 +77,19 @@ def metrics_route(
     """The route that Prometheus scrapes: numbers about the whole server, which this machine may read without a key, and
     an admin from anywhere."""
 
+    def of_actors() -> list[Metric]:
+        return [family for name, actor in statistics.items() for family in families_of(name, actor.statistics())]
+
+    of_actors()  # their HELP lines are read from the source the first time: now, while nobody waits for the event loop
+
     async def answer(request: Request) -> Response:
         if not gate.is_local(request.scope):
             try:
                 owners.require_admin(key_of(request.headers), reached_at(request.scope))
             except UserError as error:
                 return error_response(error)
-        own = [family for name, actor in statistics.items() for family in families_of(name, actor.statistics())]
         more = families(scheduler, router, owners.roles(), config.metrics_by_key)
-        scrape = Scrape([*own, *more], metrics)
+        scrape = Scrape([*of_actors(), *more], metrics)
         # On a thread: encoding some thousand lines would hold up the event loop.
         text, content_type = await anyio.to_thread.run_sync(scrape.encode, request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
