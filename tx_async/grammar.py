@@ -47,20 +47,25 @@ class Vocabulary:
         """tokenizer: the content of tokenizer.json. Raises `GrammarError` for one that llguidance does not read."""
         from llguidance import LLTokenizer
 
+        content = json.loads(tokenizer)
+        self._added = {entry["content"]: int(entry["id"]) for entry in content.get("added_tokens", ())}
+        self.end = 1 + max([*_numbers(content["model"]["vocab"]), *self._added.values()], default=0)
         try:
-            self.end = LLTokenizer(tokenizer, slices=[]).vocab_size
             self.tokens = LLTokenizer(tokenizer, n_vocab=self.end + 1, eos_token=self.end)
         except ValueError as error:
             raise GrammarError(
                 f"this base model's tokenizer is of a kind that grammars cannot be used with ({error})."
             ) from None
 
-        self._added = {entry["content"]: int(entry["id"]) for entry in json.loads(tokenizer).get("added_tokens", ())}
-
     def special(self, name: str) -> int | None:
         """The number of a token that a grammar must name by it, because it is no text."""
         token = self._added.get(name)
         return token if token is not None and self.tokens.is_special_token(token) else None
+
+
+def _numbers(vocab: dict[str, int] | list[Any]) -> Collection[int]:
+    """Of a model's tokens: it names them, or lists them in order."""
+    return vocab.values() if isinstance(vocab, dict) else range(len(vocab))
 
 
 @cache

@@ -42,7 +42,7 @@ class GrammarCheck:
 
     async def grammar(self, owner: str, asked: AskedAnswer) -> str:
         """The grammar of such answers. Raises `GrammarError`."""
-        question = msgspec.json.encode(asked)
+        question = await anyio.to_thread.run_sync(msgspec.json.encode, asked)  # it may be as large as a body
         if (known := self._known.get(question)) is None:
             turn = self._turns.setdefault(owner, asyncio.Lock())
             async with turn, self._lock:
