@@ -70,6 +70,15 @@ class Thinking(Request, kw_only=True):
     """It is accepted, but not enforced."""
 
 
+class OutputFormat(Request, kw_only=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Request, kw_only=True):
+    format: OutputFormat | None = None
+
+
 class CountTokensRequest(Request, kw_only=True):
     model: str
     messages: list[Message]
@@ -77,6 +86,7 @@ class CountTokensRequest(Request, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesRequest(CountTokensRequest, kw_only=True):

@@ -12,6 +12,7 @@ CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/me
 USER = [{"role": "user", "content": "a"}]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+OUTPUT = {"format": {"type": "json_schema", "schema": SCHEMA}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
 OTHER = {"type": "function", "function": {"name": "other"}}
 NAMED = {"type": "function", "function": {"name": "add"}}
@@ -38,6 +39,7 @@ async def test_the_engine_gets_a_grammar_with_what_was_asked_for(ask, says, sche
         (CHAT, {"tools": [TOOL], "tool_choice": "auto"}, None),
         (CHAT, {"tools": [TOOL], "response_format": {"type": "json_object"}}, [{"type": "object"}, SCHEMA]),
         (COMPLETIONS, {"response_format": FORM}, [SCHEMA]),
+        (MESSAGES, {"output_config": OUTPUT}, [SCHEMA]),
         (COMPLETIONS, {"grammar": 'root ::= "a"'}, []),
         (MESSAGES, {"tools": [{"name": "add", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}}, [SCHEMA]),
     ]
@@ -63,6 +65,7 @@ def form(schema) -> dict:
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
 
 
+OUTPUT_SCHEMA = "output_config.format.schema"
 SCHEMA_FIELD = "response_format.json_schema.schema"
 INVALID = [
     (CHAT, form({"type": "nonsense"}), SCHEMA_FIELD),
@@ -97,6 +100,9 @@ INVALID = [
         "tools",
     ),
     (MESSAGES, {"tool_choice": {"type": "any"}}, "tool_choice"),
+    (MESSAGES, {"output_config": OUTPUT, "messages": [*USER, {"role": "assistant", "content": "{"}]}, "messages"),
+    (MESSAGES, {"output_config": OUTPUT | {"effort": "low"}}, "output_config.effort"),
+    (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, OUTPUT_SCHEMA),
 ]
 
 

@@ -23,7 +23,7 @@ from tx_async.api.compatible.fields import ContextExceeded, InvalidField
 from tx_async.api.compatible.forms import anthropic_error
 from tx_async.api.compatible.models import model_path
 from tx_async.api.compatible.parsing import Event, ParsedCall, Reasoning, Text
-from tx_async.api.compatible.prompts import ChatPrompt, chat_prompt
+from tx_async.api.compatible.prompts import Chat, ChatPrompt, chat_prompt
 from tx_async.api.compatible.samples import PATIENCE_S, Samples
 from tx_async.api.context import Call
 from tx_async.wire import anthropic, openai
@@ -45,14 +45,26 @@ async def messages(call: Call) -> Response:
         chat = chat_of(request)
         prompt = await chat_prompt(call, chat)
         is_one_call = request.tool_choice is not None and bool(request.tool_choice.disable_parallel_tool_use)
-        wish = Wish(tools=chat.tools, choice=tool_choice(request, chat.tools), several_calls=not is_one_call)
-        grammar = await grammar_of(call, wish, prompt)
+        grammar = await grammar_of(call, _wish(request, chat, several_calls=not is_one_call), prompt)
         operation = sampling.operation(call, prompt.tokens, _sampling(request), request.max_tokens, grammar=grammar)
     tokenizer = await call.api.tokenizer.get()
     parser = prompt.family.parser(prompt.parameters, with_tools=bool(prompt.parameters), prompt=prompt.text)
     choice = new_choice(call, tokenizer, operation, parser, prompt.family.marks, is_one_call)
     answer = MessageAnswer(request.model, prompt, choice)
     return await respond(call, Samples(call, [operation], path), answer, bool(request.stream))
+
+
+def _wish(request: anthropic.MessagesRequest, chat: Chat, several_calls: bool) -> Wish:
+    given = request.output_config.format if request.output_config else None
+    form = None
+    if given is not None:
+        form = openai.ResponseFormat(type="json_schema", json_schema=openai.JsonSchemaFormat(schema=given.schema))
+    wish = Wish(format=form, tools=chat.tools, choice=tool_choice(request, chat.tools), several_calls=several_calls)
+    if chat.continues and not wish.is_free:
+        raise InvalidField(
+            "messages", "the last one must be the user's where output_config or tool_choice says the form."
+        )
+    return wish
 
 
 @contextmanager
@@ -71,6 +83,7 @@ def _under_own_names() -> Generator[None]:
 
 _OWN_NAMES = (
     (r"^stop$", "stop_sequences"),
+    (r"^response_format\.json_schema\.schema$", "output_config.format.schema"),
     (r"^(tools\[\d+\])\.function\.parameters$", r"\1.input_schema"),
     (r"^(tools\[\d+\])\.function(?=\.|$)", r"\1"),
 )
