@@ -93,7 +93,7 @@ class Decisions:
         self._instructions.append(Dismiss(worker.worker_id, reason, self.cause))
 
     def widen(self, worker: WorkerState) -> None:
-        worker.is_leaving = True
+        worker.told_to_leave()
         self._instructions.append(Widen(worker.worker_id, worker.outgrown_by, self.cause))
 
     def fetch_body(self, request_id: str) -> None:

@@ -339,11 +339,11 @@ class SchedulerState:
         """End a reservation: a suspect has had its turn alone, or will not have it."""
         match worker.reserved_for:
             case Step() as step if not self._is_due_on(worker, step):
-                worker.reserved_for = None
+                worker.end_reservation()
             case SampleJob() as job:
                 is_open = job.request.request_id in self.sampling.jobs
                 if not is_open or not (job.pending or worker.sequences_of(job)):
-                    worker.reserved_for = None
+                    worker.end_reservation()
             case _:
                 pass  # nobody, or a suspect whose turn has not come
 

@@ -57,6 +57,8 @@ class RunningSample(Struct, frozen=True):
 
 
 class WorkerState:
+    """One attached worker. Others read its fields, and change them only through its verbs and those of its slots."""
+
     def __init__(self, worker_id: str, info: EngineInfo, capabilities: frozenset[Capability], policy: Policy):
         self.worker_id = worker_id
         self.info = info
@@ -132,6 +134,22 @@ class WorkerState:
         assert self.info.max_lora_rank < rank <= self.info.lora_rank_limit
         self.outgrown_at = self.outgrown_at or now
         self.outgrown_by = max(self.outgrown_by, rank)
+
+    def reserve_for(self, suspect: Step | SampleJob) -> None:
+        """Nothing else begins here until the suspect has had the device to itself."""
+        self.reserved_for = suspect
+
+    def end_reservation(self) -> None:
+        self.reserved_for = None
+
+    def passed_trial(self) -> None:
+        self.is_on_trial = False
+
+    def told_to_leave(self) -> None:
+        self.is_leaving = True
+
+    def holds_tokens(self, num_kv_tokens: int) -> None:
+        self.num_kv_tokens = num_kv_tokens
 
     def jobs(self) -> list[SampleJob]:
         """The sample requests that run here, at least in part."""

@@ -177,7 +177,7 @@ class Sampling:
         for job in self.waiting.heads(flow, admission.worker):
             if job.runs_alone:
                 if admission.worker.reserved_for is None:
-                    admission.worker.reserved_for = job
+                    admission.worker.reserve_for(job)
                 return None
             if admission.has_slot(job):
                 return job
@@ -218,7 +218,7 @@ class Sampling:
         if not isinstance(answer, QuantumSent):
             return
         assert isinstance(outcome.result, Sampled)
-        worker.num_kv_tokens = outcome.result.num_kv_tokens
+        worker.holds_tokens(outcome.result.num_kv_tokens)
         self.num_preempted += outcome.result.num_preempted
         for sequence_id, num_tokens in outcome.result.progress:
             self.num_tokens += num_tokens

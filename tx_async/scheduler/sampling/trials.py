@@ -72,7 +72,7 @@ class Trials:
         if reason:
             self.decisions.dismiss(worker, reason)
         else:
-            worker.is_on_trial = False
+            worker.passed_trial()
 
     def failed(self, job: TrialJob, worker: WorkerState, message: str) -> None:
         self.end(worker)

@@ -31,7 +31,8 @@ CHUNK_KINDS = (ForwardBackward.__name__, FORWARD, Rejected.__name__)
 
 
 class Step(Struct, eq=False):
-    """One operation of a lane, from its acceptance until a snapshot covers it."""
+    """One operation of a lane, from its acceptance until a snapshot covers it. Others read its fields, and change them
+    only through its verbs."""
 
     request_id: str
     model_id: str
@@ -82,6 +83,10 @@ class Step(Struct, eq=False):
     def request(self) -> RequestRecord:
         return self.requests[self.request_id]
 
+    def laid_out(self, packed: PackedRequest) -> None:
+        """Its rows are known; they stay the same until it is restarted."""
+        self.packed = packed
+
     def row_sent(self) -> None:
         self.num_rows_sent += 1
         self.num_outstanding += 1
@@ -105,6 +110,17 @@ class Step(Struct, eq=False):
         self.operation = None
         self.packed = None
         self.parts = {}
+
+    def reported(self) -> None:
+        """Its result is on its way to the disk: later attempts report none."""
+        self.finished = True
+
+    def failed(self) -> None:
+        """It was running when a worker died or the engine failed."""
+        self.num_failures += 1
+
+    def failed_beside_others(self) -> None:
+        self.failed_in_company = True
 
     def sent_alone(self) -> None:
         """The operation was sent, as one command."""

@@ -62,7 +62,7 @@ class MicroBatches:
                     f"A sequence of this request is longer than the {info.max_context_length} tokens that this server "
                     "can train now, or has more targets per token."
                 )
-            step.packed = pack(step.operation, info)
+            step.laid_out(pack(step.operation, info))
 
     def send(self, worker: WorkerState, lane: Lane, step: Step) -> None:
         """Send one micro-batch that begins with the lane's next rows. The step was prepared and its lane is
@@ -193,7 +193,7 @@ class MicroBatches:
             if lane is None or lane.steps.get(step.seq_id) is not step:
                 continue
             if in_company:
-                step.failed_in_company = True
+                step.failed_beside_others()
                 self.runs.lose_state(lane)
             elif error.category == "user" and not step.finished:
                 self.runs.fail(step, error)

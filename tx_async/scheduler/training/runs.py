@@ -115,7 +115,7 @@ class Runs:
     ) -> None:
         """Report the result, once: an operation that runs again for its effect has reported it before."""
         if not step.finished:
-            step.finished = True
+            step.reported()
             if not step.needs_replay:
                 changes = (*changes, DropBody(step.request_id))
             self.decisions.finish(step.request, content, payload, *changes)
@@ -129,7 +129,7 @@ class Runs:
         lane = self.lanes.get(step.model_id)
         if lane is None:
             return
-        step.num_failures += 1
+        step.failed()
         if step.num_failures >= self.policy.attempts_max:
             if not step.finished:
                 self.fail(step, error)

@@ -204,7 +204,7 @@ class Training:
         if worker.reserved_for not in (None, step):
             return False
         if step.runs_alone:
-            worker.reserved_for = step
+            worker.reserve_for(step)
         return not step.runs_alone or step.num_outstanding > 0 or worker.num_quanta == 0
 
     def _send_marked(self, worker: WorkerState, lane: Lane, step: Step) -> bool:
