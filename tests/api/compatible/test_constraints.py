@@ -108,7 +108,7 @@ INVALID = [
 
 @pytest.mark.parametrize(("path", "fields", "field"), INVALID)
 async def test_what_cannot_be_obeyed_is_refused_by_name(ask, scheduler, path, fields, field):
-    status, answer = await ask(path, **BODIES[path], **fields)
+    status, answer = await ask(path, **BODIES[path] | fields)
     assert status == 400, answer
     error = answer["error"]
     assert error.get("param", error["message"].partition(":")[0]) == field, answer
