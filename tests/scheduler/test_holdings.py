@@ -93,12 +93,19 @@ async def test_the_samples_of_a_client_that_was_killed_end_after_missed_heartbea
         request = await scheduler.submit("alice", sample)
         now = scheduler.clock.monotonic()
         monkeypatch.setattr(scheduler.clock, "monotonic", lambda: now)
+
+        def pass_in_silence(seconds: int) -> None:
+            nonlocal now
+            for _ in range(seconds):
+                now += 1
+                scheduler._sessions.expire()
+
         for _ in range(3):  # it polls, and so it is there
-            now += 50
+            pass_in_silence(50)
             await scheduler.retrieve("alice", request.request_id, 0.001)
-            scheduler._sessions.expire()
+        now += 1000  # this process was stopped, and could hear nobody
+        pass_in_silence(50)
         assert scheduler.state.sampling.jobs
-        now += 61
-        scheduler._sessions.expire()
+        pass_in_silence(12)
         assert not scheduler.state.sampling.jobs
         assert scheduler.sessions["s"].status == "expired" and scheduler.sessions["idle"].status == "active"

@@ -14,6 +14,10 @@ from tx_async.scheduler.core.facts import SessionChanged, SessionCreated, Sessio
 from tx_async.scheduler.performer import Performer
 from tx_async.wire.records import Put, SessionRecord
 
+PAUSE_S = 10.0
+"""Looks at all sessions that lie further apart than this, though one comes each second, show that this process could
+not hear anybody meanwhile: it was stopped, or starved of its processor."""
+
 TimeoutOf = Callable[[], Callable[[str], float]]
 """Called once for each look at all sessions."""
 
@@ -28,6 +32,7 @@ class Sessions:
         self._timeout_of = timeout_of
         #: session_id -> when it was last heard of (monotonic)
         self._last_seen = {s.session_id: clock.monotonic() for s in catalog.sessions.values()}
+        self._last_look = clock.monotonic()
 
     async def create(self, session: SessionRecord) -> SessionRecord:
         await self.journal.commit([Put(session)])
@@ -54,8 +59,11 @@ class Sessions:
             self.performer.handle(SessionChanged(replace(session, status="active")))
 
     def expire(self) -> None:
-        """End silent sessions, until they are heard from again."""
+        """End silent sessions, until they are heard from again. A pause of our own is not their silence."""
         now, timeout_of = self.clock.monotonic(), self._timeout_of()
+        pause, self._last_look = now - self._last_look, now
+        if pause > PAUSE_S:
+            self._last_seen = {session_id: min(now, seen + pause) for session_id, seen in self._last_seen.items()}
         for session_id, seen in list(self._last_seen.items()):
             session = self.catalog.sessions.get(session_id)
             if session is None:
