@@ -111,7 +111,7 @@ def test_a_request_s_stations_have_their_times(driver: Any, site: Serving, sched
     new_request(scheduler, run)
     driver.get(f"{site.url}/#/runs/{run}")
     cells = "return [...document.querySelectorAll('td')].map((e) => `${e.dataset.label} ${e.textContent}`).join('|')"
-    until(driver, lambda text: "Queued +1 s|Sent –|Finished –" in text, cells)
+    until(driver, lambda text: "What optim_step|" in text and "Queued +1 s|Sent –|Finished –" in text, cells)
     scheduler._results["r-1"] = ResultRecord(request_id="r-1", finished_at=1002.5, content="result", payload=b"")
     scheduler.models[run] = msgspec.structs.replace(scheduler.models[run], last_request_at=1000.0)
     until(driver, lambda text: "Queued +1 s|Sent +2 s|Finished +2.5 s" in text, cells)
@@ -255,6 +255,7 @@ def test_where_there_are_keys_the_page_asks_for_one_and_shows_its_runs_only(
     with served(create_api(scheduler, ServerConfig(api_keys_file=str(file)), scheduler.files)) as site:
         driver.get(f"{site.url}/#/runs")
         field = find(driver, "input[type=password]")
+        assert driver.get_log("browser") == []  # it asks before it is refused
         field.send_keys("tml-wrong")
         find(driver, "button.main").click()
         find(driver, ".problem")
@@ -305,7 +306,7 @@ def test_axe_finds_no_fault(
         for view, shown in (
             ("now", "it compiles"),
             ("runs", run),
-            (f"runs/{run}", "OptimStep"),
+            (f"runs/{run}", "optim_step"),
             ("operator", "s-markup"),
             ("playground", "Ctrl+Enter"),
         ):

@@ -215,7 +215,7 @@ def create_routes(
         tokens=Tokens(),
     )
     rows = [row for row in ROUTES if row not in dashboard.ROWS or is_on(config)]
-    return [_route(row, api) for row in rows] + (page_routes() if is_on(config) else [])
+    return [_route(row, api) for row in rows] + (page_routes(bool(config.api_keys_file)) if is_on(config) else [])
 
 
 def _route(row: Row, api: Api) -> Route:

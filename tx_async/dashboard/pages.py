@@ -46,21 +46,27 @@ def is_on(config: ServerConfig) -> bool:
     return is_loopback(config.host) if config.dashboard is None else config.dashboard
 
 
-def page_routes() -> list[Route]:
-    """`/` is the page, also for who looks under `/dashboard`; its files lie below, after the other routes there."""
-    files = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
-    routes = [Route("/", _answer(files["index.html"]), methods=["GET"])]
+def page_routes(wants_key: bool) -> list[Route]:
+    """`/` is the page, also for who looks under `/dashboard`; its files lie below, after the other routes there. A page
+    that knows that a key is wanted asks for it at once, not after a refusal."""
+    files = {path.name: path.read_bytes() for path in STATIC.iterdir() if path.suffix in TYPES}
+    if wants_key:
+        files["index.html"] = files["index.html"].replace(b"<body>", b"<body data-wants-key>")
+    routes = [Route("/", _answer("index.html", files["index.html"]), methods=["GET"])]
     routes += [Route(path, _to_the_page, methods=["GET"]) for path in ("/dashboard", "/dashboard/")]
-    return routes + [Route(f"/dashboard/{name}", _answer(path), methods=["GET"]) for name, path in files.items()]
+    return routes + [Route(f"/dashboard/{name}", _answer(name, file), methods=["GET"]) for name, file in files.items()]
 
 
 async def _to_the_page(request: Request) -> Response:
     return RedirectResponse("/", headers=HEADERS)
 
 
-def _answer(path: Path) -> Callable[[Request], Awaitable[Response]]:
-    content = path.read_bytes()
-    headers = {**HEADERS, "content-type": TYPES[path.suffix], "etag": f'"{hashlib.sha256(content).hexdigest()[:16]}"'}
+def _answer(name: str, content: bytes) -> Callable[[Request], Awaitable[Response]]:
+    headers = {
+        **HEADERS,
+        "content-type": TYPES[Path(name).suffix],
+        "etag": f'"{hashlib.sha256(content).hexdigest()[:16]}"',
+    }
 
     async def answer(request: Request) -> Response:
         if request.headers.get("if-none-match") == headers["etag"]:

@@ -30,7 +30,7 @@ export function create(id, { onError }) {
   const requests = table([
     { title: "No.", cell: (item) => item.seq_id, numeric: true },
     { title: "Request", class: "id", cell: (item) => item.request_id },
-    { title: "What", cell: (item) => item.kind },
+    { title: "What", cell: (item) => item.kind.replace(/(?<=[a-z])[A-Z]/g, "_$&").toLowerCase() },
     { title: "Stations", cell: (item, cell) => stations(item, cell) },
     { title: "Accepted", cell: (item) => when(item.accepted_at) },
     { title: "Queued", cell: (item, cell) => after(item, item.queued_at, cell), numeric: true },

@@ -95,6 +95,6 @@ def _request(
         accepted_at=record.created_at,
         queued_at=(passage and passage.durable_at) or None,
         sent_at=(passage and passage.begun_at) or None,
-        finished_at=result.finished_at if result else None,
+        finished_at=((passage and passage.published_at) or result.finished_at) if result else None,
         body_bytes=record.body_bytes,
     )
