@@ -1,4 +1,4 @@
-"""The commands `tx-async backup` and `tx-async restore`."""
+"""The commands `tx-async backup` and `tx-async restore`: their flags; `backup.py` does the work."""
 
 from __future__ import annotations
 

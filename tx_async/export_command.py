@@ -1,4 +1,5 @@
-"""`tx-async checkpoints export`: a running server's checkpoint as a folder for PEFT and the tools built on it."""
+"""`tx-async checkpoints export`: a running server's checkpoint as a folder for PEFT and the tools built on it. A file
+gets its name when it is complete, so a broken export leaves none that only looks whole."""
 
 from __future__ import annotations
 

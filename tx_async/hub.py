@@ -35,4 +35,4 @@ def _message(name: str, error: Exception) -> str:
         case errors.LocalEntryNotFoundError():
             return f"{name} is not a folder here, nor complete in the cache, and {hub} cannot be reached."
     why = " ".join(str(error).split()) or type(error).__name__
-    return f"Downloading {name} from {hub} failed: {why} Complete files are kept: start again to resume."
+    return f"Downloading {name} from {hub} failed: {why.rstrip('.')}. Complete files are kept: start again to resume."

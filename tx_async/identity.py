@@ -2,8 +2,8 @@
 
 The journal's `IdentityRecord` names the bases that it was served with, and its storage; the storage carries its own
 identity (`storage/identity.py`), the base model its fingerprint (`fingerprint.py`). Another base or another storage is
-a mistake until the operator says `--adopt`. A storage that does not answer, or is empty, is an outage: it may be a
-share that is not mounted. So the server starts and waits, and gives up no file that it does not find there.
+a mistake until the operator starts with `--adopt`. A storage that does not answer, or is empty, is an outage: it may be
+a share that is not mounted. So the server starts and waits, and gives up no file that it does not find there.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def with_base(identity: IdentityRecord, base: BaseModelInfo, adopt: bool, now: f
     raise WrongIdentity(
         f"This journal belongs to the base model in {known.path} (fingerprint {known.fingerprint}), and this start "
         f"names {files} {base.path} (fingerprint {base.fingerprint}). Start with the first, choose another data_dir, "
-        "or say --adopt (TX_ADOPT=1): the runs of the first are then only listed."
+        "or start with --adopt (TX_ADOPT=1): the runs of the first are then only listed."
     )
 
 
@@ -142,7 +142,8 @@ class Identity:
             if not self._adopt and (self.record.storage or self._misses_files()):
                 raise StorageError(
                     f"{self.store.address} is empty, or not mounted: it carries no identity, but this journal's runs "
-                    "and checkpoints lie in a storage that does. Put it back; or, if it is gone for good, say --adopt."
+                    "and checkpoints lie in a storage that does. Put it back; or, if it is gone for good, start with "
+                    "--adopt."
                 ) from None
             return ensure_identity_sync(self.store)
 
@@ -160,7 +161,7 @@ class Identity:
             raise WrongIdentity(
                 f"This journal's runs and checkpoints lie in the storage {known.storage_id} (last seen as "
                 f"{known.address}), and this start names {address}, the storage {found}. Start with the first, "
-                "choose another data_dir, or say --adopt (TX_ADOPT=1)."
+                "choose another data_dir, or start with --adopt (TX_ADOPT=1)."
             )
         self.record = msgspec.structs.replace(self.record, storage=KnownStorage(storage_id=found, address=address))
         self.store.storage_id = found

@@ -20,6 +20,7 @@ R = TypeVar("R", bound=Owned)
 
 
 def owned(records: Mapping[str, R], key: str, owner: str, missing: type[NotFound]) -> R:
+    """The owner's own record. Raises `missing` for an unknown key and for a record of somebody else alike."""
     record = records.get(key)
     if record is None or record.owner != owner:
         raise missing()
@@ -27,7 +28,7 @@ def owned(records: Mapping[str, R], key: str, owner: str, missing: type[NotFound
 
 
 def readable_checkpoint(call: Call, path: str) -> CheckpointRecord:
-    """The caller's own checkpoint, or a published one."""
+    """The caller's own checkpoint, or a published one. Raises `InvalidRequest`, `UnknownCheckpoint`."""
     checkpoint = call.scheduler.checkpoints.get(validation.tinker_path(path))
     if checkpoint is None or (checkpoint.owner != call.owner and not checkpoint.public):
         raise UnknownCheckpoint()

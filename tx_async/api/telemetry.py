@@ -1,5 +1,5 @@
-"""The SDK's telemetry is accepted and forgotten. Its events may hold request headers, API keys among them, so none of
-it is decoded, logged or kept."""
+"""The SDK's telemetry is accepted and dropped. Its events may hold request headers, API keys among them, so none of it
+is decoded, logged or kept."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ It is pure bookkeeping, a function of the calls and their order, without clock o
 page boundaries), then decodes: a decode step computes the last token and samples the next. When pages run out the
 youngest running sequence goes back to the head of the queue; its tokens are kept, so it continues where it was.
 Sequences that somebody watches (`SequenceSpec.stream`) come first where there is no room for all: they are prefilled
-first, decode in every quantum, and give way last.
+first, decode in every quantum, and give way last. Nothing here outlives the process: after its death the scheduler
+admits the samples again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 `MemoryDisk` is what survives a crash; a `MemoryJournal` is one server's connection to it::
 
     disk = MemoryDisk()
-    journal = Journal(MemoryJournal(disk))
+    driver = MemoryJournal(disk)
+    journal = Journal(driver)
     ...
     driver.faults.append(Fault(crash="after"))   # the next transaction is durable, but nobody hears of it
     ...

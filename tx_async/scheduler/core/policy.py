@@ -1,4 +1,4 @@
-"""The numbers that decisions depend on, apart from where they are configured."""
+"""The numbers that decisions depend on; `scheduler.policy_of` takes them from the server's settings."""
 
 from msgspec import Struct
 
@@ -15,6 +15,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     train_share: float = 1.0
     sample_share: float = 1.0
     live_share: float = 1.0
+    """How training, sampling and live requests share the device while all three have work: by these weights."""
     seq_gap_s: float = 15.0
     chunk_gap_s: float = 60.0
     """See `Lane.gap_limit`."""

@@ -1,4 +1,5 @@
-"""Long polls: each waits for one request and is woken only by its result."""
+"""Long polls: each waits for one request and is woken only by its result. A restart ends them, and clients poll
+again."""
 
 from __future__ import annotations
 
