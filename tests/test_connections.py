@@ -1,7 +1,9 @@
 """Connections that are kept: what one request leaves unread does not hold up the next one."""
 
 import json
+import os
 import socket
+import time
 
 import pytest
 
@@ -24,6 +26,22 @@ def test_a_connection_goes_on_after_a_small_body_that_nobody_reads(server, path)
             post(connection, path, {"sdk_version": "0.38.0"})
             answer = post(connection, "create_session", {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0"})
             assert answer["session_id"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="descriptors are counted in /proc")
+def test_a_connection_that_its_client_has_closed_leaves_no_descriptor(server):
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{server.pid}/fd"))
+
+    before = descriptors()
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            post(connection, "client/config", {})
+        socket.create_connection(("127.0.0.1", server.port), timeout=20).close()
+    deadline = time.monotonic() + 20
+    while descriptors() > before + 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert descriptors() <= before + 5
 
 
 def post(connection: socket.socket, path: str, body: dict) -> dict:

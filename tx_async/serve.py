@@ -20,7 +20,8 @@ import sys
 from typing import Any
 
 import uvloop
-from hypercorn.asyncio.run import worker_serve
+from hypercorn.asyncio import run as hypercorn_run
+from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.config import Sockets
 from hypercorn.utils import LifespanFailureError, wrap_app
@@ -97,9 +98,11 @@ class _HypercornRun:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         asyncio.get_running_loop().set_exception_handler(_handle_loop_error)
+        # There is no setting for that.
+        hypercorn_run.TCPServer = _ClosingServer  # pyright: ignore[reportPrivateImportUsage]
         app = wrap_app(self._watched_app, self.settings.wsgi_max_body_size, "asgi")
         try:
-            await worker_serve(app, self.settings, sockets=self.sockets, shutdown_trigger=self.stop.wait)
+            await hypercorn_run.worker_serve(app, self.settings, sockets=self.sockets, shutdown_trigger=self.stop.wait)
         except LifespanFailureError:
             if self.failure is None:
                 raise
@@ -169,6 +172,15 @@ def _as_operators_own(error: BaseException) -> BaseException:
     if isinstance(error, OSError):
         return ConfigError(f"The server cannot start: {error}.")
     return error
+
+
+class _ClosingServer(TCPServer):
+    """hypercorn's, which keeps the descriptor of a connection that its client has closed until its idle time is over:
+    clients that open one for each request would use them up."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
 
 
 class _Settings(HypercornConfig):
