@@ -2,6 +2,7 @@
 README lists its files there."""
 
 import ast
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ NAMED_ALIKE = {
     "AdamParams": "the same numbers as a client sends them and as a worker gets them, under Tinker's name",
 }
 """Classes that share a name, and why they may."""
+NAMED_ELSEWHERE = {"vllm/v1/sample/sampler.py"}
+"""Files of other projects that text names."""
 READMES = ("api/compatible", "dashboard", "dispatch", "journal", "scheduler", "storage", "worker")
 
 
@@ -78,3 +81,17 @@ def test_a_folder_s_readme_lists_its_files(folder: str):
     text = (PACKAGE / folder / "README.md").read_text()
     names = {path.name for path in (PACKAGE / folder).rglob("*.py")} - {"__init__.py"}
     assert not {name for name in names if not text.count(f"`{name}`") + text.count(f"/{name}`")}
+
+
+def test_python_files_that_text_names_are_there():
+    """In docstrings, comments and READMEs a file's name stands in backquotes: it must not outlive the file."""
+    folders = [ROOT / name for name in ("tx_async", "tests", "bench", "schemas")]
+    texts = [*(path for folder in folders for path in folder.rglob("*.md")), *ROOT.glob("*.md"), *PACKAGE.rglob("*.py")]
+    files = {f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*.py")}
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in texts
+        for name in re.findall(r"`((?:[\w./-]+/)?\w+\.py)`", path.read_text())
+        if name not in NAMED_ELSEWHERE and not any(file.endswith(f"/{name.removeprefix('../')}") for file in files)
+    ]
+    assert not missing

@@ -1,7 +1,7 @@
 """Whether the external engine is well, and still the same engine as before.
 
-A worker asks when something has failed, to tell the request's fault from the engine's, and every few seconds anyhow: an
-engine that is stuck closes no connection.
+A worker asks when something has failed, to tell the request's fault from the engine's, and every few seconds in any
+case: an engine that is stuck closes no connection.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def named_event(value: Struct) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """A stream that ends its samples with itself, however it ends: sent to its end, failed, or left by its client."""
+    """A stream whose samples end with it, however that is: it was sent to its end, it failed, or its client left."""
 
     def __init__(
         self,
