@@ -11,7 +11,7 @@ from tx_async.doctor import run_plan
 from tx_async.engine import adapter_slots, memory_plan
 from tx_async.engine.devices import GPU_BYTES, usable
 from tx_async.engine.memory_plan import GIB, MemoryPlan, lora_rank_limit, with_slots_for
-from tx_async.engine.platform import ACCELERATOR
+from tx_async.engine.platform import ACCELERATOR, CPU, available_memory
 from tx_async.models.load import from_config
 from tx_async.testing.models import GPT_OSS_TINY, QWEN3_5_MOE_TINY, QWEN3_5_TINY, QWEN3_MOE_TINY, QWEN3_TINY
 from tx_async.wire.worker import EngineConfig
@@ -221,4 +221,12 @@ def test_wider_slots_are_offered_as_far_as_a_plan_with_them_fits():
         lora_rank_limit(model, EngineConfig(max_lora_rank=1024), ACCELERATOR, small),
     )
     assert 32 <= asked < narrow.max_lora_rank
-    assert lora_rank_limit(model, narrow, ACCELERATOR, 0) == 1024, "a CPU does not say how much memory it has"
+
+
+def test_where_no_memory_is_planned_slots_take_at_most_half_of_what_is_left():
+    """A rank that somebody asks for must not have the system end the worker, again and again."""
+    model = from_config(QWEN3_8B)
+    limits = [lora_rank_limit(model, EngineConfig(), CPU, 0, left * GIB) for left in (0, 1, 32, 64, 512)]
+    assert limits == [128, 32, 32, 64, 128]
+    assert lora_rank_limit(model, EngineConfig(max_lora_adapters=1, max_sampler_adapters=1), CPU, 0, 32 * GIB) == 128
+    assert available_memory() > 0

@@ -66,7 +66,9 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     model, params = load_model(folder, dtype, progress, devices, config.max_context_length)
     store = Store(welcome.checkpoints_base, welcome.storage_id)
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    limit = memory_plan.lora_rank_limit(model, config, here, memory)
+    # Processes of a mesh must agree, and their hosts may have different memory left.
+    left = platform.available_memory() if model.mesh is None else 0
+    limit = memory_plan.lora_rank_limit(model, config, here, memory, left)
     config = memory_plan.with_slots_for(structs.replace(config, max_lora_rank=limit), welcome.lora_rank)
     planned = planned_memory(model, config, here, memory)
     engine = JaxEngine(model, params, config, folder, store, fingerprint(folder), here, planned, lora_rank_limit=limit)

@@ -116,14 +116,20 @@ def with_slots_for(config: EngineConfig, rank: int = 0) -> EngineConfig:
     return structs.replace(config, max_lora_rank=slot_rank(config.max_lora_rank, rank))
 
 
-def lora_rank_limit(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> int:
+def lora_rank_limit(model: Decoder, config: EngineConfig, platform: Platform, memory: int, left: int = 0) -> int:
     """The highest rank, up to `config.max_lora_rank`, with whose slots a plan fits; at least that of slots at first.
-    memory: as for `plan`; 0 = nobody says."""
+
+    memory: as for `plan`, or 0 where no plan is made, as on a CPU. Then slots may take half of the bytes that are
+    `left` to this process beside the weights, so that nobody's rank ends the process; 0 = nobody knows.
+    """
     at_first = slot_rank(config.max_lora_rank)
     wider = [rank for rank in rank_classes(config.max_lora_rank) if rank > at_first]
 
     def fits(rank: int) -> bool:
-        return not memory or plan(model, structs.replace(config, max_lora_rank=rank), platform, memory).fits
+        wide = structs.replace(config, max_lora_rank=rank)
+        if memory:
+            return plan(model, wide, platform, memory).fits
+        return not left or _Planner(model, wide, platform, 0).slot_bytes() <= left // 2
 
     return next((rank for rank in reversed(wider) if fits(rank)), at_first)
 
@@ -247,6 +253,10 @@ class _Planner:
             ),
             *self._recurrent_state(),
         )
+
+    def slot_bytes(self) -> int:
+        """Bytes of all slots, for training and sampling."""
+        return sum(part.num_bytes for part in self._fixed_parts() if part.name in ("training slots", "samplers"))
 
     def _recurrent_state(self) -> Iterator[MemoryPart]:
         if self.model.state_layers:

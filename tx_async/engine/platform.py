@@ -7,6 +7,7 @@ are, so that programs for a device that is absent are made from the same table (
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,3 +184,15 @@ def device_memory() -> tuple[int, int]:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), 0
     except OSError:  # no Linux
         return 0, 0
+
+
+def available_memory() -> int:
+    """Bytes that this host, and this process's control group, have left; 0 where nobody says."""
+    left: list[int] = []
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        left.append(1024 * int(fields.get("MemAvailable", "").split()[0]))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        left.append(max(1, limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
+    return min(left, default=0)

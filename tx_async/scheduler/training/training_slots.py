@@ -40,7 +40,7 @@ class TrainingSlots:
             limit = max(worker.info.max_lora_rank, worker.info.lora_rank_limit)
             raise InvalidRequest(
                 f"This run has rank {rank}; this server's slots hold at most {limit} (`max_lora_rank` in "
-                "backend_config, or less where the devices' memory does not hold wider slots)."
+                "backend_config, or less where memory does not hold wider slots: then fewer max_lora_adapters help)."
             )
         if rank > worker.info.max_lora_rank:
             worker.outgrow(rank, self.decisions.now)
