@@ -234,6 +234,26 @@ def test_the_page_works_by_keyboard(driver: Any, site: Serving, run: str):
     until(driver, lambda text: "step 2: 2.667" in text)
 
 
+def test_curves_are_zoomed_together_by_pointer_and_by_key(driver: Any, site: Serving, run: str):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    numbers = "return [...document.querySelectorAll('.plot')].map((plot) => plot.textContent).join('|')"
+    driver.get(f"{site.url}/#/runs/{run}")
+    whole = until(driver, lambda text: "step 6" in text, numbers)
+    plot = find(driver, ".plot svg")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    hand = ActionChains(driver).move_to_element_with_offset(plot, -60, 0).click_and_hold().move_by_offset(90, 0)
+    hand.release().perform()
+    zoomed = until(driver, lambda text: text != whole and "step 6" not in text, numbers)
+    find(driver, ".chart button:not([hidden])").click()
+    until(driver, lambda text: text == whole, numbers)
+    find(driver, ".plot").send_keys("+")
+    until(driver, lambda text: text not in (whole, zoomed), numbers)
+    find(driver, ".plot").send_keys(Keys.ESCAPE)
+    until(driver, lambda text: text == whole, numbers)
+
+
 def test_a_stream_that_breaks_comes_back_with_the_present_state(
     driver: Any, site: Serving, scheduler: FakeScheduler, run: str
 ):
