@@ -51,6 +51,8 @@ def test_values_are_counted_and_not_made():
         check_values(json.dumps([1] * 1001).encode(), 1000)
     with pytest.raises(BodyTooLarge, match="json_values_max"):
         check_values(json.dumps("a text that is as long as many numbers" * 1000).encode(), 1000)
+    with pytest.raises(BodyTooLarge, match="json_values_max"):
+        check_values(json.dumps("\\" * 1001).encode(), 1000)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ async def _unpack(packed: bytes, bytes_max: int, hold: Hold) -> bytes:
         async with hold.bodies.decoding(hold.owner):
             size = await anyio.to_thread.run_sync(count_zstd, packed, bytes_max)
     await hold.take(size, unfolds=True)
-    return await hold.compute(unpack_zstd, size, packed, bytes_max)
+    return await hold.compute(unpack_zstd, size, packed, bytes_max, size)
 
 
 def decode_json(body: bytes, kind: type[T], depth_max: int) -> T:
@@ -100,9 +100,13 @@ def count_zstd(data: bytes, bytes_max: int) -> int:
     return sum(map(len, _unfold(data, bytes_max)))
 
 
-def unpack_zstd(data: bytes, bytes_max: int) -> bytes:
+def unpack_zstd(data: bytes, bytes_max: int, num_bytes: int = 0) -> bytes:
     """Unpack one zstd frame, whether it announces its size or not."""
-    return b"".join(_unfold(data, bytes_max))
+    body = _room(num_bytes)
+    for piece in _unfold(data, bytes_max):
+        body.write(piece)
+    body.truncate()
+    return body.getvalue()
 
 
 def _unfold(data: bytes, bytes_max: int) -> Iterator[bytes]:

@@ -30,7 +30,7 @@ _STEPS[[ord("]"), ord("}")]] = -1
 
 def check_values(body: bytes, values_max: int) -> None:
     """Raises `BodyTooLarge` for JSON with more numbers, texts and containers: each follows a comma or a bracket, and
-    each becomes an object; and for JSON that is longer than so many numbers."""
+    each becomes an object; and for JSON that is longer than so many numbers, or has more escapes in its texts."""
     if len(body) <= values_max:
         return
     if len(body) > BYTES_PER_VALUE * values_max:
@@ -38,10 +38,10 @@ def check_values(body: bytes, values_max: int) -> None:
             f"The request body has {len(body)} bytes; as JSON {BYTES_PER_VALUE * values_max} are allowed "
             f"({BYTES_PER_VALUE} times `json_values_max`): send smaller pieces, or protobuf."
         )
-    num_values = _num_signs(body, (b",", b"[", b"{"))
+    num_values = max(_num_signs(body, (b",", b"[", b"{")), _num_signs(body, (b"\\",)))
     if num_values > values_max:
         raise BodyTooLarge(
-            f"The request body has about {num_values} numbers and texts; as JSON {values_max} are allowed "
+            f"The request body has about {num_values} numbers, texts and escapes; as JSON {values_max} are allowed "
             "(`json_values_max`): send smaller pieces, or protobuf."
         )
 
