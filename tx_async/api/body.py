@@ -31,8 +31,10 @@ HEAD_BYTES = 4096
 DRAIN_FACTOR = 4
 """A body is read (and forgotten) up to this many times the limit, so that its sender sees the answer."""
 
-PIECE_BYTES = 2048
+PIECE_BYTES_MIN, PIECE_BYTES_MAX = 32, 2048
 """Input unpacked at once: an RLE block of zstd makes 128 KiB from four bytes, so one piece gives at most 64 MiB."""
+UNPACKED_BYTES = 2**20
+"""Pieces that give more are followed by smaller ones: what is unpacked at once comes in one piece of memory."""
 
 
 class OversizedBody(BodyTooLarge):
@@ -115,15 +117,18 @@ def _unfold(data: bytes, bytes_max: int) -> Iterator[bytes]:
     unpacker = zstandard.ZstdDecompressor().decompressobj()
     head, size = b"", 0
     try:
-        for start in range(0, len(data), PIECE_BYTES):
-            piece = unpacker.decompress(data[start : start + PIECE_BYTES])
+        start, step = 0, PIECE_BYTES_MIN
+        while start < len(data):
+            piece = unpacker.decompress(data[start : start + step])
+            start += step
             head += piece[: HEAD_BYTES - len(head)]
             size += len(piece)
             if size > bytes_max:
                 raise OversizedBody(head, bytes_max)
             yield piece
-            if unpacker.eof and (unpacker.unused_data or start + PIECE_BYTES < len(data)):
+            if unpacker.eof and (unpacker.unused_data or start < len(data)):
                 raise InvalidRequest("The request body has bytes after the end of its zstd frame.")
+            step = PIECE_BYTES_MIN if len(piece) > UNPACKED_BYTES else min(2 * step, PIECE_BYTES_MAX)
     except zstandard.ZstdError as error:
         raise InvalidRequest(f"The request body is not valid zstd: {error}.") from None
     if not unpacker.eof:
