@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tx_async.engine.engine import create
-from tx_async.testing.engine_bench import EngineBench, Segment, rl_segment, segment
+from tx_async.testing.engine_bench import BatchSegment, EngineBench, rl_segment, segment
 from tx_async.wire.worker import (
     AdapterConfig,
     AdmitSequences,
@@ -75,7 +75,7 @@ def go_on(bench: EngineBench, key: str) -> Found:
 
 
 def one_step(bench: EngineBench, step: int) -> Found:
-    rows: list[tuple[int, list[Segment]]] = [
+    rows: list[tuple[int, list[BatchSegment]]] = [
         (0, [segment(20, step), segment(9, step + 50)]),
         (1, [rl_segment(14, step, LOSSES[step][0]), rl_segment(11, step + 50, LOSSES[step][1])]),
     ]

@@ -28,7 +28,7 @@ from tx_async.engine.platform import current
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import from_config
 from tx_async.models.peft import AdapterWeights, from_peft, to_peft
-from tx_async.testing.engine_bench import Segment, micro_batch, segment
+from tx_async.testing.engine_bench import BatchSegment, micro_batch, segment
 from tx_async.wire.worker import AdamParams, AdapterConfig
 
 STEPS, ROWS, LENGTH = 10, 2, 16
@@ -44,7 +44,7 @@ STORED_VALUES = 64
 """Of each matrix of all layers, at places drawn from a seed, in the golden file."""
 
 
-def segments_of(case: Case) -> list[list[Segment]]:
+def segments_of(case: Case) -> list[list[BatchSegment]]:
     """[step][row]: other tokens and targets each time, and rows of different lengths."""
     vocab = case.config["vocab_size"]
     return [

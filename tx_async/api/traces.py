@@ -22,7 +22,7 @@ from tx_async.wire import tinker
 
 PROCESS = 1
 
-Event = dict[str, Any]
+TraceEvent = dict[str, Any]
 
 
 async def export_session_trace(call: Call) -> tinker.TraceExportResponse:
@@ -49,7 +49,7 @@ def trace(session_id: str, passages: Sequence[Passage], now: float) -> bytes:
     return msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": events})
 
 
-def _events(passages: Sequence[Passage], now: float) -> Iterator[Event]:
+def _events(passages: Sequence[Passage], now: float) -> Iterator[TraceEvent]:
     #: subject -> (lane, when its last request ends), for each of its lanes
     lanes: dict[str, list[tuple[int, float]]] = {}
     num_lanes = 0
@@ -67,7 +67,7 @@ def _events(passages: Sequence[Passage], now: float) -> Iterator[Event]:
         yield from _slices(passage, lane, end)
 
 
-def _slices(passage: Passage, lane: int, end: float) -> Iterator[Event]:
+def _slices(passage: Passage, lane: int, end: float) -> Iterator[TraceEvent]:
     arguments = {
         "request_id": passage.request_id,
         "seq_id": passage.seq_id,
@@ -89,7 +89,7 @@ def _end_of(passage: Passage, now: float) -> float:
     return last if passage.published_at else max(now, last)
 
 
-def _slice(category: str, name: str, lane: int, began: float, ended: float, arguments: dict[str, Any]) -> Event:
+def _slice(category: str, name: str, lane: int, began: float, ended: float, arguments: dict[str, Any]) -> TraceEvent:
     start = _microseconds(began)
     return {
         "ph": "X",
@@ -103,7 +103,7 @@ def _slice(category: str, name: str, lane: int, began: float, ended: float, argu
     }
 
 
-def _name(what: str, lane: int, name: str) -> Event:
+def _name(what: str, lane: int, name: str) -> TraceEvent:
     return {"ph": "M", "name": what, "pid": PROCESS, "tid": lane, "args": {"name": name}}
 
 

@@ -19,7 +19,7 @@ from tx_async.engine.kv_cache import CacheLayout, Pools
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, TileStates
 from tx_async.engine.platform import Platform
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logsumexp, sample, stream_key
-from tx_async.engine.shaping import Shaping, counted, shaped, tally
+from tx_async.engine.shaping import Data, Shaping, counted, shaped, tally
 from tx_async.layers.cpu import OutFirst, OwnRankActive
 from tx_async.layers.linear import product
 from tx_async.layers.lora import LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
@@ -28,10 +28,6 @@ from tx_async.wire.ranks import rank_classes
 
 STOP_TOKENS_MAX = 16
 """The stop tokens of a row that the device knows; the host finds further ones a quantum later."""
-
-
-Data = Any
-"""numpy on its way to the device, a traced array inside a program."""
 
 
 class Adapters(NamedTuple):

@@ -1,4 +1,4 @@
-"""Schema migrations: `schemas/<dialect>/NNNN_<name>.sql`, run in order and forward only, equal numbers for every
+"""Schema migrations: `schemas/<database>/NNNN_<name>.sql`, run in order and forward only, equal numbers for every
 database.
 
 Drivers run them, each in one transaction with its row in `schema_version`, so that a crash leaves a schema that is
@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from tx_async.errors import ConfigError
 
-Dialect = Literal["sqlite", "postgres"]
+Database = Literal["sqlite", "postgres"]
 
 CREATE_SCHEMA_VERSION = "CREATE TABLE IF NOT EXISTS schema_version (number INTEGER PRIMARY KEY, name TEXT NOT NULL)"
 READ_SCHEMA_VERSION = "SELECT coalesce(max(number), 0) FROM schema_version"
@@ -38,9 +38,9 @@ def schemas_dir() -> Path:
     )
 
 
-def read_migrations(dialect: Dialect, schemas: Path | None = None) -> list[Migration]:
+def read_migrations(database: Database, schemas: Path | None = None) -> list[Migration]:
     """All migrations for a database, in ascending order, numbered from 1 without gaps."""
-    folder = (schemas or schemas_dir()) / dialect
+    folder = (schemas or schemas_dir()) / database
     migrations = sorted((_read(path) for path in folder.glob("*.sql")), key=lambda migration: migration.number)
     numbers = [migration.number for migration in migrations]
     if not numbers or numbers != list(range(1, len(numbers) + 1)):
@@ -48,10 +48,10 @@ def read_migrations(dialect: Dialect, schemas: Path | None = None) -> list[Migra
     return migrations
 
 
-def pending(dialect: Dialect, current: int, schemas: Path | None = None) -> list[Migration]:
+def pending(database: Database, current: int, schemas: Path | None = None) -> list[Migration]:
     """The migrations that a database at version `current` still needs. Raises `ConfigError` when a newer server has
     migrated it."""
-    migrations = read_migrations(dialect, schemas)
+    migrations = read_migrations(database, schemas)
     if current > len(migrations):
         raise ConfigError(
             f"The journal has schema version {current}; this server knows versions up to {len(migrations)}. "

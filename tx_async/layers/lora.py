@@ -31,11 +31,15 @@ LayerLora = dict[str, tuple[Array, Array]]
 """One layer's slice: name -> (A [adapters, in, rank], B [adapters, rank, out])."""
 
 
+LoraGroup = Literal["attn", "mlp", "unembed"]
+"""The parts of a model that `AdapterConfig` switches on and off."""
+
+
 @dataclass(frozen=True)
 class LoraTarget:
     """One family of adapted matrices: the same projection in every layer of a stack."""
 
-    group: Literal["attn", "mlp", "unembed"]
+    group: LoraGroup
     in_features: int
     out_features: int
     hf_names: tuple[str, ...]

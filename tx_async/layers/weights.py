@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from tx_async.layers.lora import LoraTarget
-
-Group = Literal["attn", "mlp", "unembed"]
+from tx_async.layers.lora import LoraGroup, LoraTarget
 
 
 class Dim(NamedTuple):
@@ -39,7 +37,7 @@ class Weight:
     """Tensor names on the hub: one per layer, or per layer and expert (experts vary fastest)."""
     transposed: bool = False
     num_experts: int = 0
-    group: Group | None = None
+    group: LoraGroup | None = None
     """LoRA group, for matrices that adapters adapt."""
     projects: bool = False
     """Whether it is a matrix that `layers/linear.py` applies; others are used in ways of their own."""
@@ -89,7 +87,7 @@ class Stack:
         name: str,
         module: str,
         dims: tuple[Dim, Dim],
-        group: Group | None,
+        group: LoraGroup | None,
         projects: bool = False,
         wide: bool = False,
     ) -> Weight:
@@ -97,7 +95,7 @@ class Stack:
         return Weight(self.name, name, dims, names, True, group=group, projects=projects, wide=wide)
 
     def linear(
-        self, name: str, module: str, dims: tuple[Dim, Dim], group: Group | None, bias: bool = False
+        self, name: str, module: str, dims: tuple[Dim, Dim], group: LoraGroup | None, bias: bool = False
     ) -> Iterator[Weight]:
         """A matrix, and its bias if it has one."""
         yield self.matrix(name, module, dims, group, projects=True)

@@ -24,11 +24,13 @@ from tx_async.wire.worker import (
     TrainMicroBatch,
 )
 
-Segment = dict[str, Any]
+BatchSegment = dict[str, Any]
 """tokens, and any other tensor of a micro-batch as an array or a number; `loss_fn` by name."""
 
 
-def segment(length: int, seed: int = 0, loss_fn: str = "cross_entropy", vocab: int = 256, **inputs: Any) -> Segment:
+def segment(
+    length: int, seed: int = 0, loss_fn: str = "cross_entropy", vocab: int = 256, **inputs: Any
+) -> BatchSegment:
     """Random tokens and targets; weight 1, no clipping."""
     rng = np.random.default_rng(seed)
     tokens, targets = rng.integers(0, vocab, (2, length))
@@ -36,7 +38,7 @@ def segment(length: int, seed: int = 0, loss_fn: str = "cross_entropy", vocab: i
     return {"tokens": tokens, "target_tokens": targets, "loss_fn": loss_fn, **defaults, **inputs}
 
 
-def rl_segment(length: int, seed: int, loss_fn: str, **inputs: Any) -> Segment:
+def rl_segment(length: int, seed: int, loss_fn: str, **inputs: Any) -> BatchSegment:
     rng = np.random.default_rng(seed + 1000)
     noise = {"logprobs": -6 + rng.standard_normal(length), "advantages": rng.standard_normal(length)}
     thresholds: dict[str, Any] = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05}
@@ -45,7 +47,7 @@ def rl_segment(length: int, seed: int, loss_fn: str, **inputs: Any) -> Segment:
 
 
 def micro_batch(
-    rows: Sequence[tuple[int, Sequence[Segment]]], length: int, k: int = 1, forward_only: bool = False
+    rows: Sequence[tuple[int, Sequence[BatchSegment]]], length: int, k: int = 1, forward_only: bool = False
 ) -> tuple[TrainMicroBatch, list[np.ndarray]]:
     """rows: (slot, segments side by side)."""
     arrays = _empty(len(rows), length, k)
@@ -69,7 +71,7 @@ def _empty(rows: int, length: int, k: int) -> dict[str, np.ndarray]:
     }
 
 
-def _put(arrays: dict[str, np.ndarray], row: int, where: slice, values: Segment) -> None:
+def _put(arrays: dict[str, np.ndarray], row: int, where: slice, values: BatchSegment) -> None:
     for name, value in values.items():
         value = LOSS_FNS.index(value) if name == "loss_fn" else np.asarray(value)
         place = arrays[name][row, where]
@@ -93,7 +95,9 @@ class EngineBench:
         self.run(CreateAdapter(slot=slot, config=adapter))
         return adapter
 
-    def train(self, *rows: tuple[int, Sequence[Segment]], length: int = 32, k: int = 1, forward_only: bool = False):
+    def train(
+        self, *rows: tuple[int, Sequence[BatchSegment]], length: int = 32, k: int = 1, forward_only: bool = False
+    ):
         """-> (logprobs [R, L, K], losses [R, L]); as many micro-batches as the engine's shape for `length` needs."""
         size = dict((length, rows) for rows, length in self.engine.row_shapes)[length]
         outputs = []
