@@ -78,7 +78,14 @@ async def test_a_copy_never_takes_the_place_of_a_run():
         for _ in range(2):
             copy = await scheduler.copy_checkpoint("alice", "tinker://s:train:0/weights/a", "s", 2)
             assert copy.model_id == "s:train:2"
-        batch = ForwardBackward(model_id="s:train:1", seq_id=1, data=(datum([1, 2, 3]),), loss_fn="cross_entropy")
+        save = SaveWeights(model_id="s:train:1", seq_id=1, kind="weights", name="a")
+        request = await scheduler.submit("alice", save)
+        await scheduler.retrieve("alice", request.request_id, 5)
+        with pytest.raises(Conflict, match="s:train:1 is a training run"):  # not its own checkpoint of that name
+            await scheduler.copy_checkpoint("alice", "tinker://s:train:0/weights/a", "s", 1)
+        with pytest.raises(Conflict, match="a copy of another checkpoint"):
+            await scheduler.copy_checkpoint("alice", "tinker://s:train:1/weights/a", "s", 2)
+        batch = ForwardBackward(model_id="s:train:1", seq_id=2, data=(datum([1, 2, 3]),), loss_fn="cross_entropy")
         trained = await scheduler.submit("alice", batch)
         assert (await scheduler.retrieve("alice", trained.request_id, 5)).content == "forward_backward"  # type: ignore[union-attr]
 

@@ -82,10 +82,12 @@ class Assets:
         source = self.catalog.find_checkpoint(owner, path)
         model_id = ids.model_id(session_id, model_seq_id)
         copied_path = f"tinker://{model_id}/{source.kind}/{source.name}"
-        if existing := self.catalog.checkpoints.get(copied_path):
-            return self._checkpoint(owner, existing.path)
         if (run := self.catalog.models.get(model_id)) and run.status != "copy":
             raise Conflict(f"{model_id} is a training run: a copy would take its place. Use the next sequence number.")
+        if existing := self.catalog.checkpoints.get(copied_path):
+            if existing.storage_key != source.storage_key:
+                raise Conflict(f"{copied_path} is a copy of another checkpoint. Use the next sequence number.")
+            return self._checkpoint(owner, existing.path)
         now = self.clock.now()
         model = ModelRecord(
             model_id=model_id,
