@@ -43,8 +43,9 @@ def test_greedy_answers_equal_generates_and_logprobs_the_trainers(case, tmp_path
 
 
 @pytest.mark.torch
-def test_greedy_answers_equal_generates_live(tmp_path):
+@pytest.mark.parametrize("case", parity.LIVE, ids=lambda case: case.name)
+def test_greedy_answers_equal_generates_live(case, tmp_path):
     pytest.importorskip("torch", reason="compares with transformers' own generate")
-    case, seed = parity.FAMILIES[0], 7
+    seed = 7
     folder = make_model(tmp_path, case.config, seed, tokenizer=False)
     assert (greedy(SamplingBench(folder), case, seed) == parity.reference_greedy(folder, case, seed)).all()

@@ -31,7 +31,7 @@ def test_ten_steps_end_in_the_weights_of_peft(case, tmp_path):
 
 
 @pytest.mark.torch
-@families
+@pytest.mark.parametrize("case", parity.LIVE, ids=lambda case: case.name)
 def test_ten_steps_end_in_the_weights_of_peft_live(case, tmp_path):
     pytest.importorskip("torch", reason="trains beside PEFT")
     pytest.importorskip("peft", reason="trains beside PEFT")

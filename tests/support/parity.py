@@ -189,6 +189,9 @@ _EVERY_MIXER = ("qwen3", "deepseek", "qwen3_5", "gpt_oss")
 KINDS = FAMILIES if long_tests.ARE_ON else tuple(case for case in FAMILIES if case.name in _EVERY_MIXER)
 """For tests that compile for half a minute a family: grouped-query, latent and recurrent layers, windows with sinks,
 dense MLPs and three kinds of experts. All families with LONG_TESTS=1."""
+_LIVE = (*_WHOLE, "mistral_window", "smollm3", "olmo3", "glm4_moe")
+LIVE = tuple(case for case in CASES if case.name in _LIVE)
+"""For tests beside torch, which most runs leave out: one of each architecture that has code of its own."""
 
 
 def config_of(name: str) -> dict[str, Any]:
