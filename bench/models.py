@@ -1,11 +1,11 @@
 """How fast a model computes, as a share of what the machine can do, and how long it takes to compile.
 
-    python bench/models.py [--rows 8] [--length 256] [--rank 32] [--layers 2,32]
+    python bench/models.py [--rows 8] [--length 256] [--rank 32] [--layers 2,32] [--only hybrid]
 
 Rates count the FLOPs that the arithmetic needs: 2 per weight and token forward, 2 more for the gradient of the input
 (the weights are frozen), 6 per LoRA weight and token, and attention's two products over the visible pairs. They are set
-against the rate of a large matrix product, measured in turn with them, so that a busy machine slows both. Prints JSON
-and one line.
+against the rate of a large matrix product, measured in turn with them, so that a busy machine slows both. Then a hybrid
+of the same width and depth beside it (`hybrid.py`), training and sampling. Prints JSON and a line for each.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hybrid
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,11 +48,26 @@ QWEN3_512 = QWEN3_TINY | {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
+    "max_position_embeddings": 8192,
 }
 
 
 def main() -> None:
     options = parse()
+    if options.only != "hybrid":
+        whole(options)
+    if options.only != "qwen3":
+        found = hybrid.beside(QWEN3_512, partial(one_pass, options.rank), options.repeats)
+        print(json.dumps(found, indent=2))
+        print("hybrid / Qwen3: " + ", ".join(f"{name} {rates['ratio']:.2f}" for name, rates in found.items()))
+
+
+def one_pass(rank: int, model: Decoder, rows: int, length: int) -> Callable[[], Any]:
+    inputs = random_params(model), random_lora(model, rank, rows), hybrid.random_tokens(model.vocab_size, rows, length)
+    return lambda backward=programs(model, length)[1]: jax.block_until_ready(backward(*inputs))
+
+
+def whole(options: argparse.Namespace) -> None:
     model = from_config(QWEN3_512)
     params, lora = random_params(model), random_lora(model, options.rank, options.rows)
     tokens = jnp.asarray(
@@ -80,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", choices=("qwen3", "hybrid"))
     parser.add_argument("--layers", type=lambda text: tuple(map(int, text.split(","))), default=(2, 32))
     return parser.parse_args()
 
