@@ -22,8 +22,12 @@ KEY = "tml-dummy"
 USER = [{"role": "user", "content": "Hi!"}]
 TIGHT = {"x-guidance": {"whitespace_flexible": False}}
 """A model with random weights likes white space."""
-PARAMETERS = {"type": "object", "properties": {"n": {"enum": [2, 3]}}, "additionalProperties": False, **TIGHT}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}},
+}
+BOUND = {"type": "object", "properties": {"n": {"enum": [2, 3]}}, "additionalProperties": False, **TIGHT}
+BOUND_TOOL = {"type": "function", "function": {"name": "add", "parameters": BOUND}}
 ANTHROPIC_TOOL = {"name": "add", "input_schema": TOOL["function"]["parameters"]}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"n": 2}}\n</tool_call>'
 END = 256
@@ -199,16 +203,20 @@ class Person(pydantic.BaseModel):
 def test_an_untrained_model_keeps_to_what_it_must_answer(client, claude, model):
     """Its weights are random: only its grammar can have made it say this."""
     fields = {"model": model, "messages": USER, "max_tokens": 200}
-    parsed = client.chat.completions.parse(response_format=Person, seed=3, n=2, **fields)
+    unthinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    parsed = client.chat.completions.parse(response_format=Person, seed=3, n=2, extra_body=unthinking, **fields)
     assert [choice.finish_reason for choice in parsed.choices] == ["stop"] * 2
     assert all(choice.message.parsed.name in ("Ada", "Alan") for choice in parsed.choices)
     choice = {"type": "function", "function": {"name": "add"}}
-    with client.chat.completions.stream(tools=[TOOL], tool_choice=choice, seed=1, **fields) as stream:
+    with client.chat.completions.stream(
+        tools=[BOUND_TOOL], tool_choice=choice, seed=1, extra_body=unthinking, **fields
+    ) as stream:
         said = stream.get_final_completion().choices[0]
     assert said.finish_reason == "tool_calls", said
     assert set(json.loads(said.message.tool_calls[0].function.arguments)) <= {"n"}
+    tool = {"name": "add", "input_schema": BOUND}
     any_one = {"type": "any", "disable_parallel_tool_use": True}
-    message = claude.messages.create(tools=[ANTHROPIC_TOOL], tool_choice=any_one, **fields)
+    message = claude.messages.create(tools=[tool], tool_choice=any_one, thinking={"type": "disabled"}, **fields)
     assert (message.stop_reason, message.content[-1].name) == ("tool_use", "add"), message
     grammar = {"grammar": 'root ::= "yes" | "no"'}
     assert client.completions.create(model=model, prompt="a", extra_body=grammar).choices[0].text in ("yes", "no")
@@ -273,7 +281,7 @@ def test_streams_go_on_after_the_worker_s_death_and_say_nothing_twice(server, cl
     schema = {"type": "array", "items": {"type": "integer"}, "minItems": 60, "maxItems": 60, **TIGHT}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     bound = {"messages": USER, "max_tokens": 700, "seed": 5, "response_format": form}
-    bound["extra_body"] = {"return_token_ids": True}
+    bound["extra_body"] = {"return_token_ids": True, "chat_template_kwargs": {"enable_thinking": False}}
     expected = [client.chat.completions.create(model=model, **fields) for fields in (plain, bound)]
     streams = [client.chat.completions.create(model=model, stream=True, **fields) for fields in (plain, bound)]
     said: list[list[int]] = [[], []]
