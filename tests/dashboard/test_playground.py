@@ -16,6 +16,8 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not() or "a browser is here"),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+COMPILED_S = 150
+"""The first samples wait for programs that are compiled."""
 ANSWERS = """return JSON.stringify([...document.querySelectorAll('.answer')].map((answer) => ({
   title: answer.querySelector('h2').textContent,
   end: answer.querySelector('header span:last-child').textContent,
@@ -42,7 +44,8 @@ def test_a_checkpoint_answers_beside_the_base_model(tmp_path: Path):
         for mode in ("Plain prompt", "Chat"):
             Select(find(driver, "select[name=mode]")).select_by_visible_text(mode)
             find(driver, "button.main").click()
-            checkpoint, base = json.loads(until(driver, lambda text: text.count(", ended by ") == 2, ANSWERS))
+            both = until(driver, lambda text: text.count(", ended by ") == 2, ANSWERS, COMPILED_S)
+            checkpoint, base = json.loads(both)
             assert checkpoint["title"] == f"{run}/weights/fresh" and base["title"] == "Base model"
             assert checkpoint["tokens"] == base["tokens"] and 0 < len(base["tokens"]) <= 12
             assert all(title.startswith("logprob -") for _, title in base["tokens"])

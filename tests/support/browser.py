@@ -56,8 +56,10 @@ def browsing(profile: Path) -> Iterator[Any]:
         driver.quit()
 
 
-def until(driver: Any, is_it: Callable[[str], bool], script: str = "return document.body.innerText") -> str:
-    deadline, text = time.monotonic() + WAIT_S, ""
+def until(
+    driver: Any, is_it: Callable[[str], bool], script: str = "return document.body.innerText", wait_s: float = WAIT_S
+) -> str:
+    deadline, text = time.monotonic() + wait_s, ""
     while time.monotonic() < deadline:
         text = driver.execute_script(script) or ""
         if is_it(text):
