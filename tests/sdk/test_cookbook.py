@@ -34,13 +34,25 @@ def place(tmp_path_factory) -> Path:
     _write_lines(place / "HuggingFaceH4/no_robots/train.jsonl", [{"messages": talk}] * 8)
     gsm8k = [{"question": f"What is {n} + 7?", "answer": f"It is easy.\n#### {7 + n % 2}"} for n in range(8)]
     _write_lines(place / "openai/gsm8k/train.jsonl", gsm8k)
-    card = "---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n"
-    (place / "openai/gsm8k/README.md").write_text(card)
+    splits = "".join(f"  - split: {split}\n    path: train.jsonl\n" for split in ("train", "test"))
+    (place / "openai/gsm8k/README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{splits}---\n")
+    pair = [{"chosen": f"{talk_about(n)}Good.", "rejected": f"{talk_about(n)}Bad, worse."} for n in range(8)]
+    for split in ("train", "test"):
+        _write_lines(place / f"Anthropic/hh-rlhf/{split}.jsonl", pair)
+    _write_lines(place / "zwhe99/DeepMath-103K/train.jsonl", [{"question": f"What is {n} times 3?"} for n in range(8)])
+    item = {"rubric_str": "Is it right?", "extraction_regex": "<score>(.*?)</score>"}
+    item |= {"grader_output_format_instruction": "Put your score into <score> ... </score>."}
+    asked = [{"convo": [{"role": "user", "content": f"What is {n} + 1?"}], "rubric_items": [item]} for n in range(8)]
+    _write_lines(place / "rubric.jsonl", asked)
     return place
 
 
+def talk_about(n: int) -> str:
+    return f"\n\nHuman: Say something about {n}.\n\nAssistant: "
+
+
 def _write_lines(path: Path, rows: list) -> None:
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -71,7 +83,7 @@ def recipe(place, server, tmp_path):
     """recipe(name, **settings) -> (its metrics, one row a step; its last checkpoint)."""
 
     def run(name: str, **settings) -> tuple[list[dict], dict]:
-        given = {"model_name": NAME, "log_path": tmp_path / "log", "batch_size": 2, "max_steps": 2, "lora_rank": 4}
+        given = {"model_name": NAME, "log_path": tmp_path / "log", "max_steps": 2}
         arguments = [f"{key}={value}" for key, value in (given | settings).items()]
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TX_", "JAX"))}
         environ |= {"TINKER_BASE_URL": server.base_url, "TINKER_API_KEY": KEY, "TINKER_TELEMETRY": "0"}
@@ -89,7 +101,7 @@ def _lines(path: Path) -> list[dict]:
 
 
 def test_sl_loop_trains_and_saves(recipe):
-    metrics, checkpoint = recipe("sl_loop", max_length=256)
+    metrics, checkpoint = recipe("sl_loop", max_length=256, batch_size=2, lora_rank=4)
     losses = [row["train_mean_nll"] for row in metrics if "train_mean_nll" in row]
     assert len(losses) == 2 and all(map(math.isfinite, losses)) and losses[1] < losses[0]
     assert checkpoint["state_path"].startswith("tinker://") and checkpoint["sampler_path"].startswith("tinker://")
@@ -102,11 +114,57 @@ def test_rl_loop_samples_and_trains(recipe, state, tmp_path, loss):
     prepared = {"name": "prepared", "batch": 0, "state_path": state}
     (tmp_path / "log/checkpoints.jsonl").write_text(json.dumps(prepared) + "\n")
     chosen = {} if loss == "loss_fn=default" else {"loss_fn": loss.partition("=")[2]}
-    metrics, checkpoint = recipe("rl_loop", group_size=8, max_tokens=24, **chosen)
+    metrics, checkpoint = recipe("rl_loop", group_size=8, max_tokens=24, batch_size=2, lora_rank=4, **chosen)
     steps = [row for row in metrics if "reward/total" in row]
     assert len(steps) == 2 and any(0 < row["reward/total"] < 1 for row in steps)
     assert any(row.get("grad_norm", 0) > 0 for row in steps), "a step was taken"
     assert checkpoint["name"] == "final"
+
+
+GROUPS = {"groups_per_batch": 2, "max_tokens": 6, "lora_rank": 4}
+GRADER = {"grader_llm_name": NAME, "grader_renderer_name": "role_colon", "renderer_name": "role_colon"}
+RECIPES = {
+    "math_rl": ("math_rl.train", {"env": "gsm8k", "group_size": 4} | GROUPS),
+    "async RL": ("math_rl.train", {"env": "gsm8k", "group_size": 4, "max_steps_off_policy": 1} | GROUPS),
+    "rubric": (
+        "rubric.train",
+        {"train_jsonl_path": "rubric.jsonl", "test_jsonl_path": "rubric.jsonl", "train_group_size": 2, "eval_every": 0}
+        | GRADER
+        | GROUPS,
+    ),
+    "DPO": ("preference.dpo.train", {"dataset": "hhh", "batch_size": 4, "max_length": 256}),
+    "distillation": (
+        "distillation.on_policy_distillation",
+        {"dataset": "deepmath", "teacher_model": NAME, "group_size": 2} | GROUPS | {"lora_rank": 128},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_other_recipes_run_to_their_final_checkpoint(recipe, kind):
+    """With the losses that are their defaults; the rank of distillation is the recipe's own."""
+    name, settings = RECIPES[kind]
+    metrics, checkpoint = recipe(name, **settings)
+    assert metrics and checkpoint["name"] == "final" and checkpoint["state_path"].startswith("tinker://")
+
+
+TAKE_HOME = """
+import sys
+from tinker_cookbook import weights
+path, base, out = sys.argv[1:]
+weights.download(tinker_path=path, output_dir=f"{out}/adapter")
+weights.build_lora_adapter(base_model=base, adapter_path=f"{out}/adapter", output_path=f"{out}/peft")
+weights.build_hf_model(base_model=base, adapter_path=f"{out}/adapter", output_path=f"{out}/merged")
+"""
+
+
+def test_a_recipes_checkpoint_is_downloaded_and_built_into_an_adapter_and_a_model(place, server, state, tmp_path):
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "TX_", "JAX"))}
+    environ |= {"TINKER_BASE_URL": server.base_url, "TINKER_API_KEY": KEY, "TINKER_TELEMETRY": "0"}
+    command = [f"{VENV}/bin/python", "-c", TAKE_HOME, state, str(place / NAME), str(tmp_path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=RECIPE_S)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "peft/adapter_model.safetensors").exists() and list((tmp_path / "merged").glob("*.safetensors"))
 
 
 def _byte_tokens(text: str) -> list[int]:
