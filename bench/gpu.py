@@ -262,7 +262,7 @@ class Rollouts:
         tiles = batch * -(-(self.options.context - 1) // self.engine.sampling.tile_tokens)
         name = f"decode {bucket(sizes, min(batch, sizes[-1]))}"
         programs[f"{name} base" if f"{name} base" in programs else name].compile()
-        for rows in set(prefill_rows(tiles, self.engine.platform.prefill_rows)):
+        for rows in set(prefill_rows(tiles, self.engine.sampling.prefill_rows)):
             programs[f"prefill {rows}"].compile()
 
     def _admit(self, batch: int, new_tokens: int) -> None:

@@ -20,6 +20,11 @@ def bench(folder):
     return SamplingBench(folder)
 
 
+@pytest.fixture(scope="module")
+def uncached(folder):
+    return SamplingBench(folder, prefix_cache=False)
+
+
 def tokens(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 256, count).tolist()
 
@@ -39,9 +44,8 @@ def finished(bench: SamplingBench, prompts: list, **fields) -> list[int]:
     return ids
 
 
-def test_results_have_the_same_bits_with_and_without_snapshots(bench, folder):
-    plain = SamplingBench(folder, prefix_cache=False)
-    with_cache, without = conversation(bench), conversation(plain)
+def test_results_have_the_same_bits_with_and_without_snapshots(bench, uncached):
+    with_cache, without = conversation(bench), conversation(uncached)
     assert all(one.same_as(other) for one, other in zip(with_cache, without, strict=True))
     assert not any(outcome.num_cached_tokens for outcome in without)
     assert [outcome.num_cached_tokens for outcome in with_cache[:4]] == [0, 39, 39, 39], "of one prompt, once"
@@ -49,6 +53,20 @@ def test_results_have_the_same_bits_with_and_without_snapshots(bench, folder):
     assert [outcome.num_cached_tokens for outcome in with_cache[8:]] == [48, 69, 67, 0], (
         "a prompt that was there before"
     )
+
+
+def test_results_have_the_same_bits_beside_others_and_in_any_pieces(uncached):
+    prompt, others = tokens(90, 21), [tokens(90, seed) for seed in range(22, 32)]
+
+    def sampled(prompts: list, prefill_tokens: int):
+        ids = [uncached.admit(prompt, seed=3, temperature=1.0) for prompt in prompts]
+        uncached.finish(prefill_tokens=prefill_tokens)
+        return uncached.outcomes[ids[0]]
+
+    alone = sampled([prompt], 48)
+    assert sampled([prompt], 256).same_as(alone)
+    assert sampled([prompt, *others], 256).same_as(alone)
+    assert sampled([prompt, *others], 64).same_as(alone)
 
 
 def test_logprobs_are_the_trainers_whatever_came_from_a_snapshot(bench):

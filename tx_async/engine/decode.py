@@ -117,6 +117,7 @@ class SamplingEngine:
         num_states, num_snapshots = state_slots(model, dtype, config, _cache_bytes())
         self.layout = replace(self.layout, num_slots=1 + num_states + num_snapshots if num_states else 0)
         self.tile_tokens = _tile_tokens(model, self.layout, platform)
+        self.prefill_rows = _prefill_rows(model, platform)
         mesh = model.mesh
         #: the sharding of results: every device has them whole; None without a mesh
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
@@ -229,7 +230,7 @@ class SamplingEngine:
 
     def _prefill(self, quantum: Quantum, lora_weights: LoraWeights, lora_scale: Array) -> None:
         tile_tokens = self.tile_tokens
-        for rows, tiles in prefill_calls(quantum.schedule.prefill, tile_tokens, self.platform.prefill_rows):
+        for rows, tiles in prefill_calls(quantum.schedule.prefill, tile_tokens, self.prefill_rows):
             batch = prefill_batch(tiles, rows, tile_tokens, self.layout)
             adapters = Adapters.of(lora_weights, lora_scale, batch.adapter)
             hidden, self.pools = self.programs[f"prefill {rows}"](self.params, adapters, self.pools, batch)
@@ -362,12 +363,12 @@ class SamplingEngine:
 
         function, tile_tokens = partial(programs.prefill, self.platform, self.model, self.layout), self.tile_tokens
         function = partial(function, kernels=self.kernels)
-        for rows in self.platform.prefill_rows:
+        for rows in self.prefill_rows:
             batch = prefill_batch([], rows, tile_tokens, self.layout)
             arguments = (self.params, adapters(batch.adapter), self.pools, batch)
             yield program(f"prefill {rows}", function, arguments, donate=(2,), out_shardings=and_pools)
 
-        for rows in self.platform.prefill_rows:
+        for rows in self.prefill_rows:
             shape, scores = (rows * tile_tokens, self.model.hidden_size), empty_scores()
             hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
             arguments = (self.params, adapters(scores.adapter), hidden, scores)
@@ -388,6 +389,13 @@ def _tile_tokens(model: Any, layout: CacheLayout, platform: Platform) -> int:
     """Tokens of a prefill tile, in whole pages."""
     pages = 1 if model.state_layers else max(1, platform.prefill_tile_tokens // layout.page_size)
     return pages * layout.page_size
+
+
+def _prefill_rows(model: Any, platform: Platform) -> tuple[int, ...]:
+    """The sizes of prefill calls: one alone with recurrent layers where sums must be the same in every batch. XLA fuses
+    their rule with what is around it, for each number of rows in another way, which rounds in another way (1e-6)."""
+    is_one = model.state_layers and platform.same_sums_in_every_batch
+    return platform.prefill_rows[:1] if is_one else platform.prefill_rows
 
 
 def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:
