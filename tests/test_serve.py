@@ -1,9 +1,11 @@
 """The server as others reach it: over TLS, with keys that come and go, by names and from pages."""
 
+import json
 import os
 import shutil
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +15,13 @@ import httpx
 import msgspec
 import pytest
 
+from tests.support.chat_templates import QWEN3, make_chat_tokenizer
 from tests.support.durability import serving
 from tx_async import keys
 from tx_async.api.key_file import read_keys
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
+from tx_async.scheduler.scheduler import STOPPING
 from tx_async.serve import _hypercorn_settings
 
 needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
@@ -140,3 +144,44 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+LIVE_REQUESTS = [
+    ("/v1/completions", {"prompt": "Hi", "n": 3}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}]}),
+]
+
+
+def test_live_answers_end_at_the_signal_and_say_to_try_again(tiny_qwen3, tmp_path):
+    """Streams by an event, the others by a 503, all in the form of their API."""
+    model = make_chat_tokenizer(shutil.copytree(tiny_qwen3, tmp_path / "model"), QWEN3)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": []}))  # no answer ends by itself
+    slow, num_begun = {"FAKE_ENGINE": '{"command_ms": 500}'}, threading.Semaphore(0)
+    with serving(tmp_path / "data", model, environ=slow) as server, ThreadPoolExecutor(8) as threads:
+        fields = {"model": str(model), "max_tokens": 200}
+        streamed = threads.map(lambda ask: listen(server.base_url + ask[0], ask[1] | fields, num_begun), LIVE_REQUESTS)
+        whole = threads.map(lambda ask: server.post(ask[0], 60, **ask[1], **fields), LIVE_REQUESTS)
+        assert num_begun.acquire(timeout=30) and num_begun.acquire(timeout=30)
+        wait_until(lambda: b"scheduler_samples_open 4" in httpx.get(f"{server.base_url}/metrics").content)
+        assert server.process is not None
+        server.process.terminate()
+        for status, answer in whole:
+            assert status == 503 and "Try again" in answer["error"]["message"], answer
+        openai, anthropic = streamed
+        assert server.process.wait(30) == 0
+    error = json.loads(openai[-1].removeprefix("data: "))["error"]
+    assert error["message"] == STOPPING
+    name, data = anthropic[-2:]
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"] == {"type": "overloaded_error", "message": STOPPING}
+    assert "Traceback" not in server.log() and "ERROR" not in server.log(), server.log()
+
+
+def listen(url: str, body: dict[str, object], num_begun: threading.Semaphore) -> list[str]:
+    """The lines of a stream that ends in order."""
+    with httpx.stream("POST", url, json=body | {"stream": True}, headers={"x-api-key": "tml-a"}, timeout=60) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        num_begun.release()
+        return [line for line in (first, *lines) if line]

@@ -184,7 +184,15 @@ def create_app(config: ServerConfig | None = None, engine: str = DEFAULT_ENGINE)
     app.router.redirect_slashes = False
     app.state.config = config
     app.state.engine = engine
+    app.state.scheduler = None  # until it has started
     return app
+
+
+def begin_stop(app: Starlette) -> None:
+    """The process was told to stop: whoever waits for a live answer hears of it now. An ASGI server that does not
+    call this tells the app only at the end of its lifespan, when it has cut all connections."""
+    if app.state.scheduler is not None:
+        app.state.scheduler.begin_stop()
 
 
 @asynccontextmanager
@@ -199,6 +207,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     try:
         async with server.running() as scheduler:
             assert server.identity is not None
+            app.state.scheduler = scheduler
             if key_file:
                 follow_keys(key_file, scheduler)
             store = server.identity.store

@@ -2,9 +2,9 @@
 
 Hypercorn speaks HTTP; this module decides how a server for long polls starts and stops. The port is taken before
 anything else starts, so a second server on it changes nothing. The first SIGINT or SIGTERM stops it, in bounded time:
-open polls get `GRACEFUL_S` to finish, then the app's lifespan drains and takes its snapshots within `shutdown_ms`. A
-second signal ends the process at once. When the app dies of a broken invariant the process stops with exit code 1: the
-journal brings it back.
+live answers end at once with an error that says to try again, open polls get `GRACEFUL_S` to finish, then the app's
+lifespan drains and takes its snapshots within `shutdown_ms`. A second signal ends the process at once. When the app
+dies of a broken invariant the process stops with exit code 1: the journal brings it back.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import resource
 import signal
 import ssl
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -64,9 +66,10 @@ def serve(config: ServerConfig) -> int:
     settings = _hypercorn_settings(config)
     sockets = _bind(settings, config)
 
-    from tx_async.app import create_app
+    from tx_async.app import begin_stop, create_app
 
-    server = _HypercornRun(create_app(config), settings, sockets)
+    app = create_app(config)
+    server = _HypercornRun(app, settings, sockets, partial(begin_stop, app))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(server.run())
 
@@ -84,8 +87,10 @@ def check_exposure(config: ServerConfig) -> None:
 class _HypercornRun:
     """One run of the app under hypercorn."""
 
-    def __init__(self, app: Any, settings: HypercornConfig, sockets: Sockets):
+    def __init__(self, app: Any, settings: HypercornConfig, sockets: Sockets, begin_stop: Callable[[], None]):
+        """begin_stop: tells the app of the signal, before its requests are cut."""
         self.app = app
+        self.begin_stop = begin_stop
         self.settings = settings
         self.sockets = sockets
         self.stop = asyncio.Event()
@@ -118,6 +123,7 @@ class _HypercornRun:
             os._exit(EXIT_SECOND_SIGNAL)
         self.is_signalled = True
         logger.info("%s: stopping", signal.Signals(number).name)
+        self.begin_stop()
         self.stop.set()
 
     async def _watched_app(self, scope: Any, receive: Any, send: Any) -> None:

@@ -150,10 +150,15 @@ class Scheduler:
                 self.performer.watch.recovered(request)
         self.performer.perform(self.state.restore())
 
+    def begin_stop(self) -> None:
+        """Refuse new work, and end live requests while their clients can still be told. May be called again."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._live.end_all(NotReady(STOPPING))
+
     async def stop(self, timeout_s: float) -> None:
         """Refuse new work and snapshot what would otherwise have to be replayed, for at most `timeout_s`."""
-        self._is_stopping = True
-        self._live.end_all(NotReady(STOPPING))
+        self.begin_stop()
         with anyio.move_on_after(timeout_s):
             while True:
                 instructions, is_busy = self.state.drain(self.clock.now())
