@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from tests.support.durability import serving
-from tx_async import health
+from tx_async import doctor, health
+from tx_async.config import ServerConfig
 from tx_async.errors import StorageError
 from tx_async.health import Finding, Health, probe_storage, within
 from tx_async.storage.store import Store
@@ -99,6 +100,13 @@ def test_healthz_of_a_server_says_each(tiny_qwen3, tmp_path):
         checks = answer.json()["checks"]
         assert set(checks) == {"storage", "journal", "disk", "memory", "worker"}
         assert all(check["state"] in ("ok", "warning") and check["text"] for check in checks.values())
+
+
+def test_doctor_names_folders_that_cannot_be_made(tmp_path):
+    config = ServerConfig(data_dir="/proc/nope")
+    for check in (doctor._disk, doctor._compilation_cache):
+        found = check(config)
+        assert found.state == "problem" and "/proc/nope" in found.text
 
 
 def test_doctor_tries_the_storage(tmp_path, monkeypatch):

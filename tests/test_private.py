@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.durability import serving
 from tx_async.config import ServerConfig
-from tx_async.private import close_data, close_folder, make_folder, opener, private_umask
+from tx_async.errors import ConfigError
+from tx_async.private import check_writable, close_data, close_folder, make_folder, opener, private_umask
 from tx_async.testing.server import ServerProcess
 
 
@@ -90,3 +91,10 @@ def test_files_and_folders_are_private_from_their_first_moment(tmp_path):
             (tmp_path / "a/other").mkdir()
         assert os.umask(0) == 0
     assert open_to_others(tmp_path / "a") == {}
+
+
+def test_whether_a_folder_can_be_written_is_found_out_without_making_it(tmp_path):
+    check_writable(tmp_path / "a/b", "data_dir")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="data_dir /proc/nope cannot be made or written"):
+        check_writable(Path("/proc/nope"), "data_dir")

@@ -71,6 +71,15 @@ def test_a_journal_that_cannot_be_written_is_one_line(tiny_qwen3: Path, tmp_path
     assert_one_line(serve(tiny_qwen3, "--data-dir", str(tmp_path / "file" / "data")), str(tmp_path / "file"))
 
 
+def test_a_compilation_cache_that_cannot_be_written_is_one_line(tiny_qwen3: Path, tmp_path: Path):
+    """The folder is the server's setting: its worker would end at each start for the same reason."""
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "cache")
+    settings = ("--data-dir", str(tmp_path), "--local-workers", "1", "--compilation-cache-dir", nowhere)
+    done = serve(tiny_qwen3, *settings)
+    assert_one_line(done, "compilation_cache_dir", nowhere)
+
+
 def test_a_database_that_is_down_is_one_line_without_the_password(tiny_qwen3: Path, tmp_path: Path):
     url = f"postgresql://user:secret@127.0.0.1:{free_port()}/tx"
     done = serve(tiny_qwen3, "--data-dir", str(tmp_path), "--database-url", url)

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import anyio
@@ -44,7 +45,7 @@ from tx_async.journal.marks import map_marks
 from tx_async.loop_lag import watch_lag
 from tx_async.metrics import Metrics
 from tx_async.names import tokenizer_id
-from tx_async.private import close_data, private_umask
+from tx_async.private import close_data, make_writable_folder, private_umask
 from tx_async.scheduler.core import marks
 from tx_async.scheduler.scheduler import Scheduler
 from tx_async.storage.probe import write_probe
@@ -103,6 +104,8 @@ class Server:
         journal.took = self.metrics.commit.observe
         records = await journal.open()
         try:
+            if config.local_workers:
+                make_writable_folder(Path(config.resolved_compilation_cache_dir), "compilation_cache_dir")
             identity = self.identity = Identity(config, base_model, journal, records)
             records = await identity.settle()
         except BaseException:

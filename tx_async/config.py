@@ -245,7 +245,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def resolved_compilation_cache_dir(self) -> str:
-        return self.compilation_cache_dir or str(self.data_path / "compilation_cache")
+        """Of the local workers."""
+        own = self.backend_config.compilation_cache_dir or self.compilation_cache_dir
+        return own or str(self.data_path / "compilation_cache")
 
 
 def load(flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> ServerConfig:

@@ -22,6 +22,7 @@ from tx_async.config import ServerConfig
 from tx_async.engine.devices import GPU_BYTES, in_mesh, usable
 from tx_async.errors import ConfigError, TxError
 from tx_async.health import Finding, size
+from tx_async.private import check_writable
 from tx_async.serve import check_exposure
 
 JAX_S = 120
@@ -75,6 +76,7 @@ def run(config: ServerConfig) -> int:
         "jax": _jax,
         "shared memory": _shared_memory,
         "disk": _disk,
+        "compilation cache": _compilation_cache,
         "address": _address,
         "database": _database,
         "storage": _storage,
@@ -129,11 +131,24 @@ def _disk(config: ServerConfig) -> Finding:
     folder = config.data_path.absolute()
     while not folder.exists():
         folder = folder.parent
-    if not os.access(folder, os.W_OK):
-        return Finding("problem", f"{config.data_path} (data_dir) cannot be written by this user")
+    try:
+        check_writable(config.data_path, "data_dir")
+    except TxError as error:
+        return Finding("problem", error.message)
     free = shutil.disk_usage(folder).free
     text = f"{size(free)} free for {config.data_path} (data_dir)"
     return Finding("ok" if free >= DISK_BYTES_MIN else "warning", text)
+
+
+def _compilation_cache(config: ServerConfig) -> Finding:
+    folder = Path(config.resolved_compilation_cache_dir)
+    if not config.local_workers:
+        return Finding("ok", "there are no local workers; each of the others uses this folder of its own host")
+    try:
+        check_writable(folder, "compilation_cache_dir")
+    except TxError as error:
+        return Finding("problem", error.message)
+    return Finding("ok", f"{folder} can be written")
 
 
 def _address(config: ServerConfig) -> Finding:

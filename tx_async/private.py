@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tx_async.config import ServerConfig
+from tx_async.errors import ConfigError
 
 UMASK = 0o077
 FILE_MODE = 0o600
@@ -44,6 +47,35 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises `ConfigError` unless a file can be written in `folder`, or in the nearest of its parents where it has not
+    been made yet. The file never has a name where the system can do without, and is gone at once where not."""
+    nearest = folder.absolute()
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise _unwritable(folder, setting, error) from error
+
+
+def make_writable_folder(folder: Path, setting: str) -> None:
+    """Make a folder in which files can be written. Raises `ConfigError`."""
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise _unwritable(folder, setting, error) from error
+    check_writable(folder, setting)
+
+
+def _unwritable(folder: Path, setting: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{setting} {folder} cannot be made or written on host {socket.gethostname()}: {error.strerror or error}. Name "
+        "a folder that this user can write to."
+    )
 
 
 def close_data(config: ServerConfig) -> None:

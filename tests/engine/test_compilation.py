@@ -13,6 +13,7 @@ from jax._src import compilation_cache
 from tx_async.engine import compilation, platform
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.row_shapes import row_shapes
+from tx_async.errors import ConfigError
 from tx_async.testing.engine_bench import rl_segment, segment
 from tx_async.wire.worker import (
     LOSS_FNS,
@@ -118,6 +119,12 @@ def test_a_program_refuses_other_shapes_instead_of_compiling():
 )
 def test_shapes_of_micro_batches_are_few_and_reach_the_context(config, name, expected):
     assert row_shapes(config, 100, platform.of(name)) == expected
+
+
+def test_a_cache_that_cannot_be_written_is_the_operators_to_change(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"compilation_cache_dir .*file/cache cannot be made or written on host"):
+        compilation.use_cache(str(tmp_path / "file" / "cache"))
 
 
 def test_a_cache_whose_writer_was_killed_is_usable_again(tmp_path):

@@ -25,7 +25,7 @@ from jax.stages import Compiled, Lowered
 
 from tx_async.engine import platform
 from tx_async.engine.executables import Executables
-from tx_async.private import make_folder
+from tx_async.private import make_writable_folder
 
 CACHE_BYTES_MAX = 4 * 2**30
 MAYBE_INCOMPLETE = 64
@@ -43,10 +43,10 @@ def use_cache(folder: str) -> None:
     Its size is bounded here, once a start. Were JAX told the limit, it would read the times of all entries for every
     program that it adds, under a lock between processes: seconds for each in a cache of thousands.
 
-    Call before the first jit.
+    Call before the first jit. Raises `ConfigError` where the folder cannot be made or written.
     """
     if folder:
-        make_folder(Path(folder))
+        make_writable_folder(Path(folder), "compilation_cache_dir")
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
