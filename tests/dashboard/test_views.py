@@ -1,7 +1,9 @@
 """What the page is told and may change, over HTTP, in front of a fake scheduler."""
 
+import asyncio
 import contextlib
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,12 +11,14 @@ import httpx
 import msgspec
 import pytest
 
-from tests.support.events import read_events
+from tests.support.events import read_events, scope_of
 from tx_async import keys
 from tx_async.api.routes import create_api
 from tx_async.config import ServerConfig
 from tx_async.dashboard import picture
+from tx_async.dashboard.news import PAGES_PER_KEY_MAX, no_room
 from tx_async.dashboard.pages import STATIC, is_on
+from tx_async.dashboard.viewer import Viewer
 from tx_async.testing.fake_scheduler import FakeScheduler
 from tx_async.wire.records import CheckpointRecord, ModelRecord, SessionRecord
 from tx_async.wire.worker import AdapterConfig
@@ -229,6 +233,57 @@ async def test_nobody_looks_when_no_page_is_open_and_all_pages_share_a_look(open
 async def test_many_pages_read_less_often(open_site: Site, pages: int, read_every_s: float):
     events = await read_events(open_site.app, "/dashboard/events", 1 if pages == 1 else 2, pages=pages)
     assert [event["read_every_s"] for _, event in events if "read_every_s" in event][-1] == read_every_s
+
+
+async def test_pages_that_one_key_opens_at_once_leave_room_for_others(
+    keyed_site: Site, people: dict[str, str], runs: dict[str, str]
+):
+    news = keyed_site.app.routes[0].endpoint._api.news  # type: ignore[attr-defined]
+    statuses: Counter[int] = Counter()
+    have_all_answers = asyncio.Event()
+
+    async def open_page() -> None:
+        """It is answered, and never reads what it is sent."""
+        received = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+        async def receive() -> dict[str, object]:
+            return next(received, None) or await asyncio.Future()
+
+        async def send(message: dict[str, int]) -> None:
+            if message["type"] == "http.response.start":
+                statuses[message["status"]] += 1
+                if statuses.total() == PAGES_PER_KEY_MAX + 3:
+                    have_all_answers.set()
+            await asyncio.Future()
+
+        await keyed_site.app(scope_of("/dashboard/events", people["bob"]), receive, send)  # type: ignore[arg-type]
+
+    pages = [asyncio.create_task(open_page()) for _ in range(PAGES_PER_KEY_MAX + 3)]
+    await have_all_answers.wait()
+    assert statuses == {200: PAGES_PER_KEY_MAX, 429: 3}
+    async with keyed_site.browser(people["bob"]) as browser:
+        assert "This key has 64 pages open" in (await browser.get("/dashboard/events")).json()["detail"]
+    events = await read_events(keyed_site.app, "/dashboard/events", 1, key=people["alice"])
+    assert set(events[0][1]["runs"]) == {runs["alice"]}
+    for page in pages:
+        page.cancel()
+    await asyncio.gather(*pages, return_exceptions=True)
+    assert news.num_pages == 0 and news._ticking is None
+
+
+def test_many_keys_leave_room_for_admins():
+    pages = {Viewer(f"o{number}", "", False, True): PAGES_PER_KEY_MAX for number in range(7)}
+    user, admin = Viewer("user", "", False, True), Viewer("root", "", True, True)
+    assert "shows 448 pages already" in no_room(pages, user) and not no_room(pages, admin)
+    pages[admin] = PAGES_PER_KEY_MAX - 1
+    assert not no_room(pages, admin)
+    pages[admin] = PAGES_PER_KEY_MAX
+    assert "This key" in no_room(pages, admin) and "shows 512 pages" in no_room(pages, Viewer("other", "", True, True))
+
+
+def test_a_key_keeps_its_share_when_its_role_changes():
+    pages = {Viewer("o", "", False, True): PAGES_PER_KEY_MAX}
+    assert "This key" in no_room(pages, Viewer("o", "", True, True))
 
 
 async def test_a_revoked_key_s_stream_ends(keyed_site: Site, people: dict[str, str], tmp_path: Path):

@@ -63,8 +63,14 @@ async def _read(
         if len(events) >= number:
             is_enough.set()
 
+    await app(scope_of(path, key), receive, send)  # type: ignore[arg-type]
+    return events[:number]
+
+
+def scope_of(path: str, key: str = "") -> dict[str, Any]:
+    """The ASGI scope of a GET from this machine."""
     headers = [(b"host", b"127.0.0.1:8000"), *([(b"x-api-key", key.encode())] if key else [])]
-    scope = {
+    return {
         "type": "http",
         "method": "GET",
         "path": path,
@@ -78,5 +84,3 @@ async def _read(
         "http_version": "1.1",
         "asgi": {"version": "3.0"},
     }
-    await app(scope, receive, send)  # type: ignore[arg-type]
-    return events[:number]

@@ -7,7 +7,8 @@ is open. A page that reads slowly misses intermediate states and never the newes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -26,6 +27,9 @@ SILENCE_S = 15
 """After this many ticks without news, a line says that the stream is alive: proxies cut silent ones."""
 RETRY_MS = 2000
 PAGES_MAX = 512
+PAGES_FOR_ADMINS = 64
+"""So many of them are never given to users: an admin can always look at a server that is crowded."""
+PAGES_PER_KEY_MAX = 64
 READ_S = 2.5
 READS_PER_S_MAX = 4
 """Pages of a run that trains read its newest steps every `READ_S` seconds; many pages less often, so that all together
@@ -45,9 +49,10 @@ class News:
         self.scheduler = scheduler
         self.clock = clock
         self.rates = rates or Rates()
-        self.num_pages = 0
         self.num_looks = 0
         """How often pages have had the scheduler looked at."""
+        #: the open pages, by viewer: each has joined, and has not left yet
+        self._pages: Counter[Viewer] = Counter()
         self._names = names
         self._redact = redact
         #: the pictures of the present tick, by viewer
@@ -62,40 +67,42 @@ class News:
     def __repr__(self) -> str:
         return f"<News [{self.num_pages} pages]>"
 
-    def check_room(self) -> None:
-        """Raises `Overloaded`."""
-        if self.num_pages >= PAGES_MAX:
-            raise Overloaded(f"{PAGES_MAX} pages are open already: close one, then load this one again.")
+    @property
+    def num_pages(self) -> int:
+        return self._pages.total()
 
-    async def stream(self, viewer: Viewer, is_valid: Callable[[], bool]) -> AsyncIterator[bytes]:
-        """is_valid: whether the viewer's key still counts."""
-        self._join()
-        try:
-            shown, silence = self._picture(viewer), 0
-            yield b"retry: %d\n" % RETRY_MS + _event("state", msgspec.json.encode(shown))
-            while is_valid():
-                await self._tick.wait()
-                newest = self._picture(viewer)
-                news = self._change(viewer, shown, newest)
-                shown, silence = newest, 0 if news else silence + 1
-                if news or silence % SILENCE_S == 0:
-                    yield news or b": still here\n\n"
-        finally:
-            self._leave()
+    # ---- a page's stay: it joins, reads its stream, and leaves
 
-    # ---- the clock of all pages
-
-    def _join(self) -> None:
-        self.num_pages += 1
+    def join(self, viewer: Viewer) -> None:
+        """Whoever joins must leave, also when its stream is never read. Raises `Overloaded`."""
+        if problem := no_room(self._pages, viewer):
+            raise Overloaded(problem)
+        self._pages[viewer] += 1
         if self._ticking is None:
             self._forget()
             self._ticking = asyncio.get_running_loop().create_task(self._tick_while_watched())
 
-    def _leave(self) -> None:
-        self.num_pages -= 1
-        if not self.num_pages and self._ticking is not None:
+    def leave(self, viewer: Viewer) -> None:
+        self._pages[viewer] -= 1
+        if not self._pages[viewer]:
+            del self._pages[viewer]
+        if not self._pages and self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None
+
+    async def stream(self, viewer: Viewer, is_valid: Callable[[], bool]) -> AsyncIterator[bytes]:
+        """For a viewer that has joined. is_valid: whether the viewer's key still counts."""
+        shown, silence = self._picture(viewer), 0
+        yield b"retry: %d\n" % RETRY_MS + _event("state", msgspec.json.encode(shown))
+        while is_valid():
+            await self._tick.wait()
+            newest = self._picture(viewer)
+            news = self._change(viewer, shown, newest)
+            shown, silence = newest, 0 if news else silence + 1
+            if news or silence % SILENCE_S == 0:
+                yield news or b": still here\n\n"
+
+    # ---- the clock of all pages
 
     async def _tick_while_watched(self) -> None:
         while True:
@@ -145,6 +152,21 @@ class News:
             changed = picture.change(before, after)
             self._changes[key] = _event("change", msgspec.json.encode(changed)) if changed else b""
         return self._changes[key]
+
+
+def no_room(pages: Mapping[Viewer, int], viewer: Viewer) -> str:
+    """Why this viewer cannot have another page beside the open ones; "" where it can.
+
+    A key has a share, so that none can shut out the others. Without keys everybody is at this machine, and one."""
+    num_pages = sum(pages.values())
+    if viewer.has_key:
+        of_key = sum(number for other, number in pages.items() if other.owner == viewer.owner)
+        if of_key >= PAGES_PER_KEY_MAX:
+            return f"This key has {PAGES_PER_KEY_MAX} pages open already: close one, then load this one again."
+    of_users = sum(number for other, number in pages.items() if not other.sees_all)
+    if num_pages >= PAGES_MAX or (not viewer.sees_all and of_users >= PAGES_MAX - PAGES_FOR_ADMINS):
+        return f"The server shows {num_pages} pages already, and no more at once: load this one again later."
+    return ""
 
 
 def _event(name: str, data: bytes) -> bytes:

@@ -4,11 +4,13 @@ exist."""
 from __future__ import annotations
 
 import heapq
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tx_async import __version__
 from tx_async.api import validation
@@ -47,9 +49,24 @@ async def dashboard_viewer(call: Call) -> DashboardViewer:
 async def dashboard_events(call: Call) -> Response:
     """Server-sent events: `state` at once, then a `change` whenever something has changed."""
     viewer, news = Viewer.of(call), call.api.news
-    news.check_room()
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(news.stream(viewer, lambda: _is_same(call, viewer)), 200, headers, EVENT_STREAM)
+    # Joined here, and not when its stream is first read: pages that are opened at once would all find room.
+    news.join(viewer)
+    return OpenPage(news.stream(viewer, lambda: _is_same(call, viewer)), lambda: news.leave(viewer))
+
+
+class OpenPage(StreamingResponse):
+    """A page's stream. However it ends, also before it was read, the page leaves."""
+
+    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]):
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(events, headers=headers, media_type=EVENT_STREAM)
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
 
 
 def _is_same(call: Call, viewer: Viewer) -> bool:

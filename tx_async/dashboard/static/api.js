@@ -72,7 +72,8 @@ export async function* events(response) {
 
 const SILENCE_MS = 40_000;
 
-// The page's stream, for ever: it comes back when it breaks. `show` gets (event, data), `lost` how it stands.
+// The page's stream, for ever: it comes back when it breaks. `show` gets (event, data), `lost` how it stands,
+// and the server's refusal where it was one.
 export async function follow(show, lost, stop) {
   let wait = 500;
   while (!stop.aborted) {
@@ -89,7 +90,9 @@ export async function follow(show, lost, stop) {
       lost("The server has ended the stream.");
     } catch (error) {
       if (error instanceof Refused && (error.status === 401 || error.status === 403)) throw error;
-      if (!stop.aborted) lost("The server cannot be reached.");
+      if (stop.aborted) return;
+      if (error instanceof Refused) lost(error.message, error);
+      else lost("The server cannot be reached.");
     } finally {
       clearTimeout(alarm);
       stop.removeEventListener("abort", end);

@@ -72,8 +72,12 @@ function showStatus(text = "", kind = "") {
 async function listen() {
   stream?.abort();
   stream = new AbortController();
+  const lost = (text, refusal) => {
+    showStatus("Reconnecting…", "bad");
+    if (refusal) onError(refusal); else tell(text);
+  };
   try {
-    await follow(receive, (text) => { showStatus("Reconnecting…", "bad"); tell(text); }, stream.signal);
+    await follow(receive, lost, stream.signal);
   } catch (error) { onError(error); }
 }
 
