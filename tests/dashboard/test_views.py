@@ -318,6 +318,14 @@ async def test_runs_beyond_the_newest_are_found(
         assert await asked("?find=tag-0%20alice") == ([mine[4], mine[2]], 3)
         assert await asked("?find=tag-0&offset=2") == ([mine[0]], 3)
         assert await asked("?find=theirs") == ([], 0)
+        assert await asked("?offset=2&limit=1") == (mine[2:1:-1], 5)
+
+
+@pytest.mark.parametrize("limit", ["-1", "0", "201", "1.5", "x", "", "%D9%A3", "9" * 5000])
+async def test_a_limit_that_is_no_number_of_runs_is_refused(open_site: Site, limit: str):
+    async with open_site.browser() as browser:
+        answer = await browser.get(f"/dashboard/runs?limit={limit}")
+        assert answer.status_code == 400 and "a whole number from 1 to 200" in answer.json()["detail"]
 
 
 # ---- one run

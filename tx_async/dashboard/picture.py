@@ -55,17 +55,17 @@ def runs(scheduler: SchedulerApi, viewer: Viewer, names: Mapping[str, str]) -> d
 
 
 def find_runs(
-    scheduler: SchedulerApi, viewer: Viewer, names: Mapping[str, str], words: Sequence[str], offset: int
+    scheduler: SchedulerApi, viewer: Viewer, names: Mapping[str, str], words: Sequence[str], offset: int, limit: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """The runs that have each of the words in their id, name, tags, base model or key's name, most recently used first,
-    from the one with this number on, and how many there are."""
+    """The runs that have each of the words in their id, name, tags, base model or key's name, most recently used first:
+    `limit` of them from the one with the number `offset` on, and how many there are in all."""
     found = [
         model
         for model in scheduler.models.values()
         if viewer.sees(model.owner) and (not words or _has(scheduler, model, names, words))
     ]
     found.sort(key=_order, reverse=True)
-    return [run(scheduler, model, names) for model in found[offset : offset + RUNS_MAX]], len(found)
+    return [run(scheduler, model, names) for model in found[offset : offset + limit]], len(found)
 
 
 def _has(scheduler: SchedulerApi, model: ModelRecord, names: Mapping[str, str], words: Sequence[str]) -> bool:

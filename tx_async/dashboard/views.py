@@ -24,7 +24,7 @@ from tx_async.api.history import columns_of
 from tx_async.api.rest import query_number
 from tx_async.dashboard import operator, picture
 from tx_async.dashboard.viewer import Viewer
-from tx_async.errors import Forbidden, UnknownCheckpoint, UnknownTrainingRun
+from tx_async.errors import Forbidden, InvalidRequest, UnknownCheckpoint, UnknownTrainingRun
 from tx_async.wire import openai, tinker
 from tx_async.wire.dashboard import CheckpointAction, DashboardViewer, Link
 from tx_async.wire.records import CheckpointRecord, ModelRecord
@@ -75,11 +75,21 @@ def _is_same(call: Call, viewer: Viewer) -> bool:
 
 
 async def dashboard_runs(call: Call) -> Response:
-    """Runs beyond those of the events: `?find=` words that each must have, `?offset=` how many of them to leave out."""
+    """Runs beyond those of the events: `?find=` words that each must have, `?offset=` how many of them to leave out,
+    `?limit=` how many to tell of."""
     words = call.query("find").lower().split()
     offset = query_number(call, "offset", 0, 2**53)
-    found, total = picture.find_runs(call.scheduler, Viewer.of(call), call.api.owners.names(), words, offset)
+    names, limit = call.api.owners.names(), _limit(call)
+    found, total = picture.find_runs(call.scheduler, Viewer.of(call), names, words, offset, limit)
     return json_response({"runs": found, "total": total})
+
+
+def _limit(call: Call) -> int:
+    text = call.query("limit", str(picture.RUNS_MAX))
+    limit = int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else 0
+    if not 1 <= limit <= picture.RUNS_MAX:
+        raise InvalidRequest(f"limit is {text[:50]!r}; it must be a whole number from 1 to {picture.RUNS_MAX}.")
+    return limit
 
 
 async def dashboard_run(call: Call) -> Response:
