@@ -266,6 +266,18 @@ def test_a_stream_that_breaks_comes_back_with_the_present_state(
     until(driver, lambda text: "Ready" in text and later in text)
 
 
+def test_a_page_from_before_a_restart_can_still_change_something(
+    driver: Any, site: Serving, scheduler: FakeScheduler, run: str
+):
+    driver.get(f"{site.url}/#/runs/{run}")
+    find(driver, "button.danger")
+    site.app = create_api(scheduler, ServerConfig(), scheduler.files)  # its tokens have another secret
+    find(driver, "button.danger").click()
+    find(driver, "dialog button.main").click()
+    until(driver, lambda text: "No checkpoint was saved yet" in text)
+    assert not scheduler.checkpoints
+
+
 def test_where_there_are_keys_the_page_asks_for_one_and_shows_its_runs_only(
     driver: Any, scheduler: FakeScheduler, tmp_path: Path
 ):

@@ -35,7 +35,20 @@ export async function get(path) {
   return (await answered(await fetch(path, { headers: headers(), cache: "no-store" }))).json();
 }
 
+// A server that has started again knows no token from before: it gives a new one, and is asked once more.
 export async function post(path, body, signal) {
+  const old = token;
+  try {
+    return await sent(path, body, signal);
+  } catch (error) {
+    if (!(error instanceof Refused && error.status === 403)) throw error;
+    await viewer();
+    if (token === old) throw error;
+    return sent(path, body, signal);
+  }
+}
+
+async function sent(path, body, signal) {
   const more = { "Content-Type": "application/json", "X-Dashboard-Token": token };
   return answered(await fetch(path, { method: "POST", headers: headers(more), body: JSON.stringify(body), signal }));
 }
