@@ -306,6 +306,11 @@ def test_where_there_are_keys_the_page_asks_for_one_and_shows_its_runs_only(
         driver.get(f"{site.url}/#/runs/{theirs}")
         until(driver, lambda text: "No training run" in text or "not" in text.lower())
         assert not driver.find_elements("css selector", ".charts")
+        driver.get(f"{site.url}/#/operator")
+        until(driver, lambda text: "This part needs an admin's key" in text and "Audit log" not in text)
+        assert "/dashboard/operator" not in driver.execute_script(
+            "return performance.getEntriesByType('resource').map((one) => new URL(one.name).pathname)"
+        )
         find(driver, "#leave").click()
         find(driver, "input[type=password]")
         driver.get("about:blank")

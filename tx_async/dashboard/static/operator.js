@@ -5,7 +5,8 @@ import { bytes, count, h, keyed, keyName, pill, say, scrolled, table, when } fro
 
 const READ_MS = 10_000;
 
-export function create(_argument, { onError }) {
+export function create(_argument, { onError, who }) {
+  if (who.role !== "admin") return { title: "Operator", element: closed(), update() {} };
   const health = h("dl", { class: "figures plain wide" });
   const keys = table([
     { title: "Key", class: "id", cell: (item) => item.name || keyName(item.owner) },
@@ -71,6 +72,14 @@ export function create(_argument, { onError }) {
   read();
   const timer = setInterval(read, READ_MS);
   return { title: "Operator", element, update() {}, stop() { isOver = true; clearInterval(timer); } };
+}
+
+// Instead of tables that the server would refuse to fill.
+function closed() {
+  return h("div", { class: "stack" },
+    h("div", { class: "head" }, h("h1", { tabindex: "-1" }, "Operator")),
+    h("p", { class: "card" }, "This part needs an admin's key. Sign out, then sign in with one; the operator of this server makes it with ",
+      h("code", {}, "tx-async keys add NAME --role admin"), "."));
 }
 
 function showPairs(list, entries, body) {
