@@ -8,6 +8,7 @@ import pytest
 
 from tx_async.api.compatible.fields import WITHOUT_EFFECT
 from tx_async.api.compatible.rows import ROWS
+from tx_async.api.compatible.tokenizer import Tokenizer
 
 CHAT, COMPLETIONS = "/oai/api/v1/chat/completions", "/oai/api/v1/completions"
 MESSAGES, COUNT = "/anthropic/api/v1/messages", "/anthropic/api/v1/messages/count_tokens"
@@ -194,6 +195,31 @@ async def test_the_advice_is_true_of_the_route_and_said_once(ask, path, fields, 
 async def test_an_error_of_anthropic_s_names_its_request_in_the_body_as_in_the_header(client):
     response = await client.post(MESSAGES, json=BODIES[MESSAGES] | {"max_tokens": 0})
     assert response.json()["request_id"] == response.headers["request-id"]
+
+
+LONG = "x y" * 100_000
+TOO_LONG = [
+    (COMPLETIONS, {"prompt": LONG}, 1),
+    (COMPLETIONS, {"prompt": ["a", LONG]}, 2),
+    (COMPLETIONS, {"prompt": LONG, "echo": True, "logprobs": 1}, 1),
+    (COMPLETIONS, {"prompt": ["a"] * 33, "n": 2}, 0),
+    (CHAT, {"messages": [USER | {"content": LONG}]}, 0),
+    (MESSAGES, {"system": LONG}, 0),
+    (COUNT, {"messages": [USER | {"content": LONG}]}, 0),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "place"), TOO_LONG)
+async def test_what_cannot_fit_the_context_is_refused_before_it_is_tokenized(ask, monkeypatch, path, fields, place):
+    """Megabytes of text take many seconds to tokenize. place: which text is the first that is not tokenized."""
+    seen, encode = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, framed: seen.append(text) or encode(self, text, framed))
+    status, answer = await ask(path, **BODIES[path] | fields)
+    assert status == 400 and len(seen) == max(place - 1, 0), (answer, len(seen))
+    if LONG in str(fields):
+        said = answer["error"]["message"].partition(": ")
+        assert said[0] in ("prompt", "messages") and said[2].startswith("the prompt has 300"), said
+        assert said[2].endswith(" characters; the context, answer included, is 1024 tokens. Send less of it.")
 
 
 EDGES = (0, -1, 2**31, -(2**31) - 1, 2**53, 2**63, -(2**63) - 1, 2**64, 10**30)

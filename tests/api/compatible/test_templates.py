@@ -23,6 +23,7 @@ TOOLS = [
         },
     }
 ]
+CONTEXT = 4096
 ARGUMENTS = {"word": '<naïve> & "quoted"', "n": [1, 2.5, None, True]}
 
 
@@ -88,7 +89,7 @@ def test_a_prompt_equals_transformers_to_the_byte_and_the_token(folders, family,
     theirs = AutoTokenizer.from_pretrained(folders[family])
     options = {"tools": tools, "add_generation_prompt": True}
     said = as_transformers_takes_them(messages)
-    prompt = render(load(str(folders[family])), Chat(messages, tools or ()))
+    prompt = render(load(str(folders[family])), Chat(messages, tools or ()), CONTEXT)
     assert prompt.text == theirs.apply_chat_template(said, tokenize=False, **options)
     assert list(prompt.tokens) == theirs.apply_chat_template(said, tokenize=True, return_dict=False, **options)
 
@@ -101,7 +102,10 @@ def test_options_reach_the_template(folders, thinks):
     expected = theirs.apply_chat_template(
         [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True, enable_thinking=thinks
     )
-    assert render(load(str(folders["qwen3"])), Chat([user("a")], (), {"enable_thinking": thinks})).text == expected
+    assert (
+        render(load(str(folders["qwen3"])), Chat([user("a")], (), {"enable_thinking": thinks}), CONTEXT).text
+        == expected
+    )
     assert ("</think>" in expected) != thinks
 
 
@@ -113,24 +117,24 @@ def test_an_answer_can_go_on_where_the_last_message_ends(folders):
         theirs = AutoTokenizer.from_pretrained(folders[family]).apply_chat_template(
             as_transformers_takes_them(messages), tokenize=False, continue_final_message=True
         )
-        assert render(load(str(folders[family])), Chat(messages, continues=True)).text == theirs
+        assert render(load(str(folders[family])), Chat(messages, continues=True), CONTEXT).text == theirs
         assert theirs.endswith("The answer is")
 
 
 @pytest.mark.parametrize(("family", "expected"), [("qwen3", "one\ntwo"), ("qwen3.5", "onetwo")])
 def test_parts_are_joined_where_the_template_takes_text_only(folders, family, expected):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert expected in render(load(str(folders[family])), Chat([user(parts)])).text
+    assert expected in render(load(str(folders[family])), Chat([user(parts)]), CONTEXT).text
 
 
 def test_a_developer_speaks_as_the_system_where_the_template_knows_none(folders):
     messages = [ChatMessage(role="developer", content="Be brief."), user("a")]
-    assert "<|im_start|>system\nBe brief." in render(load(str(folders["qwen3"])), Chat(messages)).text
+    assert "<|im_start|>system\nBe brief." in render(load(str(folders["qwen3"])), Chat(messages), CONTEXT).text
 
 
 def test_what_the_template_has_against_the_messages_is_told(folders):
     with pytest.raises(InvalidRequest, match="Roles must alternate"):
-        render(load(str(folders["mistral"])), Chat([user("a"), user("b")]))
+        render(load(str(folders["mistral"])), Chat([user("a"), user("b")]), CONTEXT)
 
 
 def test_named_templates_are_chosen_as_transformers_does(tmp_path):
@@ -138,19 +142,19 @@ def test_named_templates_are_chosen_as_transformers_does(tmp_path):
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/tool_use.jinja").write_text("with {{ tools | length }} <tool_call>")
     tokenizer = load(str(folder))
-    assert render(tokenizer, Chat([user("a")])).text == "plain"
-    assert render(tokenizer, Chat([user("a")], TOOLS)).text == "with 1 <tool_call>"
+    assert render(tokenizer, Chat([user("a")]), CONTEXT).text == "plain"
+    assert render(tokenizer, Chat([user("a")], TOOLS), CONTEXT).text == "with 1 <tool_call>"
 
 
 def test_a_model_without_a_template_points_to_completions(tiny_qwen3):
     with pytest.raises(InvalidRequest, match="use completions"):
-        render(load(str(tiny_qwen3)), Chat([user("a")]))
+        render(load(str(tiny_qwen3)), Chat([user("a")]), CONTEXT)
 
 
 def test_tools_are_refused_where_no_way_to_call_them_is_known(tmp_path):
     folder = make_chat_tokenizer(tmp_path / "m", "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools }}")
     with pytest.raises(InvalidField, match=r"^tools: "):
-        render(load(str(folder)), Chat([user("a")], TOOLS))
+        render(load(str(folder)), Chat([user("a")], TOOLS), CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -168,3 +172,20 @@ def test_tools_are_refused_where_no_way_to_call_them_is_known(tmp_path):
 def test_a_template_cannot_leave_its_sandbox(attack):
     with pytest.raises(InvalidRequest):
         Template(attack + "{{ 1 / 0 }}").render([{"role": "user", "content": "a"}], special_tokens={})
+
+
+@pytest.mark.parametrize("framed", [False, True])
+def test_tokens_are_those_of_the_library_s_own_encode(folders, framed):
+    from tokenizers import Tokenizer
+
+    folder = folders["qwen3"]
+    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("", "a", " x  y\n", "é😀\u0301", "<|im_start|>a<|im_end|>", "ab" * 500):
+        assert load(str(folder)).encode(text, framed) == library.encode(text, add_special_tokens=framed).ids
+
+
+def test_a_text_that_fits_is_never_refused_by_its_bytes(folders):
+    """Each token stands for at most so many bytes."""
+    tokenizer = load(str(folders["qwen3"]))
+    for text in ("<|im_start|>" * 50, "€" * 50, " " * 50):
+        assert len(text.encode()) <= tokenizer.token_bytes_max * len(tokenizer.encode(text, framed=False))

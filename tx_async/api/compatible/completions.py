@@ -21,7 +21,7 @@ from tx_async.api.compatible.forms import openai_error
 from tx_async.api.compatible.json_values import is_list
 from tx_async.api.compatible.models import fingerprint, model_path
 from tx_async.api.compatible.parsing import PlainParser
-from tx_async.api.compatible.prompts import check_length, compute
+from tx_async.api.compatible.prompts import check_length, compute, encoded
 from tx_async.api.compatible.samples import PATIENCE_S, Samples
 from tx_async.api.compatible.text_stream import TextStream, name_of
 from tx_async.api.compatible.tokenizer import Tokenizer
@@ -39,8 +39,10 @@ async def completions(call: Call) -> Response:
     path = model_path(call, request.model)
     check(request)
     grammar = await grammar_of(call, Wish(format=request.response_format, grammar=request.grammar))
-    prompts = await compute(call, partial(_encoded, prompts=prompts_of(request.prompt)))
-    _check_num_answers(len(prompts), request.n, call.api.config.sample_num_samples_max)
+    given = prompts_of(request.prompt)
+    _check_num_answers(len(given), request.n, call.api.config.sample_num_samples_max)
+    context = call.scheduler.base_model.max_context_length
+    prompts = await compute(call, partial(_tokens_of, prompts=given, context=context))
     operations = [_operation(call, request, tokens, grammar) for tokens in prompts]
     tokenizer = await call.api.tokenizer.get()
     choices = [
@@ -84,10 +86,10 @@ def _is_tokens(entry: Any) -> bool:
     return is_list(entry) and all(type(token) is int for token in entry)
 
 
-def _encoded(tokenizer: Tokenizer, prompts: list[str | list[int]]) -> list[list[int]]:
+def _tokens_of(tokenizer: Tokenizer, prompts: list[str | list[int]], context: int) -> list[list[int]]:
     found: list[list[int]] = []
     for entry in prompts:
-        tokens = tokenizer.encode(entry, framed=True) if isinstance(entry, str) else entry
+        tokens = encoded(tokenizer, entry, True, context, "prompt") if isinstance(entry, str) else entry
         if not tokens:
             raise InvalidField("prompt", "it is empty. Send at least one token.")
         if not (min(tokens) >= 0 and max(tokens) < 2**31):

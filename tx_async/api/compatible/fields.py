@@ -33,7 +33,8 @@ _DEFAULTS = (("modalities", ["text"]), ("function_call", "none"), ("suffix", "")
 """Fields that are not supported, with values that ask for nothing."""
 _NESTED = ("messages", "content", "system", "tools")
 BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN = 16 * 2**20, 64
-"""A body may be this large, or have this many bytes for each token of the context: a larger one is not a prompt."""
+"""A body may be this large, or have this many bytes for each token of the context: a larger one is not a prompt. The
+first is for short contexts: a body may have hundreds of prompts, and `prompts.encoded` says how long each may be."""
 
 T = TypeVar("T")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
@@ -51,10 +52,9 @@ class InvalidField(InvalidRequest):
 class ContextExceeded(InvalidField):
     """The prompt does not fit the context."""
 
-    def __init__(self, field: str, num_tokens: int, num_tokens_max: int):
-        what = (
-            f"the prompt has {num_tokens} tokens; the context, answer included, is {num_tokens_max}. Send less of it."
-        )
+    def __init__(self, field: str, length: str, num_tokens_max: int):
+        """length: how long it is, with the unit."""
+        what = f"the prompt has {length}; the context, answer included, is {num_tokens_max} tokens. Send less of it."
         super().__init__(field, what, "context_length_exceeded")
 
 

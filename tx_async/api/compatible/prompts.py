@@ -57,17 +57,31 @@ async def compute(call: Call, function: Callable[[Tokenizer], T]) -> T:
 
 async def chat_prompt(call: Call, chat: Chat) -> ChatPrompt:
     """Raises `InvalidRequest` for a chat that the template cannot render, or that is too long."""
-    prompt = await compute(call, partial(render, chat=chat))
+    context = call.scheduler.base_model.max_context_length
+    prompt = await compute(call, partial(render, chat=chat, context=context))
     check_length(prompt.tokens, call, "messages")
     return prompt
 
 
 def check_length(tokens: Sequence[int], call: Call, field: str) -> None:
-    if len(tokens) >= call.scheduler.base_model.max_context_length:
-        raise ContextExceeded(field, len(tokens), call.scheduler.base_model.max_context_length)
+    context = call.scheduler.base_model.max_context_length
+    if len(tokens) >= context:
+        raise ContextExceeded(field, f"{len(tokens)} tokens", context)
 
 
-def render(tokenizer: Tokenizer, chat: Chat) -> ChatPrompt:
+def encoded(tokenizer: Tokenizer, text: str, framed: bool, context: int, field: str) -> list[int]:
+    """A client's text as tokens. A text that no tokens of the context can hold is refused before it costs anything; one
+    that turns out too long is refused here too, before the next one is encoded."""
+    if len(text) > (bytes_max := context * tokenizer.token_bytes_max) or len(text.encode()) > bytes_max:
+        raise ContextExceeded(field, f"{len(text)} characters", context)
+    tokens = tokenizer.encode(text, framed)
+    if len(tokens) > context:
+        raise ContextExceeded(field, f"{len(tokens)} tokens", context)
+    return tokens
+
+
+def render(tokenizer: Tokenizer, chat: Chat, context: int) -> ChatPrompt:
+    """context: how many tokens it has. Raises `InvalidRequest`."""
     template = tokenizer.template(bool(chat.tools))
     family = family_of(template.source, tokenizer.has)
     parameters = parameters_of(chat.tools)
@@ -84,7 +98,7 @@ def render(tokenizer: Tokenizer, chat: Chat) -> ChatPrompt:
         continues=chat.continues,
         options=chat.options,
     )
-    return ChatPrompt(tokenizer.encode(text, framed=False), text, family, parameters)
+    return ChatPrompt(encoded(tokenizer, text, False, context, "messages"), text, family, parameters)
 
 
 def _check_options(template: Template, chat: Chat) -> None:

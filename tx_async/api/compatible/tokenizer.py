@@ -27,6 +27,10 @@ MORE_TEMPLATES = "additional_chat_templates"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPACE = "\u2581"
 """What SentencePiece writes for a space."""
+TOKEN_BYTES_MIN, TOKEN_BYTES_MAX = 16, 64
+"""Bounds of `Tokenizer.token_bytes_max`. The lower one leaves room for normalizers, which shorten texts, and for
+unknown words, which are one token however long; the upper one is for vocabularies with tokens of many spaces: no prompt
+consists of those."""
 
 
 class Tokenizer:
@@ -52,13 +56,28 @@ class Tokenizer:
         self._byte_of = _byte_of_character() if "ByteLevel" in decoder else None
         self._has_byte_tokens = "ByteFallback" in decoder
         self._bytes: dict[int, bytes] = {}
+        self.token_bytes_max = min(max(self._longest(), TOKEN_BYTES_MIN), TOKEN_BYTES_MAX)
+        """A text with more bytes than this for each token of a context does not fit it."""
+
+    def _longest(self) -> int:
+        """The bytes of the longest token."""
+        names = self._fast.get_vocab(with_added_tokens=False)
+        if self._byte_of is not None:
+            longest = max(map(len, names), default=0)  # each character stands for a byte
+        else:
+            longest = max((len(name.replace(SPACE, " ").encode()) for name in names), default=0)
+        return max([longest, *(len(name.encode()) for name in self._added.values())])
 
     def encode(self, text: str, framed: bool) -> list[int]:
         """framed: with what the tokenizer puts around a text, such as a token for its beginning."""
         if self._frame is None or not framed:
-            return self._fast.encode(text, add_special_tokens=framed).ids
+            return self._encode(text, framed)
         before, after = (self._tokens_named(name) for name in self._frame)
-        return [*before, *self._fast.encode(text, add_special_tokens=False).ids, *after]
+        return [*before, *self._encode(text, False), *after]
+
+    def _encode(self, text: str, framed: bool) -> list[int]:
+        # The library's `encode` holds the GIL, also in a thread, and so would stop the event loop. This one does not.
+        return self._fast.encode_batch([text], add_special_tokens=framed)[0].ids
 
     def _tokens_named(self, name: str) -> list[int]:
         token = self._fast.token_to_id(self.special_tokens.get(name, ""))
