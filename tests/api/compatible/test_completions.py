@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 
+from tx_async.api.compatible.tokenizer import Tokenizer
+from tx_async.scheduler.interface import LivePiece
+from tx_async.wire.results import TopkLogprobs
+
 PATH = "/oai/api/v1/completions"
 
 
@@ -100,3 +104,25 @@ async def test_a_prompt_that_fills_the_context_can_be_scored(ask):
     assert len((await one(ask, prompt=[65] * 1024, echo=True, logprobs=0, max_tokens=0))["logprobs"]["tokens"]) == 1024
     status, answer = await ask(PATH, model="fake/model", prompt=[65] * 1024, max_tokens=1)
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "prompt")
+
+
+async def test_likely_tokens_without_text_or_with_the_same_text_do_not_hide_each_other(ask, scheduler, monkeypatch):
+    """A model's vocabulary may be padded: numbers beyond the tokenizer's have no text."""
+    ids, values = [900, 65, 901, 66, 902], [-0.5, -1.0, -1.5, -2.0, -2.5]
+
+    async def live(owner, operation, model_path=None):
+        yield LivePiece(
+            index=0,
+            tokens=np.array([903], "<i4").tobytes(),
+            logprobs=np.array([-8.0], "<f4").tobytes(),
+            topk=TopkLogprobs.of(np.array([ids]), np.array([values])),
+            stop_reason="length",
+        )
+
+    monkeypatch.setattr(scheduler, "sample_live", live)
+    found = (await one(ask, prompt="a", logprobs=5, max_tokens=1))["logprobs"]
+    assert found["tokens"] == ["token_id:903"]
+    names = ["token_id:900", "b", "token_id:901", "c", "token_id:902"]
+    assert found["top_logprobs"] == [dict(zip(names, values, strict=True)) | {"token_id:903": -8.0}]
+    monkeypatch.setattr(Tokenizer, "bytes_of", lambda self, token: b"A")
+    assert (await one(ask, prompt="a", logprobs=5, max_tokens=1))["logprobs"]["top_logprobs"] == [{"A": -0.5}]

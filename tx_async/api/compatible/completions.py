@@ -203,10 +203,14 @@ class CompletionAnswer:
         )
 
     def _likely(self, entry: Scored) -> dict[str, float] | None:
-        """The likeliest tokens, and the token itself."""
+        """The likeliest tokens, and the token itself. Of tokens with the same text the likeliest counts."""
         if np.isnan(entry.logprob):
             return None
-        return {name_of(self.tokenizer, token): value for token, value in (*entry.likely, (entry.token, entry.logprob))}
+        found: dict[str, float] = {}
+        for token, value in (*entry.likely, (entry.token, entry.logprob)):
+            name = name_of(self.tokenizer, token)
+            found[name] = max(value, found.get(name, value))
+        return found
 
     # ---- the prompt
 

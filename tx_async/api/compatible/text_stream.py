@@ -90,8 +90,11 @@ class TextStream:
 
 
 def name_of(tokenizer: Tokenizer, token: int) -> str:
-    """A token's name in log-probabilities: its text, or its bytes where it is only part of a character."""
+    """A token's name in log-probabilities: its text, its bytes where it is only part of a character, or its number
+    where it has neither (a model's vocabulary may be padded)."""
     data = tokenizer.bytes_of(token)
+    if not data:
+        return f"token_id:{token}"
     try:
         return data.decode()
     except UnicodeDecodeError:

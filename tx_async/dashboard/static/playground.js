@@ -129,12 +129,13 @@ function optionOf({ path, name, kind }) {
   return `${name} (${kind}) of ${path.replace("tinker://", "").split("/")[0]}`;
 }
 
-// {text, logprob, likely: [[text, logprob]]} of what has come; without log-probabilities one piece of text.
+// {text, logprob, likely: [[text, logprob]]} of what has come; without log-probabilities one piece of text. An object's keys
+// come in no order that says anything (digits first), so the likeliest are sorted here.
 
 function plainTokens(choice) {
   const scored = choice.logprobs;
   if (!scored?.tokens?.length) return choice.text ? [{ text: choice.text }] : [];
-  return scored.tokens.map((text, i) => ({ text, logprob: scored.token_logprobs[i], likely: Object.entries(scored.top_logprobs?.[i] ?? {}) }));
+  return scored.tokens.map((text, i) => ({ text, logprob: scored.token_logprobs[i], likely: Object.entries(scored.top_logprobs?.[i] ?? {}).sort((a, b) => b[1] - a[1]) }));
 }
 
 function chatTokens(choice) {
