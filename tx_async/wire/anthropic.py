@@ -83,7 +83,8 @@ class CountTokensRequest(Request, kw_only=True):
     model: str
     messages: list[Message]
     system: str | list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = None
+    tools: list[dict[str, Any]] | None = None
+    """`Tool`s; a dict because Anthropic's own tools, which are refused by name, have fields of their own."""
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -108,7 +108,11 @@ INVALID = [
         "messages[0]",
     ),
     (MESSAGES, {"tools": [{"type": "web_search_20260101", "name": "w", "input_schema": {}}]}, "tools[0].type"),
+    (MESSAGES, {"tools": [{"type": "web_search_20250305", "name": "w", "max_uses": 2}]}, "tools[0].type"),
+    (MESSAGES, {"tools": [{"type": "mcp_toolset", "mcp_server_name": "w"}]}, "tools[0].type"),
     (MESSAGES, {"tools": [{"name": "w"}]}, "tools[0].input_schema"),
+    (MESSAGES, {"tools": [{"name": "w", "input_schema": {}, "colour": 1}]}, "tools[0].colour"),
+    (MESSAGES, {"tools": [{"name": "w", "input_schema": {}, "type": 1}]}, "tools[0].type"),
     (MESSAGES, {"tool_choice": {"type": "any"}}, "tool_choice"),
     (MESSAGES, {"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     (MESSAGES, {"mcp_servers": []}, "mcp_servers"),
@@ -184,6 +188,11 @@ ADVICE = [
     (COMPLETIONS, {"n": 4097}, "n: it is 4097; allowed are 1 to 64."),
     (CHAT, {"model": "nope"}, "model 'nope' is not served here; this server has 'fake/model' or 'alias'."),
     (MESSAGES, {"messages": [USER, USES]}, "messages: the tool_use u has no tool_result."),
+    (
+        MESSAGES,
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        "tools[0].type: web_search_20250305: this server runs no tools of its own.",
+    ),
 ]
 
 

@@ -127,9 +127,13 @@ def _result(block: anthropic.ToolResultBlock, where: str) -> openai.ChatMessage:
     return openai.ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=text)
 
 
-def _tool(tool: anthropic.Tool, where: str) -> dict[str, Any]:
-    if tool.type not in (None, "custom"):
-        raise InvalidField(f"{where}.type", f"{tool.type}: this server runs no tools of its own.")
+def _tool(given: dict[str, Any], where: str) -> dict[str, Any]:
+    if isinstance(kind := given.get("type"), str) and kind != "custom":
+        raise InvalidField(f"{where}.type", f"{kind}: this server runs no tools of its own.")
+    try:
+        tool = msgspec.convert(given, anthropic.Tool)
+    except msgspec.ValidationError as error:
+        raise named(str(error), where) from None
     function: dict[str, Any] = {"name": tool.name}
     if tool.description is not None:
         function["description"] = tool.description
