@@ -19,6 +19,7 @@ from tx_async.testing.server import free_port
 from tx_async.tracing import open_tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+LIVE_TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 STATIONS = ["accept", "queue", "run", "commit"]
 
 
@@ -87,6 +88,9 @@ def test_a_request_is_one_trace_from_http_to_the_device_and_back(tiny_qwen3, tmp
         ]
         for request_id in request_ids:
             assert client.post("retrieve_future", json={"request_id": request_id}).status_code == 200
+        live = {"model": str(tiny_qwen3), "prompt": [1, 2, 3], "max_tokens": 3, "stream": True, "ignore_eos": True}
+        told = {"traceparent": f"00-{LIVE_TRACE}-{PARENT}-01"}
+        assert client.post(f"{server.base_url}/oai/api/v1/completions", json=live, headers=told).status_code == 200
     assert received.services == {"tx_async"}
 
     spans = {span.name: span for span in received.of_trace(TRACE)}
@@ -104,8 +108,16 @@ def test_a_request_is_one_trace_from_http_to_the_device_and_back(tiny_qwen3, tmp
     assert attributes_of(spans["run"])["tx_async.worker"] == "w0"
     assert [event.name for event in spans["run"].events] == ["first token"]
 
+    spans = {span.name: span for span in received.of_trace(LIVE_TRACE)}
+    assert set(spans) == {"POST /oai/api/v1/completions", "sample", "queue", "run"}, "nothing of it is journaled"
+    answer, request, queue, run = (spans[name] for name in ("POST /oai/api/v1/completions", "sample", "queue", "run"))
+    assert request.parent_span_id == answer.span_id and queue.parent_span_id == run.parent_span_id == request.span_id
+    assert queue.end_time_unix_nano == run.start_time_unix_nano and run.end_time_unix_nano == request.end_time_unix_nano
+    assert attributes_of(request).keys() == {"tx_async.request_id"} and attributes_of(run)["tx_async.worker"] == "w0"
+    assert [event.name for event in run.events] == ["first token"]
+
     others = {span.trace_id for span in received.spans if span.name == "sample"}
-    assert len(others) == 2, "a client that says nothing gets a trace of its own"
+    assert len(others) == 3, "a client that says nothing gets a trace of its own"
 
 
 def test_a_receiver_that_is_away_costs_nothing_but_its_spans(tiny_qwen3, tmp_path):

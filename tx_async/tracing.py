@@ -2,14 +2,15 @@
 
 The HTTP request that submits is the root, or a child of the client's own span (`traceparent`, W3C). Below it is the
 request, and below that each station, with the times that the scheduler's watch has noted. The poll that fetches the
-result joins the same trace, unless its client says otherwise. Spans of stations are made when the request has ended,
-and are sent by a thread.
+result joins the same trace, unless its client says otherwise. A live request has only two stations, its turn and its
+run: the journal never has it, and nobody polls. Spans of stations are made when the request has ended, and are sent by
+a thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -81,11 +82,9 @@ class Tracing:
     def accepted(self, passage: Passage) -> None:
         """A request was accepted over HTTP: its span begins."""
         if http := current.get():
-            attributes = {
-                "tx_async.request_id": passage.request_id,
-                "tx_async.subject": passage.subject,
-                "tx_async.seq_id": passage.seq_id,
-            }
+            attributes: dict[str, Any] = {"tx_async.request_id": passage.request_id}
+            if passage.subject:  # a live request is about none
+                attributes |= {"tx_async.subject": passage.subject, "tx_async.seq_id": passage.seq_id}
             passage.trace = self.start(passage.kind, http.context, passage.accepted_at, **attributes)
 
     def polled(self, passage: Passage) -> None:
@@ -94,13 +93,20 @@ class Tracing:
 
     def published(self, passage: Passage) -> None:
         """A request has ended: so have the stations that it passed."""
+        self._ended(passage, passage.stations(), passage.published_at)
+
+    def live_ended(self, passage: Passage) -> None:
+        """The same for a live request, whose first station is its turn: the journal never has it."""
+        self._ended(passage, passage.stations()[1:], passage.ended_at)
+
+    def _ended(self, passage: Passage, stations: Sequence[tuple[str, float, float]], at: float) -> None:
         if passage.trace is None:
             return
-        for name, began, ended in passage.stations():
+        for name, began, ended in stations:
             self._station(passage, name, began, ended)
         if passage.failed:
             passage.trace.set_status(self._trace.StatusCode.ERROR)
-        passage.trace.end(_nanoseconds(passage.published_at))
+        passage.trace.end(_nanoseconds(at))
 
     def fetched(self, passage: Passage) -> None:
         if passage.trace is not None:

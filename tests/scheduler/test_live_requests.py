@@ -9,7 +9,7 @@ import pytest
 from tests.support.actor import InProcessServer, running
 from tests.support.chain_engine import reference_sample
 from tx_async.errors import InvalidRequest, NotReady, Overloaded, UnknownCheckpoint
-from tx_async.scheduler.interface import LivePiece
+from tx_async.scheduler.interface import LivePiece, Passage
 from tx_async.wire.operations import Sample
 from tx_async.wire.worker import CancelSequences
 
@@ -31,7 +31,21 @@ def tokens(pieces: list[LivePiece]) -> list[int]:
 
 def is_forgotten(server: InProcessServer) -> bool:
     scheduler = server.scheduler
-    return not (len(scheduler.quota) or scheduler.state.sampling.jobs or scheduler.state.workers["w0"].sequences)
+    is_watched = len(scheduler.quota) or len(scheduler.performer.watch.passages)
+    return not (is_watched or scheduler.state.sampling.jobs or scheduler.state.workers["w0"].sequences)
+
+
+def passage_of(server: InProcessServer) -> Passage:
+    (request_id,) = server.scheduler.state.sampling.jobs
+    passage = server.scheduler.performer.watch.passages.get(request_id)
+    assert passage is not None
+    return passage
+
+
+def times(server: InProcessServer, name: str) -> float | None:
+    """How often a time of samples was measured."""
+    registry = server.scheduler.performer.watch.metrics.registry
+    return registry.get_sample_value(f"tx_async_{name}_seconds_count", {"kind": "sample"})
 
 
 async def test_all_pieces_come_and_nothing_is_journaled():
@@ -40,6 +54,7 @@ async def test_all_pieces_come_and_nothing_is_journaled():
         assert tokens(pieces) == reference_sample(server.engine.base_weights, b"\5\0\0\0", 3, 0, 12)
         assert [piece.stop_reason for piece in pieces] == [None] * 5 + ["length"]
         assert is_forgotten(server) and not any(server.disk.tables.values())
+        assert times(server, "queue") == times(server, "run") == 1
 
 
 async def test_closing_the_generator_ends_the_sequence():
@@ -47,6 +62,9 @@ async def test_closing_the_generator_ends_the_sequence():
         async with aclosing(server.scheduler.sample_live("alice", operation(max_tokens=15))) as pieces:
             await anext(pieces)
             assert server.scheduler.state.workers["w0"].sequences
+            passage = passage_of(server)
+            assert passage.accepted_at <= passage.durable_at <= passage.begun_at <= passage.first_token_at
+        assert passage.first_token_at <= passage.ended_at and not passage.failed and times(server, "run") == 1
         assert is_forgotten(server) and isinstance(server.commands[-1], CancelSequences)
 
 
@@ -71,10 +89,12 @@ async def test_a_shutdown_says_try_again():
     async with running() as server:
         async with aclosing(server.scheduler.sample_live("alice", operation())) as pieces:
             await anext(pieces)
+            passage = passage_of(server)
             server.is_worker_stuck = True
             await server.scheduler.stop(0.01)
             with pytest.raises(NotReady, match="Try again"):
                 [piece async for piece in pieces]
+        assert passage.failed and is_forgotten(server)
         with pytest.raises(NotReady):
             await told(server)
 

@@ -45,15 +45,17 @@ class LiveRequests:
         """See `SchedulerApi.sample_live`."""
         request = self._begin(owner, operation, model_path)
         queue, num_open = self._queues[request.request_id], operation.num_samples
+        failed = False
         try:
             while num_open:
                 news = await queue.get()
                 if isinstance(news, TxError):
+                    failed = True
                     raise news
                 num_open -= news.stop_reason is not None
                 yield news
         finally:
-            self._end(request.request_id)
+            self._end(request.request_id, failed)
 
     def deliver(self, instruction: Deliver) -> None:
         """Pass on what the state says, unless the client is gone."""
@@ -91,7 +93,7 @@ class LiveRequests:
         self._queues[request.request_id] = asyncio.Queue()
         self.performer.handle(LiveRequested(request, operation, version))
         if reason := self.state.stranded.get(request.request_id):
-            self._end(request.request_id)
+            self._end(request.request_id, failed=True)
             raise NotReady(f"No worker can sample this: {reason}.")
         return request
 
@@ -109,10 +111,11 @@ class LiveRequests:
             sample_sequence_ids=tuple(f"{request_id}:{i}" for i in range(operation.num_samples)),
         )
 
-    def _end(self, request_id: str) -> None:
+    def _end(self, request_id: str, failed: bool) -> None:
         """End a live request, with all of it that still runs."""
         del self._queues[request_id]
         self.quota.give_back(request_id)
+        self.performer.watch.live_ended(request_id, failed)
         self.performer.handle(RequestCancelled(request_id))
 
 

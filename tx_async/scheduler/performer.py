@@ -22,7 +22,14 @@ from tx_async.clock import Clock
 from tx_async.errors import ContentLost, NotReady, StorageError
 from tx_async.journal.journal import Journal
 from tx_async.metrics import Metrics
-from tx_async.scheduler.core.facts import BodyLoaded, Fact, FilesListed, RequestAccepted, ResultDurable
+from tx_async.scheduler.core.facts import (
+    BodyLoaded,
+    Fact,
+    FilesListed,
+    LiveRequested,
+    RequestAccepted,
+    ResultDurable,
+)
 from tx_async.scheduler.core.instructions import (
     Append,
     DeleteFiles,
@@ -150,7 +157,7 @@ class Performer:
             self._is_handling = False
 
     def _handle(self, fact: Fact) -> None:
-        if isinstance(fact, RequestAccepted):
+        if isinstance(fact, RequestAccepted | LiveRequested):
             self.watch.accepted(fact.request)
         instructions = self.state.handle(fact, self.clock.now())
         if instructions and _log.isEnabledFor(logging.DEBUG):
@@ -173,6 +180,7 @@ class Performer:
                     self.watch.published(result.request_id)
                     self.publish(result)
                 case Deliver():
+                    self.watch.delivered(instruction)
                     self._deliver(instruction)
                 case SequenceEnded():
                     self.watch.sequence_ended(instruction)

@@ -1,4 +1,5 @@
-"""Which stations each request has passed, and when: for open requests and the newest that have ended.
+"""Which stations each request has passed, and when: for open requests and the newest that have ended, and for live
+requests until they end.
 
 They are only in memory: after a restart, the journal still knows when a request was accepted and finished.
 """
@@ -45,6 +46,10 @@ class Passages:
             self._known.pop(self._ended.popleft(), None)
         return passage
 
+    def drop(self, request_id: str) -> Passage | None:
+        """A live request has ended, so its passage is forgotten. None on a second call."""
+        return self._known.pop(request_id, None)
+
     def of_session(self, session_id: str) -> list[Passage]:
         """The passages of all the session's requests on record, oldest first."""
         subjects = {record.key for record in self._of_session(session_id)}
@@ -70,5 +75,6 @@ class Passages:
 
 
 def kind_of(operation: str) -> str:
-    """The API's name of an operation, such as `forward_backward` for `ForwardBackward`."""
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in operation).lstrip("_")
+    """The API's name of an operation, such as `forward_backward` for `ForwardBackward`; a live sample is a sample."""
+    words = operation.removeprefix("Live")
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in words).lstrip("_")

@@ -11,7 +11,7 @@ from tx_async import logs
 from tx_async.clock import Clock
 from tx_async.metrics import DEVICE_KINDS, Metrics
 from tx_async.scheduler.core.catalog import Catalog
-from tx_async.scheduler.core.instructions import Send, SequenceEnded
+from tx_async.scheduler.core.instructions import Deliver, Send, SequenceEnded
 from tx_async.scheduler.interface import Passage
 from tx_async.scheduler.stations.passages import Passages
 from tx_async.tracing import Tracing
@@ -43,7 +43,7 @@ class Watch:
         self.passages.begin(request)
 
     def accepted(self, request: RequestRecord) -> None:
-        """The request is durable: from now on it waits for its turn."""
+        """The request is durable, or live and never will be: from now on it waits for its turn."""
         passage = self.passages.begin(request)
         passage.durable_at, passage.http_id = self.now, logs.request_id.get()
         if self._tracing is not None:
@@ -71,15 +71,33 @@ class Watch:
         if decode_s > 0:
             self.metrics.time_per_output_token.observe(decode_s / instruction.num_tokens)
         passage = self.passages.get(request.request_id)
-        if passage is not None and not passage.first_token_at:
-            passage.first_token_at = max(first_token_at, passage.begun_at)
+        if passage is not None:
+            first_token_at = max(first_token_at, passage.begun_at)
+            passage.first_token_at = min(first_token_at, passage.first_token_at or first_token_at)
+
+    def delivered(self, instruction: Deliver) -> None:
+        """A live request's client is told something. Its first token was drawn by now; the worker tells the exact time
+        when the sample has ended."""
+        passage = self.passages.get(instruction.request_id)
+        if passage is not None and not passage.first_token_at and any(piece.tokens for piece in instruction.pieces):
+            passage.first_token_at = self.now
 
     def finished(self, result: ResultRecord) -> None:
         """A request's end is decided, and becomes durable now."""
         passage = self.passages.get(result.request_id)
         if passage is None:
             return
-        passage.ended_at, passage.failed = self.now, result.content == "error"
+        self._ended(passage, failed=result.content == "error")
+
+    def live_ended(self, request_id: str, failed: bool) -> None:
+        """A live request has ended, however it did. Nobody asks for it again."""
+        if passage := self.passages.drop(request_id):
+            self._ended(passage, failed)
+            if self._tracing is not None:
+                self._tracing.live_ended(passage)
+
+    def _ended(self, passage: Passage, failed: bool) -> None:
+        passage.ended_at, passage.failed = self.now, failed
         if passage.begun_at and (ran := self._ran.get(passage.kind)):
             ran.observe(passage.ended_at - passage.begun_at)
 
