@@ -186,10 +186,12 @@ def test_migrate_makes_the_journal_and_serve_would_find_it(tmp_path):
 
 
 def test_doctor_finds_nothing_wrong_with_a_good_machine(tiny_qwen3, tmp_path):
-    done = run("doctor", "--base-model", str(tiny_qwen3), "--data-dir", str(tmp_path))
+    flags = ("--base-model", str(tiny_qwen3), "--data-dir", str(tmp_path / "data"), "--port", str(free_port()))
+    done = run("doctor", *flags)
     assert done.returncode == 0, done.stdout
     assert "Qwen3ForCausalLM" in done.stdout
     assert "platform cpu" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,8 @@ def test_doctor_names_the_devices_that_it_knows(tmp_path):
 
 
 def test_doctor_says_what_is_wrong(tmp_path):
-    done = run("doctor", "--base-model", str(tmp_path), "--host", "0.0.0.0", "--shared-memory-bytes", str(2**60))
+    flags = ("--host", "0.0.0.0", "--port", str(free_port()), "--shared-memory-bytes", str(2**60))
+    done = run("doctor", "--base-model", str(tmp_path), *flags, TX_DATA_DIR=str(tmp_path / "data"))
     assert done.returncode == 1
     problems = [line for line in done.stdout.splitlines() if line.startswith("problem")]
     assert len(problems) == 3

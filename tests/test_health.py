@@ -1,19 +1,24 @@
 """What `healthz?verbose` and `doctor` know: storage, journal, workers, disk and memory."""
 
+import asyncio
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.support.durability import serving
-from tx_async import doctor, health
+from tx_async import base_model, doctor, health
 from tx_async.config import ServerConfig
 from tx_async.errors import StorageError
 from tx_async.health import Finding, Health, probe_storage, within
+from tx_async.journal.factory import open_journal
+from tx_async.storage.identity import ensure_identity_sync
 from tx_async.storage.store import Store
+from tx_async.wire.records import IdentityRecord, KnownBase, KnownStorage, Put
 
 
 def test_storage_is_written_read_and_cleared(tmp_path):
@@ -107,6 +112,49 @@ def test_doctor_names_folders_that_cannot_be_made(tmp_path):
     for check in (doctor._disk, doctor._compilation_cache):
         found = check(config)
         assert found.state == "problem" and "/proc/nope" in found.text
+
+
+@pytest.mark.parametrize(
+    ("check", "settings", "named"),
+    [
+        (doctor._settings, {"external_inference_url": "foo"}, "external_inference_url"),
+        (doctor._settings, {"tls_cert": "cert.pem"}, "tls_key"),
+        (doctor._settings, {"log_level": "loud"}, "log_level"),
+        (doctor._settings, {"port": 70000}, "70000"),
+        (doctor._database, {"data_dir": "/proc/nope"}, "/proc/nope"),
+        (doctor._storage, {"data_dir": "/proc/nope"}, "/proc/nope"),
+    ],
+)
+def test_doctor_refuses_what_serve_refuses(check, settings, named):
+    found = check(ServerConfig(**settings))
+    assert found.state == "problem" and named in found.text
+
+
+def test_doctor_knows_whether_journal_base_and_storage_belong_together(tiny_qwen3, tmp_path):
+    """Nothing is changed by asking: neither the journal's identity nor the storage, which gets none."""
+    config = ServerConfig(base_model=str(tiny_qwen3), data_dir=str(tmp_path))
+    fingerprint = base_model.read(config.base_model, "", config.backend_config).fingerprint
+    storage = Path(config.resolved_checkpoints_base)
+    storage.mkdir()
+
+    def found(base: str, storage_id: str) -> Finding:
+        known = KnownBase(fingerprint=base, name="m", path="/models/m", since=1.0)
+        stored = KnownStorage(storage_id=storage_id, address="/elsewhere")
+        asyncio.run(write(IdentityRecord(journal_id="j", bases=(known,), storage=stored)))
+        return doctor._identity(config)
+
+    async def write(record: IdentityRecord) -> None:
+        journal = open_journal(config)
+        await journal.open()
+        await journal.commit([Put(record)])
+        await journal.close()
+
+    other = found("another", "s")
+    assert other.state == "problem" and "/models/m" in other.text and "--adopt" in other.text
+    assert found(fingerprint, "s").text.startswith(f"{storage} is empty, or not mounted")
+    assert doctor._storage(config).state == "ok" and not list(storage.iterdir())
+    own = ensure_identity_sync(Store(storage))
+    assert "/elsewhere" in found(fingerprint, "s").text and found(fingerprint, own).state == "ok"
 
 
 def test_doctor_tries_the_storage(tmp_path, monkeypatch):

@@ -1,18 +1,21 @@
 """`tx-async doctor`: looks for what would keep a server from running here, and says it in plain words.
 
-Each check returns a `Finding`; none changes anything except that the database is opened (and so migrated), as `serve`
-would do. JAX runs in a process of its own: a broken accelerator driver may take its process down.
+Each check returns a `Finding`, and asks what `serve` asks at its start, with the same code. None changes anything
+except that the database is opened (and so migrated), as `serve` would do. JAX runs in a process of its own: a broken
+accelerator driver may take its process down.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,15 @@ from typing import Any
 from tx_async import base_model, health
 from tx_async.config import ServerConfig
 from tx_async.engine.devices import GPU_BYTES, in_mesh, usable
-from tx_async.errors import ConfigError, TxError
+from tx_async.errors import ConfigError, NotFound, TxError
 from tx_async.health import Finding, size
+from tx_async.identity import identity_of, with_base, with_storage
 from tx_async.private import check_writable
-from tx_async.serve import check_exposure
+from tx_async.serve import check_address, check_settings
+from tx_async.storage.local import INCOMING
+from tx_async.storage.store import Store, local_folder
+from tx_async.tracing import open_tracing
+from tx_async.wire.records import IdentityRecord, Record
 
 JAX_S = 120
 DISK_BYTES_MIN = 2 * 2**30
@@ -77,11 +85,13 @@ def run(config: ServerConfig) -> int:
         "shared memory": _shared_memory,
         "disk": _disk,
         "compilation cache": _compilation_cache,
+        "settings": _settings,
         "address": _address,
         "database": _database,
         "storage": _storage,
         "memory": _memory,
         "base model": _base_model,
+        "identity": _identity,
     }
     problems = 0
     for name, check in checks.items():
@@ -151,31 +161,82 @@ def _compilation_cache(config: ServerConfig) -> Finding:
     return Finding("ok", f"{folder} can be written")
 
 
-def _address(config: ServerConfig) -> Finding:
+def _settings(config: ServerConfig) -> Finding:
     try:
-        check_exposure(config)
+        check_settings(config)
+        if tracing := open_tracing(config.otlp_endpoint):
+            tracing.shutdown()
     except TxError as error:
         return Finding("problem", error.message)
-    return Finding("ok", f"{config.host}:{config.port}, {'keys' if config.api_keys_file else 'no keys, loopback only'}")
+    return Finding("ok", "keys" if config.api_keys_file else "no keys, loopback only")
+
+
+def _address(config: ServerConfig) -> Finding:
+    try:
+        check_address(config)
+    except TxError as error:
+        return Finding("problem", error.message)
+    return Finding("ok", f"{config.host}:{config.port} is free")
 
 
 def _database(config: ServerConfig) -> Finding:
+    url = config.resolved_database_url
+    shown = url if url.startswith("sqlite") else url.partition("@")[2]
+    if (file := _sqlite_file(url)) and not file.exists():
+        try:
+            check_writable(file.parent, "The folder of database_url," if config.database_url else "data_dir")
+        except TxError as error:
+            return Finding("problem", error.message)
+        return Finding("ok", f"{shown} will be made at the first start")
+    try:
+        return Finding("ok", f"{shown} has the newest schema and {len(_records(config))} records")
+    except (TxError, OSError) as error:
+        return Finding("problem", str(error))
+
+
+def _sqlite_file(url: str) -> Path | None:
+    return Path("/" + url.partition("://")[2].lstrip("/")) if url.startswith("sqlite") else None
+
+
+def _records(config: ServerConfig) -> list[Record]:
+    """What the journal holds; nothing where there is none yet. Raises `TxError`, `OSError`."""
     from tx_async.journal.factory import open_journal
 
-    async def count() -> int:
+    async def load() -> list[Record]:
         journal = open_journal(config)
         records = await journal.open()
         await journal.close()
-        return len(records)
+        return records
 
-    url = config.resolved_database_url
-    shown = url if url.startswith("sqlite") else url.partition("@")[2]
-    if url.startswith("sqlite") and not Path("/" + url.partition("://")[2].lstrip("/")).exists():
-        return Finding("ok", f"{shown} will be made at the first start")
+    file = _sqlite_file(config.resolved_database_url)
+    return [] if file and not file.exists() else asyncio.run(load())
+
+
+def _identity(config: ServerConfig) -> Finding:
+    """Whether journal, base model and storage belong together."""
     try:
-        return Finding("ok", f"{shown} has the newest schema and {asyncio.run(count())} records")
-    except (TxError, OSError) as error:
-        return Finding("problem", str(error))
+        known = identity_of(_records(config))
+        base = base_model.read(config.base_model, config.base_model_name, config.backend_config)
+    except (TxError, OSError):
+        return Finding("warning", "the database or the base model cannot be asked")
+    try:
+        with_base(known, base, config.adopt, time.time())
+        return health.within(health.PROBE_S, lambda: _stored_here(config, known))
+    except TxError as error:
+        return Finding("problem", error.message)
+
+
+def _stored_here(config: ServerConfig, known: IdentityRecord) -> Finding:
+    if known.storage is None or config.adopt:
+        return Finding("ok", "the journal takes the base model and the storage that are named")
+    store = Store(config.resolved_checkpoints_base, known.storage.storage_id)
+    try:
+        with_storage(known, store.identity_sync(), store.address, config.adopt)
+    except NotFound:
+        return Finding("problem", f"{store.address} is empty, or not mounted: the server would wait for this journal's")
+    except TxError as error:
+        return Finding("problem", error.message)
+    return Finding("ok", "the journal knows the base model and the storage")
 
 
 def _base_model(config: ServerConfig) -> Finding:
@@ -210,16 +271,22 @@ def _loader_says(folder: str) -> str:
 
 
 def _storage(config: ServerConfig) -> Finding:
-    from tx_async.storage.store import Store
-
-    base = config.resolved_checkpoints_base
-    if "://" not in base and not Path(base).expanduser().exists():
-        return Finding("ok", f"{base} (checkpoints_base) will be made at the first start")
+    folder = local_folder(config.resolved_checkpoints_base)
     try:
-        store = Store(base)
+        if folder is not None:
+            check_writable(folder, "checkpoints_base")
+            if not folder.exists():
+                return Finding("ok", f"{folder} (checkpoints_base) will be made at the first start")
+        store = Store(config.resolved_checkpoints_base)
     except (TxError, OSError) as error:
         return Finding("problem", str(error))
-    return health.within(health.PROBE_S, lambda: health.probe_storage(store))
+    is_new = folder is not None and not (folder / INCOMING).exists()
+    try:
+        return health.within(health.PROBE_S, lambda: health.probe_storage(store))
+    finally:
+        if folder is not None and is_new:
+            with contextlib.suppress(OSError):  # it was not made, or a server that starts just now uses it
+                (folder / INCOMING).rmdir()
 
 
 def _memory(_: ServerConfig) -> Finding:

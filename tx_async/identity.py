@@ -66,6 +66,18 @@ def with_base(identity: IdentityRecord, base: BaseModelInfo, adopt: bool, now: f
     )
 
 
+def with_storage(identity: IdentityRecord, found: str, address: str, adopt: bool) -> IdentityRecord:
+    """The identity with the storage that calls itself `found`. Raises `WrongIdentity`."""
+    known = identity.storage
+    if known is not None and known.storage_id != found and not adopt:
+        raise WrongIdentity(
+            f"This journal's runs and checkpoints lie in the storage {known.storage_id} (last seen as "
+            f"{known.address}), and this start names {address}, the storage {found}. Start with the first, "
+            "choose another data_dir, or start with --adopt (TX_ADOPT=1)."
+        )
+    return msgspec.structs.replace(identity, storage=KnownStorage(storage_id=found, address=address))
+
+
 class Identity:
     """The journal's identity while a server runs. It changes with `settle`, `run` and `base_loaded`, and each change is
     committed."""
@@ -156,14 +168,7 @@ class Identity:
         return has_files and next(self.store.iterate_sync(), None) is None
 
     def _check_storage(self, found: str) -> None:
-        known, address = self.record.storage, self.store.address
-        if known is not None and known.storage_id != found and not self._adopt:
-            raise WrongIdentity(
-                f"This journal's runs and checkpoints lie in the storage {known.storage_id} (last seen as "
-                f"{known.address}), and this start names {address}, the storage {found}. Start with the first, "
-                "choose another data_dir, or start with --adopt (TX_ADOPT=1)."
-            )
-        self.record = msgspec.structs.replace(self.record, storage=KnownStorage(storage_id=found, address=address))
+        self.record = with_storage(self.record, found, self.store.address, self._adopt)
         self.store.storage_id = found
         self._outage = ""
 

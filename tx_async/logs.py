@@ -41,12 +41,17 @@ def about(request: str) -> Iterator[None]:
         request_id.reset(token)
 
 
-def configure(level: str = "info", format: str = "text", process: str = "") -> None:
-    """Set up this process's logging. process: a worker's name. Raises `ConfigError` for an unknown level or format."""
+def check(level: str, format: str) -> None:
+    """Raises `ConfigError` for an unknown level or format."""
     if level.lower() not in LEVELS:
         raise ConfigError(f"log_level {level!r} is unknown; known: {', '.join(LEVELS)}.")
     if format not in FORMATS:
         raise ConfigError(f"log_format {format!r} is unknown; known: {', '.join(FORMATS)}.")
+
+
+def configure(level: str = "info", format: str = "text", process: str = "") -> None:
+    """Set up this process's logging. process: a worker's name. Raises `ConfigError` for an unknown level or format."""
+    check(level, format)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process) if format == "json" else TextFormatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -19,6 +19,7 @@ import ssl
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -30,16 +31,20 @@ from hypercorn.utils import LifespanFailureError, wrap_app
 
 from tx_async import freed_memory, logs
 from tx_async.api.gate import Gate
+from tx_async.api.key_file import read_keys
 from tx_async.api.owner import is_loopback
 from tx_async.config import ServerConfig
+from tx_async.dispatch.attaching import check_lease
 from tx_async.errors import ConfigError, TxError
 from tx_async.tls import Certificate
+from tx_async.worker.supervisor import external_engines
 
 logger = logging.getLogger(__name__)
 
 GRACEFUL_S = 1.0
 """How long open requests may take to end once the server stops; a client repeats a poll that was cut."""
 KEEP_ALIVE_S = 120
+PORT_MAX = 65_535
 BACKLOG = 4096
 HEADERS_BYTES_MAX = 64 * 1024
 SWITCH_INTERVAL_S = 0.0005
@@ -57,8 +62,7 @@ EXIT_SECOND_SIGNAL = 130
 
 def serve(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit code. Raises `ConfigError` for errors that the operator can fix."""
-    check_exposure(config)
-    Gate(config)
+    check_settings(config)
     logs.configure(config.log_level, config.log_format)
     _raise_open_files_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -72,6 +76,27 @@ def serve(config: ServerConfig) -> int:
     server = _HypercornRun(app, settings, sockets, partial(begin_stop, app))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(server.run())
+
+
+def check_settings(config: ServerConfig) -> None:
+    """What keeps a server from starting by the settings and the files that they name alone. Raises `ConfigError`."""
+    if config.port > PORT_MAX:
+        raise ConfigError(f"port is {config.port}; it must be at most {PORT_MAX}.")
+    check_exposure(config)
+    Gate(config)
+    logs.check(config.log_level, config.log_format)
+    check_lease(config)
+    external_engines(config)
+    if config.api_keys_file:
+        read_keys(Path(config.api_keys_file).expanduser())
+    _hypercorn_settings(config)
+
+
+def check_address(config: ServerConfig) -> None:
+    """Take the port, and leave it at once. Raises `ConfigError`."""
+    taken = _bind(_hypercorn_settings(config), config)
+    for each in (*taken.secure_sockets, *taken.insecure_sockets, *taken.quic_sockets):
+        each.close()
 
 
 def check_exposure(config: ServerConfig) -> None:
@@ -231,7 +256,7 @@ def _use_tls(settings: _Settings, config: ServerConfig) -> None:
 def _bind(settings: HypercornConfig, config: ServerConfig) -> Sockets:
     try:
         return settings.create_sockets()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"Cannot listen on {config.host}:{config.port}: {str(error).rstrip('.')}.") from error
 
 

@@ -56,7 +56,7 @@ class Store:
         self.base = str(base)
         self.storage_id = storage_id
         #: the folder of a local store; None for all others
-        self._folder = _local_folder(self.base)
+        self._folder = local_folder(self.base)
         self._opened: ObjectStore | None = None
         if not storage_id:
             self._objects  # noqa: B018 - errors that the operator can mend are raised at once
@@ -232,7 +232,8 @@ class Store:
         return await asyncio.to_thread(self.remove_leftovers_sync, older_than_s)
 
 
-def _local_folder(base: str) -> Path | None:
+def local_folder(base: str) -> Path | None:
+    """The folder that a base names; None for object storage."""
     if base.startswith("file://"):
         return Path(base.removeprefix("file://")).absolute()
     return None if "://" in base else Path(base).expanduser().absolute()
