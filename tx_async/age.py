@@ -14,14 +14,29 @@ from tx_async.errors import InvalidRequest
 
 SUFFIX = ".age"
 RECIPIENTS_MAX = 10
+SHOWN = 8
+PRIVATE_KEYS = ("AGE-SECRET-KEY", "PRIVATE KEY")
+"""What age's and SSH's private keys say of themselves, in capitals."""
 
 
 def check_recipients(recipients: Sequence[str]) -> tuple[str, ...]:
-    """Returns the recipients. Raises `InvalidRequest` naming the one that is wrong."""
+    """Returns the recipients. Raises `InvalidRequest` naming the place of the one that is wrong, from 0."""
     if len(recipients) > RECIPIENTS_MAX:
         raise InvalidRequest(f"age_encryption_recipients has {len(recipients)} entries; at most {RECIPIENTS_MAX}.")
-    for recipient in recipients:
-        _parse(recipient)
+    pyrage = _pyrage()
+    for place, recipient in enumerate(recipients):
+        if any(mark in recipient.upper() for mark in PRIVATE_KEYS):
+            raise InvalidRequest(
+                f"age_encryption_recipients[{place}] is a private key, which must stay yours: send the public one, "
+                "age1… or ssh-…."
+            )
+        try:
+            _parse(recipient)
+        except pyrage.RecipientError:
+            raise InvalidRequest(
+                f"age_encryption_recipients[{place}], {_start(recipient)}, is not a recipient: send a public key, "
+                "age1… or ssh-…."
+            ) from None
     return tuple(recipients)
 
 
@@ -35,12 +50,15 @@ def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str
 
 
 def _parse(recipient: str) -> Any:
+    """Raises `pyrage.RecipientError`, whose message may hold the recipient."""
     pyrage = _pyrage()
     kind = pyrage.ssh.Recipient if recipient.startswith("ssh-") else pyrage.x25519.Recipient
-    try:
-        return kind.from_str(recipient)
-    except pyrage.RecipientError as error:
-        raise InvalidRequest(f"age_encryption_recipients: {recipient[:200]!r} is not a recipient: {error}.") from None
+    return kind.from_str(recipient)
+
+
+def _start(recipient: str) -> str:
+    """Enough to recognise an entry by. The rest may be a secret, and messages are stored and logged."""
+    return repr(recipient[:SHOWN]) + ("…" if len(recipient) > SHOWN else "")
 
 
 def _pyrage() -> Any:

@@ -2,6 +2,9 @@
 
 import pytest
 
+AGE = "age1sx6da049n2g3lhwnj9rth6v3csmrp8hqh2t9paxvfxp66y93w9sqdurj2k"
+"""A public key."""
+
 
 @pytest.fixture
 def call(client, result):
@@ -50,7 +53,8 @@ async def test_an_ephemeral_sampler_has_a_session_and_no_name(call, client, mode
         ("save_weights_for_sampler", {"path": None}, "sampling_session_seq_id"),
         ("save_weights_for_sampler", {"sampling_session_seq_id": 1}, "sampling_session_seq_id"),
         ("save_weights_for_sampler", {"kind": "forever"}, "kind"),
-        ("save_weights_external", {"age_encryption_recipients": ["age1x"]}, "'age1x' is not a recipient"),
+        ("save_weights_external", {"age_encryption_recipients": ["age1x"]}, "[0], 'age1x', is not a recipient"),
+        ("save_weights_external", {"age_encryption_recipients": [AGE, "age1x" * 9]}, "[1], 'age1xage'…, is not a"),
         ("load_weights", {"path": "final", "optimizer": True}, "tinker://"),
         ("load_weights", {"path": "tinker://a/b/c", "optimizer": True}, "tinker://"),
         ("load_weights", {"path": "tinker://none/weights/x", "optimizer": True}, "checkpoint"),
@@ -63,6 +67,17 @@ async def test_what_cannot_be_saved_or_loaded_fails_in_its_place(call, model_id,
     assert failure["category"] == "user" and word in failure["error"]
     saved = await call("save_weights", model_id=model_id, path="after", seq_id=2)
     assert saved["path"].endswith("/after")
+
+
+@pytest.mark.parametrize("secret", ["AGE-SECRET-KEY-1QQSECRETX", "age-secret-key-1qqsecretx", "ssh-ed25519 QQSECRETX"])
+async def test_no_part_of_a_secret_comes_back_in_the_failure(call, model_id, secret, caplog):
+    caplog.set_level("DEBUG")
+    sent = {"path": "good", "age_encryption_recipients": [AGE, secret]}
+    failure = await call("save_weights_external", model_id=model_id, seq_id=1, **sent)
+    assert failure["category"] == "user" and "age_encryption_recipients[1]" in failure["error"]
+    assert ("private key" in failure["error"]) == ("key" in secret.lower())
+    for said in (str(failure), caplog.text):
+        assert "QQSECRET" not in said.upper()
 
 
 async def test_the_same_name_again_needs_overwrite(call, model_id):
