@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from tx_async.models.peft import from_peft, to_peft
 from tx_async.names import is_hub_name
 from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 from tx_async.wire.worker import AdapterConfig
+
+FP32_MIN, FP32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def convert(
@@ -57,12 +60,38 @@ def _settings(folder: Path, base_names: Sequence[str]) -> dict[str, Any]:
         raise InvalidRequest(f"{folder} has no {ADAPTER_CONFIG}: it is not the folder of a PEFT adapter.")
     if settings.get("peft_type") == "LORA":
         for field in ("r", "lora_alpha"):
-            if not isinstance(settings.get(field), int | float) or settings[field] <= 0:
-                raise InvalidRequest(f"{ADAPTER_CONFIG}: {field} is {settings.get(field)!r}; not a number above 0.")
+            _check_number(field, settings.get(field))
+        for field in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(field, settings.get(field))
     base = settings.get("base_model_name_or_path")
     if isinstance(base, str) and _is_another(base, base_names):
         raise InvalidRequest(f"{ADAPTER_CONFIG}: the adapter was made for {base}; this server has {base_names[0]}.")
     return settings
+
+
+def _check_patterns(field: str, patterns: object) -> None:
+    """PEFT's patterns are regular expressions, each with a number."""
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        raise InvalidRequest(f"{ADAPTER_CONFIG}: {field} is not an object.")
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InvalidRequest(
+                f"{ADAPTER_CONFIG}: {field} has {pattern!r}, not a regular expression: {error}."
+            ) from None
+        _check_number(f"{field}[{pattern!r}]", value)
+
+
+def _check_number(field: str, value: Any) -> None:
+    """What fp32 would make 0 or infinite is refused, too: every weight is multiplied by it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and FP32_MIN <= value <= FP32_MAX):
+        raise InvalidRequest(
+            f"{ADAPTER_CONFIG}: {field} is {repr(value)[:40]}; it must be a number above 0, and finite."
+        )
 
 
 def _is_another(base: str, names: Sequence[str]) -> bool:

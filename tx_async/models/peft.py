@@ -160,16 +160,25 @@ def _refuse_unsupported(adapter_config: dict[str, Any]) -> None:
 
 
 def _scale(adapter_config: dict[str, Any], module: str, rank: int) -> float:
-    """PEFT's scaling of a module: alpha / r, or alpha / √r (rsLoRA), each possibly by pattern."""
+    """PEFT's scaling of a module: alpha / r, or alpha / √r (rsLoRA), each possibly by pattern.
+
+    Raises `InvalidRequest` where r is not the tensors' rank: PEFT would not load them, and their scale is unknown.
+    """
     alpha = _by_pattern(adapter_config.get("alpha_pattern"), module, adapter_config["lora_alpha"])
     nominal = _by_pattern(adapter_config.get("rank_pattern"), module, adapter_config.get("r", rank))
-    return alpha / (nominal**0.5 if adapter_config.get("use_rslora") else nominal)
+    if nominal != rank:
+        raise InvalidRequest(
+            f"The adapter's {module}.lora_A has rank {rank}; adapter_config.json gives {nominal} (r or rank_pattern)."
+        )
+    return alpha / (rank**0.5 if adapter_config.get("use_rslora") else rank)
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Like `peft.utils.get_pattern_key`: a pattern matches the module's path or its end."""
+    """Like `peft.utils.get_pattern_key`: a pattern matches the module's path or its end; also the path that the module
+    has in a model that sees."""
+    paths = (module, *(theirs + module.removeprefix(ours) for theirs, ours in TEXT_PREFIXES))
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
             return value
     return default
 
