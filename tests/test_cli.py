@@ -23,6 +23,7 @@ from tx_async.api.owner import Owners, hash_key, is_loopback, owner_of
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError, Unauthorized
 from tx_async.testing.server import free_port, running_server
+from tx_async.worker import supervisor
 from tx_async.worker.exit_codes import ExitCode
 
 
@@ -173,6 +174,27 @@ def test_a_key_may_have_a_role_and_an_end(tmp_path):
 )
 def test_an_expiry_is_a_duration_or_a_time(text, expected):
     assert keys.parse_expiry(text, 100.0) == expected
+
+
+# ---- worker
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--engine", "mars"], "--engine 'mars'"),
+        (["--engine", "mars:make"], "--engine 'mars:make'"),
+        (["--capabilities", "sample,fly"], "--capabilities 'fly'"),
+        (["--num-processes", "2", "--process-id", "5"], "--process-id is 5"),
+        (["--process-id", "-1"], "--process-id is -1"),
+        (["--vllm-url", "http://127.0.0.1:8001"], "--vllm-url needs --engine vllm"),
+    ],
+)
+def test_flags_with_which_a_worker_would_wait_for_ever_are_refused(flags, named, capsys, monkeypatch):
+    monkeypatch.setattr(supervisor, "attach_forever", lambda *arguments, **settings: pytest.fail("it waits"))
+    assert cli.main(["worker", "--connect", "ipc:///nowhere", *flags]) == 2
+    line = capsys.readouterr().err
+    assert named in line and line.count("\n") == 1
 
 
 # ---- migrate, doctor, schemas

@@ -195,10 +195,14 @@ def _worker(args: argparse.Namespace) -> int:
     from tx_async.worker.main import CAPABILITIES
     from tx_async.worker.supervisor import attach_forever
 
+    _check_engine(args)
     external = _external_engine(args)
     usual = external_settings.CAPABILITIES if external else ",".join(CAPABILITIES)
     capabilities = args.capabilities or usual
+    if unknown := sorted(set(capabilities.split(",")) - set(CAPABILITIES)):
+        raise ConfigError(f"--capabilities {unknown[0]!r} is unknown; known: {', '.join(CAPABILITIES)}.")
     rank = _rank(args, "train" in capabilities.split(","))
+    _check_place(rank.process_id, args.num_processes or rank.num_processes)
     worker = attach_forever(
         _worker_address(args),
         args.token,
@@ -213,6 +217,38 @@ def _worker(args: argparse.Namespace) -> int:
     with private_umask():
         asyncio.run(worker)
     return 0
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for an engine that no process of this host could import, found without importing it."""
+    from importlib.machinery import PathFinder
+    from importlib.util import find_spec
+
+    from tx_async.worker import external_settings
+
+    if args.engine == external_settings.ENGINE:
+        return
+    given = [name for name in vars(args) if name.startswith("vllm_") and getattr(args, name)]
+    if given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} needs --engine {external_settings.ENGINE}.")
+    module, _, factory = args.engine.partition(":")
+    package = module.partition(".")[0]
+    # A worker's process finds modules of the working directory, too.
+    is_found = package and (find_spec(package) or PathFinder.find_spec(package, [os.getcwd()]))
+    if args.engine and not (factory and is_found):
+        raise ConfigError(
+            f"--engine {args.engine!r} is unknown: it must be {external_settings.ENGINE}, or module:function of a "
+            "module that is installed here."
+        )
+
+
+def _check_place(process_id: int, num_processes: int) -> None:
+    """num_processes: 0 = the server knows. Raises `ConfigError`."""
+    if num_processes < 0:
+        raise ConfigError(f"--num-processes is {num_processes}; it must be at least 1.")
+    if process_id < 0 or 0 < num_processes <= process_id:
+        below = f" and below --num-processes ({num_processes})" if num_processes else ""
+        raise ConfigError(f"--process-id is {process_id}; it must be at least 0{below}.")
 
 
 def _external_engine(args: argparse.Namespace) -> ExternalSettings | None:
