@@ -48,3 +48,14 @@ async def test_what_cannot_be_removed_keeps_nothing_else(tmp_path: Path, caplog:
     await sweep(store, ["first", "second"])
     assert hidden.exists() and not (tmp_path / "second").exists()
     assert ".nfs0001" in caplog.text
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_storage_that_is_away_is_one_line_for_all_runs(is_there: bool, tmp_path: Path, caplog):
+    """A share that is not mounted: its mount point is an empty folder, or not there."""
+    base = tmp_path / "share"
+    if is_there:
+        base.mkdir()
+    await sweep(Store(base, "its identity"), [f"run-{number}" for number in range(5)])
+    [record] = caplog.records
+    assert str(base) in record.getMessage() and "until the storage is back" in record.getMessage()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
-from tx_async.errors import TxError
+from tx_async.errors import NotFound, StorageError, TxError
 from tx_async.storage.checkpoint_files import sweep_incomplete
 from tx_async.storage.store import Store
 
@@ -29,14 +29,33 @@ async def sweep_for_ever(store: Store, run_ids: Callable[[], Iterable[str]]) -> 
 
 async def sweep(store: Store, run_ids: Iterable[str]) -> None:
     """Remove unfinished files, folders that stayed empty, and incomplete checkpoints of these runs. What cannot be
-    removed is logged, and does not keep the rest from being removed."""
-    await _tried(store.remove_leftovers(OLDER_THAN_S))
-    for run_id in list(run_ids):
-        await _tried(sweep_incomplete(store, OLDER_THAN_S, run_id))
+    removed is logged, and does not keep the rest from being removed; a storage that is away ends the sweep."""
+    for removal in _removals(store, list(run_ids)):
+        try:
+            await removal
+        except TxError as error:
+            if reason := await asyncio.to_thread(_why_away, store):
+                _log.warning("The leftovers of dead saves are not removed until the storage is back: %s", reason)
+                return
+            _log.warning(
+                "The leftovers of a dead save could not be removed: %s", error
+            )  # a name that is no key of ours
 
 
-async def _tried(removal: Awaitable[object]) -> None:
+def _removals(store: Store, run_ids: Iterable[str]) -> Iterator[Awaitable[object]]:
+    yield store.remove_leftovers(OLDER_THAN_S)
+    for run_id in run_ids:
+        yield sweep_incomplete(store, OLDER_THAN_S, run_id)
+
+
+def _why_away(store: Store) -> str:
     try:
-        await removal
-    except TxError as error:  # no storage, or a file whose name is not one of our keys
-        _log.warning("The leftovers of a dead save could not be removed: %s", error)
+        if store.storage_id:
+            store.confirm_sync()
+        else:
+            store.identity_sync()  # not identified yet, after a start with --adopt
+    except NotFound:
+        return ""
+    except StorageError as error:
+        return error.message
+    return ""
