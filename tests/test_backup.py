@@ -64,6 +64,9 @@ def test_what_is_no_whole_backup_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert run("backup", copy, "--data-dir", data) == 0
     capsys.readouterr()
     assert "is not empty" in refused(capsys, "backup", copy, "--data-dir", data)
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(capsys, "backup", tmp_path / "file", "--data-dir", data)
+    assert "file" in refused(capsys, "restore", copy, "--data-dir", tmp_path / "file")
     assert "is there already" in refused(capsys, "restore", copy, "--data-dir", data)
     assert run("restore", copy, "--data-dir", tmp_path / "new") == 0
     capsys.readouterr()

@@ -72,6 +72,13 @@ def test_an_occupied_port_is_named_before_anything_starts(tiny_qwen3, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flags", [("demo", "--steps", "-1"), ("demo", "--steps", "0"), ("runs", "--newest", "-1")])
+def test_numbers_below_1_are_refused_by_argparse(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(flags)
+    assert f"{flags[1]}: {flags[2]!r} is not a whole number from 1 on" in capsys.readouterr().err
+
+
 def test_unknown_commands_and_flags_are_refused_by_argparse():
     assert run("sevre").returncode == 2
     assert "--prot" in run("serve", "--prot", "80").stderr

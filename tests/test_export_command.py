@@ -35,6 +35,16 @@ def test_an_export_of_nothing_is_refused():
         without_unembed(files(HEAD))
 
 
+def test_a_file_where_the_folder_should_be_is_one_line_and_exit_code_2(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("tx_async.export_command._download", lambda *_: files(Q))
+    (tmp_path / "file").touch()
+    command = ["checkpoints", "export", "--base-url", "http://127.0.0.1:9", "tinker://run/weights/one", "--to"]
+    for place in ("file", "file/below"):
+        assert cli.main([*command, str(tmp_path / place)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and str(tmp_path / place) in said
+
+
 @pytest.mark.filterwarnings(UNCLOSED)
 def test_a_checkpoint_of_a_running_server_becomes_a_folder(tiny_qwen3: Path, tmp_path: Path, capsys):
     import tinker

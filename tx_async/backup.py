@@ -220,7 +220,9 @@ def _keys_of(record: Record) -> list[str]:
 
 
 def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: a backup gets a folder of its own.")
+    if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: a backup gets a folder of its own.")
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tx_async import __version__, cli_backup, cli_chat, cli_checkpoints, cli_keys, cli_runs, compatibility, config
+from tx_async.cli_numbers import at_least_one
 from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError
 from tx_async.field_docs import field_docs
@@ -306,7 +307,7 @@ def _add_demo(commands: Any) -> None:
     )
     command.add_argument("--serve", action="store_true", help="only serve the model, until Ctrl-C")
     command.add_argument("--port", type=int, default=8000, help="where --serve listens, on loopback [8000]")
-    command.add_argument("--steps", type=int, default=0, help="training steps [40]")
+    command.add_argument("--steps", type=at_least_one, default=0, help="training steps [40]")
     command.add_argument("--learning-rate", type=float, default=0.0, help="[0.005 for the tiny model, else 0.0005]")
     command.set_defaults(run=_demo)
 

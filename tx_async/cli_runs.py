@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from tx_async import cli_server
+from tx_async.cli_numbers import at_least_one
 
 SHOWN = ("step", "learning_rate", "loss", "grad_norm", "tokens", "tokens/s")
 
@@ -17,7 +18,7 @@ def add(commands: Any) -> None:
         description="Prints id, base model, rank, state and last use, most recently used first: one API key's runs, "
         "or all for an admin's key.",
     )
-    runs.add_argument("--newest", metavar="N", type=int, default=0, help="the N that were used last [all]")
+    runs.add_argument("--newest", metavar="N", type=at_least_one, default=0, help="the N that were used last [all]")
     run = commands.add_parser(
         "run",
         help="the history of one training run, one line for each optimizer step",

@@ -20,17 +20,29 @@ UNEMBEDDING = "lm_head"
 
 
 def export(base_url: str, api_key: str, path: str, folder: Path, no_unembed: bool) -> None:
-    """Raises `ConfigError` when the checkpoint cannot be downloaded, or the folder is not empty."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"--to {folder} is not empty: choose another folder.")
+    """Raises `ConfigError` when the checkpoint cannot be downloaded, or the folder is not empty or cannot be made."""
+    _check_empty(folder)
     files = _download(base_url, api_key, path)
     if no_unembed:
         files = without_unembed(files)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        part = folder / f".{name}.part"
-        part.write_bytes(content)
-        os.replace(part, folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            part = folder / f".{name}.part"
+            part.write_bytes(content)
+            os.replace(part, folder / name)
+    except OSError as error:
+        raise ConfigError(f"--to {folder} cannot be written: {error}") from error
+
+
+def _check_empty(folder: Path) -> None:
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--to {folder} is a file: choose a folder.")
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"--to {folder} is not empty: choose another folder.")
+    except OSError as error:
+        raise ConfigError(f"--to {folder} cannot be read: {error}") from error
 
 
 def without_unembed(files: dict[str, bytes]) -> dict[str, bytes]:
