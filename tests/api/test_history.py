@@ -46,6 +46,33 @@ async def test_csv_has_a_header_row_and_gaps(client: httpx.AsyncClient, run: str
     assert read == ROWS
 
 
+@pytest.mark.parametrize(
+    ("accept", "is_csv"),
+    [
+        ("text/csv", True),
+        ("Text/CSV; header=present; Q=0.5", True),
+        ("text/csv, */*", True),
+        ("text/csv, application/json", True),
+        ("text/csv;q=0.9, application/json;q=0.8", True),
+        ("text/*", True),
+        ("text/csv, application/json;q=0", True),
+        ("application/json, text/csv", False),
+        ("text/csv;q=0.5, application/json", False),
+        ("text/csv;q=0.5, */*", False),
+        ("text/csv;q=0", False),
+        ("text/csv;q=0, application/json;q=0", False),
+        ("text/csv;q=x", False),
+        ("text/html, */*;q=0.8", False),
+        ("*/*", False),
+        ("", False),
+        (";;,q=", False),
+    ],
+)
+async def test_csv_comes_only_where_accept_prefers_it(client: httpx.AsyncClient, run: str, accept: str, is_csv: bool):
+    answer = await client.get(f"/api/v1/training_runs/{run}/history", headers={"accept": accept})
+    assert answer.headers["content-type"].startswith("text/csv" if is_csv else "application/json")
+
+
 async def test_a_run_without_steps_has_a_header_only(client: httpx.AsyncClient, model_id: str):
     answer = await client.get(f"/api/v1/training_runs/{model_id}/history?format=csv")
     assert answer.status_code == 200 and answer.text.startswith("index,step,") and answer.text.count("\n") == 1
