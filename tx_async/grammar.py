@@ -150,5 +150,25 @@ def compiled(vocabulary: Vocabulary, text: str) -> Grammar:
 
 def _check(matcher: Any) -> None:
     if matcher.is_error():
-        lines = matcher.get_error().strip().splitlines() or ["it failed"]
-        raise GrammarError(f"{lines[0][:300].rstrip('.')}.")
+        raise GrammarError(f"{explained(matcher.get_error())[:300].rstrip('.')}.")
+
+
+_NO_TEXT = "no text obeys it: a rule or a $ref leads only back to itself, or two of its demands exclude each other"
+_EXPLAINED = {
+    "NoExtension": _NO_TEXT,
+    "NoExtensionBias": _NO_TEXT,
+    "ParserTooComplex": "it is too complex. Make it simpler",
+    "LexerTooComplex": "its patterns are too complex. Make them simpler",
+}
+"""llguidance's names of reasons, where it has no words for them."""
+
+
+def explained(error: str) -> str:
+    """llguidance's message in a line: its first one, and the cause where that stands below, after a drawing of the
+    place."""
+    first, *others = [line.strip() for line in error.splitlines() if line.strip()] or ["it failed"]
+    first = _EXPLAINED.get(first.rstrip("."), first)
+    if not first.endswith(":"):
+        return first
+    causes = [line.removeprefix("error: ") for line in others if line.startswith("error: ")] or others[-1:]
+    return " ".join([first, *causes])

@@ -115,12 +115,27 @@ async def test_what_cannot_be_obeyed_is_refused_by_name(ask, scheduler, path, fi
     assert not scheduler.live.operations
 
 
-async def test_a_schema_that_never_compiles_is_refused_and_the_next_one_is_not(ask, says, scheduler):
-    """The first takes ever more memory, the second ever more time."""
+CAUSES = [
+    (form({"type": "string", "pattern": "(("}), "regex parse error: unclosed group."),
+    ({"grammar": "start: /((/"}, 'at 1(8): invalid regex "((" (in regex): regex parse error: unclosed group.'),
+    ({"grammar": "root ::= root"}, "no text obeys it: a rule or a $ref leads only back to itself"),
+    (form({"$ref": "#"}), "no text obeys it: a rule or a $ref leads only back to itself"),
+]
+
+
+@pytest.mark.parametrize(("fields", "cause"), CAUSES)
+async def test_a_refusal_says_what_is_wrong_with_the_grammar(ask, fields, cause):
+    _, answer = await ask(COMPLETIONS, **BODIES[COMPLETIONS], **fields)
+    assert answer["error"]["message"].partition(": ")[2].startswith(cause), answer
+
+
+async def test_a_schema_that_never_compiles_is_refused_and_the_next_one_is_not(ask, says, scheduler, capfd):
+    """The first takes ever more memory, the second ever more time. Neither is news for the server's log."""
     patterns = [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}"} for n in range(15, 40)]
     for schema in ({"type": "array", "maxItems": 10**8}, {"allOf": patterns}):
         status, answer = await ask(CHAT, **BODIES[CHAT], **form(schema))
         assert status == 400 and answer["error"]["param"] == SCHEMA_FIELD, answer
+    assert "memory" not in capfd.readouterr().err
     assert not scheduler.live.operations
     says("{}")
     assert (await ask(CHAT, **BODIES[CHAT], **form(SCHEMA)))[0] == 200

@@ -73,7 +73,12 @@ class GrammarCheck:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tx_async.api.compatible.grammar_process", self._folder]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a grammar that brings it down is its sender's affair, and not for the log
+            bufsize=0,
+            start_new_session=True,
         )
         self._processes.append(process)
         return process
