@@ -1,8 +1,14 @@
 """OpenAI's completions: prompts of four forms, echo, log-probabilities with offsets."""
 
+import asyncio
+import threading
+
 import numpy as np
 import pytest
 
+from tx_async.api.compatible.chat_completions import ChatAnswer
+from tx_async.api.compatible.choices import Choice
+from tx_async.api.compatible.completions import CompletionAnswer
 from tx_async.api.compatible.tokenizer import Tokenizer
 from tx_async.scheduler.interface import LivePiece
 from tx_async.wire.results import TopkLogprobs
@@ -126,3 +132,36 @@ async def test_likely_tokens_without_text_or_with_the_same_text_do_not_hide_each
     assert found["top_logprobs"] == [dict(zip(names, values, strict=True)) | {"token_id:903": -8.0}]
     monkeypatch.setattr(Tokenizer, "bytes_of", lambda self, token: b"A")
     assert (await one(ask, prompt="a", logprobs=5, max_tokens=1))["logprobs"]["top_logprobs"] == [{"A": -0.5}]
+
+
+@pytest.mark.parametrize("path", [PATH, "/oai/api/v1/chat/completions"])
+async def test_a_large_answer_leaves_the_event_loop_to_others(ask, monkeypatch, path):
+    """Others get a turn between any two pieces, and no choice is built or encoded on the loop."""
+    turns, fed, made = [0], [], []
+    feed = Choice.feed
+    monkeypatch.setattr(Choice, "feed", lambda self, piece: fed.append(turns[0]) or feed(self, piece))
+    for kind, name in (
+        (CompletionAnswer, "_whole_choice"),
+        (CompletionAnswer, "_prompt_scored"),
+        (ChatAnswer, "_choice"),
+    ):
+        monkeypatch.setattr(kind, name, in_which_thread(made, getattr(kind, name)))
+
+    async def others():
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    more = {"prompt": ["ab", "cd"], "echo": True, "logprobs": 2}
+    if path != PATH:
+        more = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2}
+    status, answer = await ask(path, model="fake/model", n=3, max_tokens=5, **more)
+    task.cancel()
+    assert status == 200 and len(answer["choices"]) == (6 if path == PATH else 3)
+    assert len(fed) == len(set(fed)) == answer["usage"]["completion_tokens"]
+    assert len(made) >= len(answer["choices"]) and threading.get_ident() not in made
+
+
+def in_which_thread(found: list[int], function):
+    return lambda *args: found.append(threading.get_ident()) or function(*args)

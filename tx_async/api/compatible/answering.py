@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
+import anyio.to_thread
+import msgspec
 from msgspec import Struct
 from starlette.responses import Response
 
@@ -18,6 +20,8 @@ from tx_async.api.context import Call
 from tx_async.api.errors import json_response
 from tx_async.wire import openai
 from tx_async.wire.operations import Sample
+
+T = TypeVar("T")
 
 
 class ApiAnswer(Protocol):
@@ -44,6 +48,12 @@ async def respond(call: Call, samples: Samples, answer: ApiAnswer, is_streamed: 
     finally:
         if not is_taken:
             await samples.close()
+
+
+async def encoded(make: Callable[[], T]) -> T:
+    """One choice of a whole answer, made and encoded in a thread: with log-probabilities it may have megabytes, and all
+    choices at once would hold up everybody. What comes is its JSON, which takes its place in the answer."""
+    return cast(T, await anyio.to_thread.run_sync(lambda: msgspec.Raw(msgspec.json.encode(make()))))
 
 
 def new_choice(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from msgspec import UNSET
 from starlette.responses import Response
 
 from tx_async.api.compatible import fields, sampling
-from tx_async.api.compatible.answering import chat_logprobs, fed, new_choice, respond, usage
+from tx_async.api.compatible.answering import chat_logprobs, encoded, fed, new_choice, respond, usage
 from tx_async.api.compatible.choices import Choice, Delta, Scored
 from tx_async.api.compatible.constraints import Wish, grammar_of, openai_choice
 from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
@@ -108,7 +109,7 @@ class ChatAnswer:
             created=self.created,
             model=self.request.model,
             system_fingerprint=self.fingerprint,
-            choices=[self._choice(index, choice) for index, choice in enumerate(self.choices)],
+            choices=[await encoded(partial(self._choice, index, choice)) for index, choice in enumerate(self.choices)],
             usage=self._usage(),
             prompt_token_ids=list(self.prompt.tokens) if self.request.return_token_ids else UNSET,
         )

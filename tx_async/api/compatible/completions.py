@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import anyio.to_thread
 import numpy as np
 from msgspec import UNSET
 from starlette.responses import Response
 
 from tx_async.api.compatible import fields, sampling
-from tx_async.api.compatible.answering import new_choice, respond, usage
+from tx_async.api.compatible.answering import encoded, new_choice, respond, usage
 from tx_async.api.compatible.choices import Choice, Delta, Likely, Scored, rows_of
 from tx_async.api.compatible.constraints import Wish, grammar_of
 from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
@@ -21,7 +22,7 @@ from tx_async.api.compatible.forms import openai_error
 from tx_async.api.compatible.json_values import is_list
 from tx_async.api.compatible.models import fingerprint, model_path
 from tx_async.api.compatible.parsing import PlainParser
-from tx_async.api.compatible.prompts import check_length, compute, encoded
+from tx_async.api.compatible.prompts import check_length, compute, encoded_text
 from tx_async.api.compatible.samples import PATIENCE_S, Samples
 from tx_async.api.compatible.text_stream import TextStream, name_of
 from tx_async.api.compatible.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def _is_tokens(entry: Any) -> bool:
 def _tokens_of(tokenizer: Tokenizer, prompts: list[str | list[int]], context: int) -> list[list[int]]:
     found: list[list[int]] = []
     for entry in prompts:
-        tokens = encoded(tokenizer, entry, True, context, "prompt") if isinstance(entry, str) else entry
+        tokens = encoded_text(tokenizer, entry, True, context, "prompt") if isinstance(entry, str) else entry
         if not tokens:
             raise InvalidField("prompt", "it is empty. Send at least one token.")
         if not (min(tokens) >= 0 and max(tokens) < 2**31):
@@ -153,7 +154,8 @@ class CompletionAnswer:
     async def whole(self, samples: Samples) -> openai.Completion:
         async for _ in self._deltas(samples, None):
             pass
-        return self._completion(self._whole_choices(), self._usage())
+        choices = [choice async for choice in self._whole_choices()]
+        return self._completion(choices, self._usage())
 
     async def _deltas(self, samples: Samples, timeout_s: float | None) -> AsyncIterator[tuple[int, int, Delta] | None]:
         """(prompt, sample, its delta)"""
@@ -166,15 +168,13 @@ class CompletionAnswer:
             delta = choice.feed(piece)
             choice.deltas.append(delta)
             if piece.prompt:
-                self.scored[prompt] = self._prompt_scored(prompt, piece.prompt)
+                self.scored[prompt] = await anyio.to_thread.run_sync(self._prompt_scored, prompt, piece.prompt)
             yield prompt, piece.index, delta
 
-    def _whole_choices(self) -> list[openai.CompletionChoice]:
-        return [
-            self._whole_choice(prompt, index, choice)
-            for prompt, choices in enumerate(self.choices)
-            for index, choice in enumerate(choices)
-        ]
+    async def _whole_choices(self) -> AsyncIterator[openai.CompletionChoice]:
+        for prompt, choices in enumerate(self.choices):
+            for index, choice in enumerate(choices):
+                yield await encoded(partial(self._whole_choice, prompt, index, choice))
 
     def _whole_choice(self, prompt: int, index: int, choice: Choice) -> openai.CompletionChoice:
         text = "" if self.request.max_tokens == 0 else "".join(delta.text for delta in choice.deltas)
@@ -243,7 +243,7 @@ class CompletionAnswer:
         async for arrived in self._deltas(samples, PATIENCE_S):
             if arrived is None:
                 yield COMMENT
-        for choice in self._whole_choices():
+        async for choice in self._whole_choices():
             yield data_event(self._completion([choice], None))
 
     async def _events_as_they_come(self, samples: Samples) -> AsyncIterator[bytes]:

@@ -34,7 +34,7 @@ _DEFAULTS = (("modalities", ["text"]), ("function_call", "none"), ("suffix", "")
 _NESTED = ("messages", "content", "system", "tools")
 BODY_BYTES_MIN, BODY_BYTES_PER_TOKEN = 16 * 2**20, 64
 """A body may be this large, or have this many bytes for each token of the context: a larger one is not a prompt. The
-first is for short contexts: a body may have hundreds of prompts, and `prompts.encoded` says how long each may be."""
+first is for short contexts: a body may have hundreds of prompts. `prompts.encoded_text` limits each of them."""
 
 T = TypeVar("T")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")

@@ -69,7 +69,7 @@ def check_length(tokens: Sequence[int], call: Call, field: str) -> None:
         raise ContextExceeded(field, f"{len(tokens)} tokens", context)
 
 
-def encoded(tokenizer: Tokenizer, text: str, framed: bool, context: int, field: str) -> list[int]:
+def encoded_text(tokenizer: Tokenizer, text: str, framed: bool, context: int, field: str) -> list[int]:
     """A client's text as tokens. A text that no tokens of the context can hold is refused before it costs anything; one
     that turns out too long is refused here too, before the next one is encoded."""
     if len(text) > (bytes_max := context * tokenizer.token_bytes_max) or len(text.encode()) > bytes_max:
@@ -98,7 +98,7 @@ def render(tokenizer: Tokenizer, chat: Chat, context: int) -> ChatPrompt:
         continues=chat.continues,
         options=chat.options,
     )
-    return ChatPrompt(encoded(tokenizer, text, False, context, "messages"), text, family, parameters)
+    return ChatPrompt(encoded_text(tokenizer, text, False, context, "messages"), text, family, parameters)
 
 
 def _check_options(template: Template, chat: Chat) -> None:

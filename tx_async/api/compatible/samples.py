@@ -58,6 +58,8 @@ class Samples:
         while self._num_running:
             if (piece := await self._next(timeout_s)) is not None or self._num_running:
                 yield piece
+            # A queue that has something hands it out without a pause: hundreds of pieces would hold up all others.
+            await asyncio.sleep(0)
 
     async def _next(self, timeout_s: float | None) -> PromptPiece | None:
         """The next piece. Raises the error with which a sample failed."""
