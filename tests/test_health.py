@@ -96,6 +96,17 @@ async def test_a_worker_that_has_missed_heartbeats_is_a_warning(tmp_path):
     assert found.state == "warning" and "silent for 12 s" in found.text and "worker_lease_ms" in found.text
 
 
+async def test_an_engine_outside_that_is_not_attached_is_a_warning(tmp_path):
+    async def write() -> None:
+        pass
+
+    lines = ["worker vllm-a.0 exited with code 3 (last said: other weights)", "worker vllm-b.0: starting"]
+    asked = Health(Store(tmp_path / "c"), tmp_path, write, lambda in_full: [], external=lambda in_full: lines)
+    assert (await asked.report())["external"] == Finding("warning", "; ".join(lines))
+    lines = []
+    assert (await asked.report())["external"].state == "ok"
+
+
 def test_healthz_of_a_server_says_each(tiny_qwen3, tmp_path):
     with serving(tmp_path, tiny_qwen3) as server:
         healthz = f"{server.base_url}/api/v1/healthz"

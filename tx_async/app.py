@@ -78,6 +78,7 @@ class Server:
         self.metrics = Metrics()
         self.tracing = open_tracing(config.otlp_endpoint)
         self.router: Router | None = None
+        self.supervisor: Supervisor | None = None
         self.scheduler: Scheduler | None = None
         self.identity: Identity | None = None
         #: the actors that have statistics, by name; `running` makes them
@@ -116,7 +117,7 @@ class Server:
         router.storage_id, router.base_fingerprint = store.storage_id, identity.base_fingerprint
         try:
             await router.start()
-            supervisor = Supervisor(config, router, engine=self._engine)
+            supervisor = self.supervisor = Supervisor(config, router, engine=self._engine)
             scheduler = self.scheduler = Scheduler(
                 config,
                 base_model,
@@ -214,8 +215,10 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             if key_file:
                 follow_keys(key_file, scheduler)
             store = server.identity.store
+            assert server.supervisor is not None
+            external = server.supervisor.external_waiting_for
             write = partial(_write_nothing, scheduler)
-            health = Health(store, config.data_path, write, scheduler.waiting_for, scheduler.silence)
+            health = Health(store, config.data_path, write, scheduler.waiting_for, scheduler.silence, external)
             rates = Rates()
             routes = create_routes(scheduler, config, store, owners=owners, health=health, rates=rates)
             app.router.routes.extend(routes)

@@ -117,13 +117,16 @@ class Health:
         write_journal: Callable[[], Awaitable[None]],
         waiting_for: Callable[[bool], list[str]],
         silence: Callable[[], Mapping[str, str]] = dict,
+        external: Callable[[bool], list[str] | None] = lambda in_full: None,
     ):
-        """write_journal: a transaction that changes nothing. silence: workers that have missed heartbeats -> which."""
+        """write_journal: a transaction that changes nothing. silence: workers that have missed heartbeats -> which.
+        external: engines outside that are not attached, one line each; None where the server has none."""
         self._store = store
         self._data_path = data_path
         self._write_journal = write_journal
         self._waiting_for = waiting_for
         self._silence = silence
+        self._external = external
         self._asked_at = float("-inf")
         self._report: dict[str, Finding] = {}
         self._asking = asyncio.Lock()
@@ -134,7 +137,7 @@ class Health:
             if time.monotonic() - self._asked_at > FRESH_S:
                 self._report = await self._ask()
                 self._asked_at = time.monotonic()
-        return self._report | {"worker": self._worker(in_full)}
+        return self._report | {"worker": self._worker(in_full)} | self._external_engines(in_full)
 
     async def _ask(self) -> dict[str, Finding]:
         storage, journal = await asyncio.gather(
@@ -160,3 +163,12 @@ class Health:
                 "warning", f"{'; '.join(lines)}; what it does is done again when it is lost (worker_lease_ms)"
             )
         return Finding("ok", "every capability is there")
+
+    def _external_engines(self, in_full: bool) -> dict[str, Finding]:
+        """The server does without them what they would do, so what they lack is no problem of its own."""
+        lines = self._external(in_full)
+        if lines is None:
+            return {}
+        return {
+            "external": Finding("warning", "; ".join(lines)) if lines else Finding("ok", "every engine is attached")
+        }

@@ -2,6 +2,7 @@
 
 import time
 
+import httpx
 import pytest
 
 from tests.support.durability import serving, wait_until
@@ -30,6 +31,13 @@ def is_trusted(server, times=1):
     return log.count("worker vllm-127.0.0.1") and log.count(" is ready") >= 1 + times and not trials
 
 
+def external_check(server):
+    """A server whose engine outside is gone is well."""
+    answer = httpx.get(f"{server.base_url}/api/v1/healthz?verbose", timeout=20)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["checks"]["external"]
+
+
 def test_samples_outlive_vllm_and_go_to_it_again_when_it_is_back(server, vllm, model):
     vllm.token_s = 0.02
     client = Client(server, model)
@@ -39,11 +47,14 @@ def test_samples_outlive_vllm_and_go_to_it_again_when_it_is_back(server, vllm, m
     results = [client.outcome(promise) for promise in promises]
     assert all(len(result["sequences"][0]["tokens"]) == 20 for result in results)
     assert "this worker leaves" in server.log() and "Traceback" not in server.log()
+    wait_until(lambda: external_check(server)["state"] == "warning")
+    assert "worker vllm-127.0.0.1" in external_check(server)["text"]
     before = vllm.num_completions
     vllm.start()
     returned = time.monotonic()
     wait_until(lambda: vllm.num_completions > before and is_trusted(server, times=2))
     assert time.monotonic() - returned < ATTACHED_AGAIN_S
+    assert external_check(server) == {"state": "ok", "text": "every engine is attached"}
     before = vllm.num_completions
     assert len(client.outcome(client.ask(client.base))["sequences"][0]["tokens"]) == 20
     assert vllm.num_completions == before + 1

@@ -86,6 +86,9 @@ class WorkerProcess:
         self._last_line = ""
         #: why no process runs at the moment; "" while one runs
         self.exit_text = ""
+        #: how the previous process ended; "" while none has
+        self.last_exit_text = ""
+        self.is_external = external is not None
         self._stopping = asyncio.Event()
         #: set unless `run` is running
         self._ended = asyncio.Event()
@@ -161,7 +164,7 @@ class WorkerProcess:
             )  # fmt: skip
         finally:
             pulse.close_writer()
-        self._process, self.exit_text = process, ""
+        self._process, self.exit_text, self.last_exit_text = process, "", self.exit_text
         self.num_starts += 1
         if self._stopping.is_set():  # it was told to stop while it started
             process.kill()
@@ -285,6 +288,17 @@ class Supervisor:
         local = {(process.name, process.process_id) for process in self.processes}
         lines = [line for process in self.processes if (line := self._why_not_ready(process, in_full))]
         return lines + self._router.waiting_for(without=local)
+
+    def external_waiting_for(self, in_full: bool = False) -> list[str] | None:
+        """Which external engines are not attached, and why; None where there are none. The server works without them,
+        slower, so `waiting_for` is empty meanwhile."""
+        external = [process for process in self.processes if process.is_external]
+        return [line for process in external if (line := self._why_external(process, in_full))] if external else None
+
+    def _why_external(self, process: WorkerProcess, in_full: bool) -> str | None:
+        line = self._why_not_ready(process, in_full)
+        before = process.last_exit_text if in_full and not process.exit_text else ""
+        return f"{line}; the one before {before}" if line and before else line
 
     def _why_not_ready(self, process: WorkerProcess, in_full: bool) -> str | None:
         worker = f"worker {process.label}"
