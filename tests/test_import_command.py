@@ -8,8 +8,8 @@ import tinker
 from safetensors.numpy import load, save_file
 
 from tests.support import parity
-from tx_async import cli
-from tx_async.errors import InvalidRequest
+from tx_async import cli, import_command
+from tx_async.errors import ConfigError, InvalidRequest
 from tx_async.models import import_adapter
 from tx_async.models.load import from_config, read_config
 from tx_async.models.peft import from_peft, to_peft
@@ -100,6 +100,18 @@ def test_a_rank_above_the_servers_is_refused_with_the_setting(model, write):
 @pytest.mark.parametrize("base", ["org/tiny", "other-org/Tiny", "/somewhere/else", None])
 def test_a_base_of_the_same_name_or_in_a_folder_is_told_by_its_shapes(model, write, base):
     import_adapter.convert(model, write(base_model_name_or_path=base), ("org/tiny",), 8)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("suffix", ["", ".age"])
+def test_an_encrypted_adapter_is_to_be_decrypted_first(model, write, name, suffix):
+    folder = write()
+    (folder / name).unlink()
+    (folder / (name + suffix)).write_bytes(b"age-encryption.org/v1\n-> X25519 ...")
+    with pytest.raises(InvalidRequest, match=f"^{name}{suffix} is encrypted with age: decrypt"):
+        import_adapter.convert(model, folder, ("org/tiny",), 8)
+    with pytest.raises(ConfigError, match=f"{name}{suffix} is encrypted with age: decrypt"):
+        import_command.adapters_in(folder, folder, "x")
 
 
 # ---- the command

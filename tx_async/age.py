@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tx_async.errors import InvalidRequest
 
 SUFFIX = ".age"
 RECIPIENTS_MAX = 10
+HEADS = (b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----")
 SHOWN = 8
 PRIVATE_KEYS = ("AGE-SECRET-KEY", "PRIVATE KEY")
 """What age's and SSH's private keys say of themselves, in capitals."""
@@ -47,6 +49,18 @@ def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str
     keys = [_parse(recipient) for recipient in recipients]
     pyrage = _pyrage()
     return {name + SUFFIX: pyrage.encrypt(data, keys) for name, data in files.items()}
+
+
+def encrypted_file(folder: Path, names: Sequence[str]) -> str:
+    """The first of these files that is there only encrypted, with or without its suffix; else an empty string."""
+    for name in names:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                if file.read(64).startswith(HEADS):
+                    return name
+        elif (folder / (name + SUFFIX)).is_file():
+            return name + SUFFIX
+    return ""
 
 
 def _parse(recipient: str) -> Any:

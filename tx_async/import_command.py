@@ -8,7 +8,7 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from tx_async import adapter_import, base_model, own_checkpoint, server_client
+from tx_async import adapter_import, age, base_model, own_checkpoint, server_client
 from tx_async.api import validation
 from tx_async.api.imports import FILES
 from tx_async.api.owner import owner_of
@@ -104,6 +104,8 @@ def adapters_in(folder: Path, path: Path, name: str) -> list[Path]:
         if name and len(own) > 1:
             raise ConfigError(f"{path} holds {len(own)} checkpoints, which keep their names: leave out --as.")
         return own
+    if encrypted := age.encrypted_file(folder, FILES):
+        raise ConfigError(f"{path}: {encrypted} is encrypted with age: decrypt the adapter first.")
     for file in FILES:
         if not (folder / file).is_file():
             raise ConfigError(f"{path} has neither {file} nor metadata.json: it holds no adapter of PEFT's or ours.")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import tarfile
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tx_async import adapter_import
 from tx_async.api import validation
 from tx_async.api.context import Call
-from tx_async.errors import BodyTooLarge, InvalidRequest
+from tx_async.errors import BodyTooLarge, InvalidRequest, UserError
 from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG, METADATA
 from tx_async.storage.store import Store
 from tx_async.wire import tinker
@@ -30,12 +32,25 @@ async def import_adapter(call: Call) -> tinker.ImportAdapterResponse:
         folder = Path(scratch)
         await _receive(call, folder / "upload.tar")
         await asyncio.to_thread(_unpack, folder / "upload.tar", folder)
-        async with adapter_import.converted(folder, call.scheduler.base_model) as adapter:
-            now = call.api.clock.now()
-            imported = await adapter_import.store(adapter, store, call.scheduler.base_model, call.owner, name, now)
+        with _without_paths(folder):
+            async with adapter_import.converted(folder, call.scheduler.base_model) as adapter:
+                now = call.api.clock.now()
+                imported = await adapter_import.store(adapter, store, call.scheduler.base_model, call.owner, name, now)
     await call.scheduler.create_session(imported.session)
     await call.scheduler.add_checkpoint(imported.model, imported.checkpoint)
     return tinker.ImportAdapterResponse(path=imported.checkpoint.path)
+
+
+@contextmanager
+def _without_paths(folder: Path) -> Generator[None]:
+    """What is wrong with an upload is said by its files' names: where this server keeps it is not the client's."""
+    try:
+        yield
+    except UserError as error:
+        if str(folder) not in error.message:
+            raise
+        named = error.message.replace(f"{folder}/", "").replace(str(folder), "The upload")
+        raise type(error)(named) from None
 
 
 async def _receive(call: Call, path: Path) -> None:

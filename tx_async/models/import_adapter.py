@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from safetensors.numpy import save
 
-from tx_async import model_folder
+from tx_async import age, model_folder
 from tx_async.errors import BaseModelError, InvalidRequest, TxError
 from tx_async.models import tensor_files
 from tx_async.models.decoder import Decoder
@@ -39,6 +39,8 @@ def convert(
 
     base_names: names of the served model; PEFT loads it by the first. Raises `InvalidRequest` naming what does not fit.
     """
+    if name := age.encrypted_file(folder, (ADAPTER_CONFIG, ADAPTER)):
+        raise InvalidRequest(f"{name} is encrypted with age: decrypt the adapter first.")
     settings = _settings(folder, base_names)
     weights, config = from_peft(model, _tensors(folder / ADAPTER), settings)
     if config.rank > max_rank:
