@@ -1,6 +1,7 @@
 """Adapters made elsewhere become checkpoints: on a running server, and in the data of one that stands still."""
 
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -138,8 +139,12 @@ def test_what_was_imported_at_rest_is_there_when_the_server_runs(write, tiny_qwe
 
     data = ["--data-dir", str(tmp_path / "data"), "--base-model", str(tiny_qwen3), "--api-key", "tml-mine"]
     assert cli.main(["import", str(write()), "--as", "first", *data]) == 0
-    first = capsys.readouterr().out
+    first, said = capsys.readouterr()
     assert first.startswith("tinker://") and first.endswith("/weights/first\n")
+    assert said == f"tx-async: {tmp_path / 'data'} held no session before: is it the data of the server you mean?\n"
+    data_dir = tmp_path / "data"
+    open_to_others = [path for path in (data_dir, *data_dir.rglob("*")) if stat.S_IMODE(path.stat().st_mode) & 0o077]
+    assert not open_to_others
     with running_server(base_model=str(tiny_qwen3), data_dir=str(tmp_path / "data")) as server:
         url = ["--base-url", server.base_url, "--api-key", "tml-mine"]
         assert cli.main(["import", str(write()), "--as", "second", *url]) == 0

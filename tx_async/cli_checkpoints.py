@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,18 @@ def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace]
     import asyncio
 
     from tx_async import import_command
+    from tx_async.private import private_umask
 
     if args.base_url:
         paths = import_command.over_http(args.adapter, args.name, args.base_url, args.api_key)
     else:
-        paths = asyncio.run(import_command.into_data(args.adapter, args.name, load_config(args), args.api_key))
+        config = load_config(args)
+        with private_umask():
+            importing = import_command.into_data(args.adapter, args.name, config, args.api_key)
+            paths, was_empty = asyncio.run(importing)
+        if was_empty:  # a new server, one whose journal was lost, or a mistyped folder
+            place = "The database" if config.database_url else str(config.data_path)
+            print(f"tx-async: {place} held no session before: is it the data of the server you mean?", file=sys.stderr)
     print("\n".join(paths))
     return 0
 

@@ -16,10 +16,11 @@ from tx_async.config import ServerConfig
 from tx_async.errors import ConfigError, TxError
 from tx_async.identity import Identity
 from tx_async.journal.factory import open_journal
+from tx_async.private import make_folder
 from tx_async.scheduler.interface import BaseModelInfo
 from tx_async.storage.checkpoint_files import METADATA, decode_manifest
 from tx_async.storage.store import Store
-from tx_async.wire.records import CheckpointRecord, ModelRecord, Put, Record
+from tx_async.wire.records import CheckpointRecord, ModelRecord, Put, Record, SessionRecord
 
 
 def over_http(path: Path, name: str, base_url: str, api_key: str) -> list[str]:
@@ -41,8 +42,9 @@ def _upload(folder: Path, name: str, base_url: str, api_key: str) -> str:
         return server_client.call(base_url, api_key, "POST", path, upload, **kind)["path"]
 
 
-async def into_data(path: Path, name: str, config: ServerConfig, api_key: str) -> list[str]:
-    """Returns tinker:// paths. Raises `ConfigError`, also when a server is running on these data."""
+async def into_data(path: Path, name: str, config: ServerConfig, api_key: str) -> tuple[list[str], bool]:
+    """Returns tinker:// paths, and whether the data held no session before. Raises `ConfigError`, also when a
+    server is running on these data."""
     try:
         with own_checkpoint.opened(path) as folder:
             return await _into_data(adapters_in(folder, path, name), name, config, owner_of(api_key))
@@ -52,12 +54,13 @@ async def into_data(path: Path, name: str, config: ServerConfig, api_key: str) -
         raise ConfigError(error.message) from error
 
 
-async def _into_data(folders: list[Path], name: str, config: ServerConfig, owner: str) -> list[str]:
+async def _into_data(folders: list[Path], name: str, config: ServerConfig, owner: str) -> tuple[list[str], bool]:
     base = base_model.read(config.base_model, config.base_model_name, config.backend_config)
     if not config.database_url:
-        config.data_path.mkdir(parents=True, exist_ok=True)
+        make_folder(config.data_path)
     journal = open_journal(config)
     records = await journal.open()
+    was_empty = not any(isinstance(record, SessionRecord) for record in records)
     paths = []
     try:
         identity = Identity(config, base, journal, records)
@@ -70,7 +73,7 @@ async def _into_data(folders: list[Path], name: str, config: ServerConfig, owner
             paths.append(imported.checkpoint.path)
     finally:
         await journal.close()
-    return paths
+    return paths, was_empty
 
 
 async def _store(
