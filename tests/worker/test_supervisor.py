@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -106,6 +107,18 @@ async def test_a_killed_worker_is_noticed_at_once_and_starts_again(config):
         await running.ready()
         assert pids(running) != [pid] and running.supervisor.processes[0].num_starts == 2
         assert (await running.call(NOTHING)).number == 1
+
+
+async def test_a_worker_that_starts_again_for_wider_slots_is_no_warning(config, caplog):
+    caplog.set_level(logging.INFO)
+    async with running_dispatch(config) as running:
+        await running.ready()
+        running.router.widen("w0", 128)
+        await running.next(WorkerLost)
+        await running.ready()
+        assert running.router.lora_rank == 128 and running.supervisor.processes[0].num_starts == 2
+    said = [record for record in caplog.records if "starts again" in record.getMessage()]
+    assert said and not [record for record in said if record.levelno > logging.INFO]
 
 
 async def test_a_stopped_worker_is_lost_with_its_lease_and_returns(config):

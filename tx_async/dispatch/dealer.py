@@ -87,6 +87,10 @@ DETACHED_EXIT_CODE = 4
 class Detached(TxError):
     """The server, or the rest of this worker's mesh, is gone: start again."""
 
+    def __init__(self, message: str, is_meant: bool = False):
+        super().__init__(message)
+        self.is_meant = is_meant
+
 
 class StreamDiverged(TxError):
     """This process would run another command than the rest of its mesh."""
@@ -395,8 +399,8 @@ class Dealer:
                 pass
             case Welcome() as welcome:
                 self._handle_welcome(welcome)
-            case Refused(reason=reason, is_final=is_final):
-                self._end(Detached(reason) if self._is_attached and not is_final else WorkerRefused(reason))
+            case Refused(reason=reason, is_final=is_final, is_meant=is_meant):
+                self._end(Detached(reason, is_meant) if self._is_attached and not is_final else WorkerRefused(reason))
             case Shutdown():
                 self._incoming.put(_Ended())
 

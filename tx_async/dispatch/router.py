@@ -196,8 +196,7 @@ class Router:
     def process_exited(self, worker_id: str, process_id: int, pid: int, reason: str) -> None:
         """The supervisor saw a worker process end: do not wait for its lease to expire."""
         self._doors.drain()
-        member = self._member(worker_id, process_id)
-        if member and member.hello.pid == pid:
+        if (member := self._member(worker_id, process_id)) and member.hello.pid == pid:
             level = logging.INFO if reason == "exited with code 0" else logging.WARNING
             self._lose(self._groups[worker_id], f"process {process_id} {reason}", level)
 
@@ -436,8 +435,9 @@ class Router:
         if self._groups.get(group.name) is not group:
             return
         logger.log(level, "worker %s %s: %s", group.name, "is lost" if level > logging.INFO else "has ended", reason)
+        away = Refused(f"worker {group.name} starts again: {reason}", is_meant=level == logging.INFO)
         for member in group.members.values():
-            self._doors.post(member.peer, Refused(f"worker {group.name} starts again: {reason}"))
+            self._doors.post(member.peer, away)
         self._forget(group)
         self._counts["workers_lost"] += group.is_ready
         self._totals.workers_lost += group.is_ready

@@ -132,6 +132,8 @@ class Refused(Struct, tag=True, frozen=True):
     reason: str
     is_final: bool = False
     """Whether attaching again at once would change nothing, although it was attached."""
+    is_meant: bool = False
+    """Whether nothing went wrong: it is to start again with other settings."""
 
 
 class Progress(Struct, tag=True, frozen=True, kw_only=True):

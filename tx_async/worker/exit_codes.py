@@ -14,5 +14,7 @@ class ExitCode(IntEnum):
     """The server, or the rest of its mesh, is gone: start again."""
     ENGINE_GONE = 5
     """The external engine is gone: start again, and wait for it."""
+    SENT_AWAY = 6
+    """The server wants it with other settings: start again."""
     CONFIGURATION = 78
     """The base model or the configuration can never work (EX_CONFIG in sysexits)."""

@@ -126,7 +126,7 @@ def _serve(dealer: Dealer, create_engine: CreateEngine) -> ExitCode:
     except WorkerRefused as error:
         return _report(ExitCode.REFUSED, error)
     except Detached as error:
-        return _report(ExitCode.DETACHED, error)
+        return _report(ExitCode.SENT_AWAY if error.is_meant else ExitCode.DETACHED, error)
     except EngineGone as error:
         dealer.goodbye(error.message)
         return _report(ExitCode.ENGINE_GONE, error)

@@ -38,6 +38,8 @@ EXTERNAL_DELAY_MAX_S = 10.0
 """The maximum for a worker of an external engine, which must attach within 30 s of that engine's return."""
 HEALTHY_AFTER_S = 60.0
 """A process that lived this long restarts with the shortest delay."""
+AT_ONCE = (ExitCode.STOPPED, ExitCode.DETACHED, ExitCode.SENT_AWAY)
+"""Ends after which the next process starts with the shortest delay, too."""
 LAST_LINE_CHARACTERS_MAX = 500
 FORCED_STOP_S = 10.0
 PULSE_POLL_S = 0.25
@@ -126,9 +128,10 @@ class WorkerProcess:
             # At the first start, the operator must change something. Later, it has worked before and may work again.
             if code == ExitCode.CONFIGURATION and self.num_starts == 1 and self.must_start:
                 raise BaseModelError(self._last_line or None)
-            if time.monotonic() - started > HEALTHY_AFTER_S or code in (ExitCode.STOPPED, ExitCode.DETACHED):
+            if time.monotonic() - started > HEALTHY_AFTER_S or code in AT_ONCE:
                 delay_s = RESTART_DELAY_MIN_S
-            logger.warning("worker process %s %s; it starts again in %.1f s", self.label, self.exit_text, delay_s)
+            level = logging.INFO if code == ExitCode.SENT_AWAY else logging.WARNING
+            logger.log(level, "worker process %s %s; it starts again in %.1f s", self.label, self.exit_text, delay_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             delay_s = min(2 * delay_s, self._delay_max_s)
