@@ -132,6 +132,30 @@ def test_a_refused_adapter_is_one_line_and_exit_code_2(write, tiny_qwen3, tmp_pa
     assert "cannot be reached" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ([], ("http://a", "tml-a")),
+        (["--base-url", "http://b", "--api-key", "tml-b"], ("http://b", "tml-b")),
+        (["--data-dir", "there"], ""),
+        (["--base-model", "m/n"], ""),
+    ],
+)
+def test_the_running_server_is_the_sdk_s_unless_data_are_named(flags, asked, tmp_path, monkeypatch):
+    async def into_data(path, name, config, api_key):
+        reached.append(api_key)
+        return [], False
+
+    reached = []
+    monkeypatch.setattr(import_command, "over_http", lambda path, name, *server: reached.append(server) or [])
+    monkeypatch.setattr(import_command, "into_data", into_data)
+    monkeypatch.setenv("TINKER_BASE_URL", "http://a")
+    monkeypatch.setenv("TINKER_API_KEY", "tml-a")
+    monkeypatch.setenv("TX_BASE_MODEL", "m/n")
+    assert cli.main(["import", str(tmp_path), "--as", "x", *flags]) == 0
+    assert reached == [asked]
+
+
 @pytest.mark.filterwarnings(UNCLOSED)
 def test_what_was_imported_at_rest_is_there_when_the_server_runs(write, tiny_qwen3, tmp_path, capsys):
     """Into the data first, then over HTTP into the server that was started with them; a client uses both."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,10 @@ def add_import(
     command = commands.add_parser(
         "import",
         help="turn a PEFT adapter, or another server's checkpoints, into checkpoints here and print their paths",
-        description="Imports into a running server (--base-url), or into the data of a stopped one (--data-dir and "
-        "--base-model). A PEFT adapter is checked: base, modules, rank, alpha, dtype. Checkpoints of another server "
-        "with the same base (a folder or archive of one, or a storage with many) are checked against their hashes.",
+        description="Imports into a running server (--base-url, or TINKER_BASE_URL where no setting is given), or into "
+        "the data of a stopped one (--data-dir and --base-model). A PEFT adapter is checked: base, modules, rank, "
+        "alpha, dtype. Checkpoints of another server with the same base (a folder or archive of one, or a storage with "
+        "many) are checked against their hashes.",
     )
     command.add_argument(
         "adapter", metavar="FOLDER_OR_ARCHIVE", type=Path, help="contains adapter_config.json, or our metadata.json"
@@ -30,10 +32,14 @@ def add_import(
     command.add_argument(
         "--as", dest="name", metavar="NAME", default="", help="name of the checkpoint [ours keep theirs]"
     )
-    command.add_argument("--base-url", default="", metavar="URL", help="a running server's URL")
     command.add_argument(
-        "--api-key", default="", metavar="KEY", help="the owner's API key [that of clients that send none]"
-    )
+        "--base-url", default="", metavar="URL",
+        help="a running server's URL [TINKER_BASE_URL, unless --data-dir or another setting is given]",
+    )  # fmt: skip
+    command.add_argument(
+        "--api-key", default="", metavar="KEY",
+        help="the owner's API key [a running server: TINKER_API_KEY; else that of clients that send none]",
+    )  # fmt: skip
     add_settings(command)
     command.set_defaults(run=lambda args: _import(args, load_config))
 
@@ -44,8 +50,8 @@ def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace]
     from tx_async import import_command
     from tx_async.private import private_umask
 
-    if args.base_url:
-        paths = import_command.over_http(args.adapter, args.name, args.base_url, args.api_key)
+    if args.base_url or (os.environ.get("TINKER_BASE_URL") and not _names_data(args)):
+        paths = import_command.over_http(args.adapter, args.name, *cli_server.chosen(args))
     else:
         config = load_config(args)
         with private_umask():
@@ -56,6 +62,11 @@ def _import(args: argparse.Namespace, load_config: Callable[[argparse.Namespace]
             print(f"tx-async: {place} held no session before: is it the data of the server you mean?", file=sys.stderr)
     print("\n".join(paths))
     return 0
+
+
+def _names_data(args: argparse.Namespace) -> bool:
+    """Whether a flag is a server's setting: then the data of a stopped server are meant."""
+    return any(getattr(args, name, None) is not None for name in ("config", *ServerConfig.__struct_fields__))
 
 
 def add_checkpoints(commands: Any) -> None:
