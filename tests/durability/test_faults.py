@@ -87,15 +87,14 @@ def full_disk(server: ServerProcess) -> Events:
 
 
 def orderly_stops(server: ServerProcess) -> Events:
-    """They are quick, and so is the next start."""
+    """They end within what `shutdown_ms` allows."""
 
     def stop_and_start() -> None:
         began = time.monotonic()
         assert server.stop() == 0
-        stopped = time.monotonic()
+        assert time.monotonic() - began < SHUTDOWN_MS / 1000 + 1
         server.start()
         server.wait_ready()
-        assert stopped - began < SHUTDOWN_MS / 1000 + 1 and time.monotonic() - stopped < 8
 
     return {3: stop_and_start, 7: stop_and_start}
 

@@ -92,7 +92,8 @@ def test_every_example_has_a_row_in_the_readme():
 
 
 def test_the_demo_s_model_can_chat(demo_server):
-    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    (model,) = httpx.get(f"{demo_server}/v1/models", timeout=READY_S).json()["data"][:1]
+    body = {"model": model["id"], "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     answer = httpx.post(f"{demo_server}/v1/chat/completions", json=body, timeout=READY_S)
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] > 0

@@ -198,7 +198,8 @@ def test_of_a_folder_that_sees_the_text_model_is_read(prefixes, sees, tmp_path):
 def test_layers_of_multi_token_prediction_are_passed_over(tmp_path):
     folder = make_deepseek_v3(tmp_path, tokenizer=False)
     _, params = load_model(folder)
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": np.zeros((3, 3), "f4")}))
+    beyond = DEEPSEEK_V3_TINY["num_hidden_layers"]
+    rewrite(folder, lambda tensors: tensors.update({f"model.layers.{beyond}.eh_proj.weight": np.zeros((3, 3), "f4")}))
     equal(load_model(folder)[1], params)
 
 
@@ -323,7 +324,7 @@ def test_fused_experts_are_those_one_by_one(tmp_path):
     _, params = load_model(folder)
 
     def fuse(tensors):
-        for layer in range(4):
+        for layer in range(QWEN3_5_MOE_TINY["num_hidden_layers"]):
             experts = f"model.layers.{layer}.mlp.experts"
             gate, up, down = (
                 np.stack([tensors.pop(f"{experts}.{e}.{name}.weight") for e in range(8)])
