@@ -50,6 +50,16 @@ def test_a_backup_under_load_is_restored_elsewhere_and_goes_on(
         assert "metrics" in client.optim_step(model, last[0] + 1)
 
 
+def test_a_relative_data_dir_is_the_one_below_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("migrate", "--data-dir", "data") == 0 and (tmp_path / "data" / "tx_async.db").exists()
+    assert run("backup", "copy", "--data-dir", "data") == 0, capsys.readouterr().err
+    assert run("restore", "copy", "--data-dir", "new") == 0, capsys.readouterr().err
+    assert (tmp_path / "new" / "tx_async.db").exists()
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert run(*arguments) == 2
     said = capsys.readouterr().err

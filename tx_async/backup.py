@@ -91,13 +91,12 @@ def restore(folder: Path, config: ServerConfig) -> str:
 
 def journal_path(config: ServerConfig) -> Path:
     """The journal's file. Raises `ConfigError` for a database that has backup tools of its own."""
-    url = config.resolved_database_url
-    if not url.startswith("sqlite:///"):
+    if config.sqlite_file is None:
         raise ConfigError(
             "The journal is a PostgreSQL database: copy it with pg_dump (or a base backup) first, then the storage. "
             "tx_async/journal/README.md says how."
         )
-    return Path("/" + url.removeprefix("sqlite:///").lstrip("/"))
+    return config.sqlite_file
 
 
 def _copy(config: ServerConfig, source: Path, folder: Path) -> str:

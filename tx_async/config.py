@@ -236,6 +236,14 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.database_url or f"sqlite:///{self.data_path / 'tx_async.db'}"
 
     @property
+    def sqlite_file(self) -> Path | None:
+        """The journal's file; None where it is in a database of another kind."""
+        if not self.database_url:
+            return (self.data_path / "tx_async.db").absolute()
+        path = self.database_url.removeprefix("sqlite:///")
+        return None if path == self.database_url else Path("/" + path.lstrip("/"))
+
+    @property
     def resolved_checkpoints_base(self) -> str:
         return self.checkpoints_base or str(self.data_path / "checkpoints")
 

@@ -182,7 +182,7 @@ def _address(config: ServerConfig) -> Finding:
 def _database(config: ServerConfig) -> Finding:
     url = config.resolved_database_url
     shown = url if url.startswith("sqlite") else url.partition("@")[2]
-    if (file := _sqlite_file(url)) and not file.exists():
+    if (file := config.sqlite_file) and not file.exists():
         try:
             check_writable(file.parent, "The folder of database_url," if config.database_url else "data_dir")
         except TxError as error:
@@ -192,10 +192,6 @@ def _database(config: ServerConfig) -> Finding:
         return Finding("ok", f"{shown} has the newest schema and {len(_records(config))} records")
     except (TxError, OSError) as error:
         return Finding("problem", str(error))
-
-
-def _sqlite_file(url: str) -> Path | None:
-    return Path("/" + url.partition("://")[2].lstrip("/")) if url.startswith("sqlite") else None
 
 
 def _records(config: ServerConfig) -> list[Record]:
@@ -208,7 +204,7 @@ def _records(config: ServerConfig) -> list[Record]:
         await journal.close()
         return records
 
-    file = _sqlite_file(config.resolved_database_url)
+    file = config.sqlite_file
     return [] if file and not file.exists() else asyncio.run(load())
 
 

@@ -80,10 +80,8 @@ def _unwritable(folder: Path, setting: str, error: OSError) -> ConfigError:
 
 def close_data(config: ServerConfig) -> None:
     """Close whatever an earlier release, or somebody by hand, has left open of the data that this server keeps."""
-    journal = [config.data_path / "tx_async.db"]
-    if config.database_url.startswith("sqlite:///"):
-        journal = [Path("/" + config.database_url.removeprefix("sqlite:///").lstrip("/"))]
-    close_folder(config.data_path, [path for file in journal for path in file.parent.glob(f"{file.name}*")])
+    journal = config.sqlite_file or config.data_path / "tx_async.db"
+    close_folder(config.data_path, journal.parent.glob(f"{journal.name}*"))
     for place in (config.resolved_checkpoints_base, config.resolved_compilation_cache_dir):
         if "://" not in place:
             folder = Path(place).expanduser()

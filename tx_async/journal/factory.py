@@ -12,7 +12,7 @@ def open_journal(config: ServerConfig) -> Journal:
     scheme.
     """
     if not config.database_url:
-        return Journal(_sqlite(str((config.data_path / "tx_async.db").absolute())))
+        return Journal(_sqlite(str(config.sqlite_file)))
     return Journal(driver_for(config.database_url, prepared_statements=config.database_prepared_statements))
 
 
