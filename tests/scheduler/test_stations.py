@@ -11,7 +11,7 @@ from tx_async.scheduler.core.instructions import SequenceEnded
 from tx_async.scheduler.interface import Passage
 from tx_async.scheduler.stations.passages import Passages, kind_of
 from tx_async.scheduler.stations.watch import Watch
-from tx_async.wire.records import RequestRecord, ResultRecord
+from tx_async.wire.records import Delete, RequestRecord, ResultRecord
 from tx_async.wire.worker import SequenceTimes
 
 STATIONS = ("accepted_at", "durable_at", "begun_at", "ended_at", "published_at", "fetched_at")
@@ -102,8 +102,12 @@ def test_first_tokens_and_tokens_are_measured_by_what_the_worker_tells():
     assert value(metrics.registry, "time_per_output_token_seconds_count") == 1
 
 
+def catalog_of(*request_ids: str) -> Catalog:
+    return Catalog([request(request_id) for request_id in request_ids])
+
+
 def test_only_the_newest_that_have_ended_are_remembered():
-    passages = Passages(Catalog(), ended_max=2)
+    passages = Passages(catalog_of("0", "1", "2", "3"), ended_max=2)
     for number in range(4):
         passages.begin(request(str(number)))
     for number in range(3):
@@ -112,6 +116,18 @@ def test_only_the_newest_that_have_ended_are_remembered():
         passage.published_at = 1.0
     assert [bool(passages.get(str(number))) for number in range(4)] == [False, True, True, True]
     assert passages.end("2") is None and len(passages) == 3
+
+
+def test_what_is_no_longer_on_record_is_forgotten():
+    catalog = catalog_of("0", "1", "2")
+    passages = Passages(catalog)
+    for number in range(3):
+        passages.begin(request(str(number)))
+    passages.end("0")
+    passages.end("1")
+    catalog.apply([Delete("request", "0")])
+    passages.end("2")
+    assert [bool(passages.get(str(number))) for number in range(3)] == [False, True, True]
 
 
 def test_a_failure_is_seen():

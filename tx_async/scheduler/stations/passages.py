@@ -14,7 +14,7 @@ from tx_async.scheduler.interface import Passage
 from tx_async.wire.records import ModelRecord, RequestRecord, SamplerRecord
 
 ENDED_MAX = 20_000
-"""How many ended requests are remembered."""
+"""How many ended requests are remembered, of those that are still on record."""
 
 
 class Passages:
@@ -42,7 +42,7 @@ class Passages:
         if passage is None or passage.published_at:
             return None
         self._ended.append(request_id)
-        while len(self._ended) > self._ended_max:
+        while self._ended and (len(self._ended) > self._ended_max or self._ended[0] not in self._catalog.requests):
             self._known.pop(self._ended.popleft(), None)
         return passage
 
