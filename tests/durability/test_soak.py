@@ -18,6 +18,7 @@ LIMITS: dict[str, Any] = {
     "results_kept_max": 200,
     "result_cache_bytes": 2**20,
     "retention_interval_s": 1,
+    "history_steps_max": 64,
     "snapshot_every_steps": 20,
 }
 CLIENTS = 4

@@ -9,7 +9,7 @@ from tx_async.metrics import Metrics
 from tx_async.scheduler.core.catalog import Catalog
 from tx_async.scheduler.core.instructions import SequenceEnded
 from tx_async.scheduler.interface import Passage
-from tx_async.scheduler.stations.passages import Passages, kind_of
+from tx_async.scheduler.stations.passages import ENDED_MIN, Passages, kind_of
 from tx_async.scheduler.stations.watch import Watch
 from tx_async.wire.records import Delete, RequestRecord, ResultRecord
 from tx_async.wire.worker import SequenceTimes
@@ -119,15 +119,15 @@ def test_only_the_newest_that_have_ended_are_remembered():
 
 
 def test_what_is_no_longer_on_record_is_forgotten():
-    catalog = catalog_of("0", "1", "2")
+    names = [str(number) for number in range(4 * ENDED_MIN)]
+    catalog = catalog_of(*names)
     passages = Passages(catalog)
-    for number in range(3):
-        passages.begin(request(str(number)))
-    passages.end("0")
-    passages.end("1")
-    catalog.apply([Delete("request", "0")])
-    passages.end("2")
-    assert [bool(passages.get(str(number))) for number in range(3)] == [False, True, True]
+    for number, name in enumerate(names):
+        passages.begin(request(name))
+        passages.end(name)
+        if 0 < number < len(names) - 1:  # the first stays on record
+            catalog.apply([Delete("request", name)])
+    assert passages.get(names[0]) and passages.get(names[-1]) and len(passages) <= ENDED_MIN + 2
 
 
 def test_a_failure_is_seen():

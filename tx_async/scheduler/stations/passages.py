@@ -15,6 +15,8 @@ from tx_async.wire.records import ModelRecord, RequestRecord, SamplerRecord
 
 ENDED_MAX = 20_000
 """How many ended requests are remembered, of those that are still on record."""
+ENDED_MIN = 256
+"""With fewer than this, nobody looks for those that are no longer on record."""
 
 
 class Passages:
@@ -25,6 +27,7 @@ class Passages:
         self._known: dict[str, Passage] = {}
         #: those that have ended, oldest first
         self._ended: deque[str] = deque()
+        self._swept_at_length = ENDED_MIN
 
     def __len__(self) -> int:
         return len(self._known)
@@ -42,9 +45,19 @@ class Passages:
         if passage is None or passage.published_at:
             return None
         self._ended.append(request_id)
-        while self._ended and (len(self._ended) > self._ended_max or self._ended[0] not in self._catalog.requests):
+        if len(self._ended) > self._ended_max:
             self._known.pop(self._ended.popleft(), None)
+        if len(self._ended) >= self._swept_at_length:
+            self._sweep()
         return passage
+
+    def _sweep(self) -> None:
+        """Forget the requests that the catalog has forgotten. What that costs is spread over as many requests as it
+        looks at."""
+        ended, self._ended = self._ended, deque(name for name in self._ended if name in self._catalog.requests)
+        for request_id in set(ended).difference(self._ended):
+            self._known.pop(request_id, None)
+        self._swept_at_length = 2 * len(self._ended) + ENDED_MIN
 
     def drop(self, request_id: str) -> Passage | None:
         """A live request has ended, so its passage is forgotten. None on a second call."""
