@@ -41,7 +41,7 @@ from machine import Matmul, Memory, num_multiplied
 from tx_async.engine import compilation
 from tx_async.engine.decode_batches import bucket, prefill_rows
 from tx_async.engine.engine import JaxEngine
-from tx_async.engine.kernels import flash_difference, paged_difference
+from tx_async.engine.kernels import flash_difference, paged_difference, prefill_difference
 from tx_async.engine.kv_cache import token_bytes
 from tx_async.engine.platform import current
 from tx_async.layers.weights import Weight
@@ -346,7 +346,12 @@ def main() -> None:
     table.end_in_time()
     compilation.use_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "bench-jax"))
     platform = current().name
-    for name, difference in (("flash_attention", flash_difference), ("paged_attention", paged_difference)):
+    differences = {
+        "flash_attention": flash_difference,
+        "paged_attention": paged_difference,
+        "paged_prefill": prefill_difference,
+    }
+    for name, difference in differences.items():
         if current().paged_kernel:
             print(f"{name}: {difference():.2g} of the largest value beside the plain version", flush=True)
     limits = Limits(

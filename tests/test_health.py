@@ -118,6 +118,14 @@ def test_healthz_of_a_server_says_each(tiny_qwen3, tmp_path):
         assert all(check["state"] in ("ok", "warning") and check["text"] for check in checks.values())
 
 
+def test_doctor_warns_of_a_kernel_that_failed_its_self_test():
+    runs = [("decode attention", "paged_attention"), ("prefill attention", "paged_prefill")]
+    found = doctor._with_kernels("JAX, platform gpu", runs)
+    assert found.state == "ok" and "prefill attention: paged_prefill" in found.text
+    found = doctor._with_kernels("JAX, platform gpu", [*runs, ("experts", "plain")])
+    assert found.state == "warning" and "experts: plain" in found.text
+
+
 def test_doctor_names_folders_that_cannot_be_made(tmp_path):
     config = ServerConfig(data_dir="/proc/nope")
     for check in (doctor._disk, doctor._compilation_cache):

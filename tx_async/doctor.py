@@ -39,9 +39,11 @@ SHARED_MEMORY = Path("/dev/shm")
 
 _ASK_JAX = """
 import json, jax
+from tx_async.engine import kernels, platform
 devices = jax.devices()
 x = jax.numpy.ones((64, 64)) @ jax.numpy.ones((64, 64))
-print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in devices], float(x[0, 0])]))
+runs = kernels.choose(platform.current(), is_alone=True).names()
+print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in devices], float(x[0, 0]), runs]))
 """
 
 
@@ -117,12 +119,20 @@ def _jax(_: ServerConfig) -> Finding:
     if process.returncode:
         last_line = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         return Finding("problem", f"cannot run: {last_line}")
-    version, device_platform, kinds, product = json.loads(process.stdout.splitlines()[-1])
+    version, device_platform, kinds, product, runs = json.loads(process.stdout.splitlines()[-1])
     text = f"{version}, platform {device_platform}: {', '.join(sorted(set(kinds)))} × {len(kinds)}"
     if product != 64:
         return Finding("problem", f"{text}, but a 64 × 64 product of ones is {product}, not 64")
     if device_platform not in ("gpu", "tpu") and shutil.which("nvidia-smi"):
         return Finding("warning", f"{text}; there is an NVIDIA GPU: pip install 'tx-async[gpu]'")
+    return _with_kernels(text, runs) if device_platform == "gpu" else Finding("ok", text)
+
+
+def _with_kernels(text: str, runs: list[tuple[str, str]]) -> Finding:
+    """runs: (task, kernel that runs it or "plain")."""
+    text = "; ".join((text, *(f"{task}: {kernel}" for task, kernel in runs)))
+    if any(kernel == "plain" for _, kernel in runs):
+        return Finding("warning", f"{text}; what is plain failed its self-test on this device, and is slower")
     return Finding("ok", text)
 
 

@@ -9,7 +9,10 @@ from tx_async.engine.kernels import ALL_KERNELS, NO_KERNELS, choose
 from tx_async.engine.platform import ACCELERATOR, CPU
 
 
-@pytest.mark.parametrize("difference", [kernels.flash_difference, kernels.paged_difference, kernels.grouped_difference])
+@pytest.mark.parametrize(
+    "difference",
+    [kernels.flash_difference, kernels.paged_difference, kernels.prefill_difference, kernels.grouped_difference],
+)
 def test_a_self_test_finds_the_interpreted_kernel_right(difference):
     assert difference(interpret=True) <= kernels.TOLERANCE
 
@@ -17,6 +20,7 @@ def test_a_self_test_finds_the_interpreted_kernel_right(difference):
 def test_what_is_right_runs(monkeypatch):
     monkeypatch.setattr(kernels, "flash_difference", lambda: 1e-3)
     monkeypatch.setattr(kernels, "paged_difference", lambda: 1e-3)
+    monkeypatch.setattr(kernels, "prefill_difference", lambda: 1e-3)
     monkeypatch.setattr(kernels, "grouped_difference", lambda: 1e-3)
     assert choose(ACCELERATOR, is_alone=True) == ALL_KERNELS
     assert choose(ACCELERATOR, is_alone=False) == choose(CPU, is_alone=True) == NO_KERNELS
@@ -31,12 +35,14 @@ def test_a_kernel_that_differs_or_fails_gives_way_and_the_log_says_so(found, mon
 
     monkeypatch.setattr(kernels, "flash_difference", difference)
     monkeypatch.setattr(kernels, "paged_difference", lambda: 0.0)
+    monkeypatch.setattr(kernels, "prefill_difference", lambda: 0.0)
     monkeypatch.setattr(kernels, "grouped_difference", lambda: 0.0)
     with caplog.at_level(logging.WARNING):
         chosen = choose(ACCELERATOR, is_alone=True)
     assert dict(chosen.names()) == {
         "training attention": "plain",
         "decode attention": "paged_attention",
+        "prefill attention": "paged_prefill",
         "experts": "grouped_product",
     }
     assert "flash_attention" in caplog.text and len(caplog.records) == 1

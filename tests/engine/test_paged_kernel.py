@@ -59,6 +59,7 @@ def test_a_long_row_alone_is_split_and_many_rows_are_not():
     assert paged_kernel._splits(num_programs=8, tokens=64) == 1
 
 
-def test_features_that_are_no_power_of_two_keep_the_plain_way():
-    assert paged_kernel.fits(jnp.zeros((1, 16, 1, 128)), 16)
-    assert not paged_kernel.fits(jnp.zeros((1, 16, 1, 576)), 16)
+def test_features_that_are_no_power_of_two_and_fp32_keep_the_plain_way():
+    assert paged_kernel.fits(jnp.zeros((1, 16, 1, 128), jnp.bfloat16), 16)
+    assert not paged_kernel.fits(jnp.zeros((1, 16, 1, 576), jnp.bfloat16), 16)
+    assert not paged_kernel.fits(jnp.zeros((1, 16, 1, 128)), 16)

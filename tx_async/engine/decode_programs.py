@@ -160,7 +160,7 @@ def prefill(
 ) -> tuple[Array, Pools]:
     """Write the rows' keys and values; -> (hidden [R * L, D], pools)."""
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
-    attend = PagedAttention(layout, batch.tables, positions, batch.alive, batch.states)
+    attend = PagedAttention(layout, batch.tables, positions, batch.alive, batch.states, kernels.paged_prefill)
     lora = adapters.for_steps(platform, batch.adapter)
     grouped = kernels.grouped_product
     hidden, pools = model.forward(params, lora, batch.tokens, positions, attend, pools, grouped_kernel=grouped)

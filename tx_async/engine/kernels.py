@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 
 from tx_async.engine.kv_cache import CacheLayout
-from tx_async.engine.paged_attention import DecodeAttention
-from tx_async.engine.platform import Platform
+from tx_async.engine.paged_attention import DecodeAttention, PagedAttention
+from tx_async.engine.platform import ACCELERATOR, Platform
 from tx_async.layers.attention import packed_attention
 from tx_async.layers.grouped import RowBlocks, experts_mlp
 from tx_async.layers.lora import ExpertLora
@@ -39,6 +39,8 @@ class Kernels:
     """Whether `layers/flash_attention.py` runs in training."""
     paged_attention: bool = False
     """Whether `paged_kernel.py` runs in decode steps."""
+    paged_prefill: bool = False
+    """Whether `prefill_kernel.py` runs in prefill."""
     grouped_product: bool = False
     """Whether `layers/grouped_kernel.py` computes the products of experts."""
 
@@ -47,12 +49,13 @@ class Kernels:
         return (
             ("training attention", "flash_attention" if self.flash_attention else PLAIN),
             ("decode attention", "paged_attention" if self.paged_attention else PLAIN),
+            ("prefill attention", "paged_prefill" if self.paged_prefill else PLAIN),
             ("experts", "grouped_product" if self.grouped_product else PLAIN),
         )
 
 
 NO_KERNELS = Kernels()
-ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True, grouped_product=True)
+ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True, paged_prefill=True, grouped_product=True)
 
 
 def choose(here: Platform, is_alone: bool) -> Kernels:
@@ -60,6 +63,7 @@ def choose(here: Platform, is_alone: bool) -> Kernels:
     return Kernels(
         flash_attention=here.flash_kernel and is_alone and _is_right("flash_attention", flash_difference),
         paged_attention=here.paged_kernel and is_alone and _is_right("paged_attention", paged_difference),
+        paged_prefill=here.paged_kernel and is_alone and _is_right("paged_prefill", prefill_difference),
         grouped_product=here.grouped_kernel and is_alone and _is_right("grouped_product", grouped_difference),
     )
 
@@ -127,6 +131,36 @@ def paged_difference(interpret: bool = False) -> float:
 
     plain, kernel = both(q, keys, values)
     return float(jnp.max(jnp.abs(plain - kernel)))
+
+
+def prefill_difference(interpret: bool = False) -> float:
+    """The difference between the kernel and plain attention, with and without a window and sinks: two tiles of one
+    prompt, the first of another."""
+    from tx_async.engine import prefill_kernel
+
+    layout = CacheLayout.plan(cache_tokens=1024, page_size=16, max_context_length=512, platform=ACCELERATOR)
+    rng = np.random.default_rng(0)
+    shape = (2 * layout.num_pages, layout.page_size, 2, 64)
+    keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
+    q = jnp.asarray(rng.standard_normal((3, 128, 8, 64)), jnp.bfloat16)
+    prompts = rng.permutation(np.arange(1, 65)).reshape(2, layout.table_pages)
+    tables, starts = jnp.asarray(prompts[[0, 0, 1]], jnp.int32), jnp.array([16, 144, 0], jnp.int32)
+    sinks = jnp.asarray(rng.standard_normal(8), jnp.float32)
+    attend = PagedAttention(layout, tables, starts[:, None] + jnp.arange(128), jnp.ones(3, bool))
+
+    @jax.jit
+    def both(q: Array, keys: Array, values: Array) -> Array:
+        def gap(window: int, sinks: Array | None) -> Array:
+            plain = attend.attend([keys, values], jnp.int32(1), q, 0.125, 0, window, sinks)
+            first = jnp.int32(layout.num_pages)
+            kernel = prefill_kernel.attend(
+                q, keys, values, tables, starts, first, 0.125, window, sinks, interpret=interpret
+            )
+            return _gap(plain, kernel)
+
+        return jnp.maximum(gap(0, None), gap(100, sinks))
+
+    return float(both(q, keys, values))
 
 
 def grouped_difference(interpret: bool = False) -> float:

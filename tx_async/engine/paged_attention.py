@@ -39,14 +39,24 @@ class TileStates(NamedTuple):
 class PagedAttention:
     """`Attend` of a prefill: each row has tokens from a page boundary on; several rows may belong to one sequence."""
 
-    def __init__(self, layout: CacheLayout, tables: Array, positions: Array, alive: Array, states: Any = None):
+    def __init__(
+        self,
+        layout: CacheLayout,
+        tables: Array,
+        positions: Array,
+        alive: Array,
+        states: Any = None,
+        kernel: bool = False,
+    ):
         """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write. states: for
-        recurrent layers, `TileStates`; in a decode step, the slot of each row."""
+        recurrent layers, `TileStates`; in a decode step, the slot of each row. kernel: whether a kernel computes it
+        where it can."""
         self.layout = layout
         self.states = states
         self.tables = tables
         self.positions = positions
         self.alive = alive
+        self.kernel = kernel
         chunk_tokens = layout.chunk_pages * layout.page_size
         self.num_chunks = jnp.max(jnp.where(alive, positions[:, -1], 0)) // chunk_tokens + 1
 
@@ -64,7 +74,10 @@ class PagedAttention:
     ) -> tuple[Array, Pools]:
         new = {"k": k} if v is None else {"k": k, "v": v}
         written = {name: self.write(cache[name], layer, x) for name, x in new.items()}
-        out = self.attend(list(written.values()), layer, q, scale, v_features, window, sinks)
+        pools = list(written.values())
+        out = self.in_kernel(pools, layer, q, scale, window, sinks) if self.kernel and not v_features else None
+        if out is None:
+            out = self.attend(pools, layer, q, scale, v_features, window, sinks)
         return out, cache | written
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
@@ -102,6 +115,19 @@ class PagedAttention:
         is_there = self.alive[:, None] & (columns < self.tables.shape[1])
         pages = jnp.where(is_there, pages, NULL_PAGE) + layer * self.layout.num_pages
         return pool.at[pages.reshape(-1)].set(_finite(new).reshape(-1, page_size, *new.shape[2:]))
+
+    def in_kernel(
+        self, pools: list[Array], layer: Array, q: Array, scale: float, window: int, sinks: Array | None
+    ) -> Array | None:
+        """`attend` as one kernel for a GPU; None where the kernel cannot run these shapes."""
+        # Here, because a CPU that never needs Pallas should not wait for its import.
+        from tx_async.engine import prefill_kernel
+
+        if not prefill_kernel.fits(q, pools[0], self.layout.page_size):
+            return None
+        starts = jnp.where(self.alive, self.positions[:, 0], -q.shape[1])
+        (keys, values), first = pools, layer * self.layout.num_pages
+        return prefill_kernel.attend(q, keys, values, self.tables, starts, first, scale, window, sinks)
 
     def attend(
         self,
@@ -161,38 +187,14 @@ class PagedAttention:
 class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page."""
 
-    def __init__(
-        self,
-        layout: CacheLayout,
-        tables: Array,
-        positions: Array,
-        alive: Array,
-        states: Any = None,
-        kernel: bool = False,
-    ):
-        """kernel: whether `paged_kernel.py` computes it where it can."""
-        super().__init__(layout, tables, positions, alive, states)
-        self.kernel = kernel
-
-    def attend(
-        self,
-        pools: list[Array],
-        layer: Array,
-        q: Array,
-        scale: float,
-        v_features: int,
-        window: int = 0,
-        sinks: Array | None = None,
-    ) -> Array:
-        if not self.kernel or v_features or sinks is not None:
-            return super().attend(pools, layer, q, scale, v_features, window, sinks)
-        # Here, because a CPU that never needs Pallas should not wait for its import.
+    def in_kernel(
+        self, pools: list[Array], layer: Array, q: Array, scale: float, window: int, sinks: Array | None
+    ) -> Array | None:
         from tx_async.engine import paged_kernel
 
-        if not paged_kernel.fits(pools[0], self.layout.page_size):
-            return super().attend(pools, layer, q, scale, v_features, window, sinks)
-        first, position = layer * self.layout.num_pages, self.positions[:, 0]
-        keys, values = pools
+        if sinks is not None or not paged_kernel.fits(pools[0], self.layout.page_size):
+            return None
+        (keys, values), first, position = pools, layer * self.layout.num_pages, self.positions[:, 0]
         return paged_kernel.attend(q[:, 0], keys, values, self.tables, position, first, scale, window)[:, None]
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:

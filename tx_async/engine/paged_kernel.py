@@ -3,6 +3,7 @@
 For a GPU, in Pallas (Triton). A program of the kernel handles one row, one key head with its query heads, and one part
 of the row's pages; parts are combined afterwards by their log-sum-exp, so that a long row alone keeps the whole device
 busy (FlashDecoding). `paged_attention.py` computes the same with XLA alone, and this kernel is tested against it.
+`prefill_kernel.py` is the one of a prefill.
 """
 
 from __future__ import annotations
@@ -28,9 +29,36 @@ SPLITS_MAX = 32
 
 
 def fits(pool: Array, page_size: int) -> bool:
-    """Whether the kernel can run these shapes: the sides of Triton's blocks are powers of two."""
+    """Whether a kernel can read such pages: the sides of Triton's blocks are powers of two; in fp32 its products would
+    be rounded to tf32."""
     features = pool.shape[-1]
-    return features & (features - 1) == 0 and 16 <= features <= 256 and BLOCK_TOKENS % page_size == 0
+    return (
+        pool.dtype.itemsize == 2
+        and features & (features - 1) == 0
+        and 16 <= features <= 256
+        and BLOCK_TOKENS % page_size == 0
+    )
+
+
+def read_block(i: Array, keys_ref: Any, values_ref: Any, table_ref: Any, first_page: Array) -> tuple[Array, Array]:
+    """Block i of a row whose pages stand in table_ref [n]; pools [pages, page_size, D] -> keys, values [BLOCK_TOKENS,
+    D]."""
+    pages_at_once = BLOCK_TOKENS // keys_ref.shape[1]
+    pages = table_ref[pl.ds(i * pages_at_once, pages_at_once)] + first_page
+    return keys_ref[pages].reshape(BLOCK_TOKENS, -1), values_ref[pages].reshape(BLOCK_TOKENS, -1)
+
+
+def add_block(
+    so_far: tuple[Array, Array, Array], q: Array, keys: Array, values: Array, seen: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    """Take a block of keys into an online softmax: (weighted values [n, D], largest scores, sums of weights [n]), fp32.
+    q [n, D], keys, values [BLOCK_TOKENS, D], seen bool [n or 1, BLOCK_TOKENS]."""
+    out, top, total = so_far
+    scores = jnp.where(seen, plgpu.dot(q, keys.T) * scale, MASKED)
+    new_top = jnp.maximum(top, scores.max(1))
+    weights, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
+    added = plgpu.dot(weights.astype(values.dtype), values)
+    return out * shrink[:, None] + added, new_top, total * shrink + weights.sum(1)
 
 
 def attend(
@@ -95,7 +123,7 @@ def _parts(
     statistic = pl.BlockSpec((None, None, None, group), lambda r, h, s: (r, h, s, 0))
     lead = (num_rows, kv_heads, splits, group)
     return pl.pallas_call(
-        partial(_kernel, scale=scale, window=window, splits=splits, page_size=keys.shape[1]),
+        partial(_kernel, scale=scale, window=window, splits=splits),
         grid=(num_rows, kv_heads, splits),
         in_specs=[
             pl.BlockSpec((None, None, group, features), lambda r, h, s: (r, h, 0, 0)),
@@ -135,27 +163,18 @@ def _kernel(
     scale: float,
     window: int,
     splits: int,
-    page_size: int,
 ) -> None:
     q, position, first_page = q_ref[...], position_ref[0], first_ref[0]
-    pages_at_once = BLOCK_TOKENS // page_size
     oldest = jnp.maximum(position - window + 1, 0) if window else 0
     first, end = oldest // BLOCK_TOKENS, position // BLOCK_TOKENS + 1
     each = (end - first + splits - 1) // splits
     start = first + pl.program_id(2) * each
 
     def add(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, top, total = so_far
-        pages = table_ref[pl.ds(i * pages_at_once, pages_at_once)] + first_page
-        keys = keys_ref[pages].reshape(BLOCK_TOKENS, -1)
-        values = values_ref[pages].reshape(BLOCK_TOKENS, -1)
-        scores = plgpu.dot(q, keys.T) * scale
+        keys, values = read_block(i, keys_ref, values_ref, table_ref, first_page)
         places = i * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
-        scores = jnp.where(((places <= position) & (places >= oldest))[None, :], scores, MASKED)
-        new_top = jnp.maximum(top, scores.max(1))
-        weights, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
-        added = plgpu.dot(weights.astype(values.dtype), values)
-        return out * shrink[:, None] + added, new_top, total * shrink + weights.sum(1)
+        seen = (places <= position) & (places >= oldest)
+        return add_block(so_far, q, keys, values, seen[None, :], scale)
 
     group = q.shape[0]
     nothing = (jnp.zeros(out_ref.shape, jnp.float32), jnp.full((group,), MASKED), jnp.zeros((group,)))

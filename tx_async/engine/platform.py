@@ -72,7 +72,7 @@ class Platform:
     flash_kernel: bool
     """Training attention runs in `layers/flash_attention.py` where the self-test found it right."""
     paged_kernel: bool
-    """Decode attention runs in `paged_kernel.py` where the self-test found it right."""
+    """Attention over pages runs in `paged_kernel.py` and `prefill_kernel.py` where the self-tests found them right."""
     grouped_kernel: bool
     """Experts run in `layers/grouped_kernel.py` where the self-test found it right."""
     copies_weights: bool
