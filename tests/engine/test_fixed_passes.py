@@ -1,5 +1,7 @@
 """What an accelerator runs without branch or loop decides as what a CPU runs: the same tokens, the same adapters."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +15,18 @@ ROWS, VOCAB = 8, 1003
 
 
 def choices(top_k: list[int], top_p: list[float], temperature: float = 1.0) -> Choices:
-    seeds = jnp.asarray(np.arange(2 * ROWS, dtype=np.uint32).reshape(ROWS, 2))
-    return Choices(
-        jnp.full(ROWS, temperature).at[0].set(0.0),
-        jnp.asarray(top_k, jnp.int32),
-        jnp.asarray(top_p, jnp.float32),
-        stream_key(seeds, jnp.zeros(ROWS, jnp.int32)),
-    )
+    seeds = np.arange(2 * ROWS, dtype=np.uint32).reshape(ROWS, 2)
+    temperatures = np.full(ROWS, temperature, np.float32)
+    temperatures[0] = 0.0
+    key = jax.jit(stream_key)(seeds, np.zeros(ROWS, np.int32))
+    return Choices(temperatures, np.int32(top_k), np.float32(top_p), key)
+
+
+@jax.jit
+def kept_both_ways(logits, some):
+    z = sampler._lanes(logits)
+    weights = jnp.exp(z - z.max((1, 2), keepdims=True))
+    return [sampler._kept(weights, of(weights, some)) for of in (sampler._limit, sampler._limit_in_fixed_passes)]
 
 
 @pytest.mark.parametrize(
@@ -33,24 +40,21 @@ def choices(top_k: list[int], top_p: list[float], temperature: float = 1.0) -> C
 def test_the_same_tokens_stay_by_search_and_by_fixed_passes(top_k, top_p):
     """Logits of few values, so that ties stand at every edge."""
     rng = np.random.default_rng(0)
-    both = jax.jit(lambda z, c: (sampler._limit(z, c), sampler._limit_in_fixed_passes(z, c)))
     for levels in (3, 40, 10**6):
-        z = sampler._lanes(jnp.asarray(rng.integers(0, levels, (ROWS, VOCAB)) / levels * 8, jnp.float32))
-        weights = jnp.exp(z - z.max((1, 2), keepdims=True))
-        searched, fixed = both(weights, choices(top_k, top_p))
-        np.testing.assert_array_equal(sampler._kept(weights, searched), sampler._kept(weights, fixed))
+        logits = np.float32(rng.integers(0, levels, (ROWS, VOCAB)) / levels * 8)
+        np.testing.assert_array_equal(*kept_both_ways(logits, choices(top_k, top_p)))
 
 
 def test_a_draw_is_the_same_draw():
-    logits = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, VOCAB)), jnp.float32)
+    logits = np.random.default_rng(1).standard_normal((ROWS, VOCAB)).astype(np.float32)
     some = choices([0, 3, 0, 40, 0, 0, 9, 0], [1.0, 1.0, 0.4, 0.9, 1.0, 1.0, 0.2, 1.0])
     run = jax.jit(sample, static_argnums=3)
-    both = (run(logits, some, jnp.arange(ROWS), fixed_passes) for fixed_passes in (True, False))
+    both = (run(logits, some, np.arange(ROWS), fixed_passes) for fixed_passes in (True, False))
     for ours, theirs in zip(*both, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def lora(kind, row_adapter: np.ndarray, slots: int = 5):
+def lora(row_adapter: np.ndarray, slots: int = 5):
     rng = np.random.default_rng(2)
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, slots, 16, 4), (2, slots, 4, 24)))
     a[:, 3], b[:, 3] = np.nan, np.nan
@@ -59,21 +63,22 @@ def lora(kind, row_adapter: np.ndarray, slots: int = 5):
     active[: len(used)] = used
     scale = np.arange(1, slots + 1, dtype=np.float32)
     data = ({"s": {"q": (a, b)}}, scale, active, np.int32(len(used)), *tiles(row_adapter), row_adapter)
-    return kind(*jax.tree.map(jnp.asarray, data))
+    return data
+
+
+@partial(jax.jit, static_argnums=0)
+def deltas(kind, data, x):
+    adapters = kind(*data)
+    pair = jax.tree.map(lambda layer: layer[1], adapters.weights["s"])
+    return adapters.deltas(pair, ("q",), x)[0]
 
 
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("rows", [[-1, -1, -1], [2, -1, 0], [0], [3, 1, -1, 1, 0, 2, 4]])
 def test_grouped_adapters_give_each_row_its_own(rows, length):
     row_adapter = np.array(rows, np.int32)
-    x = jnp.asarray(np.random.default_rng(3).standard_normal((len(rows), length, 16)), jnp.float32)
-
-    def run(kind):
-        adapters = lora(kind, row_adapter)
-        pair = jax.tree.map(lambda layer: layer[1], adapters.weights["s"])
-        return adapters.deltas(pair, ("q",), x)[0]
-
-    plain, grouped = np.asarray(run(LoraActive)), np.asarray(run(LoraGrouped))
+    x = np.random.default_rng(3).standard_normal((len(rows), length, 16)).astype(np.float32)
+    plain, grouped = (np.asarray(deltas(kind, lora(row_adapter), x)) for kind in (LoraActive, LoraGrouped))
     np.testing.assert_allclose(grouped, plain, rtol=1e-5, atol=1e-5)
     assert np.isnan(grouped[row_adapter == 3]).all() and np.isfinite(grouped[row_adapter != 3]).all()
     assert (grouped[row_adapter == -1] == 0).all()

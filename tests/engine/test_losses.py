@@ -1,7 +1,6 @@
 """Every loss against its formula in float64 NumPy, its derivative against finite differences of that."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -84,13 +83,17 @@ def random_inputs(seed: int, k: int, rows: int = 2) -> dict[str, np.ndarray]:
 
 
 def loss_inputs(name: str, x: dict[str, np.ndarray], lp: np.ndarray) -> LossInputs:
-    f32 = {key: jnp.asarray(value, jnp.float32) for key, value in x.items()}
-    ratios = log_sequence_ratios(
-        jnp.asarray(lp[..., 0], jnp.float32), f32["logprobs"], f32["sequence_ratio_mask"], jnp.asarray(x["segment_ids"])
+    f32 = {key: np.float32(value) for key, value in x.items()}
+    ratios = jax.jit(log_sequence_ratios)(
+        np.float32(lp[..., 0]), f32["logprobs"], f32["sequence_ratio_mask"], x["segment_ids"]
     )
     shared = {key: f32[key] for key in LossInputs._fields if key in f32}
-    loss_fn = jnp.full(x["logprobs"].shape, LOSS_FNS.index(name))
-    return LossInputs(loss_fn=loss_fn, valid=jnp.asarray(x["segment_ids"] > 0), log_sequence_ratio=ratios, **shared)
+    loss_fn = np.full(x["logprobs"].shape, LOSS_FNS.index(name))
+    return LossInputs(loss_fn=loss_fn, valid=x["segment_ids"] > 0, log_sequence_ratio=ratios, **shared)
+
+
+def terms_and_slopes(lp: np.ndarray, inputs: LossInputs) -> tuple[np.ndarray, np.ndarray]:
+    return jax.device_get(jax.jit(loss_terms)(np.float32(lp), inputs))
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -98,7 +101,7 @@ def loss_inputs(name: str, x: dict[str, np.ndarray], lp: np.ndarray) -> LossInpu
 def test_each_loss_and_its_derivative_match_the_formula(name, k):
     x = random_inputs(seed=LOSS_FNS.index(name), k=k)
     lp = -3 + 0.4 * np.random.default_rng(7).standard_normal((2, LENGTH, k))
-    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+    terms, slopes = terms_and_slopes(lp, loss_inputs(name, x, lp))
     valid = x["segment_ids"] > 0
     np.testing.assert_allclose(terms, np.where(valid, reference(name, lp, x, lp), 0), rtol=2e-5, atol=1e-5)
     step = 1e-6
@@ -112,7 +115,7 @@ def test_a_ratio_on_its_bound_passes_its_gradient():
     """As torch's clamp and minimum do: with the ratio exactly 1 and bounds that are 1, nothing is cut off."""
     x = {key: np.ones((1, 1)) for key in random_inputs(0, 1)} | {"weights": np.ones((1, 1, 1))}
     x["segment_ids"] = np.ones((1, 1), int)
-    terms, slopes = loss_terms(jnp.ones((1, 1, 1)), loss_inputs("ppo", x, np.ones((1, 1, 1))))
+    terms, slopes = terms_and_slopes(np.ones((1, 1, 1)), loss_inputs("ppo", x, np.ones((1, 1, 1))))
     assert terms[0, 0] == -1 and slopes[0, 0, 0] == -1
 
 
@@ -123,7 +126,7 @@ def test_what_stands_in_padding_does_not_count():
         dirty = {key: np.where(padding, value, v) if v.ndim == 2 and v.dtype == float else v for key, v in x.items()}
         for name in LOSS_FNS:
             lp = np.full((2, LENGTH, 1), -3.0)
-            terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, dirty, lp))
+            terms, slopes = terms_and_slopes(lp, loss_inputs(name, dirty, lp))
             assert (terms[padding] == 0).all() and (slopes[padding] == 0).all()
             assert np.isfinite(terms).all() and np.isfinite(slopes).all()
 
@@ -133,10 +136,10 @@ def test_a_mix_of_losses_in_one_row_is_each_loss_alone():
     lp = -3 + np.random.default_rng(8).standard_normal((2, LENGTH, 2))
     mixed = loss_inputs("ppo", x, lp)
     loss_fn = np.random.default_rng(9).integers(0, len(LOSS_FNS), (2, LENGTH))
-    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), mixed._replace(loss_fn=jnp.asarray(loss_fn)))
+    terms, slopes = terms_and_slopes(lp, mixed._replace(loss_fn=loss_fn))
     for index, name in enumerate(LOSS_FNS):
         mine = loss_fn == index
-        alone = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+        alone = terms_and_slopes(lp, loss_inputs(name, x, lp))
         assert (terms[mine] == alone[0][mine]).all() and (slopes[mine] == alone[1][mine]).all()
 
 
@@ -144,11 +147,11 @@ def test_a_mix_of_losses_in_one_row_is_each_loss_alone():
 
 
 def row_batch(name: str, x: dict[str, np.ndarray], targets: np.ndarray) -> RowBatch:
-    f32 = {key: jnp.asarray(value, jnp.float32) for key, value in x.items() if key != "segment_ids"}
-    ints = {"segment_ids": jnp.asarray(x["segment_ids"], jnp.int32), "target_tokens": jnp.asarray(targets, jnp.int32)}
-    nothing = jnp.zeros(targets.shape[:2], jnp.int32)
-    rows = {"slots": jnp.zeros(2, jnp.int32), "scale": jnp.array([4.0, 2.0])}
-    loss_fn = jnp.full(targets.shape[:2], LOSS_FNS.index(name))
+    f32 = {key: np.float32(value) for key, value in x.items() if key != "segment_ids"}
+    ints = {"segment_ids": np.int32(x["segment_ids"]), "target_tokens": np.int32(targets)}
+    nothing = np.zeros(targets.shape[:2], np.int32)
+    rows = {"slots": np.zeros(2, np.int32), "scale": np.array([4.0, 2.0], np.float32)}
+    loss_fn = np.full(targets.shape[:2], LOSS_FNS.index(name), np.int32)
     return RowBatch(tokens=nothing, positions=nothing, loss_fn=loss_fn, **rows, **ints, **f32)
 
 
@@ -173,16 +176,16 @@ def test_the_chunked_head_gives_the_gradients_of_the_whole(name, k, monkeypatch)
     targets = rng.integers(0, VOCAB, (2, LENGTH, k))
     targets[0, :5] = targets[0, :5, :1]  # the same target several times
     batch = row_batch(name, x, targets)
-    unembedding = head.Unembedding(*(jnp.asarray(v, jnp.float32) for v in (w.T, a, b)), batch.scale)
+    unembedding = head.Unembedding(*(np.float32(v) for v in (w.T, a, b)), batch.scale)
     run = jax.jit(head.forward_backward)
-    logprobs, losses, gradients = run(jnp.asarray(hidden, jnp.float32), unembedding, batch)
+    logprobs, losses, gradients = run(np.float32(hidden), unembedding, batch)
 
     scale = np.asarray(batch.scale, float)
     lp, total = total_loss(name, x, targets, hidden, w, a, b, scale)
     valid = (x["segment_ids"] > 0)[..., None]
     np.testing.assert_allclose(logprobs, np.where(valid, lp, 0), atol=2e-5)
     np.testing.assert_allclose(np.sum(losses, dtype=float), total, rtol=1e-4)
-    only_forward = jax.jit(head.forward)(jnp.asarray(hidden, jnp.float32), unembedding, batch)
+    only_forward = jax.jit(head.forward)(np.float32(hidden), unembedding, batch)
     np.testing.assert_allclose(only_forward[0], logprobs, atol=1e-6)
     np.testing.assert_allclose(only_forward[1], losses, rtol=1e-5, atol=1e-5)
 
@@ -217,7 +220,7 @@ def test_advantage_zero_times_a_ratio_that_overflows_is_zero(name, q, high):
     x = overflowing(0.0, q, clip_low_threshold=0.0, clip_high_threshold=high)
     x["sequence_ratio_mask"] = np.array([[1.0, 0.0, 1.0]])
     lp = np.full((1, 3, 1), -3.0)
-    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+    terms, slopes = terms_and_slopes(lp, loss_inputs(name, x, lp))
     middle = slopes[0, 1, 0]
     assert terms[0, 1] == 0 and middle == 0
     assert np.isfinite(terms).all() and (slopes[0, [0, 2], 0] == -1).all()
@@ -229,7 +232,7 @@ def test_a_ratio_is_clamped_only_where_its_product_is_not_finite(name):
     for q, expected in ((-83.0, np.exp(80.0)), (-9999.0, np.exp(20.0))):
         x = overflowing(-2.0, q)
         lp = np.full((1, 3, 1), -3.0)
-        terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs(name, x, lp))
+        terms, slopes = terms_and_slopes(lp, loss_inputs(name, x, lp))
         np.testing.assert_allclose([terms[0, 1], slopes[0, 1, 0]], 2 * expected, rtol=1e-5)
 
 
@@ -237,12 +240,12 @@ def test_the_ratio_of_a_sequence_with_placeholders_is_clamped_too():
     """gspo without a mask takes every position: the mean is huge where one of them is."""
     x = overflowing(0.0, -9999.0)
     lp = np.full((1, 3, 1), -3.0)
-    terms, slopes = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs("gspo", x, lp))
+    terms, slopes = terms_and_slopes(lp, loss_inputs("gspo", x, lp))
     assert np.isfinite(terms).all() and np.isfinite(slopes).all() and terms[0, 1] == 0
 
 
 def test_weight_zero_hides_infinity_but_not_nan():
     x = overflowing(0.0, -3.0) | {"weights": np.zeros((1, 3, 1))}
     lp = np.array([[[-np.inf], [-3.0], [np.nan]]])
-    terms, _ = loss_terms(jnp.asarray(lp, jnp.float32), loss_inputs("cross_entropy", x, lp))
+    terms, _ = terms_and_slopes(lp, loss_inputs("cross_entropy", x, lp))
     assert (terms[0, :2] == 0).all() and np.isnan(terms[0, 2])

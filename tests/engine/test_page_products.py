@@ -1,12 +1,13 @@
 """The three forms of a chunk's products are one arithmetic; which is taken depends on shapes alone."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tx_async.engine.page_products import BLOCK_DIAGONAL, IN_PLACE, PLAIN, of_one_token
 
-PAGES = jnp.array([[1, 4], [3, 2], [5, 0]])
+PAGES = np.array([[1, 4], [3, 2], [5, 0]])
 
 
 def pool_of(num_heads: int, features: int):
@@ -14,19 +15,23 @@ def pool_of(num_heads: int, features: int):
     return jnp.asarray(pages, jnp.float32)
 
 
-@pytest.mark.parametrize("form", [IN_PLACE, BLOCK_DIAGONAL], ids=["in place", "block diagonal"])
 @pytest.mark.parametrize("group", [1, 2, 4])
-def test_every_form_gives_the_plain_products(form, group):
-    rng = np.random.default_rng(group)
-    pool = pool_of(4, 16)
-    q = jnp.asarray(rng.standard_normal((3, 1, 4, group, 16)), jnp.float32)
-    scores = PLAIN.scores(q, pool, PAGES)
+def test_every_form_gives_the_plain_products(group):
+    """One program of all forms: the queries, then the weights, meet the same pages in each."""
+    q = jnp.asarray(np.random.default_rng(group).standard_normal((3, 1, 4, group, 16)), jnp.float32)
+
+    @jax.jit
+    def run(q, pool, pages):
+        scores = [form.scores(q, pool, pages) for form in (PLAIN, IN_PLACE, BLOCK_DIAGONAL)]
+        weights = jnp.exp(scores[0] - scores[0].max(-1, keepdims=True))
+        return scores, [form.weighted(weights, pool, pages) for form in (PLAIN, IN_PLACE, BLOCK_DIAGONAL)]
+
+    (scores, *others), (weighted, *other_weighted) = run(q, pool_of(4, 16), PAGES)
     assert scores.shape == (3, 4, 1, group, 32)
-    assert np.allclose(form.scores(q, pool, PAGES), scores, atol=1e-5)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    weighted = PLAIN.weighted(weights, pool, PAGES)
     assert weighted.shape == (3, 4, 1, group, 16)
-    assert np.allclose(form.weighted(weights, pool, PAGES), weighted, atol=1e-5)
+    for form, other, other_weight in zip(("in place", "block diagonal"), others, other_weighted, strict=True):
+        assert np.allclose(other, scores, atol=1e-5), form
+        assert np.allclose(other_weight, weighted, atol=1e-5), form
 
 
 def test_the_form_is_chosen_by_shapes():

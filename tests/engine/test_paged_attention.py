@@ -1,5 +1,6 @@
 """Attention over pages is attention; whose pages they are, and what lies beside them, cannot be seen."""
 
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -11,7 +12,7 @@ from tx_async.engine.kv_cache import CacheLayout
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention
 
 LAYOUT = CacheLayout.plan(cache_tokens=1000, page_size=16, max_context_length=200)
-LAYER = jnp.int32(1)
+LAYER = np.int32(1)
 
 
 class Model:
@@ -21,6 +22,13 @@ class Model:
 
     def __init__(self, kv_heads=2, features=8, shared=False):
         self.cache_shapes = {"k": (kv_heads, features)} if shared else {n: (kv_heads, features) for n in "kv"}
+
+
+@partial(jax.jit, static_argnames=("kind", "v_features", "window"))
+def attended(kind, tables, positions, alive, pools, q, k, v, v_features=0, window=0, sinks=None):
+    """-> (what the layer's attention gives, the pools after it)."""
+    attend = kind(LAYOUT, tables, positions, alive)
+    return attend(pools, LAYER, q, k, v, 0.3, v_features, window, sinks)
 
 
 def dense(q, k, v, scale, window=0, sinks=None):
@@ -51,7 +59,7 @@ def filled_pools(model, contents, fill=0.0):
             for position, value in enumerate(array):
                 page = tables[row, position // 16] + int(LAYER) * LAYOUT.num_pages
                 pool[page, position % 16] = value
-    return {name: jnp.asarray(pool) for name, pool in pools.items()}, jnp.asarray(tables)
+    return pools, tables
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16])
@@ -61,10 +69,9 @@ def test_decode_attends_to_all_that_came_before(kv_heads):
     contents = [rng.standard_normal((2, n, kv_heads, 8)).astype(np.float32) for n in lengths]
     pools, tables = filled_pools(model, contents)
     q = rng.standard_normal((6, 1, 16, 8)).astype(np.float32)
-    position = jnp.array(lengths)[:, None] - 1
-    attend = DecodeAttention(LAYOUT, tables, position, jnp.ones(6, bool))
+    position = np.array(lengths)[:, None] - 1
     k, v = (np.stack([c[i, -1:] for c in contents]) for i in (0, 1))
-    out, new = attend(pools, LAYER, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), 0.3)
+    out, new = jax.device_get(attended(DecodeAttention, tables, position, np.ones(6, bool), pools, q, k, v))
     for row, c in enumerate(contents):
         assert np.allclose(out[row], dense(q[row], c[0], c[1], 0.3), atol=1e-5)
     assert all((new[name] == pools[name]).all() for name in pools)
@@ -77,10 +84,10 @@ def test_decode_sees_a_window_and_sinks(window, has_sinks):
     contents = [rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in lengths]
     pools, tables = filled_pools(Model(), contents)
     q = rng.standard_normal((4, 1, 4, 8)).astype(np.float32)
-    attend = DecodeAttention(LAYOUT, tables, jnp.array(lengths)[:, None] - 1, jnp.ones(4, bool))
-    k, v = (jnp.asarray(np.stack([c[i, -1:] for c in contents])) for i in (0, 1))
-    given = None if sinks is None else jnp.asarray(sinks, jnp.float32)
-    out, _ = attend(pools, LAYER, jnp.asarray(q), k, v, 0.3, window=window, sinks=given)
+    position = np.array(lengths)[:, None] - 1
+    k, v = (np.stack([c[i, -1:] for c in contents]) for i in (0, 1))
+    given = None if sinks is None else sinks.astype(np.float32)
+    out, _ = attended(DecodeAttention, tables, position, np.ones(4, bool), pools, q, k, v, window=window, sinks=given)
     for row, c in enumerate(contents):
         assert np.allclose(out[row], dense(q[row], c[0], c[1], 0.3, window, sinks), atol=1e-5)
 
@@ -92,15 +99,15 @@ def test_prefill_in_tiles_attends_to_the_tiles_before_it(window):
     model = Model()
     one, other = (rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in (56, 16))
     pools, tables = filled_pools(model, [one, other], fill=1e30)
-    rows = jnp.array([0, 0, 0, 1])
-    start = jnp.array([16, 32, 48, 0])
+    rows = np.array([0, 0, 0, 1])
+    positions = np.array([16, 32, 48, 0])[:, None] + np.arange(16)
     q = rng.standard_normal((4, 16, 4, 8)).astype(np.float32)
     k, v = (np.zeros((4, 16, 2, 8), np.float32) for _ in "kv")
     for row, (sequence, first) in enumerate([(one, 16), (one, 32), (one, 48), (other, 0)]):
         for target, source in ((k, sequence[0]), (v, sequence[1])):
             target[row, : len(source[first : first + 16])] = source[first : first + 16]
-    attend = PagedAttention(LAYOUT, tables[rows], start[:, None] + jnp.arange(16), jnp.ones(4, bool))
-    out, _ = attend(pools, LAYER, jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), 0.3, window=window)
+    out, _ = attended(PagedAttention, tables[rows], positions, np.ones(4, bool), pools, q, k, v, window=window)
+    out = np.asarray(out)
     for row, stop in ((0, 32), (1, 48), (3, 16)):
         sequence = other if row == 3 else one
         assert np.allclose(out[row], dense(q[row], sequence[0][:stop], sequence[1][:stop], 0.3, window), atol=1e-5)
@@ -113,8 +120,8 @@ def test_values_that_are_the_first_features_of_keys():
     latent = rng.standard_normal((1, 20, 1, 8)).astype(np.float32)
     pools, tables = filled_pools(Model(1, shared=True), [latent])
     q = rng.standard_normal((1, 1, 4, 8)).astype(np.float32)
-    attend = DecodeAttention(LAYOUT, tables, jnp.array([[19]]), jnp.ones(1, bool))
-    out, _ = attend(pools, LAYER, jnp.asarray(q), jnp.asarray(latent[:, -1:]), None, 0.3, 5)
+    alive = np.ones(1, bool)
+    out, _ = attended(DecodeAttention, tables, np.array([[19]]), alive, pools, q, latent[:, -1:], None, v_features=5)
     assert out.shape == (1, 1, 4, 5)
     assert np.allclose(out[0], dense(q[0], latent[0], latent[0, ..., :5], 0.3), atol=1e-5)
 
@@ -124,29 +131,27 @@ def test_longer_neighbours_change_no_bit():
     rng = np.random.default_rng(3)
     contents = [rng.standard_normal((2, n, 2, 8)).astype(np.float32) for n in (30, 190)]
     pools, tables = filled_pools(Model(), contents)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 1, h, 8)), jnp.float32) for h in (4, 2, 2))
+    q, k, v = (rng.standard_normal((2, 1, h, 8)).astype(np.float32) for h in (4, 2, 2))
 
-    @jax.jit
-    def attend(pools, position):
-        return DecodeAttention(LAYOUT, tables, position[:, None], jnp.ones(2, bool))(pools, LAYER, q, k, v, 0.3)[0]
+    def beside(position):
+        positions = np.array([[29], [position]])
+        return np.asarray(attended(DecodeAttention, tables, positions, np.ones(2, bool), pools, q, k, v)[0])[0]
 
-    assert (attend(pools, jnp.array([29, 0]))[0] == attend(pools, jnp.array([29, 189]))[0]).all()
+    assert (beside(0) == beside(189)).all()
 
 
 def test_what_is_not_finite_is_never_written():
     pools = LAYOUT.new_pools(Model(), jnp.float32)
-    bad = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0] * 2).reshape(1, 1, 1, 8).repeat(2, 2)
-    tables = jnp.ones((1, LAYOUT.table_pages), jnp.int32)
-    attend = DecodeAttention(LAYOUT, tables, jnp.array([[3]]), jnp.ones(1, bool))
-    _, pools = attend(pools, LAYER, jnp.ones((1, 1, 2, 8)), bad, bad, 1.0)
+    bad = np.array([np.nan, np.inf, -np.inf, 1.0] * 2, np.float32).reshape(1, 1, 1, 8).repeat(2, 2)
+    tables, ones = np.ones((1, LAYOUT.table_pages), np.int32), np.ones((1, 1, 2, 8), np.float32)
+    _, pools = attended(DecodeAttention, tables, np.array([[3]]), np.ones(1, bool), pools, ones, bad, bad)
     assert all(np.isfinite(pool).all() for pool in pools.values())
+    assert any((np.asarray(pool) == 1.0).any() for pool in pools.values()), "what is finite is written"
 
 
 def test_rows_that_are_not_alive_write_to_the_null_page_only():
     pools = LAYOUT.new_pools(Model(), jnp.float32)
-    tables, ones = jnp.full((1, LAYOUT.table_pages), 5), jnp.ones((1, 1, 2, 8))
-    _, pools = DecodeAttention(LAYOUT, tables, jnp.array([[3]]), jnp.zeros(1, bool))(
-        pools, LAYER, ones, ones, ones, 1.0
-    )
+    tables, ones = np.full((1, LAYOUT.table_pages), 5, np.int32), np.ones((1, 1, 2, 8), np.float32)
+    _, pools = attended(DecodeAttention, tables, np.array([[3]]), np.zeros(1, bool), pools, ones, ones, ones)
     written = {int(page) for page in np.flatnonzero(np.asarray(pools["k"]).any((1, 2, 3)))}
     assert written == {LAYOUT.num_pages}

@@ -1,7 +1,6 @@
 """Penalties, bias, minimum length and min_p as vLLM defines them, against NumPy."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,7 +79,7 @@ def test_the_formulas_are_those_of_vllm_also_for_what_the_quantum_itself_has_dra
         for _ in range(4):
             z = (rng.standard_normal((ROWS, VOCAB)) * 5).astype(np.float32)
             expected = [vllm(z[i], prompts[i], answers[i], **row) for i, row in enumerate(rows)]
-            num_new = jnp.array([len(answer) for answer in answers]) - shaping.num_answered
+            num_new = np.array([len(answer) for answer in answers]) - shaping.num_answered
             np.testing.assert_allclose(run(z, shaping, told, num_new), expected, rtol=2e-5, atol=2e-5)
             drawn = rng.integers(0, VOCAB, ROWS).astype(np.int32)
             told = count(told, drawn, alive)
@@ -101,14 +100,14 @@ def test_a_row_that_asks_for_nothing_gets_its_own_logits_back_beside_rows_that_a
 
 
 def draws(logits, count=2048, **fields):
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    key = stream_key(jnp.zeros((count, 2), jnp.uint32), jnp.arange(count))
+    rows = np.broadcast_to(np.float32(logits), (count, len(logits)))
+    key = jax.jit(stream_key)(np.zeros((count, 2), np.uint32), np.arange(count))
     defaults = {"temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0} | fields
     full = {
-        name: jnp.full(count, value, jnp.int32 if name == "top_k" else jnp.float32) for name, value in defaults.items()
+        name: np.full(count, value, np.int32 if name == "top_k" else np.float32) for name, value in defaults.items()
     }
     tokens = [
-        jax.jit(sample, static_argnums=3)(rows, Choices(key=key, **full), jnp.full(count, 7), fixed)[0]
+        jax.jit(sample, static_argnums=3)(rows, Choices(key=key, **full), np.full(count, 7), fixed)[0]
         for fixed in (False, True)
     ]
     np.testing.assert_array_equal(*tokens)

@@ -112,7 +112,7 @@ class SamplingBench:
         if change:
             adapter = jax.tree.map(change, adapter)
         adapter = pad(self.model.lora_targets(), adapter, self.config.max_lora_rank)
-        self.weights = jax.tree.map(lambda stack, one: stack.at[:, slot].set(jnp.asarray(one)), self.weights, adapter)
+        self.weights = _with_adapter(self.weights, adapter, np.int32(slot))
         self.scale = self.scale.copy()
         self.scale[slot] = LORA_ALPHA / config.rank
 
@@ -150,12 +150,17 @@ class SamplingBench:
         """What training's forward says, [T, V]: row i is the distribution of the token after tokens[: i + 1]."""
         rows = parity.no_lora(self.model, 1)
         if slot != BASE_SLOT:
-            weights = jax.tree.map(lambda w: w[:, slot : slot + 1], self.weights)
+            weights = jax.tree.map(lambda w: np.asarray(w)[:, slot : slot + 1], self.weights)
             rows = LoraRows(weights, jnp.asarray(self.scale[slot : slot + 1]))
         length = -(-len(tokens) // 64) * 64
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(tokens)] = tokens
         return np.asarray(self._forward(self.params, rows, padded))[0, : len(tokens)]
+
+
+@jax.jit
+def _with_adapter(stacks: Any, adapter: Any, slot: jax.Array) -> Any:
+    return jax.tree.map(lambda stack, one: stack.at[:, slot].set(one), stacks, adapter)
 
 
 def _logprobs(model: Any, params: Any, rows: LoraRows, tokens: jax.Array) -> jax.Array:
