@@ -19,11 +19,23 @@ def test_a_self_test_finds_the_interpreted_kernel_right(difference):
 
 def test_what_is_right_runs(monkeypatch):
     monkeypatch.setattr(kernels, "flash_difference", lambda: 1e-3)
-    monkeypatch.setattr(kernels, "paged_difference", lambda: 1e-3)
-    monkeypatch.setattr(kernels, "prefill_difference", lambda: 1e-3)
+    monkeypatch.setattr(kernels, "paged_difference", lambda head: 1e-3)
+    monkeypatch.setattr(kernels, "prefill_difference", lambda head: 1e-3)
     monkeypatch.setattr(kernels, "grouped_difference", lambda: 1e-3)
     assert choose(ACCELERATOR, is_alone=True) == ALL_KERNELS
     assert choose(ACCELERATOR, is_alone=False) == choose(CPU, is_alone=True) == NO_KERNELS
+
+
+def test_kernels_over_pages_are_tried_with_the_models_heads(monkeypatch):
+    """A block of wide heads may be more than a device's shared memory holds."""
+    tried = []
+    for name in ("flash_difference", "grouped_difference"):
+        monkeypatch.setattr(kernels, name, lambda: 0.0)
+    for name in ("paged_difference", "prefill_difference"):
+        monkeypatch.setattr(kernels, name, lambda head: tried.append(head) or 0.0)
+    choose(ACCELERATOR, is_alone=True, head=256)
+    choose(ACCELERATOR, is_alone=True, head=576)
+    assert tried == [256, 256, 64, 64]
 
 
 @pytest.mark.parametrize("found", [1.0, float("nan"), RuntimeError("no such instruction")])
@@ -34,8 +46,8 @@ def test_a_kernel_that_differs_or_fails_gives_way_and_the_log_says_so(found, mon
         return found
 
     monkeypatch.setattr(kernels, "flash_difference", difference)
-    monkeypatch.setattr(kernels, "paged_difference", lambda: 0.0)
-    monkeypatch.setattr(kernels, "prefill_difference", lambda: 0.0)
+    monkeypatch.setattr(kernels, "paged_difference", lambda head: 0.0)
+    monkeypatch.setattr(kernels, "prefill_difference", lambda head: 0.0)
     monkeypatch.setattr(kernels, "grouped_difference", lambda: 0.0)
     with caplog.at_level(logging.WARNING):
         chosen = choose(ACCELERATOR, is_alone=True)

@@ -122,7 +122,8 @@ class JaxEngine:
         self.model, self.params = model, params
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.memory = planned
-        self.kernels = kernels or choose_kernels(self.platform, model.mesh is None)
+        head = max((width for _, width in model.cache_shapes.values()), default=0)
+        self.kernels = kernels or choose_kernels(self.platform, model.mesh is None, head)
         if planned:
             self.context = min(self.context, planned.context)
             config = structs.replace(

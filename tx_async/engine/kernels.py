@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,9 @@ from tx_async.layers.mlp import silu_gated
 TOLERANCE = 2e-2
 """The largest difference allowed in bf16, relative to the largest value."""
 PLAIN = "plain"
+HEADS = (64, 128, 256)
+"""Features of a head with which kernels over pages are tried: of wide ones, blocks may not fit in a device's shared
+memory. For a model with others it is the first."""
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +62,16 @@ NO_KERNELS = Kernels()
 ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True, paged_prefill=True, grouped_product=True)
 
 
-def choose(here: Platform, is_alone: bool) -> Kernels:
-    """The kernels that run on this device. is_alone: there is no mesh; kernels are not cut over one."""
+def choose(here: Platform, is_alone: bool, head: int = 0) -> Kernels:
+    """The kernels that run on this device. is_alone: there is no mesh; kernels are not cut over one. head: features of
+    the model's heads in the KV cache."""
+    head = head if head in HEADS else HEADS[0]
     return Kernels(
         flash_attention=here.flash_kernel and is_alone and _is_right("flash_attention", flash_difference),
-        paged_attention=here.paged_kernel and is_alone and _is_right("paged_attention", paged_difference),
-        paged_prefill=here.paged_kernel and is_alone and _is_right("paged_prefill", prefill_difference),
+        paged_attention=here.paged_kernel
+        and is_alone
+        and _is_right("paged_attention", partial(paged_difference, head)),
+        paged_prefill=here.paged_kernel and is_alone and _is_right("paged_prefill", partial(prefill_difference, head)),
         grouped_product=here.grouped_kernel and is_alone and _is_right("grouped_product", grouped_difference),
     )
 
@@ -108,15 +116,15 @@ def _gap(plain: Array, kernel: Array) -> Array:
     return jnp.max(jnp.abs(plain - kernel)) / jnp.max(jnp.abs(plain))
 
 
-def paged_difference(interpret: bool = False) -> float:
+def paged_difference(head: int = HEADS[0], interpret: bool = False) -> float:
     """The difference between the kernel and plain attention, on a tiny case."""
     from tx_async.engine import paged_kernel
 
     layout = CacheLayout.plan(cache_tokens=1024, page_size=16, max_context_length=256)
     rng = np.random.default_rng(0)
-    shape = (2 * layout.num_pages, layout.page_size, 2, 64)
+    shape = (2 * layout.num_pages, layout.page_size, 2, head)
     keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
-    q = jnp.asarray(rng.standard_normal((3, 8, 64)), jnp.bfloat16)
+    q = jnp.asarray(rng.standard_normal((3, 8, head)), jnp.bfloat16)
     tables = jnp.asarray(rng.permutation(np.arange(1, 49)).reshape(3, 16), jnp.int32)
     tables = jnp.pad(tables, ((0, 0), (0, layout.table_pages - 16)))
     positions = jnp.array([0, 100, 255], jnp.int32)
@@ -124,25 +132,25 @@ def paged_difference(interpret: bool = False) -> float:
     @jax.jit
     def both(q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
         attend = DecodeAttention(layout, tables, positions[:, None], jnp.ones(3, bool))
-        plain = attend.attend([keys, values], jnp.int32(1), q[:, None], 0.125, 0)[:, 0]
+        plain = attend.attend([keys, values], jnp.int32(1), q[:, None], head**-0.5, 0)[:, 0]
         first = jnp.int32(layout.num_pages)
-        kernel = paged_kernel.attend(q, keys, values, tables, positions, first, 0.125, interpret=interpret)
+        kernel = paged_kernel.attend(q, keys, values, tables, positions, first, head**-0.5, interpret=interpret)
         return plain.astype(jnp.float32), kernel.astype(jnp.float32)
 
     plain, kernel = both(q, keys, values)
     return float(jnp.max(jnp.abs(plain - kernel)))
 
 
-def prefill_difference(interpret: bool = False) -> float:
+def prefill_difference(head: int = HEADS[0], interpret: bool = False) -> float:
     """The difference between the kernel and plain attention, with and without a window and sinks: two tiles of one
     prompt, the first of another."""
     from tx_async.engine import prefill_kernel
 
     layout = CacheLayout.plan(cache_tokens=1024, page_size=16, max_context_length=512, platform=ACCELERATOR)
     rng = np.random.default_rng(0)
-    shape = (2 * layout.num_pages, layout.page_size, 2, 64)
+    shape = (2 * layout.num_pages, layout.page_size, 2, head)
     keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
-    q = jnp.asarray(rng.standard_normal((3, 128, 8, 64)), jnp.bfloat16)
+    q = jnp.asarray(rng.standard_normal((3, 128, 8, head)), jnp.bfloat16)
     prompts = rng.permutation(np.arange(1, 65)).reshape(2, layout.table_pages)
     tables, starts = jnp.asarray(prompts[[0, 0, 1]], jnp.int32), jnp.array([16, 144, 0], jnp.int32)
     sinks = jnp.asarray(rng.standard_normal(8), jnp.float32)
@@ -151,10 +159,10 @@ def prefill_difference(interpret: bool = False) -> float:
     @jax.jit
     def both(q: Array, keys: Array, values: Array) -> Array:
         def gap(window: int, sinks: Array | None) -> Array:
-            plain = attend.attend([keys, values], jnp.int32(1), q, 0.125, 0, window, sinks)
+            plain = attend.attend([keys, values], jnp.int32(1), q, head**-0.5, 0, window, sinks)
             first = jnp.int32(layout.num_pages)
             kernel = prefill_kernel.attend(
-                q, keys, values, tables, starts, first, 0.125, window, sinks, interpret=interpret
+                q, keys, values, tables, starts, first, head**-0.5, window, sinks, interpret=interpret
             )
             return _gap(plain, kernel)
 
