@@ -1,5 +1,7 @@
 """Live requests: told while they run, once and in order, whatever dies; nothing of them is journaled."""
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 
@@ -13,10 +15,22 @@ from tx_async.wire.worker import CancelSequences, SampleQuantum, TrainMicroBatch
 def test_a_piece_comes_with_every_quantum_and_together_they_are_the_sample(stage: Stage):
     watched = stage.watch(seed=3, num_samples=2)
     stage.run()
-    assert watched.num_ended == 2 and len(watched.pieces) == 12, "two samples of 12 tokens, two in a quantum"
+    assert watched.num_ended == 2 and len(watched.pieces) == 14, "two samples of 12 tokens: one, then two in a quantum"
     weights = stage.worker.engine.base_weights  # type: ignore[union-attr]
     for index in range(2):
         assert watched.tokens(index) == reference_sample(weights, b"\5\0\0\0", 3, index, 12)
+
+
+def test_the_first_token_does_not_wait_for_a_whole_quantum_and_others_do_not_wait_for_many_first_ones(stage: Stage):
+    for number in range(3):
+        stage.watch(str(number), max_tokens=6)
+        for _ in range(4):  # each comes while the one before it is sampled
+            stage.step()
+    stage.ask(stage.sampler(), max_tokens=6)
+    stage.run()
+    steps = [command.decode_steps for command in stage.executed if isinstance(command, SampleQuantum)]
+    assert steps[0] == 1 and (1, 1) not in pairwise(steps) and set(steps) == {1, INFO.decode_steps}
+    assert steps.count(1) >= 2
 
 
 def test_nothing_of_it_reaches_the_journal_and_nothing_is_left_of_it(stage: Stage):

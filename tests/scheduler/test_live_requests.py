@@ -52,7 +52,7 @@ async def test_all_pieces_come_and_nothing_is_journaled():
     async with running() as server:
         pieces = await told(server)
         assert tokens(pieces) == reference_sample(server.engine.base_weights, b"\5\0\0\0", 3, 0, 12)
-        assert [piece.stop_reason for piece in pieces] == [None] * 5 + ["length"]
+        assert [piece.stop_reason for piece in pieces] == [None] * 6 + ["length"]
         assert is_forgotten(server) and not any(server.disk.tables.values())
         assert times(server, "queue") == times(server, "run") == 1
 

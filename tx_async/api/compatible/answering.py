@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Protocol, TypeVar, cast
 
 import anyio.to_thread
@@ -89,7 +89,7 @@ def usage(num_prompt_tokens: int, choices: Sequence[Choice]) -> openai.Completio
     )
 
 
-def chat_logprobs(tokenizer: Tokenizer, scored: Sequence[Scored]) -> openai.ChatLogprobs:
+def chat_logprobs(tokenizer: Tokenizer, scored: Iterable[Scored]) -> openai.ChatLogprobs:
     return openai.ChatLogprobs(
         content=[
             openai.TokenLogprob(

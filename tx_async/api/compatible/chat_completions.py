@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -143,7 +143,7 @@ class ChatAnswer:
     def _usage(self) -> openai.CompletionUsage:
         return usage(len(self.prompt.tokens), self.choices)
 
-    def _logprobs(self, scored: list[Scored]) -> openai.ChatLogprobs | None:
+    def _logprobs(self, scored: Iterable[Scored]) -> openai.ChatLogprobs | None:
         return chat_logprobs(self.tokenizer, scored) if self.request.logprobs else None
 
     # ---- streamed
@@ -174,13 +174,13 @@ class ChatAnswer:
         for event in delta.events:
             messages.append(self._delta(event, num_calls))
             num_calls += isinstance(event, ParsedCall)
-        if not messages and delta.scored and (self.request.logprobs or self.request.return_token_ids):
+        if not messages and len(delta.scored) and (self.request.logprobs or self.request.return_token_ids):
             messages.append(AnsweredChatMessage())
         for i, message in enumerate(messages):
             chunk = openai.ChunkChoice(index=index, delta=message)
             if i == 0:
                 chunk.logprobs = self._logprobs(delta.scored)
-                chunk.token_ids = delta.tokens if self.request.return_token_ids else UNSET
+                chunk.token_ids = delta.scored.tokens if self.request.return_token_ids else UNSET
             yield chunk
 
     def _delta(self, event: Event, num_calls: int) -> AnsweredChatMessage:

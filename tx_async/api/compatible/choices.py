@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,18 +28,41 @@ class Scored:
     is_prompt: bool = False
 
 
+@dataclass(frozen=True)
+class ScoredTokens:
+    """Some `Scored`, which are made when they are looked at. An answer may have a million of the likeliest tokens, and
+    Python's garbage collector would stop everybody while it goes over them."""
+
+    token_ids: bytes = b""
+    """int32"""
+    logprobs: bytes = b""
+    """fp32"""
+    topk: TopkLogprobs | None = None
+    offsets: Sequence[int] = ()
+    is_prompt: bool = False
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[Scored]:
+        logprobs: list[float] = np.frombuffer(self.logprobs, "<f4").tolist()
+        rows = rows_of(self.topk, len(self))
+        for entry in zip(self.tokens, logprobs, rows, self.offsets, strict=True):
+            yield Scored(*entry, is_prompt=self.is_prompt)
+
+    @property
+    def tokens(self) -> list[int]:
+        return np.frombuffer(self.token_ids, "<i4").tolist()
+
+
 @dataclass
 class Delta:
     """The part that one piece added to an answer."""
 
-    scored: list[Scored]
+    scored: ScoredTokens
     text: str
     events: list[Event]
     stop_reason: Literal["stop", "length"] | None
-
-    @property
-    def tokens(self) -> list[int]:
-        return [entry.token for entry in self.scored]
 
 
 @dataclass
@@ -60,15 +83,13 @@ class Choice:
 
     def feed(self, piece: LivePiece) -> Delta:
         tokens: list[int] = np.frombuffer(piece.tokens, "<i4").tolist()
-        logprobs: list[float] = np.frombuffer(piece.logprobs, "<f4").tolist()
         text, offsets = self.stream.feed(tokens, piece.stop_reason)
         events = list(self.parser.feed(text))
         if piece.stop_reason is not None:
             events += self.parser.finish()
             self.stop_reason, self.cached_tokens = piece.stop_reason, piece.cached_tokens
         self.num_tokens += len(tokens)
-        likely = rows_of(piece.topk, len(tokens))
-        scored = [Scored(*entry) for entry in zip(tokens, logprobs, likely, offsets, strict=True)]
+        scored = ScoredTokens(piece.tokens, piece.logprobs, piece.topk, offsets)
         return Delta(scored, text, [event for event in events if self._counts(event)], piece.stop_reason)
 
     def _counts(self, event: Event) -> bool:
@@ -81,12 +102,12 @@ class Choice:
         return self.num_calls > 0 and self.stop_reason == "stop"
 
 
-def rows_of(topk: TopkLogprobs | None, length: int) -> Sequence[Likely]:
+def rows_of(topk: TopkLogprobs | None, length: int) -> Iterator[Likely]:
     if topk is None or not topk.k:
-        return [[] for _ in range(length)]
-    ids = np.frombuffer(topk.token_ids, "<i4").reshape(-1, topk.k).tolist()
-    values = np.frombuffer(topk.logprobs, "<f4").reshape(-1, topk.k).tolist()
-    return [
-        [(token, value) for token, value in zip(*row, strict=True) if value > EMPTY_LOGPROB]
-        for row in zip(ids, values, strict=True)
-    ]
+        yield from ([] for _ in range(length))
+        return
+    ids = np.frombuffer(topk.token_ids, "<i4").reshape(-1, topk.k)
+    values = np.frombuffer(topk.logprobs, "<f4").reshape(-1, topk.k)
+    for row in zip(ids, values, strict=True):
+        cells = zip(*(numbers.tolist() for numbers in row), strict=True)
+        yield [(token, value) for token, value in cells if value > EMPTY_LOGPROB]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from tx_async.api.compatible import fields, sampling
 from tx_async.api.compatible.answering import encoded, new_choice, respond, usage
-from tx_async.api.compatible.choices import Choice, Delta, Likely, Scored, rows_of
+from tx_async.api.compatible.choices import Choice, Delta, Scored, ScoredTokens
 from tx_async.api.compatible.constraints import Wish, grammar_of
 from tx_async.api.compatible.event_stream import COMMENT, DONE, data_event
 from tx_async.api.compatible.fields import InvalidField
@@ -30,6 +30,7 @@ from tx_async.api.context import Call
 from tx_async.wire import openai
 from tx_async.wire.ids import new_id
 from tx_async.wire.openai import CompletionRequest
+from tx_async.wire.results import TopkLogprobs
 
 MAX_TOKENS = 16
 """OpenAI's own default."""
@@ -138,7 +139,7 @@ class CompletionAnswer:
     created: int
     id: str = field(default_factory=lambda: new_id("cmpl"))
     #: the scored tokens of each prompt, where they were asked for
-    scored: dict[int, list[Scored]] = field(default_factory=dict[int, list[Scored]])
+    scored: dict[int, ScoredTokens] = field(default_factory=dict[int, ScoredTokens])
     #: the text of each prompt, and where its tokens begin in it
     prompt_texts: dict[int, tuple[str, list[int]]] = field(default_factory=dict[int, tuple[str, list[int]]])
 
@@ -187,14 +188,14 @@ class CompletionAnswer:
         return made
 
     def _choice(
-        self, prompt: int, index: int, text: str, scored: Sequence[Scored], begin: int
+        self, prompt: int, index: int, text: str, scored: Iterable[Scored], begin: int
     ) -> openai.CompletionChoice:
         """begin: where the answer begins in the text."""
         logprobs = None if self.request.logprobs is None else self._logprobs(scored, begin)
         return openai.CompletionChoice(index=prompt * (self.request.n or 1) + index, text=text, logprobs=logprobs)
 
-    def _logprobs(self, scored: Sequence[Scored], begin: int) -> openai.Logprobs:
-        named = partial(name_of, self.tokenizer)
+    def _logprobs(self, tokens: Iterable[Scored], begin: int) -> openai.Logprobs:
+        named, scored = partial(name_of, self.tokenizer), list(tokens)
         return openai.Logprobs(
             tokens=[named(entry.token) for entry in scored],
             token_logprobs=[None if np.isnan(entry.logprob) else entry.logprob for entry in scored],
@@ -220,11 +221,10 @@ class CompletionAnswer:
             self.prompt_texts[prompt] = text_of_prompt(self.tokenizer, self.prompts[prompt], given)
         return self.prompt_texts[prompt]
 
-    def _prompt_scored(self, prompt: int, said: dict[str, Any]) -> list[Scored]:
-        tokens, (_, offsets) = self.prompts[prompt], self._said(prompt)
-        logprobs: list[float] = np.frombuffer(said["prompt_logprobs"], "<f4").tolist()
-        likely: Sequence[Likely] = rows_of(said.get("topk_prompt_logprobs"), len(tokens))
-        return [Scored(*entry, is_prompt=True) for entry in zip(tokens, logprobs, likely, offsets, strict=True)]
+    def _prompt_scored(self, prompt: int, said: dict[str, Any]) -> ScoredTokens:
+        tokens, (_, offsets) = np.array(self.prompts[prompt], "<i4").tobytes(), self._said(prompt)
+        topk: TopkLogprobs | None = said.get("topk_prompt_logprobs")
+        return ScoredTokens(tokens, said["prompt_logprobs"], topk, offsets, is_prompt=True)
 
     # ---- streamed
 
@@ -259,13 +259,13 @@ class CompletionAnswer:
 
     def _piece(self, prompt: int, index: int, delta: Delta) -> openai.CompletionChoice | None:
         if self.request.max_tokens == 0:
-            delta = Delta([], "", [], "length" if delta.stop_reason else None)
+            delta = Delta(ScoredTokens(), "", [], "length" if delta.stop_reason else None)
         self.choices[prompt][index].deltas.clear()
         begin = len(self._said(prompt)[0]) if self.request.echo else 0
         made = self._choice(prompt, index, delta.text, delta.scored, begin)
-        made.token_ids = delta.tokens if self.request.return_token_ids else UNSET
+        made.token_ids = delta.scored.tokens if self.request.return_token_ids else UNSET
         made.finish_reason = delta.stop_reason
-        says = delta.text or delta.stop_reason or (delta.scored and (made.logprobs or made.token_ids))
+        says = delta.text or delta.stop_reason or (len(delta.scored) and (made.logprobs or made.token_ids))
         return made if says else None
 
     def _event(self, choice: openai.CompletionChoice) -> bytes:

@@ -88,6 +88,8 @@ class WorkerState:
         self.refused_versions: dict[str, str] = {}
         #: tokens of its KV cache that sequences hold, as the newest quantum reported
         self.num_kv_tokens = 0
+        #: whether its newest sample quantum was a short one
+        self.was_short = False
         #: a rank that its slots do not hold and somebody needs: it begins nothing more, and starts again with wider
         #: ones; 0 = none
         self.outgrown_by = 0
@@ -150,6 +152,12 @@ class WorkerState:
 
     def holds_tokens(self, num_kv_tokens: int) -> None:
         self.num_kv_tokens = num_kv_tokens
+
+    def steps_of_quantum(self, begins_watched: bool) -> int:
+        """How many tokens a sequence may draw in the sample quantum that is sent now. One, where a client that reads
+        along waits for a first token; but not twice running, because short quanta cost everybody throughput."""
+        self.was_short = begins_watched and not self.was_short and not self.info.continuous
+        return 1 if self.was_short else self.info.decode_steps
 
     def jobs(self) -> list[SampleJob]:
         """The sample requests that run here, at least in part."""

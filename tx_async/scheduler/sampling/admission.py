@@ -61,6 +61,8 @@ class Admission:
         self.tensors: list[np.ndarray] = []
         #: the ids of the requests that the sequences belong to
         self.requests: dict[str, None] = {}
+        #: whether somebody waits for the first token of one of them
+        self.has_watched = False
         #: versions that could get no slot
         self._without_slot: set[str] = set()
         #: the version that makes room for them: nothing more of it is admitted
@@ -84,4 +86,5 @@ class Admission:
         self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
         self.tensors.extend(job.tensors(index))
         self.requests[job.request.request_id] = None
+        self.has_watched |= job.is_watched
         self.worker.sequences[sequence_id] = RunningSample(job, index)

@@ -140,19 +140,19 @@ class Sampling:
         if not self._goes_on(worker):
             return False
         if isinstance(worker.reserved_for, SampleJob):
-            self._admit_alone(worker, worker.reserved_for)
+            admission = self._admit_alone(worker, worker.reserved_for)
         elif worker.reserved_for is None:
-            self._admit(worker)
+            admission = self._admit(worker)
         else:
             return False
         if not worker.sequences:
             return False
-        info = worker.info
-        command = SampleQuantum(decode_steps=info.decode_steps, prefill_tokens=info.prefill_tokens)
+        steps = worker.steps_of_quantum(begins_watched=admission.has_watched)
+        command = SampleQuantum(decode_steps=steps, prefill_tokens=worker.info.prefill_tokens)
         self.decisions.send(worker, command, QuantumSent(tuple(worker.sequences)))
         return True
 
-    def _admit(self, worker: WorkerState) -> None:
+    def _admit(self, worker: WorkerState) -> Admission:
         """Live requests and others share the places by weight. Within each, keys take turns, the one with the fewest
         running sequences first, then the sessions of a key, then what a session samples from; the last places stay free
         for those that have nothing running yet."""
@@ -170,6 +170,7 @@ class Sampling:
             if flow not in self.waiting:
                 flows.remove(flow)
         self._send_admission(admission)
+        return admission
 
     def _next_job(self, admission: Admission, flow: Flow) -> SampleJob | None:
         """The flow's oldest job that this worker may take and whose adapter is on its device or can be brought
@@ -183,7 +184,7 @@ class Sampling:
                 return job
         return None
 
-    def _admit_alone(self, worker: WorkerState, job: SampleJob) -> None:
+    def _admit_alone(self, worker: WorkerState, job: SampleJob) -> Admission:
         """Admit a suspect, which may have brought down workers. It gets the device when everything else is off it."""
         for other in worker.jobs():
             if other is not job:
@@ -192,6 +193,7 @@ class Sampling:
         while job.pending and len(worker.sequences) < worker.info.num_sequences_max and admission.has_slot(job):
             self._admit_sample(admission, job)
         self._send_admission(admission)
+        return admission
 
     def _admit_sample(self, admission: Admission, job: SampleJob) -> None:
         self._last_sequence_id += 1
