@@ -6,6 +6,7 @@ One that only samples has a trainer beside it, which writes the adapters that it
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def jax_engine(config: EngineConfig, folder: Path) -> Engine:
     model = folder / "model"
     if not model.exists():
         make_qwen3(model, vocab_size=128, eos_token_id=127, tokenizer=False)
-    engine = msgspec.structs.replace(config, train_micro_batch_size=4, train_row_lengths=(32,))
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]  # of all engines, the first one compiles
+    engine = msgspec.structs.replace(
+        config, train_micro_batch_size=4, train_row_lengths=(32,), compilation_cache_dir=cache
+    )
     welcome = Welcome(
         base_model=str(model), engine=engine, checkpoints_base=str(folder), heartbeat_interval_ms=1000, lease_ms=1000
     )
