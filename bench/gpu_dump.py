@@ -14,7 +14,7 @@ The dump holds every step of a program (a thunk) in order, nested by indentation
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,10 @@ WORK = {"kCustomKernel", "kKernel", "kGemm", "kCublasLtMatmul", "kCuDnn", "kFft"
 """Steps that are one launch of a kernel or a copy on the device."""
 ASKING = {"kWhile", "kConditional"}
 GRAPH = "kCommandBuffer"
-COLLECTIVE = re.compile(r"^k(AllReduce|AllGather|ReduceScatter|AllToAll|CollectivePermute|RaggedAllToAll)(Start)?$")
+COLLECTIVE = re.compile(
+    r"^k(AllReduce|AllGather|ReduceScatter|AllToAll|CollectivePermute|RaggedAllToAll)(Start)?$|^kCollectiveKernel$"
+)
+"""The last is a small all-reduce as a kernel of XLA's own."""
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Step:
 
     @property
     def collectives(self) -> int:
-        return sum(bool(COLLECTIVE.match(step.kind)) for step, _ in self.walk())
+        return sum(is_collective(step.kind) for step, _ in self.walk())
 
 
 def read(text: str) -> Step:
@@ -110,12 +113,21 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
 
 
-def kernels_of(folder: Path, scope: str) -> int:
-    """Kernels whose instruction, or anything in its fusion, was traced within the function `scope`."""
+def steps_of(folder: Path, scope: str, is_counted: Callable[[str], bool]) -> int:
+    """Steps of the counted kinds whose instruction, or anything in its fusion, was traced within the function
+    `scope`."""
     made = _scopes(_newest(folder, "gpu_after_optimizations.txt"), scope)
     found = THUNK.finditer(_newest(folder, "thunk_metadata.txt"))
     names = ((match["kind"], re.search(r'profile_annotation: "([^"]*)"', match["info"])) for match in found)
-    return sum(kind in WORK and name is not None and name[1] in made for kind, name in names)
+    return sum(is_counted(kind) and name is not None and name[1] in made for kind, name in names)
+
+
+def is_work(kind: str) -> bool:
+    return kind in WORK
+
+
+def is_collective(kind: str) -> bool:
+    return bool(COLLECTIVE.match(kind))
 
 
 def _scopes(text: str, scope: str) -> set[str]:

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ class Figures:
     """The same beside the layers, with the loop over decode steps; without the layers' own."""
     weight_copies_per_layer: int
     collectives_per_layer: int
+    collectives: int
+    """The same beside the layers, in the program's loops once."""
     temporaries_mib: float
     compile_s: float
 
@@ -125,7 +127,7 @@ def engine_of(model_name: str, tensor: int) -> Any:
     from tx_async.engine import platform
     from tx_async.engine.allocation import described_on
     from tx_async.engine.engine import JaxEngine
-    from tx_async.engine.kernels import ALL_KERNELS, NO_KERNELS
+    from tx_async.engine.kernels import ALL_KERNELS
     from tx_async.layers.sharding import AXES, weight_sharding
     from tx_async.models.decoder import tree_of
     from tx_async.models.load import from_config
@@ -154,7 +156,7 @@ def engine_of(model_name: str, tensor: int) -> Any:
         Path(folder),
         Store(folder),
         on=platform.ACCELERATOR,
-        kernels=ALL_KERNELS if mesh is None else NO_KERNELS,
+        kernels=replace(ALL_KERNELS, grouped_product=mesh is None),
         allocate=described_on(topology.devices[0]),
     )
 
@@ -200,15 +202,20 @@ def counted(name: str, dump: Path, temporaries_mib: float, seconds: float, scann
     is_scan = scanned and not name.startswith(("score-", "optim-"))
     layers, number = (loops, 1) if is_scan else ([step], LAYERS)
     inside = sum(loop.round_trips for loop in layers) if is_scan else 0
-    kernels = sum(loop.kernels for loop in layers) if is_scan else gpu_dump.kernels_of(dump, "_run_layers") // number
+    kernels, collectives = (
+        (sum(loop.kernels for loop in layers), sum(loop.collectives for loop in layers))
+        if is_scan
+        else (gpu_dump.steps_of(dump, "_run_layers", kind) for kind in (gpu_dump.is_work, gpu_dump.is_collective))
+    )
     # Weights in a list are no stack; the loop that is left goes over the head's chunks, and slices positions.
     chunked = 0 if is_scan else sum(loop.weight_copies for loop in gpu_dump.loops(step))
     return Figures(
-        kernels_per_layer=kernels,
+        kernels_per_layer=kernels // number,
         round_trips_per_layer=inside,
         round_trips=program.round_trips - inside - len(layers) * is_scan,
         weight_copies_per_layer=(sum(loop.weight_copies for loop in layers) - chunked) // number,
-        collectives_per_layer=sum(loop.collectives for loop in layers) // number,
+        collectives_per_layer=collectives // number,
+        collectives=program.collectives - collectives,
         temporaries_mib=round(temporaries_mib, 1),
         compile_s=round(seconds, 1),
     )

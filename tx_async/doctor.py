@@ -42,7 +42,7 @@ import json, jax
 from tx_async.engine import kernels, platform
 devices = jax.devices()
 x = jax.numpy.ones((64, 64)) @ jax.numpy.ones((64, 64))
-runs = kernels.choose(platform.current(), is_alone=True).names()
+runs = kernels.choose(platform.current(), mesh=None).names()
 print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in devices], float(x[0, 0]), runs]))
 """
 
@@ -71,10 +71,10 @@ def _plan(config: ServerConfig, device: str, devices: int) -> Any:
     if not config.base_model:
         raise ConfigError("Nothing to plan for: set TX_BASE_MODEL or --base-model to a folder or hub name.")
     from tx_async.engine import memory_plan, platform
-    from tx_async.models.load import model_of
+    from tx_async.models.load import from_config, read_config
 
     served = config.backend_config.max_context_length
-    model = model_of(base_model.resolve(config.base_model), served)
+    model = from_config(read_config(base_model.resolve(config.base_model)), served)
     at_first = memory_plan.with_slots_for(config.backend_config)
     return memory_plan.plan(model, at_first, platform.ACCELERATOR, usable(device), devices)
 

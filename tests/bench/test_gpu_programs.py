@@ -72,14 +72,17 @@ def test_kernels_of_unrolled_layers_are_known_by_what_they_were_made_from(tmp_pa
 ENTRY %main (x: f32[2]) -> f32[2] {
   %loop_fusion.1 = f32[2] fusion(%x), kind=kLoop, calls=%fused_computation.1
   %gemm.1 = f32[2] dot(%x, %x), metadata={op_name="jit(decode)/while/body/transpose(jvp(jit(_run_layers)))/dot"}
+  %psum.1 = f32[2] fusion(%gemm.1), kind=kCustom, metadata={op_name="jit(decode)/jit(_run_layers)/shard_map/psum"}
   ROOT %head.1 = f32[2] dot(%x, %x), metadata={op_name="jit(decode)/dot"}
 }
 """
     thunk = 'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{}"\n  }}\n  thunk_kind: "{}"\n}}\n'
     thunks = [("loop_fusion.1", "kCustomKernel"), ("gemm.1", "kGemm"), ("head.1", "kGemm"), ("gemm.1", "kSequential")]
+    thunks.append(("psum.1", "kCollectiveKernel"))
     (tmp_path / "m.gpu_after_optimizations.txt").write_text(hlo)
     (tmp_path / "m.thunk_metadata.txt").write_text("".join(thunk.format(*one) for one in thunks))
-    assert gpu_dump.kernels_of(tmp_path, "_run_layers") == 2
+    assert gpu_dump.steps_of(tmp_path, "_run_layers", gpu_dump.is_work) == 2
+    assert gpu_dump.steps_of(tmp_path, "_run_layers", gpu_dump.is_collective) == 1
 
 
 def test_a_budget_that_is_exceeded_says_which_and_a_goal_that_is_missed_is_only_told():

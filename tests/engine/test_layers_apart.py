@@ -1,5 +1,10 @@
-"""The accelerator's ways, run on a CPU: layers as a list, grouped adapters and fixed passes change no result."""
+"""The accelerator's ways, run on a CPU: layers as a list, grouped adapters and fixed passes change no result, alone or
+on a mesh."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,8 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from tests.support import xla
 from tx_async.engine.engine import JaxEngine
+from tx_async.engine.kernels import NO_KERNELS, Kernels
 from tx_async.engine.platform import CPU
 from tx_async.models.load import load_model
 from tx_async.storage.store import Store
@@ -36,10 +44,10 @@ CONFIG = EngineConfig(
 )
 
 
-def run(on, folder: Path, base: Path) -> tuple:
+def run(on, folder: Path, base: Path, mesh: Mesh | None = None, kernels: Kernels = NO_KERNELS) -> tuple:
     """One training step, and then samples of the base and of the adapter with every kind of limit."""
-    model, params = load_model(folder)
-    bench = EngineBench(JaxEngine(model, params, CONFIG, folder, Store(str(base)), on=on))
+    model, params = load_model(folder, mesh=mesh)
+    bench = EngineBench(JaxEngine(model, params, CONFIG, folder, Store(str(base)), on=on, kernels=kernels))
     config = bench.create(0)
     logprobs, _ = bench.train((0, [segment(20, 1), segment(10, 2)]))
     gradients = jax.tree.leaves(bench.state(0).gradients)
@@ -68,19 +76,54 @@ def run(on, folder: Path, base: Path) -> tuple:
     return logprobs, gradients, tokens
 
 
+SCRIPT = Path(__file__).with_name("accelerator_on_two_devices.py")
+WAYS = ("alone", "on a mesh")
+
+
 @pytest.fixture(scope="module")
-def both(tiny_qwen3, tmp_path_factory):
-    return [run(on, tiny_qwen3, tmp_path_factory.mktemp("base")) for on in (CPU, OTHER)]
+def plain(tiny_qwen3, tmp_path_factory):
+    return run(CPU, tiny_qwen3, tmp_path_factory.mktemp("base"))
 
 
-def test_training_gives_the_same_losses_and_gradients(both):
-    (logprobs, gradients, _), (others, other_gradients, _) = both
+@pytest.fixture(scope="module")
+def on_mesh(tiny_qwen3, tmp_path_factory) -> dict[str, Any]:
+    """What a process of two devices found, with kernels, heads and features cut in two."""
+    folder = tmp_path_factory.mktemp("mesh")
+    command = [sys.executable, str(SCRIPT), str(tiny_qwen3), str(folder)]
+    environ = os.environ | xla.flags(2) | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "found.npz") as found:
+        arrays = dict(found)
+    return arrays | json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def other(request, tiny_qwen3, tmp_path_factory):
+    if request.param == "alone":
+        return run(OTHER, tiny_qwen3, tmp_path_factory.mktemp("base"))
+    found = request.getfixturevalue("on_mesh")
+    gradients = [found[f"gradient {i}"] for i in range(found["num_gradients"])]
+    return found["logprobs"], gradients, {int(name): tokens for name, tokens in found["tokens"].items()}
+
+
+def test_training_gives_the_same_losses_and_gradients(plain, other):
+    (logprobs, gradients, _), (others, other_gradients, _) = plain, other
     np.testing.assert_allclose(others, logprobs, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(other_gradients, gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_sampling_draws_the_same_tokens_with_and_without_an_adapter(both):
-    tokens, others = both[0][2], both[1][2]
+def test_sampling_draws_the_same_tokens_with_and_without_an_adapter(plain, other):
+    tokens, others = plain[2], other[2]
     assert set(tokens) == {0, 1, 2, 3}
     assert others == tokens
+
+
+def test_on_a_mesh_kernels_over_pages_run_for_the_heads_of_a_device(on_mesh):
+    assert on_mesh["heads_of_kernels"] == [["decode", 1], ["prefill", 1]], "of two key heads"
+
+
+def test_training_attention_on_a_mesh_is_that_of_one_device(on_mesh):
+    for name in ("out", "dq", "dk", "dv"):
+        np.testing.assert_array_equal(on_mesh[f"flash {name} on a mesh"], on_mesh[f"flash {name}"])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.engine.adapter_slots import lora_scale
 from tx_async.engine.kernels import NO_KERNELS, Kernels
@@ -23,6 +24,7 @@ from tx_async.engine.shaping import Data, Shaping, counted, shaped, tally
 from tx_async.layers.cpu import OutFirst, OwnRankActive
 from tx_async.layers.linear import product
 from tx_async.layers.lora import LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
+from tx_async.layers.sharding import AXES, row_axis
 from tx_async.models.decoder import unembedding
 from tx_async.wire.ranks import rank_classes
 
@@ -160,7 +162,8 @@ def prefill(
 ) -> tuple[Array, Pools]:
     """Write the rows' keys and values; -> (hidden [R * L, D], pools)."""
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
-    attend = PagedAttention(layout, batch.tables, positions, batch.alive, batch.states, kernels.paged_prefill)
+    where = (layout, batch.tables, positions, batch.alive, batch.states)
+    attend = PagedAttention(*where, kernels.paged_prefill, model.mesh)
     lora = adapters.for_steps(platform, batch.adapter)
     grouped = kernels.grouped_product
     hidden, pools = model.forward(params, lora, batch.tokens, positions, attend, pools, grouped_kernel=grouped)
@@ -233,14 +236,18 @@ def decode(
     def step(state):
         i, token, alive, pools, out, told = state
         position = batch.position + out.count
-        attend = DecodeAttention(layout, batch.tables, position[:, None], alive, batch.slot, kernels.paged_attention)
+        where = (layout, batch.tables, position[:, None], alive, batch.slot)
+        attend = DecodeAttention(*where, kernels.paged_attention, model.mesh)
         inputs = params, lora, token[:, None], position[:, None], attend, pools
         hidden, pools = model.forward(*inputs, grouped_kernel=kernels.grouped_product)
-        logits = unembed(params, lora, hidden[:, 0])
+        logits = _whole_rows(model.mesh, unembed(params, lora, hidden[:, 0]))
         drawn_from = None if shaping is None else shaped(logits, shaping, told, out.count)
         drawn, logprob, lse = sample(logits, choices, position + 1, platform.fixed_passes, drawn_from)
         topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk, num_candidates)
         head, is_whole = _head(logits, topk_ids, choices, batch.any_head, platform.fixed_passes)
+        drawn, logprob, topk_ids, topk_logprobs, head, is_whole = _on_every_device(
+            model.mesh, (drawn, logprob, topk_ids, topk_logprobs, head, is_whole)
+        )
         token = jnp.where(alive, drawn, token)
         told = told if shaping is None else counted(told, token, alive)
         out = Decoded(
@@ -262,6 +269,22 @@ def decode(
     state = (jnp.int32(0), batch.token, batch.remaining > 0, pools, out, told)
     _, _, _, pools, out, _ = jax.lax.while_loop(goes_on, step, state)
     return out, pools
+
+
+def _whole_rows(mesh: Mesh | None, logits: Array) -> Array:
+    """On a mesh, which has made a part of the vocabulary on each device: whole rows, some on each. What is computed of
+    a row then needs no other device, and has the bits that it has on one."""
+    if mesh is None:
+        return logits
+    rows, vocab = logits.shape
+    made = PartitionSpec(row_axis(mesh, rows), None if vocab % mesh.shape["tensor"] else "tensor")
+    logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, made))
+    apart = PartitionSpec(AXES) if rows % mesh.size == 0 else PartitionSpec()
+    return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, apart))
+
+
+def _on_every_device(mesh: Mesh | None, results: tuple[Array, ...]) -> tuple[Array, ...]:
+    return results if mesh is None else jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
 
 
 def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:

@@ -37,6 +37,7 @@ from tx_async.engine.row_shapes import preferred_row_length, row_shapes
 from tx_async.engine.streams import OwnStream, SameStream
 from tx_async.errors import ConfigError, InvalidRequest, NonFiniteGradients, TxError
 from tx_async.fingerprint import fingerprint
+from tx_async.layers.sharding import holds_whole_layers
 from tx_async.models.decoder import Decoder, layers_apart
 from tx_async.models.load import fetch, load_model
 from tx_async.storage.store import Store
@@ -117,13 +118,13 @@ class JaxEngine:
         self.platform = on or platform.current()
         self._counter = CompilationCounter()
         self.base_model_digest = base_model_digest
-        if self.platform.layers_apart and model.mesh is None:
+        if self.platform.layers_apart and holds_whole_layers(model.mesh):
             params = layers_apart(params)
         self.model, self.params = model, params
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.memory = planned
         head = max((width for _, width in model.cache_shapes.values()), default=0)
-        self.kernels = kernels or choose_kernels(self.platform, model.mesh is None, head)
+        self.kernels = kernels or choose_kernels(self.platform, model.mesh, head)
         if planned:
             self.context = min(self.context, planned.context)
             config = structs.replace(

@@ -279,7 +279,8 @@ class _Planner:
         return a + lead * weight.dims[1].size * rank // self._pieces((*experts, outputs))
 
     def _head_elements(self, rank: int) -> int:
-        return (self.model.hidden_size + self.model.vocab_size) * rank
+        vocab, _ = spec_of(self.model.unembedding_weight, self._mesh)
+        return (self.model.hidden_size + self.model.vocab_size // self._pieces((vocab,))) * rank
 
     @cached_property
     def _adapted(self) -> list[Weight]:

@@ -43,6 +43,7 @@ COLLECTIVES: dict[str, Collective] = {
     "all-reduce": jax.lax.psum,
     "all-gather": partial(jax.lax.all_gather, tiled=True),
     "reduce-scatter": partial(jax.lax.psum_scatter, tiled=True),
+    "all-to-all": partial(jax.lax.all_to_all, split_axis=0, concat_axis=0, tiled=True),
 }
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def _collectives(mesh: Mesh, axis: str) -> Any:
     return jax.jit(jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
 
 
-def _expected(inputs: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _expected(inputs: np.ndarray, axis: int) -> tuple[np.ndarray, ...]:
     """inputs [fsdp, expert, tensor, n]: what each device has afterwards, in the same layout."""
     total = np.broadcast_to(inputs.sum(axis, keepdims=True), inputs.shape)
     gathered = np.moveaxis(inputs, axis, -2)
@@ -150,7 +151,9 @@ def _expected(inputs: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray, np
     count = inputs.shape[axis]
     pieces = np.moveaxis(total.reshape(*inputs.shape[:3], count, -1), axis, 0)
     scattered = np.stack([piece[..., rank, :] for rank, piece in enumerate(pieces)], axis)
-    return total, gathered, scattered
+    sent = np.moveaxis(inputs, axis, 0)  # [sender, …, n]
+    exchanged = np.moveaxis(sent.reshape(*sent.shape[:3], count, -1), (3, 0), (0, 3)).reshape(sent.shape)
+    return total, gathered, scattered, np.moveaxis(exchanged, 0, axis)
 
 
 # ---- between the hosts and the mesh
@@ -163,9 +166,11 @@ def to_mesh(tree: Any, sharding: NamedSharding) -> Any:
 
 def adapter_shardings(model: Decoder, mesh: Mesh) -> dict[str, dict[str, tuple[NamedSharding, NamedSharding]]]:
     """How (A, B) of every adapted matrix lie: cut where their base weight is, whole along slots and rank. The
-    unembedding's, which the head reads in chunks, are whole."""
+    unembedding's A is whole."""
     whole = NamedSharding(mesh, PartitionSpec())
-    shardings = by_path(lambda path, target: (whole, whole), model.lora_targets())
+    vocab = spec_of(model.unembedding_weight, mesh)[0]
+    of_head = whole, NamedSharding(mesh, PartitionSpec(None, None, None, vocab))
+    shardings = by_path(lambda path, target: of_head, model.lora_targets())
     for weight in model.weights:
         if weight.stack and weight.group:
             _, *experts, inputs, outputs = spec_of(weight, mesh)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from tx_async.engine import page_products
 from tx_async.engine.kv_cache import NULL_PAGE, CacheLayout, Pools
 from tx_async.engine.page_products import Products
 from tx_async.engine.state_slots import NULL_SLOT
 from tx_async.layers.attention import MASKED, with_sink
+from tx_async.layers.sharding import row_axis
 
 
 class TileStates(NamedTuple):
@@ -47,16 +49,17 @@ class PagedAttention:
         alive: Array,
         states: Any = None,
         kernel: bool = False,
+        mesh: Mesh | None = None,
     ):
         """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write. states: for
         recurrent layers, `TileStates`; in a decode step, the slot of each row. kernel: whether a kernel computes it
-        where it can."""
+        where it can; on a mesh, each device for its own heads."""
         self.layout = layout
         self.states = states
         self.tables = tables
         self.positions = positions
         self.alive = alive
-        self.kernel = kernel
+        self.kernel, self.mesh = kernel, mesh
         chunk_tokens = layout.chunk_pages * layout.page_size
         self.num_chunks = jnp.max(jnp.where(alive, positions[:, -1], 0)) // chunk_tokens + 1
 
@@ -75,7 +78,9 @@ class PagedAttention:
         new = {"k": k} if v is None else {"k": k, "v": v}
         written = {name: self.write(cache[name], layer, x) for name, x in new.items()}
         pools = list(written.values())
-        out = self.in_kernel(pools, layer, q, scale, window, sinks) if self.kernel and not v_features else None
+        out = None
+        if self.kernel and not v_features and self._divides_heads(k.shape[2]):
+            out = self.in_kernel(pools, layer, q, scale, window, sinks)
         if out is None:
             out = self.attend(pools, layer, q, scale, v_features, window, sinks)
         return out, cache | written
@@ -126,8 +131,26 @@ class PagedAttention:
         if not prefill_kernel.fits(q, pools[0], self.layout.page_size):
             return None
         starts = jnp.where(self.alive, self.positions[:, 0], -q.shape[1])
-        (keys, values), first = pools, layer * self.layout.num_pages
-        return prefill_kernel.attend(q, keys, values, self.tables, starts, first, scale, window, sinks)
+
+        def run(q: Array, keys: Array, values: Array, tables: Array, starts: Array, first: Array, sinks: Any) -> Array:
+            return prefill_kernel.attend(q, keys, values, tables, starts, first, scale, window, sinks)
+
+        first = layer * self.layout.num_pages
+        return self._for_own_heads(run, q, *pools, self.tables, starts, first, sinks)
+
+    def _divides_heads(self, kv_heads: int) -> bool:
+        return self.mesh is None or kv_heads % self.mesh.shape["tensor"] == 0
+
+    def _for_own_heads(self, run: Any, q: Array, *rest: Any) -> Array:
+        """run(q [R, …, H, D], keys, values, tables, starts, first page, sinks or nothing) -> as q; on a mesh, on each
+        device for its rows and heads."""
+        if self.mesh is None:
+            return run(q, *rest)
+        rows, pool = row_axis(self.mesh, q.shape[0]), PartitionSpec(None, None, "tensor")
+        mine, of_row = PartitionSpec(rows, *[None] * (q.ndim - 3), "tensor"), PartitionSpec(rows)
+        specs = (mine, pool, pool, of_row, of_row, PartitionSpec(), PartitionSpec("tensor"))[: 1 + len(rest)]
+        local = jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=mine, check_vma=False)
+        return local(q, *rest)
 
     def attend(
         self,
@@ -194,8 +217,9 @@ class DecodeAttention(PagedAttention):
 
         if sinks is not None or not paged_kernel.fits(pools[0], self.layout.page_size):
             return None
-        (keys, values), first, position = pools, layer * self.layout.num_pages, self.positions[:, 0]
-        return paged_kernel.attend(q[:, 0], keys, values, self.tables, position, first, scale, window)[:, None]
+        run = partial(paged_kernel.attend, scale=scale, window=window)
+        where = self.tables, self.positions[:, 0], layer * self.layout.num_pages
+        return self._for_own_heads(run, q[:, 0], *pools, *where)[:, None]
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)

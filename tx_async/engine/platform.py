@@ -39,7 +39,7 @@ class Platform:
 
     layers_apart: bool
     """The layers' weights are a list, over which training and sampling unroll: under a scan each would be copied out of
-    its stack before its product. Only without a mesh."""
+    its stack before its product. Not where `fsdp` gathers each layer as it comes: a scan holds one at a time."""
 
     # sampling
     decode_steps: int

@@ -94,7 +94,7 @@ def _trunk(
     remat: bool,
 ) -> Array:
     block = platform.attention_block(batch.tokens.shape[1])
-    attend = PackedAttention(batch.positions, batch.segment_ids, block, kernels.flash_attention)
+    attend = PackedAttention(batch.positions, batch.segment_ids, block, kernels.flash_attention, model.mesh)
     # Only for a row that is alone: with several, each would need its own copy of W.
     joined = platform.joins_lora and batch.slots.shape[0] == 1 and model.mesh is None
     lora = LoraRows(rows, batch.scale, joined)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from tx_async.layers.norm import row_sums
 from tx_async.layers.residuals import keep
@@ -64,11 +65,19 @@ class Attend(Protocol):
 class PackedAttention:
     """Causal attention inside each segment of a row; needs no cache."""
 
-    def __init__(self, positions: Array, segment_ids: Array, block: int = 0, flash: bool = False):
+    def __init__(
+        self,
+        positions: Array,
+        segment_ids: Array,
+        block: int = 0,
+        flash: bool = False,
+        mesh: Mesh | None = None,
+    ):
         """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding. block: positions of a
-        block, the platform's choice; 0 = BLOCK. flash: whether `flash_attention.py` computes it where it can."""
+        block, the platform's choice; 0 = BLOCK. flash: whether `flash_attention.py` computes it where it can; on a
+        mesh, each device for its own heads."""
         self.positions, self.segment_ids, self.block = positions, segment_ids, block or BLOCK
-        self.flash = flash
+        self.flash, self.mesh = flash, mesh
 
     def __call__(
         self,
@@ -87,8 +96,9 @@ class PackedAttention:
             # Here, because a CPU that never needs Pallas should not wait for its import.
             from tx_async.layers import flash_attention
 
-            if flash_attention.fits(q, v):
-                out: Any = flash_attention.flash_attention(q, k, v, self.positions, self.segment_ids, scale)
+            if flash_attention.fits(q, v, self.mesh):
+                packing = self.positions, self.segment_ids
+                out: Any = flash_attention.flash_attention(q, k, v, *packing, scale, False, self.mesh)
                 return out, cache
         return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window, self.block), cache
 

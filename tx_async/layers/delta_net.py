@@ -15,7 +15,7 @@ from tx_async.layers import delta_rule
 from tx_async.layers.attention import Cache
 from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
 from tx_async.layers.delta_rule import ChunkTransition, Inputs
-from tx_async.layers.linear import project
+from tx_async.layers.linear import project, project_back
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import rms_norm
 from tx_async.layers.rope import Rope
@@ -67,9 +67,13 @@ class GatedDeltaNet:
     def values(self) -> int:
         return self.num_value_heads * self.value_dim
 
+    @property
+    def _values(self) -> Dim:
+        return Dim(self.values, "heads", self.num_value_heads)
+
     def weights(self, stack: Stack) -> Iterator[Weight]:
         hidden, number, by_key = Dim(self.hidden_size, "embed"), self.num_value_heads, self.num_key_heads
-        heads, values = Dim(number, "heads"), Dim(self.values, "heads", number)
+        heads, values = Dim(number, "heads"), self._values
         made = {"qkv": Dim(self.channels, "mixed"), "z": values, "b": heads, "a": heads}
         if self.interleaved:
             made = {"qkvz": Dim(self.channels + self.values, "heads", by_key), "ba": Dim(2 * number, "heads", by_key)}
@@ -92,7 +96,7 @@ class GatedDeltaNet:
         out = rms_norm(out, w["gated_norm"], self.eps).astype(x.dtype).astype(jnp.float32)
         z = z.reshape(out.shape).astype(jnp.float32)
         out = (out * jax.nn.silu(z)).astype(x.dtype).reshape(*x.shape[:2], -1)
-        return project(forward.lora, adapters, w, ("out",), out)[0], cache
+        return project_back(forward.mesh, self._values, forward.lora, adapters, w, "out", out), cache
 
     def _projected(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> list[Array]:
         """-> qkv [R, L, channels], z [R, L, values], b and a [R, L, value heads]."""

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.sharding import Mesh, PartitionSpec
 
 from tx_async.layers.attention import MASKED
 from tx_async.layers.residuals import keep
+from tx_async.layers.sharding import row_axis
 
 BLOCK = 64
 
@@ -36,9 +38,9 @@ class _PackedRows(NamedTuple):
     """[R, n]: the last query block of each key block."""
 
 
-def fits(q: Array, v: Array) -> bool:
+def fits(q: Array, v: Array, mesh: Mesh | None = None) -> bool:
     """Whether the kernels can run: the sides of Triton's blocks are powers of two; in fp32 its products would be
-    rounded to tf32."""
+    rounded to tf32. On a mesh every device has as many key heads as another."""
     features = q.shape[-1]
     return (
         q.dtype.itemsize == 2
@@ -46,22 +48,69 @@ def fits(q: Array, v: Array) -> bool:
         and features & (features - 1) == 0
         and 16 <= features <= 128
         and q.shape[1] % BLOCK == 0
+        and (mesh is None or v.shape[2] % mesh.shape["tensor"] == 0)
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def flash_attention(
-    q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float, interpret: bool = False
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    segment_ids: Array,
+    scale: float,
+    interpret: bool = False,
+    mesh: Mesh | None = None,
 ) -> Array:
     """q [R, L, H, D], k, v [R, L, Hkv, D] -> [R, L, H, D]; positions (0, 1, … in each segment), segment_ids int32
-    [R, L], 0 = padding. L is a multiple of BLOCK."""
-    return _forward(q, k, v, positions, segment_ids, scale, interpret)[0]
+    [R, L], 0 = padding. L is a multiple of BLOCK. On a mesh each device computes its own rows and heads."""
+    return _forward(q, k, v, positions, segment_ids, scale, interpret, mesh)[0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float, interpret: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    segment_ids: Array,
+    scale: float,
+    interpret: bool,
+    mesh: Mesh | None,
 ) -> tuple[Array, Any]:
     row = _row(positions, segment_ids)
+    run, cuts = partial(_forward_here, scale, interpret), _MeshCuts(mesh, q.shape[0])
+    out, lse = keep(cuts.on_mesh(run, 3 * (cuts.heads,), (cuts.heads, cuts.statistic))(row, q, k, v))
+    return out, (q, k, v, row, out, lse)
+
+
+def _backward(scale: float, interpret: bool, mesh: Mesh | None, saved: Any, dout: Array) -> tuple[Array | None, ...]:
+    q, k, v, row, out, lse = saved
+    run, cuts = partial(_backward_here, scale, interpret), _MeshCuts(mesh, q.shape[0])
+    specs = (*5 * (cuts.heads,), cuts.statistic)
+    return *cuts.on_mesh(run, specs, 3 * (cuts.heads,))(row, q, k, v, dout, out, lse), None, None
+
+
+flash_attention.defvjp(_forward, _backward)
+
+
+class _MeshCuts:
+    """How arrays lie on a mesh: rows and heads are cut."""
+
+    def __init__(self, mesh: Mesh | None, num_rows: int):
+        self.mesh, self.rows = mesh, row_axis(mesh, num_rows) if mesh else None
+        self.heads = PartitionSpec(self.rows, None, "tensor")
+        self.statistic = PartitionSpec(self.rows, "tensor")
+
+    def on_mesh(self, run: Any, inputs: tuple[PartitionSpec, ...], outputs: tuple[PartitionSpec, ...]) -> Any:
+        """run(row, *inputs) -> outputs, on each device for its part."""
+        if self.mesh is None:
+            return run
+        specs = (PartitionSpec(self.rows), *inputs)
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=outputs, check_vma=False)
+
+
+def _forward_here(scale: float, interpret: bool, row: _PackedRows, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     specs = _Specs(q, k)
     out, lse = pl.pallas_call(
         partial(_forward_kernel, scale=scale),
@@ -72,12 +121,20 @@ def _forward(
         name="flash_attention",
         **_how(interpret),
     )(q, k, v, *row)
-    out, lse = keep((out, lse))
-    return out, (q, k, v, row, out, lse)
+    return out, lse
 
 
-def _backward(scale: float, interpret: bool, saved: Any, dout: Array) -> tuple[Array | None, ...]:
-    q, k, v, row, out, lse = saved
+def _backward_here(
+    scale: float,
+    interpret: bool,
+    row: _PackedRows,
+    q: Array,
+    k: Array,
+    v: Array,
+    dout: Array,
+    out: Array,
+    lse: Array,
+) -> tuple[Array, Array, Array]:
     specs = _Specs(q, k)
     delta = jnp.einsum("rlhd,rlhd->rhl", dout.astype(jnp.float32), out.astype(jnp.float32))
     inputs = (q, k, v, dout, lse, delta, *row)
@@ -101,10 +158,7 @@ def _backward(scale: float, interpret: bool, saved: Any, dout: Array) -> tuple[A
         **_how(interpret),
     )(*inputs)
     of_group = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).sum(3).astype(k.dtype)  # noqa: E731
-    return dq, of_group(dk), of_group(dv), None, None
-
-
-flash_attention.defvjp(_forward, _backward)
+    return dq, of_group(dk), of_group(dv)
 
 
 def _how(interpret: bool) -> dict[str, Any]:

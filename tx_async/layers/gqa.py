@@ -11,7 +11,7 @@ from jax import Array
 
 from tx_async.layers.attention import Cache
 from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
-from tx_async.layers.linear import project
+from tx_async.layers.linear import project, project_back, project_out
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import RmsNorm
 from tx_async.layers.rope import Rope, rotate
@@ -64,10 +64,16 @@ class GroupedQueryAttention:
     def keeps(self) -> Keeps:
         return Keeps({"k": (self.num_kv_heads, self.head_dim), "v": (self.num_kv_heads, self.head_dim)})
 
+    @property
+    def _queries(self) -> Dim:
+        return Dim(self.num_heads * self.head_dim, "heads", self.num_heads)
+
+    @property
+    def _keys(self) -> Dim:
+        return Dim(self.num_kv_heads * self.head_dim, "kv_heads", self.num_kv_heads)
+
     def weights(self, stack: Stack) -> Iterator[Weight]:
-        hidden, heads, kv_heads = Dim(self.hidden_size, "embed"), self.num_heads, self.num_kv_heads
-        queries = Dim(heads * self.head_dim, "heads", heads)
-        keys = Dim(kv_heads * self.head_dim, "kv_heads", kv_heads)
+        hidden, queries, keys, heads = Dim(self.hidden_size, "embed"), self._queries, self._keys, self.num_heads
         if self.fused:
             together = Dim(queries.size + 2 * keys.size, "mixed")
             yield from stack.linear("qkv", "self_attn.qkv_proj", (hidden, together), "attn", self.bias)
@@ -97,7 +103,7 @@ class GroupedQueryAttention:
         out = out.reshape(*x.shape[:2], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return project(forward.lora, adapters, w, ("o",), out)[0], cache
+        return project_back(forward.mesh, self._queries, forward.lora, adapters, w, "o", out), cache
 
     def _projected(
         self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array
@@ -108,7 +114,8 @@ class GroupedQueryAttention:
             ends = [self.num_heads * self.head_dim, (self.num_heads + self.num_kv_heads) * self.head_dim]
             q, k, v = jnp.split(together, ends, axis=-1)
         else:
-            q, k, v = project(forward.lora, adapters, w, ("q", "k", "v"), x)
+            outputs = (self._queries, self._keys, self._keys)
+            q, k, v = project_out(forward.mesh, outputs, forward.lora, adapters, w, ("q", "k", "v"), x)
         gate = None
         if self.gated:
             q, gate = jnp.split(q.reshape(*x.shape[:2], self.num_heads, -1), 2, axis=-1)

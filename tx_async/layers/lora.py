@@ -13,7 +13,7 @@ There are two ways to apply them, with one interface (`deltas`):
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ import numpy as np
 from flax import struct
 from flax.traverse_util import path_aware_map
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from tx_async.layers.residuals import keep
 
@@ -94,6 +95,11 @@ class Lora(Protocol):
         cost."""
         ...
 
+    def by_inputs(self, layer: LayerLora, name: str) -> tuple[tuple[Any, LayerLora], Any]:
+        """((self, layer) with no more than `deltas` reads for that name, their specs on a mesh whose tensor axis cuts
+        the inputs)."""
+        ...
+
 
 @struct.dataclass
 class LoraRows:
@@ -118,6 +124,17 @@ class LoraRows:
     def _delta(self, ab: tuple[Array, Array], x: Array) -> Array:
         a, b = ab
         return jnp.einsum("rlk,rko->rlo", self.low(a, x), b.astype(x.dtype))
+
+    def by_inputs(self, layer: LayerLora, name: str) -> tuple[tuple[Any, LayerLora], Any]:
+        lora, whole = replace(self, weights={}), PartitionSpec()
+        specs = replace(lora, scale=whole), {name: (PartitionSpec(None, "tensor"), whole)}
+        return (lora, {name: layer[name]}), specs
+
+    def by_outputs(self, layer: LayerLora, names: tuple[str, ...]) -> tuple[tuple[Any, LayerLora], Any]:
+        """Like `by_inputs`, where the tensor axis cuts the outputs."""
+        lora, whole = replace(self, weights={}), PartitionSpec()
+        specs = replace(lora, scale=whole), dict.fromkeys(names, (whole, PartitionSpec(None, None, "tensor")))
+        return (lora, {name: layer[name] for name in names}), specs
 
     def low(self, a: Array, x: Array) -> Array:
         """x A · scale [R, L, rank] in x's dtype."""
@@ -204,7 +221,7 @@ class LoraActive:
         about once."""
         pairs = [layer[name] for name in names]
         height = min(TILE_ROWS, x.shape[0])
-        zeros = [jnp.zeros((*x.shape[:-1], self._out_features(pair)), x.dtype) for pair in pairs]
+        zeros = [jnp.zeros_like(x, shape=(*x.shape[:-1], self._out_features(pair))) for pair in pairs]
 
         def whole() -> list[Array]:
             mine = self._mine(self.active[0], x.ndim)
@@ -222,6 +239,13 @@ class LoraActive:
             return jax.lax.fori_loop(0, self.num_tiles, add_tile, zeros)
 
         return jax.lax.cond(self.num_active == 1, whole, in_tiles)
+
+    def by_inputs(self, layer: dict[str, PairOfLayer], name: str) -> tuple[tuple[Any, Any], Any]:
+        pair = layer[name]
+        lora = replace(self, stacks={pair.stack: {pair.name: self.stacks[pair.stack][pair.name]}})
+        specs: Any = jax.tree.map(lambda _: PartitionSpec(), (lora, {name: pair}))
+        stacks = by_path(lambda *_: (PartitionSpec(None, None, "tensor"), PartitionSpec()), lora.stacks)
+        return (lora, {name: pair}), (replace(specs[0], stacks=stacks), specs[1])
 
     def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
         return self._deltas_of_rank(pairs, adapter, x, self._widest(pairs))

@@ -18,7 +18,7 @@ from jax import Array
 
 from tx_async.layers.attention import Cache
 from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
-from tx_async.layers.linear import project
+from tx_async.layers.linear import project, project_back
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import rms_norm
 from tx_async.layers.rope import Rope, rotate, rotate_interleaved
@@ -48,6 +48,10 @@ class LatentAttention:
     def keeps(self) -> Keeps:
         return Keeps({"k": (1, self.kv_lora_rank + self.rope_dim)})
 
+    @property
+    def _values(self) -> Dim:
+        return Dim(self.num_heads * self.v_dim, "heads", self.num_heads)
+
     def weights(self, stack: Stack) -> Iterator[Weight]:
         hidden, heads = Dim(self.hidden_size, "embed"), self.num_heads
         queries = Dim(heads * (self.nope_dim + self.rope_dim), "heads", heads)
@@ -63,9 +67,7 @@ class LatentAttention:
         yield from stack.linear("kv_a", "self_attn.kv_a_proj_with_mqa", (hidden, entry), "attn", self.bias)
         yield stack.vector("kv_a_norm", "self_attn.kv_a_layernorm.weight", latent)
         yield stack.matrix("kv_b", "self_attn.kv_b_proj", (latent, expanded), "attn")
-        yield from stack.linear(
-            "o", "self_attn.o_proj", (Dim(heads * self.v_dim, "heads", heads), hidden), "attn", self.bias
-        )
+        yield from stack.linear("o", "self_attn.o_proj", (self._values, hidden), "attn", self.bias)
 
     def __call__(
         self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array, cache: Cache, layer: Array
@@ -79,7 +81,8 @@ class LatentAttention:
         latent, shared = rms_norm(latent, w["kv_a_norm"], LATENT_NORM_EPS), turn(shared[:, :, None], *rotary)
         attend = self._absorbed if jax.tree.leaves(cache) else self._expanded
         out, cache = attend(forward, w, adapters, nope, rope, latent, shared, cache, layer)
-        return project(forward.lora, adapters, w, ("o",), out.reshape(*x.shape[:2], -1))[0], cache
+        out = out.reshape(*x.shape[:2], -1)
+        return project_back(forward.mesh, self._values, forward.lora, adapters, w, "o", out), cache
 
     def _queries(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         if self.q_lora_rank:

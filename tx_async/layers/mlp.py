@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tx_async.layers.block import ForwardPass, LayerWeights
-from tx_async.layers.linear import project
+from tx_async.layers.linear import project_back, project_out
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.weights import Dim, Stack, Weight
 
@@ -31,8 +31,12 @@ class GatedMlp:
     fused: bool = False
     """Gate and up are one module, `gate_up_proj` (Phi)."""
 
+    @property
+    def _inner(self) -> Dim:
+        return Dim(self.intermediate_size, "mlp")
+
     def weights(self, stack: Stack) -> Iterator[Weight]:
-        hidden, inner = Dim(self.hidden_size, "embed"), Dim(self.intermediate_size, "mlp")
+        hidden, inner = Dim(self.hidden_size, "embed"), self._inner
         shapes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
         if self.fused:
             shapes = {"gate_up": (hidden, Dim(2 * self.intermediate_size, "mixed")), "down": (inner, hidden)}
@@ -41,10 +45,12 @@ class GatedMlp:
 
     def __call__(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
         names = ("gate_up",) if self.fused else ("gate", "up")
-        made = project(forward.lora, adapters, w, tuple(f"{self.prefix}{name}" for name in names), x)
+        outputs = (Dim(2 * self.intermediate_size, "mixed"),) if self.fused else (self._inner, self._inner)
+        names = tuple(f"{self.prefix}{name}" for name in names)
+        made = project_out(forward.mesh, outputs, forward.lora, adapters, w, names, x)
         gate, up = jnp.split(made[0], 2, axis=-1) if self.fused else made
         inner = ACTIVATIONS[self.activation](gate, up)
-        return project(forward.lora, adapters, w, (f"{self.prefix}down",), inner)[0]
+        return project_back(forward.mesh, self._inner, forward.lora, adapters, w, f"{self.prefix}down", inner)
 
 
 @jax.custom_vjp

@@ -22,6 +22,7 @@ from tx_async.layers.lora import ExpertLora, LayerLora
 from tx_async.layers.mlp import GatedMlp, silu_gated
 from tx_async.layers.residuals import keep
 from tx_async.layers.router import ChosenSoftmaxRouter, SigmoidRouter, SoftmaxRouter
+from tx_async.layers.sharding import row_axis
 from tx_async.layers.weights import Dim, Stack, Weight
 
 NAMES = ("gate", "up", "down")
@@ -76,7 +77,7 @@ class MoeMlp:
         self, mesh: Mesh, w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array
     ) -> Array:
         cuts = _Cuts(
-            rows="fsdp" if x.shape[0] % mesh.shape["fsdp"] == 0 else None,
+            rows=row_axis(mesh, x.shape[0]),
             experts="expert" if self.router.num_experts % mesh.shape["expert"] == 0 else None,
             features="tensor" if self.intermediate_size % mesh.shape["tensor"] == 0 else None,
         )

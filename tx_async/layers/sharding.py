@@ -42,6 +42,21 @@ def gathered_spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(None if axis == "fsdp" else axis for axis in _layer_axes(weight, mesh)))
 
 
+def holds_whole_layers(mesh: Mesh | None) -> bool:
+    """Whether a layer's weights are used as they lie: nothing is gathered along `fsdp`."""
+    return mesh is None or mesh.shape["fsdp"] == 1
+
+
+def row_axis(mesh: Mesh, num_rows: int) -> str | None:
+    """The mesh axis that cuts the rows of a batch; None where it does not divide their number."""
+    return None if num_rows % mesh.shape["fsdp"] else "fsdp"
+
+
+def is_cut(dim: Dim, mesh: Mesh | None) -> bool:
+    """Whether the tensor axis cuts this axis of a parameter."""
+    return mesh is not None and mesh.shape["tensor"] > 1 and _mesh_axis(dim, mesh) == "tensor"
+
+
 def _layer_axes(weight: Weight, mesh: Mesh) -> list[str | None]:
     experts = (Dim(weight.num_experts, "experts"),) if weight.num_experts else ()
     return [_mesh_axis(dim, mesh) for dim in (*experts, *weight.dims)]

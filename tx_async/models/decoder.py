@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -121,6 +122,10 @@ class Decoder:
             weights.extend(self.layer_of(stack).weights(stack, self.hidden_size))
         return tuple(weights)
 
+    @property
+    def unembedding_weight(self) -> Weight:
+        return next(weight for weight in self.weights if weight.name == ("embed" if self.tied else "head"))
+
     def lora_targets(self) -> dict[str, dict[str, LoraTarget]]:
         """stack -> name -> target, in the order of `weights`; the unembedding is the stack "head" of one layer."""
         targets: dict[str, dict[str, LoraTarget]] = {stack.name: {} for stack in self.stacks}
@@ -227,9 +232,13 @@ def layers_apart(params: Params) -> Params:
     """The same weights as a list of layers for each stack. The stacks are gone afterwards and their memory is free."""
 
     def apart(x: Any) -> list[Any]:
+        sharding = x.sharding
+        if isinstance(sharding, NamedSharding):  # no stack is cut along its layers
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         if isinstance(x, jax.ShapeDtypeStruct):
-            return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=x.sharding)] * x.shape[0]
-        layers = jax.block_until_ready([x[i] for i in range(x.shape[0])])
+            return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)] * x.shape[0]
+        take = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=sharding)
+        layers = jax.block_until_ready([take(x, np.int32(i)) for i in range(x.shape[0])])
         x.delete()
         return layers
 
