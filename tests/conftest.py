@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support import xla
+from tests.support import order, xla
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +44,7 @@ TEST_S = 300
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     has_torch = importlib.util.find_spec("torch") is not None
     on_gpu = os.environ["JAX_PLATFORMS"] != "cpu"
+    items.sort(key=lambda item: order.place_of(item.path.relative_to(ROOT / "tests").as_posix()))
     for item in items:
         if "torch" in item.keywords and not has_torch:
             item.add_marker(pytest.mark.skip(reason="torch is not installed"))
