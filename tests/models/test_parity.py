@@ -20,7 +20,7 @@ def test_logits_equal_the_reference_for_every_switch_and_seed(case, tmp_path):
     for seed in parity.SEEDS:
         model, params = load_model(make_model(tmp_path / str(seed), case.config, seed, tokenizer=False))
         forward = forward or jax.jit(lambda params, tokens, model=model: parity.logits(model, params, tokens))
-        ours = forward(params, parity.tokens_of(case, seed))[0, -parity.STORED_POSITIONS :]
+        ours = np.asarray(forward(params, parity.tokens_of(case, seed)))[0, -parity.STORED_POSITIONS :]
         assert parity.relative_error(ours, GOLDEN[parity.golden_name(case, seed)]) < BOUND
 
 
