@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from tests.support import parity
 from tx_async.engine.adapter_slots import pad
 from tx_async.engine.decode import SamplingEngine
+from tx_async.engine.executables import Executables
 from tx_async.engine.platform import Platform, current
 from tx_async.engine.streams import SameStream
 from tx_async.layers.attention import PackedAttention
@@ -96,6 +98,8 @@ class SamplingBench:
             SameStream(),
             platform or current(),
         )
+        for program in self.engine.programs.values():
+            program.executables = _executables()
         self._forward = jax.jit(partial(_logprobs, self.model))
         self.outcomes: dict[int, Outcome] = {}
         self.replies: list[Sampled] = []
@@ -156,6 +160,12 @@ class SamplingBench:
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(tokens)] = tokens
         return np.asarray(self._forward(self.params, rows, padded))[0, : len(tokens)]
+
+
+@cache
+def _executables() -> Executables:
+    """As servers have them: what an engine before this one compiled is not traced again."""
+    return Executables(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "executables")
 
 
 @jax.jit
