@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import get_args
 
 from tx_async import logs
@@ -34,6 +35,7 @@ DEFAULT_ENGINE = "tx_async.engine.engine:create"
 TOKEN_VARIABLE = "TX_WORKER_TOKEN"
 CAPABILITIES = get_args(Capability)
 PR_SET_PDEATHSIG = 1
+AGAIN_S = 0.05
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,7 +122,7 @@ def run(
 
 def _serve(dealer: Dealer, create_engine: CreateEngine) -> ExitCode:
     worker = Worker(dealer, create_engine)
-    _stop_on_signals(worker)
+    stop_on_signals(worker)
     try:
         return worker.run()
     except WorkerRefused as error:
@@ -166,7 +168,7 @@ def _create_external(settings: ExternalSettings, welcome: Welcome, progress: Rep
     return create(welcome, progress, settings)
 
 
-def _stop_on_signals(worker: Worker) -> None:
+def stop_on_signals(worker: Worker) -> None:
     """Once the worker serves, a signal lets it finish what is running; before that there is nothing to finish."""
 
     def handle(number: int, _frame: object) -> None:
@@ -177,6 +179,15 @@ def _stop_on_signals(worker: Worker) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
+    sys.unraisablehook = _signal_again
+
+
+def _signal_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """What a signal raises inside a destructor or a callback of the garbage collector is lost: send it once more."""
+    if isinstance(unraisable.exc_value, SystemExit):
+        threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _die_with_parent() -> None:
