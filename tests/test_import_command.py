@@ -12,7 +12,7 @@ from tests.support import parity
 from tx_async import cli, import_command
 from tx_async.errors import ConfigError, InvalidRequest
 from tx_async.models import import_adapter
-from tx_async.models.load import from_config, read_config
+from tx_async.models.load import model_of
 from tx_async.models.peft import from_peft, to_peft
 from tx_async.testing.sdk import UNCLOSED, collect_connections
 from tx_async.wire.worker import AdapterConfig
@@ -26,7 +26,7 @@ DATUM = tinker.Datum(
 
 @pytest.fixture(scope="module")
 def model(tiny_qwen3):
-    return from_config(read_config(tiny_qwen3))
+    return model_of(tiny_qwen3)
 
 
 @pytest.fixture

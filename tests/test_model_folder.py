@@ -68,8 +68,8 @@ def test_a_broken_config_is_named_with_its_field(folder, content, words):
 
 
 LOADER_CONFIGS = [
-    (without("hidden_size"), "config.json lacks hidden_size"),
-    (without("num_hidden_layers"), "config.json lacks num_hidden_layers"),
+    (without("hidden_size"), "config.json: hidden_size is missing"),
+    (without("num_hidden_layers"), "config.json: num_hidden_layers is missing"),
     (without(num_attention_heads=0, head_dim=None), "config.json"),
     (without(hidden_size=32), "config.json implies"),
     (without(rope_scaling={"rope_type": "yarn"}), "lacks 'factor'"),
@@ -80,7 +80,8 @@ LOADER_CONFIGS = [
 @pytest.mark.parametrize(("content", "words"), LOADER_CONFIGS, ids=[words for _, words in LOADER_CONFIGS])
 def test_what_only_the_loader_knows_is_one_line_too(folder, content, words, capsys):
     (folder / "config.json").write_text(content)
-    assert words in said_by(check.check_folder, folder)
+    line = said_by(check.check_folder, folder)
+    assert words in line and str(folder) in line
     assert check.main(str(folder)) == 1 and words in capsys.readouterr().out
 
 
@@ -161,7 +162,8 @@ def test_a_max_context_length_above_the_limit_is_refused_and_below_it_honoured(f
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("[]", "config.json holds a list"), (without("hidden_size"), "lacks hidden_size")]
+    ("content", "words"),
+    [("[]", "config.json holds a list"), (without("hidden_size"), "config.json: hidden_size is missing")],
 )
 def test_serve_ends_with_that_line_and_exit_code_2_and_doctor_says_the_same(folder, content, words, tmp_path_factory):
     (folder / "config.json").write_text(content)

@@ -71,10 +71,10 @@ def _plan(config: ServerConfig, device: str, devices: int) -> Any:
     if not config.base_model:
         raise ConfigError("Nothing to plan for: set TX_BASE_MODEL or --base-model to a folder or hub name.")
     from tx_async.engine import memory_plan, platform
-    from tx_async.models.load import from_config, read_config
+    from tx_async.models.load import model_of
 
     served = config.backend_config.max_context_length
-    model = from_config(read_config(base_model.resolve(config.base_model)), served)
+    model = model_of(base_model.resolve(config.base_model), served)
     at_first = memory_plan.with_slots_for(config.backend_config)
     return memory_plan.plan(model, at_first, platform.ACCELERATOR, usable(device), devices)
 

@@ -46,12 +46,12 @@ def equal(params, others) -> None:
     ("change", "message"),
     [
         ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
-        ({"use_sliding_window": True, "max_window_layers": 1}, "lacks sliding_window"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "sliding_window is missing"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*sliding_attention"),
         ({"layer_types": ["full_attention", "mamba"], "use_sliding_window": True}, "layer_types .*mamba"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope' in config.json lacks"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope' lacks"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' in config.json lacks 'factor'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' lacks 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config 'gptq int4'"),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "'modelopt NVFP4'"),
@@ -65,7 +65,7 @@ def equal(params, others) -> None:
             {"architectures": ["MambaForCausalLM"]},
             "MambaForCausalLM is not supported; known: Qwen2",
         ),
-        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
     ],
 )
 def test_what_changes_the_numbers_and_is_not_implemented_is_refused_by_name(change, message):

@@ -81,14 +81,14 @@ def from_hf(config: dict[str, Any], dim: int, partial: bool = False) -> Rope:
     type that is not implemented."""
     rope, factor = parameters(config), partial_rotary_factor(config)
     if factor != 1.0 and not partial:
-        raise BaseModelError(f"partial_rotary_factor {factor} in config.json is not supported; only 1.0 is.")
+        raise BaseModelError(f"partial_rotary_factor {factor} is not supported; only 1.0 is.")
     kinds = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
     if rope["rope_type"] not in kinds:
         raise BaseModelError(f"rope_type {rope['rope_type']!r} is not supported; known: {', '.join(kinds)}.")
     try:
         frequencies, attention_factor = kinds[rope["rope_type"]](rope, int(dim * factor))
     except KeyError as error:
-        raise BaseModelError(f"rope_type {rope['rope_type']!r} in config.json lacks {error}.") from error
+        raise BaseModelError(f"rope_type {rope['rope_type']!r} lacks {error}.") from error
     return Rope(tuple(float(f) for f in frequencies), attention_factor)
 
 
@@ -139,7 +139,7 @@ def _longrope(rope: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
     served = min(rope.get("served_context_length") or context, context)
     factors = np.array(rope["long_factor" if served > original else "short_factor"], np.float32)
     if len(factors) != dim // 2:
-        raise BaseModelError(f"rope_type 'longrope' in config.json has {len(factors)} factors, not {dim // 2}.")
+        raise BaseModelError(f"rope_type 'longrope' has {len(factors)} factors, not {dim // 2}.")
     return 1 / (factors * _periods(rope, dim)), _longrope_attention_factor(rope, context / original)
 
 

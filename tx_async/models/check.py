@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tx_async.errors import BaseModelError
 from tx_async.models import tensor_files
-from tx_async.models.load import check, from_config, read_config
+from tx_async.models.load import check, model_of
 
 
 def check_folder(folder: Path) -> None:
     """Raises the `BaseModelError` that a worker would raise on loading it."""
-    check(from_config(read_config(folder)), tensor_files.open_folder(folder))
+    check(model_of(folder), tensor_files.open_folder(folder))
 
 
 def main(folder: str) -> int:

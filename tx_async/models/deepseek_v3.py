@@ -93,5 +93,5 @@ def _kinds(config: dict[str, Any], num_layers: int) -> tuple[str, ...]:
         dense = config.get("first_k_dense_replace", 1 if config.get("model_type") == "glm4_moe_lite" else 3)
         types = ["dense"] * dense + ["sparse"] * (num_layers - dense)
     if len(types) < num_layers or set(types) - {"dense", "sparse"}:
-        raise BaseModelError(f"mlp_layer_types {types} in config.json is not supported.")
+        raise BaseModelError(f"mlp_layer_types {types} is not supported.")
     return tuple("moe" if kind == "sparse" else "dense" for kind in types[:num_layers])

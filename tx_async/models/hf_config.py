@@ -20,13 +20,13 @@ def only(config: Config, key: str, *allowed: Any) -> None:
     value = config.get(key, allowed[0])
     if value not in allowed:
         known = ", ".join(repr(a) for a in allowed)
-        raise BaseModelError(f"{key} {value!r} in config.json is not supported; only {known}.")
+        raise BaseModelError(f"{key} {value!r} is not supported; only {known}.")
 
 
 def need(config: Config, key: str) -> Any:
     """The value of a key. Raises `BaseModelError` where it is absent or null."""
     if config.get(key) is None:
-        raise BaseModelError(f"config.json lacks {key}.")
+        raise BaseModelError(f"{key} is missing.")
     return config[key]
 
 
@@ -99,7 +99,7 @@ def layer_types(
     unknown = sorted(set(types) - set(known))
     if unknown or len(types) < count:
         raise BaseModelError(
-            f"layer_types {unknown or types} in config.json: only {' and '.join(known)} are supported, one per layer."
+            f"layer_types {unknown or types}: only {' and '.join(known)} are supported, one per layer."
         )
     return types[:count]
 

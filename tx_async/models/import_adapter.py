@@ -23,7 +23,7 @@ from tx_async import age, model_folder
 from tx_async.errors import BaseModelError, InvalidRequest, TxError
 from tx_async.models import tensor_files
 from tx_async.models.decoder import Decoder
-from tx_async.models.load import from_config, read_config
+from tx_async.models.load import model_of
 from tx_async.models.peft import from_peft, to_peft
 from tx_async.names import is_hub_name
 from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", action="append", default=[])
     args = parser.parse_args(arguments)
     try:
-        files, config = convert(from_config(read_config(args.base)), args.adapter, args.name, args.max_rank)
+        files, config = convert(model_of(args.base), args.adapter, args.name, args.max_rank)
     except (InvalidRequest, BaseModelError) as error:
         print(_one_line(error))
         return 1

@@ -66,7 +66,7 @@ def load_model(
 ) -> tuple[Decoder, Params]:
     """-> (model, params). `base_model` is a folder or a hub name; raises `BaseModelError` that says what is wrong."""
     folder = fetch(base_model)
-    model = replace(from_config(read_config(folder), served_context_length), mesh=mesh)
+    model = replace(model_of(folder, served_context_length), mesh=mesh)
     return model, load_params(model, folder, dtype, progress)
 
 
@@ -79,9 +79,13 @@ def fetch(base_model: str | Path) -> Path:
     return hub.snapshot(str(base_model), [*HUB_FILES, *model_folder.weight_files(folder)], HUB_FOLDERS)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`. Raises `BaseModelError`."""
-    return model_folder.read_config(folder)
+def model_of(folder: Path, served_context_length: int = 0) -> Decoder:
+    """The model that the folder's `config.json` describes. Raises `BaseModelError` that names the file."""
+    config = model_folder.read_config(folder)
+    try:
+        return from_config(config, served_context_length)
+    except BaseModelError as error:
+        raise BaseModelError(f"{folder / model_folder.CONFIG}: {error.message}") from error
 
 
 def from_config(config: dict[str, Any], served_context_length: int = 0) -> Decoder:
@@ -93,7 +97,7 @@ def from_config(config: dict[str, Any], served_context_length: int = 0) -> Decod
     try:
         return FAMILIES[architecture](text_config(config) | {"served_context_length": served_context_length})
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BaseModelError(f"config.json does not describe a {architecture}: {error!r}") from error
+        raise BaseModelError(f"It does not describe a {architecture}: {error!r}") from error
 
 
 def load_params(model: Decoder, folder: Path, dtype: str, progress: Report | None = None) -> Params:
@@ -146,17 +150,27 @@ def check(model: Decoder, tensors: dict[str, StoredTensor]) -> None:
     expected = {name: weight.hf_shape for weight in model.weights for name in weight.hf_names}
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise BaseModelError(f"The model's files lack {_some(missing)}.")
+        raise BaseModelError(f"The model's files{_where(tensors)} lack {_some(missing)}.")
     for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise BaseModelError(f"{name} has shape {list(tensors[name].shape)}; config.json implies {list(shape)}.")
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise BaseModelError(
+                f"{tensor.path}: {name} has shape {list(tensor.shape)}; config.json implies {list(shape)}."
+            )
     unknown = [name for name in tensors if name not in expected and not _harmless(model, name, expected)]
     if unknown:
-        raise BaseModelError(f"The model's files hold tensors that this architecture does not have: {_some(unknown)}.")
+        raise BaseModelError(
+            f"The model's files{_where(tensors)} hold tensors that this architecture does not have: {_some(unknown)}."
+        )
     for name in expected:
         scaled = f"{name}_scale_inv" in tensors
         if (tensors[name].dtype.itemsize == 1) != scaled:
-            raise BaseModelError(f"{name} is {tensors[name].dtype} {'with' if scaled else 'without'} {name}_scale_inv.")
+            how = f"is {tensors[name].dtype} {'with' if scaled else 'without'} {name}_scale_inv"
+            raise BaseModelError(f"{tensors[name].path}: {name} {how}.")
+
+
+def _where(tensors: dict[str, StoredTensor]) -> str:
+    return f" in {next(iter(tensors.values())).path.parent}" if tensors else ""
 
 
 def _harmless(model: Decoder, name: str, expected: dict[str, Any]) -> bool:

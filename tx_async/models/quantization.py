@@ -20,7 +20,7 @@ def check_quantization(config: dict[str, Any]) -> None:
     known = method == "fp8" and quantization.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
     if not known or len(blocks) not in (0, 2) or any(size & (size - 1) for size in blocks):
         raise BaseModelError(
-            f"quantization_config {_name(quantization)!r} in config.json is not supported; only fp8 (e4m3), in blocks "
+            f"quantization_config {_name(quantization)!r} is not supported; only fp8 (e4m3), in blocks "
             "of powers of two or per tensor, and mxfp4 are. Take the model's unquantised folder, or its fp8 one."
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_safetensors
 
-from tx_async import hub
+from tx_async import hub, model_folder
 from tx_async.errors import ConfigError
 from tx_async.storage.checkpoint_files import ADAPTER, ADAPTER_CONFIG, write_checkpoint_sync
 from tx_async.storage.store import Store
@@ -76,11 +76,11 @@ def read_subject(base_model: str) -> Subject:
     """Read a subject from `config.json` alone. Raises `BaseModelError`."""
     # Shapes only: this process must not take the accelerator that the engine beside it uses.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from tx_async.models.load import from_config, read_config
+    from tx_async.models.load import model_of
 
     folder = Path(base_model).expanduser()
-    config = read_config(folder if folder.is_dir() else hub.snapshot(base_model, ["*.json"]))
-    model = from_config(config)
+    folder = folder if folder.is_dir() else hub.snapshot(base_model, ["*.json"])
+    config, model = model_folder.read_config(folder), model_of(folder)
     targets = [target for stack in model.lora_targets().values() for target in stack.values()]
     text = config.get("text_config") or config
     return Subject(
