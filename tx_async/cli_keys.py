@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--file",
         default=os.environ.get("TX_API_KEYS_FILE", ""),
-        help="the server's api_file [TX_API_KEYS_FILE, or api_keys in the data directory]",
+        help="the server's api_keys_file [TX_API_KEYS_FILE, or api_keys in the data directory]",
     )
     actions = command.add_subparsers(metavar="ACTION", required=True)
     add = actions.add_parser("add", help="make a key and print it, once")
