@@ -76,6 +76,14 @@ def test_a_loaded_program_takes_over_the_memory_it_was_given(program):
     assert len(program.files) == 1
 
 
+def test_what_jax_has_in_memory_is_not_kept_because_it_may_have_been_loaded(program):
+    function = partial(scaled, program.factor)
+    Program("scaled", function, (X,)).compile()
+    again = program(function)
+    assert num_compiled(again) == 0 and not program.files
+    program.assert_right(again)
+
+
 @pytest.mark.parametrize(
     "other",
     [

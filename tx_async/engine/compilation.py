@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from tx_async.engine import platform
-from tx_async.engine.executables import Executables
+from tx_async.engine.executables import COMPILE_EVENT, Executables
 from tx_async.private import make_writable_folder
 
 CACHE_BYTES_MAX = 4 * 2**30
@@ -32,7 +32,6 @@ MAYBE_INCOMPLETE = 64
 """The newest entries of a cache are read at a start: one may be what a killed process was writing."""
 SLOW_S = 10.0
 """A program that takes this long is worth a line of the log."""
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 log = logging.getLogger(__name__)
 

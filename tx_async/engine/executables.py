@@ -5,8 +5,8 @@ the model has many layers. Here a program's key is all that decides what it lowe
 package, the versions of the compilers, JAX's settings and the processor; and the program's own function with what is
 bound to it, its shapes and the compiler's options. A program whose file cannot be found, read or loaded is compiled.
 
-An executable that came out of JAX's cache is not kept here: a CPU executable that was serialized, loaded and serialized
-again has lost its functions (JAX 0.10, 0.12), and fails only when it runs.
+An executable that may have come out of JAX's cache is not kept here: a CPU executable that was serialized, loaded and
+serialized again has lost its functions (JAX 0.10, 0.12), and fails only when it runs.
 """
 
 from __future__ import annotations
@@ -41,15 +41,20 @@ ABANDONED_S = 3600
 """A file that is still incomplete after this time belongs to a process that was killed."""
 COMPILED_BY = ("jax", "jaxlib", "numpy", "ml_dtypes")
 HIT_EVENT = "/jax/compilation_cache/cache_hits"
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 log = logging.getLogger(__name__)
 
 
-class _Hits(threading.local):
-    """Hits of JAX's cache, counted per thread: several threads compile at the same time."""
+class _Compilations(threading.local):
+    """Those of one thread: several threads compile at the same time. JAX reports none where it already has the
+    executable in memory, and nobody knows whether that one was loaded."""
 
     count = 0
+    """By XLA, or out of JAX's cache."""
+    loaded = 0
+    """Out of JAX's cache."""
 
 
 class Executables:
@@ -61,8 +66,9 @@ class Executables:
     def __init__(self, folder: Path):
         self._folder = folder
         self._environment = _environment()
-        self._hits = _Hits()
+        self._compilations = _Compilations()
         jax.monitoring.register_event_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         make_folder(folder)
         self._tidy()
 
@@ -76,16 +82,22 @@ class Executables:
         if key is None:
             return compile()
         path = self._folder / f"{key}.executable"
-        found, hits = _load(path), self._hits.count
+        found = _load(path)
         if found is None:
+            of_thread = self._compilations
+            count, loaded = of_thread.count, of_thread.loaded
             found = compile()
-            if self._hits.count == hits:
+            if of_thread.count > count and of_thread.loaded == loaded:
                 self._save(path, found)
         return found
 
     def _on_event(self, event: str, **kwargs: str | int) -> None:
         if event == HIT_EVENT:
-            self._hits.count += 1
+            self._compilations.loaded += 1
+
+    def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILE_EVENT:
+            self._compilations.count += 1
 
     def _key(self, function: Any, decides: Any) -> str | None:
         """The file's key; None where `function` is bound to an object without a value of its own, so that nothing tells
