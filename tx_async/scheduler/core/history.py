@@ -6,10 +6,11 @@ A run's rows lie in blocks, so that a step writes a small record however long th
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
-import numpy as np
 
 from tx_async.wire.records import Change, Delete, HistoryRecord, Put
 
@@ -23,22 +24,44 @@ BLOCK_ROWS = 32
 
 def encode_rows(model_id: str, number: int, rows: Sequence[HistoryRow]) -> HistoryRecord:
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    values = np.array([[row.get(name, np.nan) for name in columns] for row in rows], "<f8")
-    return HistoryRecord(model_id=model_id, number=number, columns=columns, values=values.tobytes())
+    values = b"".join(_encode(columns, row) for row in rows)
+    return HistoryRecord(model_id=model_id, number=number, columns=columns, values=values)
 
 
 def decode_rows(record: HistoryRecord) -> list[HistoryRow]:
-    table = np.frombuffer(record.values, "<f8").reshape(-1, max(1, len(record.columns)))
-    return [
-        {name: value for name, value in zip(record.columns, values, strict=True) if value == value}
-        for values in table.tolist()
-    ]
+    width = _width(record)
+    return [_decode(record, place) for place in range(0, len(record.values), width)]
 
 
 def newest_of(record: HistoryRecord) -> HistoryRow:
     """Only the last row."""
-    width = 8 * len(record.columns)
-    return decode_rows(msgspec.structs.replace(record, values=record.values[-width:]))[0]
+    return _decode(record, len(record.values) - _width(record))
+
+
+def num_rows(record: HistoryRecord) -> int:
+    return len(record.values) // _width(record)
+
+
+def with_row(record: HistoryRecord, row: HistoryRow) -> HistoryRecord:
+    """The record with one more row. Steps mostly report the same numbers, and then the other rows stay as they are."""
+    if row.keys() <= set(record.columns):
+        return msgspec.structs.replace(record, values=record.values + _encode(record.columns, row))
+    return encode_rows(record.model_id, record.number, [*decode_rows(record), row])
+
+
+def _width(record: HistoryRecord) -> int:
+    """Bytes of one row."""
+    return 8 * max(1, len(record.columns))
+
+
+def _encode(columns: Sequence[str], row: HistoryRow) -> bytes:
+    return struct.pack(f"<{len(columns)}d", *[row.get(name, math.nan) for name in columns])
+
+
+def _decode(record: HistoryRecord, place: int) -> HistoryRow:
+    """The row that begins at this byte."""
+    values = struct.unpack_from(f"<{len(record.columns)}d", record.values, place)
+    return {name: value for name, value in zip(record.columns, values, strict=True) if value == value}
 
 
 def kept(indexes: Sequence[int], steps_max: int) -> list[int]:
@@ -100,9 +123,10 @@ class Histories:
         return iter(self._blocks)
 
     def put(self, record: HistoryRecord) -> None:
-        self.pop(record.key)
-        self._blocks.setdefault(record.model_id, {})[record.number] = record
-        self.num_bytes += len(record.values)
+        blocks = self._blocks.setdefault(record.model_id, {})
+        before = blocks.get(record.number)
+        blocks[record.number] = record
+        self.num_bytes += len(record.values) - (len(before.values) if before else 0)
 
     def pop(self, key: str) -> None:
         model_id, _, number = key.rpartition(" ")
@@ -127,12 +151,16 @@ class Histories:
     def gathering(self, model_id: str) -> HistoryRow:
         """The next step's row so far."""
         record = self._blocks.get(model_id, {}).get(GATHERING)
-        return decode_rows(record)[0] if record else {}
+        return newest_of(record) if record else {}
 
     def newest_row(self, model_id: str) -> HistoryRow | None:
+        newest = self._newest_block(model_id)
+        return newest_of(newest) if newest else None
+
+    def _newest_block(self, model_id: str) -> HistoryRecord | None:
         blocks = self._blocks.get(model_id, {})
         newest = max(blocks, default=GATHERING)
-        return newest_of(blocks[newest]) if newest != GATHERING else None
+        return blocks[newest] if newest != GATHERING else None
 
     # ---- which changes an update makes
 
@@ -145,14 +173,13 @@ class Histories:
 
     def append(self, model_id: str, row: HistoryRow, steps_max: int) -> tuple[Change, ...]:
         """A step has ended: its row joins the newest block, and all blocks are rewritten when there are too many."""
-        blocks = self._blocks.get(model_id, {})
-        number = max(blocks, default=GATHERING)
-        rows = decode_rows(blocks[number]) if number != GATHERING else []
-        if number == GATHERING or len(rows) >= BLOCK_ROWS:
-            number, rows = number + 1, []
-        change = Put(encode_rows(model_id, number, [*rows, row]))
-        thinned = self._thin(model_id, steps_max) if not rows and number > 1 else ()
-        changes = self._renumbered(model_id, thinned, row) if thinned else (change,)
+        newest = self._newest_block(model_id)
+        if newest is not None and num_rows(newest) < BLOCK_ROWS:
+            return (Put(with_row(newest, row)), *self.drop_gathered(model_id))
+        number = newest.number + 1 if newest else 1
+        thinned = self._thin(model_id, steps_max) if newest else ()
+        new_block = Put(encode_rows(model_id, number, [row]))
+        changes = self._renumbered(model_id, thinned, row) if thinned else (new_block,)
         return (*changes, *self.drop_gathered(model_id))
 
     def _thin(self, model_id: str, steps_max: int) -> list[HistoryRow]:

@@ -76,4 +76,4 @@ def _sum_of_weights(operation: ForwardBackward) -> float | None:
 
 
 def _num_targets(datum: Datum) -> float:
-    return float(datum.loss_fn_inputs["target_tokens"].numpy().size)
+    return float(math.prod(datum.loss_fn_inputs["target_tokens"].shape))
