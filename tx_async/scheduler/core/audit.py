@@ -28,7 +28,7 @@ class AuditLog:
 
     def audited(self, changes: Sequence[Change], now: float) -> tuple[Change, ...]:
         """The changes, followed by the events that describe them. Call it before the catalog has the changes."""
-        events = [event for change in changes for event in self._events(change, now)]
+        events = [event for change in changes if _is_audited(change) for event in self._events(change, now)]
         return (*changes, *self._kept(events)) if events else tuple(changes)
 
     def noted(self, event: str, subject: str, details: Mapping[str, Any], now: float) -> tuple[Change, ...]:
@@ -102,3 +102,10 @@ class AuditLog:
             owner=owner,
             details=details,
         )
+
+
+def _is_audited(change: Change) -> bool:
+    """Whether events may follow from it: the records of requests, which change most often, have none."""
+    if isinstance(change, Put):
+        return type(change.record) in (CheckpointRecord, ModelRecord)
+    return isinstance(change, Delete) and change.table in ("checkpoint", "model")

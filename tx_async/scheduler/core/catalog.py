@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, OtherBase, UnknownCheckpoint
 from tx_async.scheduler.core.history import Histories
-from tx_async.scheduler.core.holdings import Holdings
+from tx_async.scheduler.core.holdings import HeldRecord, Holdings
 from tx_async.scheduler.core.recorded import RecordedSequences
 from tx_async.wire.records import (
     AuditRecord,
@@ -61,6 +61,19 @@ class Catalog:
         self.audits: dict[str, AuditRecord] = {}
         #: the server and base that the data belong to; None where nobody has said so
         self.identity: IdentityRecord | None = None
+        #: type of a record -> what it changes here
+        self._puts: dict[type[Record], Callable[[Any], None]] = {
+            SessionRecord: self._put_held,
+            ModelRecord: self._put_held,
+            SamplerRecord: self._put_held,
+            RequestRecord: self._put_request,
+            ResultRecord: self._put_result,
+            CheckpointRecord: self._put_checkpoint,
+            IdentityRecord: self._put_identity,
+            AuditRecord: self._put_audit,
+            RecordedSequence: self.recordings.put,
+            HistoryRecord: self.histories.put,
+        }
         for record in records:
             self._put(record)
         self.recordings.sort()
@@ -80,53 +93,70 @@ class Catalog:
                 self._delete(change)
 
     def _put(self, record: Record) -> None:
-        if isinstance(record, ResultRecord):
-            self.results[record.key] = ResultEntry(record.finished_at, record.content == "error")
-            return
-        if isinstance(record, IdentityRecord):
-            self.identity = record
-            return
-        if isinstance(record, RecordedSequence):
-            self.recordings.put(record)
-            return
-        if isinstance(record, HistoryRecord):
-            self.histories.put(record)
-            return
+        self._puts[type(record)](record)
+
+    def _put_held(self, record: HeldRecord) -> None:
         table = self._table_of(type_of(record))
         before = table.get(record.key)
-        self._release(before)
         table[record.key] = record
-        if isinstance(record, CheckpointRecord):
-            self.holdings.stored(before, record)
-        self.holdings.put(record)
-        self.references.update(files_of(record))
-        if isinstance(record, RequestRecord):
-            self.request_ids[record.subject, record.seq_id] = record.request_id
+        self._count_files(before, record)
+        if before is None:
+            self.holdings.add(record)
+
+    def _put_request(self, record: RequestRecord) -> None:
+        before = self.requests.get(record.request_id)
+        self.requests[record.request_id] = record
+        self.request_ids[record.subject, record.seq_id] = record.request_id
+        self._count_files(before, record)
+
+    def _put_result(self, record: ResultRecord) -> None:
+        self.results[record.request_id] = ResultEntry(record.finished_at, record.content == "error")
+
+    def _put_checkpoint(self, record: CheckpointRecord) -> None:
+        before = self.checkpoints.get(record.path)
+        self.checkpoints[record.path] = record
+        self._count_files(before, record)
+        self.holdings.stored(before, record)
+
+    def _put_identity(self, record: IdentityRecord) -> None:
+        self.identity = record
+
+    def _put_audit(self, record: AuditRecord) -> None:
+        self.audits[record.event_id] = record
 
     def _delete(self, change: Delete) -> None:
-        if change.table == "result":
-            self.results.pop(change.key, None)
-            return
         if change.table == "recording":
             self.recordings.pop(change.key)
             return
         if change.table == "history":
             self.histories.pop(change.key)
             return
-        record = self._table_of(change.table).pop(change.key, None)
-        self._release(record)
-        self.holdings.forget(record)
-        self.holdings.stored(record, None)
-        if isinstance(record, RequestRecord):
-            key = (record.subject, record.seq_id)
-            if self.request_ids.get(key) == record.request_id:
-                del self.request_ids[key]
+        match self._table_of(change.table).pop(change.key, None):
+            case SessionRecord() | ModelRecord() | SamplerRecord() as record:
+                self._count_files(record, None)
+                self.holdings.forget(record)
+            case RequestRecord() as record:
+                self._count_files(record, None)
+                key = (record.subject, record.seq_id)
+                if self.request_ids.get(key) == record.request_id:
+                    del self.request_ids[key]
+            case CheckpointRecord() as record:
+                self._count_files(record, None)
+                self.holdings.stored(record, None)
+            case _:
+                pass  # nothing was there, or nothing hangs on it
 
-    def _release(self, record: Record | None) -> None:
-        for key in files_of(record) if record is not None else ():
-            self.references[key] -= 1
-            if not self.references[key]:
-                del self.references[key]
+    def _count_files(self, before: Record | None, after: Record | None) -> None:
+        """A record needs other files than its earlier version."""
+        released, needed = files_of(before), files_of(after)
+        if released == needed:
+            return
+        if needed:
+            self.references[needed] += 1
+        if released:
+            self.references[released] -= 1
+            if not self.references[released]:
+                del self.references[released]
 
     def _table_of(self, name: str) -> dict[str, Any]:
         return getattr(self, f"{name}s")
@@ -170,17 +200,15 @@ class Catalog:
         return checkpoint
 
 
-def files_of(record: Record) -> tuple[str, ...]:
-    """The storage keys whose files this record needs. A run's own snapshots are not counted: they belong to it
-    alone."""
+def files_of(record: Record | None) -> str:
+    """The storage key of the files that this record needs; "" = none. A run's own snapshots are not counted: they
+    belong to it alone."""
     match record:
-        case CheckpointRecord():
-            return (record.storage_key,)
-        case SamplerRecord(storage_key=str(key)):
-            return (key,)
-        case ModelRecord(created_from=str(key), status="live", dropped_seq_id=0):
-            return (key,)
-        case RequestRecord(storage_key=key) if key:
-            return (key,)
+        case RequestRecord() | CheckpointRecord():
+            return record.storage_key
+        case ModelRecord(status="live", dropped_seq_id=0):
+            return record.created_from or ""
+        case SamplerRecord():
+            return record.storage_key or ""
         case _:
-            return ()
+            return ""
