@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 
 from tx_async.scheduler.core.fairness import Flow, prefixes_of
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.worker_state import RunningSample, WorkerState
-from tx_async.scheduler.sampling.jobs import SampleJob, renumber
+from tx_async.scheduler.sampling.jobs import SampleJob
 from tx_async.scheduler.sampling.live import is_live
 from tx_async.scheduler.sampling.sampler_slots import SamplerSlots
 from tx_async.wire.worker import SequenceSpec
@@ -30,24 +30,26 @@ class Places:
         self._kept = {True: (0, keys, newcomers), False: (live, keys + live, newcomers)}
         self._shares = {True: policy.live_share, False: policy.sample_share}
         #: every prefix of a flow -> how many sequences it has
-        self._running: Counter[Flow] = Counter()
+        self._running: defaultdict[Flow, int] = defaultdict(int)
         #: live ones, others
-        self._of_class: Counter[bool] = Counter()
-        for sample in worker.sequences.values():
-            self.take(sample.job.flow)
+        self._of_class = {True: 0, False: 0}
+        for flow, num_sequences in Counter(sample.job.flow for sample in worker.sequences.values()).items():
+            self.take(flow, num_sequences)
 
-    def take(self, flow: Flow) -> None:
-        self._running.update(prefixes_of(flow))
-        self._of_class[is_live(flow)] += 1
+    def take(self, flow: Flow, num_places: int = 1) -> None:
+        for prefix in prefixes_of(flow):
+            self._running[prefix] += num_places
+        self._of_class[is_live(flow)] += num_places
 
-    def rank(self, flow: Flow) -> list[float]:
-        """The flow with the lowest rank is next."""
+    def rank(self, flow: Flow) -> tuple[float, ...]:
+        """The flow with the lowest rank is next. A rank never falls while places are taken."""
         live = is_live(flow)
-        return [self._of_class[live] / self._shares[live], *(self._running[prefix] for prefix in prefixes_of(flow))]
+        return (self._of_class[live] / self._shares[live], *[self._running[prefix] for prefix in prefixes_of(flow)])
 
     def may_grow(self, flow: Flow) -> bool:
         live = is_live(flow)
-        running = (self._of_class[live], self._running[flow[:1]], self._running[flow[:2]])
+        key, session, *_ = prefixes_of(flow)
+        running = (self._of_class[live], self._running[key], self._running[session])
         return all(count < max(1, self.room - kept) for count, kept in zip(running, self._kept[live], strict=True))
 
 
@@ -83,7 +85,7 @@ class Admission:
 
     def add(self, job: SampleJob, index: int, sequence_id: int) -> None:
         slot = self.slots.slot_of(self.worker, job.version)
-        self.specs.append(renumber(job.spec(sequence_id, index, slot), len(self.tensors)))
+        self.specs.append(job.spec(sequence_id, index, slot, len(self.tensors)))
         self.tensors.extend(job.tensors(index))
         self.requests[job.request.request_id] = None
         self.has_watched |= job.is_watched

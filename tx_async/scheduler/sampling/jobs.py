@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -98,8 +97,8 @@ class SampleJob(Struct, eq=False):
         scoring, _ = self.waiting_kinds
         return self.pending.pop(-1 if scores or not scoring else -2)
 
-    def spec(self, sequence_id: int, index: int, slot: int) -> SequenceSpec:
-        """The sequence of one sample; its tensors are `self.tensors(index)`."""
+    def spec(self, sequence_id: int, index: int, slot: int, first_tensor: int) -> SequenceSpec:
+        """The sequence of one sample; its tensors, `self.tensors(index)`, begin at this place among the command's."""
         op = self.operation
         scores = None
         if index == 0 and self.scores_prompt:
@@ -107,14 +106,14 @@ class SampleJob(Struct, eq=False):
                 logprobs=op.prompt_logprobs,
                 topk=op.topk_prompt_logprobs,
                 last_n=op.prompt_logprobs_last_n,
-                targets_index=1 if op.target_prompt_logprobs else -1,
+                targets_index=first_tensor + 1 if op.target_prompt_logprobs else -1,
                 alt_tokens_k=op.prompt_alt_tokens_k,
             )
         return SequenceSpec(
             sequence_id=sequence_id,
             sampler_slot=slot,
             adapter_version=self.namespace,
-            prompt_index=0,
+            prompt_index=first_tensor,
             max_tokens=self.max_tokens,
             temperature=op.temperature,
             top_k=min(op.top_k, INT32_MAX),
@@ -185,11 +184,3 @@ def _prompt_fields(finished: FinishedSequence, tensors: Sequence[np.ndarray]) ->
             Tensor.of(tensors[finished.alt_logprobs_index].astype(np.float32)),
         )
     return fields
-
-
-def renumber(spec: SequenceSpec, first_tensor: int) -> SequenceSpec:
-    """The spec with its tensor indices shifted to where its tensors stand in a command with several sequences."""
-    scores = spec.prompt_scores
-    if scores and scores.targets_index >= 0:
-        scores = msgspec.structs.replace(scores, targets_index=scores.targets_index + first_tensor)
-    return msgspec.structs.replace(spec, prompt_index=first_tensor, prompt_scores=scores)

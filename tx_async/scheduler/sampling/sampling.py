@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 from msgspec import Struct
@@ -156,21 +157,30 @@ class Sampling:
         """Live requests and others share the places by weight. Within each, keys take turns, the one with the fewest
         running sequences first, then the sessions of a key, then what a session samples from; the last places stay free
         for those that have nothing running yet."""
-        places = Places(worker, self.policy)
         flows = self.fair.order(self.waiting)
         admission = Admission(worker, self.slots)
-        while flows and worker.has_room:
-            flow = min(flows, key=places.rank)
+        if flows and worker.has_room:
+            self._give_places(admission, flows)
+            self._send_admission(admission)
+        return admission
+
+    def _give_places(self, admission: Admission, flows: list[Flow]) -> None:
+        worker, places = admission.worker, Places(admission.worker, self.policy)
+        turns = [(places.rank(flow), place, flow) for place, flow in enumerate(flows)]
+        heapify(turns)
+        while turns and worker.has_room:
+            rank, place, flow = turns[0]
+            if places.rank(flow) != rank:  # it has got places since
+                heapreplace(turns, (places.rank(flow), place, flow))
+                continue
             job = self._next_job(admission, flow) if places.may_grow(flow) else None
             if job is None or worker.reserved_for is not None:
-                flows.remove(flow)
+                heappop(turns)
                 continue
             self._admit_sample(admission, job)
             places.take(flow)
             if flow not in self.waiting:
-                flows.remove(flow)
-        self._send_admission(admission)
-        return admission
+                heappop(turns)
 
     def _next_job(self, admission: Admission, flow: Flow) -> SampleJob | None:
         """The flow's oldest job that this worker may take and whose adapter is on its device or can be brought
