@@ -11,7 +11,8 @@ sampling, and all tenants, share one device.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 from tx_async.errors import Cancelled, InvalidRequest, OtherBase, ServerError, UnknownCheckpoint
 from tx_async.scheduler.core.catalog import Catalog
@@ -28,13 +29,12 @@ from tx_async.scheduler.core.facts import (
     SessionEnded,
     SubmissionRefused,
     Tick,
-    WorkFact,
 )
 from tx_async.scheduler.core.instructions import Instruction
 from tx_async.scheduler.core.marks import ReplayMarks
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.core.recovery import restore
-from tx_async.scheduler.core.registry import Registry
+from tx_async.scheduler.core.registry import Registry, RegistryFact
 from tx_async.scheduler.core.retention import Retention
 from tx_async.scheduler.core.worker_state import Kind, WorkerState
 from tx_async.scheduler.interface import BaseModelInfo
@@ -50,6 +50,7 @@ from tx_async.wire.operations import Operation, Sample
 from tx_async.wire.records import Change, DropBody, Put, RequestRecord
 from tx_async.wire.worker import CommandFailed, CommandFinished
 
+RECORD_FACTS = frozenset(get_args(RecordFact))
 LEAVING_S = 60.0
 """How long a worker that must start again with wider slots waits for what it has in flight; what storage has not taken
 by then is computed again."""
@@ -84,6 +85,23 @@ class SchedulerState:
         self.busy_ms: dict[Kind, float] = {"train": 0.0, "sample": 0.0}
         #: samples that were accepted before a restart and whose bodies are being read
         self.restoring: set[str] = set()
+        #: type of a fact -> how it is taken up
+        self._handlers: dict[type[Fact], Callable[[Any], None]] = {
+            SubmissionRefused: self._refused,
+            ResultDurable: self._durable,
+            **dict.fromkeys(get_args(RegistryFact), self.registry.handle),
+            RequestAccepted: self._accepted,
+            LiveRequested: self._accept_live,
+            RequestCancelled: self._cancel,
+            SessionEnded: self._session_ended,
+            WorkerProgress: self._progressed,
+            WorkerReady: self._worker_ready,
+            WorkerLost: self._worker_lost,
+            CommandEnded: self._answered,
+            BodyLoaded: self._body_loaded,
+            FilesListed: self.orphans.found,
+            Tick: self._tick,
+        }
 
     def __repr__(self) -> str:
         running = sum(len(worker.in_flight) for worker in self.workers.values())
@@ -106,10 +124,8 @@ class SchedulerState:
     def handle(self, fact: Fact, now: float) -> list[Instruction]:
         """Take up a change in the world, and decide what to do about it."""
         self.decisions.begin(fact.cause, now)
-        if isinstance(fact, RecordFact):
-            self._note(fact)
-        else:
-            self._react(fact)
+        self._handlers[type(fact)](fact)
+        if type(fact) not in RECORD_FACTS:
             self.training.settle()
             for worker in self.workers.values():
                 self._advance(worker)
@@ -129,43 +145,11 @@ class SchedulerState:
 
     # ---- facts
 
-    def _note(self, fact: RecordFact) -> None:
-        match fact:
-            case SubmissionRefused(subject=subject):
-                self.training.runs.heard_of(subject)
-            case ResultDurable(result=result):
-                self.decisions.publish(result)
-            case _:
-                self.registry.handle(fact)
+    def _refused(self, fact: SubmissionRefused) -> None:
+        self.training.runs.heard_of(fact.subject)
 
-    def _react(self, fact: WorkFact) -> None:
-        match fact:
-            case RequestAccepted():
-                self._accepted(fact)
-            case LiveRequested():
-                self._accept_live(fact)
-            case RequestCancelled():
-                self._cancel(fact.request_id)
-            case SessionEnded():
-                self.registry.end_session(fact)
-                self.sampling.cancel_session(fact.session_id)
-            case WorkerReady():
-                self._worker_lost(fact.worker_id, "it has begun anew")  # a new process under an old name
-                worker = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
-                self.workers[fact.worker_id] = worker
-                self.sampling.worker_ready(worker)
-            case WorkerLost():
-                self._worker_lost(fact.worker_id, fact.reason)
-            case CommandEnded():
-                self._answered(fact)
-            case BodyLoaded():
-                self._body_loaded(fact)
-            case FilesListed():
-                self.orphans.found(fact)
-            case Tick():
-                self._tick()
-            case WorkerProgress():
-                pass  # nothing can run on it yet
+    def _durable(self, fact: ResultDurable) -> None:
+        self.decisions.publish(fact.result)
 
     def drain(self, now: float) -> tuple[list[Instruction], bool]:
         """For a shutdown: begin nothing more, and snapshot every run that is worth it. The flag says whether something
@@ -229,19 +213,33 @@ class SchedulerState:
             "pending": list(range(operation.num_samples))[::-1],
         }
 
-    def _cancel(self, request_id: str) -> None:
+    def _cancel(self, fact: RequestCancelled) -> None:
+        request_id = fact.request_id
         if request_id in self.restoring:
             self.restoring.discard(request_id)
             self.decisions.fail(self.catalog.requests[request_id], Cancelled(), DropBody(request_id))
         else:
             self.sampling.cancel(request_id)
 
-    def _worker_lost(self, worker_id: str, reason: str) -> None:
-        was_trainer = (trainer := self._trainer()) is not None and trainer.worker_id == worker_id
-        worker = self.workers.pop(worker_id, None)
+    def _session_ended(self, fact: SessionEnded) -> None:
+        self.registry.end_session(fact)
+        self.sampling.cancel_session(fact.session_id)
+
+    def _progressed(self, fact: WorkerProgress) -> None:
+        """Nothing can run on the worker yet."""
+
+    def _worker_ready(self, fact: WorkerReady) -> None:
+        self._worker_lost(WorkerLost(fact.worker_id, "it has begun anew"))  # a new process under an old name
+        worker = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
+        self.workers[fact.worker_id] = worker
+        self.sampling.worker_ready(worker)
+
+    def _worker_lost(self, fact: WorkerLost) -> None:
+        was_trainer = (trainer := self._trainer()) is not None and trainer.worker_id == fact.worker_id
+        worker = self.workers.pop(fact.worker_id, None)
         if worker is None:
             return
-        self.sampling.worker_lost(worker, reason)
+        self.sampling.worker_lost(worker, fact.reason)
         if was_trainer:
             self.training.runs.worker_lost(worker)
 
@@ -286,7 +284,7 @@ class SchedulerState:
         else:
             self.decisions.fail(request, error, DropBody(request.request_id))
 
-    def _tick(self) -> None:
+    def _tick(self, _fact: Tick) -> None:
         self.training.runs.burn_gaps()
         if trainer := self._trainer():
             self.training.save_again(trainer)

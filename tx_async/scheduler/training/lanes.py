@@ -275,11 +275,15 @@ class Lane:
         """The operation at the cursor, past everything burned or without effect on a replay; None when that has not
         come yet."""
         while True:
-            self.cursor = self.burned.end_of(self.cursor)
             step = self.steps.get(self.cursor)
-            if step is None or not step.finished or step.needs_replay:
-                return step
-            self.cursor += 1
+            if step is not None:
+                if not step.finished or step.needs_replay:
+                    return step
+                self.cursor += 1
+            elif self.cursor in self.burned:
+                self.cursor = self.burned.end_of(self.cursor)
+            else:
+                return None
 
     def forget(self, seq_id: int) -> None:
         """Forget an operation without effect on the run's state, whose result nobody can ask for any more."""

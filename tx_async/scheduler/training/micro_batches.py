@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from tx_async.errors import InvalidRequest, NonFiniteLoss
 from tx_async.scheduler.core.decisions import Decisions
-from tx_async.scheduler.core.fairness import FairQueue
+from tx_async.scheduler.core.fairness import FairQueue, Flow
 from tx_async.scheduler.core.worker_state import WorkerState, error_of
 from tx_async.scheduler.training.history_recorder import HistoryRecorder
 from tx_async.scheduler.training.lanes import Lane, Step
@@ -108,19 +108,20 @@ class MicroBatches:
         rows: list[RowSent] = []
         if not room:
             return rows
-        resident = [
-            self.runs.lanes[model_id] for model_id in worker.training_slots.slots() if model_id in self.runs.ready
-        ]
-        others = {other.flow: other for other in resident if other is not lane}
-        for flow in self.fair.ranked(others):
+        rank_class = self._rank_class(lane, worker.info)
+        candidates: dict[Flow, tuple[Lane, Step]] = {}
+        for model_id in worker.training_slots.slots():
+            other = self.runs.lanes[model_id]
+            candidate = other.next_step() if other is not lane and model_id in self.runs.ready else None
+            same_class = self._rank_class(other, worker.info) == rank_class
+            if candidate is not None and same_class and self._joins(candidate, step, length, worker.info):
+                candidates[other.flow] = other, candidate
+        for flow in self.fair.ranked(candidates):
             if len(rows) == room:
                 break
-            other = others[flow]
-            candidate = other.next_step()
-            same_class = self._rank_class(other, worker.info) == self._rank_class(lane, worker.info)
-            if candidate is not None and same_class and self._joins(candidate, step, length, worker.info):
-                rows += self._take_rows(other, candidate, length, room - len(rows))
-                self.runs.refresh(other)
+            other, candidate = candidates[flow]
+            rows += self._take_rows(other, candidate, length, room - len(rows))
+            self.runs.refresh(other)
         return rows
 
     def _rank_class(self, lane: Lane, info: EngineInfo) -> int:
@@ -131,7 +132,7 @@ class MicroBatches:
         assert isinstance(ours, ForwardBackward) and step.packed is not None
         if not isinstance(theirs, ForwardBackward) or theirs.forward_only != ours.forward_only or candidate.runs_alone:
             return False
-        if not fits(theirs, info):
+        if candidate.packed is None and not fits(theirs, info):
             return False
         self.prepare(candidate, info)
         assert candidate.packed is not None

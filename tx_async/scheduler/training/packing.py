@@ -6,6 +6,7 @@ numbers nor their order can depend on who else is there. Only whole rows of othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -78,26 +79,27 @@ def fill(operations: Sequence[tuple[ForwardBackward, PackedRow] | None], length:
         if entry is not None:
             operation, row = entry
             for number, segment in enumerate(row.segments, start=1):
-                at = {
-                    name: array[r, segment.offset : segment.offset + segment.length] for name, array in arrays.items()
-                }
-                _fill_segment(at, operation, operation.data[segment.datum], number)
+                place = (r, slice(segment.offset, segment.offset + segment.length))
+                _fill_segment(arrays, place, operation, operation.data[segment.datum], number)
     return list(arrays.values())
 
 
-def _fill_segment(at: dict[str, np.ndarray], operation: ForwardBackward, datum: Datum, number: int) -> None:
+def _fill_segment(
+    arrays: dict[str, np.ndarray], place: tuple[int, slice], operation: ForwardBackward, datum: Datum, number: int
+) -> None:
+    """The arrays are zero where nothing is put."""
     inputs, config = datum.loss_fn_inputs, operation.loss_fn_config
-    at["tokens"][:] = np.frombuffer(datum.tokens, np.int32)
-    at["positions"][:] = np.arange(datum.num_tokens)
-    at["segment_ids"][:] = number
-    at["loss_fn"][:] = LOSS_FNS.index(operation.loss_fn)
+    arrays["tokens"][place] = np.frombuffer(datum.tokens, np.int32)
+    arrays["positions"][place] = np.arange(datum.num_tokens)
+    arrays["segment_ids"][place] = number
+    arrays["loss_fn"][place] = LOSS_FNS.index(operation.loss_fn)
     targets = _targets(datum)
-    at["target_tokens"][:, : targets.shape[1]] = targets
+    arrays["target_tokens"][place][:, : targets.shape[1]] = targets
     # Without weights, cross_entropy counts each position once; the other losses do not read them.
     weights = inputs["weights"].numpy().reshape(targets.shape) if "weights" in inputs else np.float32(1)
-    at["weights"][:, : targets.shape[1]] = weights
+    arrays["weights"][place][:, : targets.shape[1]] = weights
     if datum.heads:
-        _fill_heads(at, datum.heads)
+        _fill_heads(arrays["target_tokens"][place], arrays["weights"][place], datum.heads)
     low, high = CLIP_THRESHOLDS.get(operation.loss_fn, (0.0, 0.0))
     defaults = {
         "clip_low_threshold": config.get("clip_low_threshold", low),
@@ -108,22 +110,27 @@ def _fill_segment(at: dict[str, np.ndarray], operation: ForwardBackward, datum: 
         "advantages": 0.0,
     }
     for name, default in defaults.items():
-        at[name][:] = inputs[name].numpy() if name in inputs else default
+        if name in inputs:
+            arrays[name][place] = inputs[name].numpy()
+        elif default:
+            arrays[name][place] = default
 
 
-def _fill_heads(at: dict[str, np.ndarray], heads: SamplerHeads) -> None:
+def _fill_heads(targets: np.ndarray, weights: np.ndarray, heads: SamplerHeads) -> None:
     """Behind the sampled token: the sampler's head, and its probabilities as weights. See `TrainMicroBatch`."""
     positions = np.frombuffer(heads.positions, np.int32)
     columns = slice(1, 1 + heads.k)
-    at["weights"][:] = 0
-    at["target_tokens"][positions, columns] = np.frombuffer(heads.token_ids, np.int32).reshape(-1, heads.k)
-    at["weights"][positions, columns] = np.frombuffer(heads.probabilities, np.float32).reshape(-1, heads.k)
-    at["weights"][positions, 0] = np.frombuffer(heads.is_whole, np.uint8)
+    weights[:] = 0
+    targets[positions, columns] = np.frombuffer(heads.token_ids, np.int32).reshape(-1, heads.k)
+    weights[positions, columns] = np.frombuffer(heads.probabilities, np.float32).reshape(-1, heads.k)
+    weights[positions, 0] = np.frombuffer(heads.is_whole, np.uint8)
 
 
 def _width(datum: Datum) -> int:
     """The number of targets of each position."""
-    return 1 + datum.heads.k if datum.heads else _targets(datum).shape[1]
+    if datum.heads:
+        return 1 + datum.heads.k
+    return math.prod(datum.loss_fn_inputs["target_tokens"].shape) // datum.num_tokens
 
 
 def _targets(datum: Datum) -> np.ndarray:

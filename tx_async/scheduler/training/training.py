@@ -10,6 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from msgspec import Struct
@@ -63,6 +64,10 @@ class StepSent(Struct, frozen=True):
 
 
 TrainingAnswer = RowsSent | StepSent | BaseSent | SnapshotSent
+
+
+def _session_of(flow: Flow) -> Flow:
+    return flow[:SESSION_LEVEL]
 
 
 class Training:
@@ -146,12 +151,9 @@ class Training:
         if worker.reserved_for is not None:
             return False
         lanes = [self.runs.lanes[model_id] for model_id in self.runs.ready]
-        sessions: dict[Flow, list[Lane]] = {}
         flows = {lane.flow: lane for lane in lanes if self._may_run(worker, lane)}
-        for flow in self.fair.order(flows):
-            sessions.setdefault(flow[:SESSION_LEVEL], []).append(flows[flow])
-        for runs in sessions.values():
-            for lane in sorted(runs, key=lambda lane: self._rank(worker, lane)):
+        for _session, runs in groupby(self.fair.order(flows), key=_session_of):  # a session's runs come together
+            for lane in sorted([flows[flow] for flow in runs], key=lambda lane: self._rank(worker, lane)):
                 if self._issue_lane(worker, lane):
                     return True
                 if worker.reserved_for is not None or worker.is_full("train"):
