@@ -77,15 +77,20 @@ def vocabulary(folder: str) -> Vocabulary:
         raise GrammarError("this base model has no tokenizer.json, which grammars need.") from None
 
 
+def new_matcher(vocabulary: Vocabulary, text: str, log_level: int = 0) -> Any:
+    """llguidance's own form of a grammar, which also says whether it failed."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    return LLMatcher(vocabulary.tokens, text, limits=LLParserLimits(**_LIMITS), log_level=log_level)
+
+
 class Grammar:
     """A compiled grammar, before any token of an answer."""
 
     def __init__(self, vocabulary: Vocabulary, text: str):
         """Raises `GrammarError`."""
-        from llguidance import LLMatcher, LLParserLimits
-
         self._vocabulary = vocabulary
-        self._matcher = LLMatcher(vocabulary.tokens, text, limits=LLParserLimits(**_LIMITS), log_level=0)
+        self._matcher = new_matcher(vocabulary, text)
         _check(self._matcher)
 
     def begin(self, ends: Collection[int], vocab_size: int) -> Constraint:

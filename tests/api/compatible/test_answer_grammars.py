@@ -7,6 +7,7 @@ import pytest
 from tests.support.call_texts import TEMPLATES, deepseek, functions, glm, harmony, hermes, llama, mistral
 from tx_async.api.compatible.answer_grammars import AskedAnswer, AskedTool, answer_grammar
 from tx_async.api.compatible.families import family_of
+from tx_async.api.compatible.grammar_ends import check_ends
 from tx_async.api.compatible.parsing import ParsedCall
 from tx_async.grammar import Grammar, GrammarError, Vocabulary
 from tx_async.testing.models import make_byte_tokenizer
@@ -135,3 +136,40 @@ def test_both_dialects_of_grammars_are_read(words_of):
     for grammar in ('root ::= "a" [0-9]+', 'start: "a" N\nN: /[0-9]+/'):
         text = answer_grammar(AskedAnswer(grammar=grammar), words.special)
         assert obeys(words, text, "a12") and not obeys(words, text, "a")
+
+
+def needs(name: str) -> dict:
+    """The schema of an object whose property of that name is such an object again."""
+    return {"type": "object", "required": [name], "properties": {name: {"$ref": "#/$defs/x"}}}
+
+
+NESTED = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}}
+ENDLESS = [
+    ({"grammar": 'root ::= "a" root'}, ""),
+    ({"grammar": 'root ::= "yes" | "a" x\nx ::= "b" x | x "c"'}, ""),
+    ({"grammar": 'start: x\nx: "a" %json {"$ref": "#"}'}, "(#) "),
+    ({"schema": needs("a") | {"$defs": {"x": needs("b")}}}, "(#/$defs/x) "),
+    ({"schema": NESTED | {"$defs": {"x": needs("b")}}}, "(#/$defs/x) "),
+    ({"tools": (AskedTool("f", needs("a") | {"$defs": {"x": needs("b")}}),)}, "(#/$defs/x) "),
+]
+ENDS = [
+    {"grammar": 'root ::= "a" root | "b"'},
+    {"grammar": 'start: x*\nx: "(" x ")" | "y"\nunused: "a" unused'},
+    {"schema": NESTED | {"$defs": {"x": NESTED}}},
+    {"schema": {"anyOf": [{"type": "array", "items": {"$ref": "#"}}, {"enum": []}]}},
+    {"tools": TOOLS},
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), ENDLESS)
+def test_what_may_lead_into_a_rule_without_an_end_is_refused(words_of, fields, named):
+    words = words_of()
+    with pytest.raises(GrammarError) as refused:
+        check_ends(words, answer_grammar(asked("hermes", **fields), words.special))
+    assert refused.value.message.endswith(f"a $ref {named}always leads back to itself."), refused.value.message
+
+
+@pytest.mark.parametrize("fields", ENDS)
+def test_what_comes_back_to_itself_and_can_end_is_not(words_of, fields):
+    words = words_of()
+    check_ends(words, answer_grammar(asked("hermes", **fields), words.special))

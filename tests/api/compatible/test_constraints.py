@@ -120,13 +120,22 @@ CAUSES = [
     ({"grammar": "start: /((/"}, 'at 1(8): invalid regex "((" (in regex): regex parse error: unclosed group.'),
     ({"grammar": "root ::= root"}, "no text obeys it: a rule or a $ref leads only back to itself"),
     (form({"$ref": "#"}), "no text obeys it: a rule or a $ref leads only back to itself"),
+    ({"grammar": "start: X\nX: /a/ & /b/"}, "no text obeys it: a rule or a $ref leads only back to itself"),
+    (
+        {"grammar": 'root ::= "a" root'},
+        "no text ends what it leads into: a rule or a $ref always leads back to itself.",
+    ),
+    (form({"enum": []}), "Unsatisfiable schema: anyOf is empty."),
+    (form({"type": "integer", "minimum": 2, "maximum": 1}), "Unsatisfiable schema: minimum (2) is greater than"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "cause"), CAUSES)
 async def test_a_refusal_says_what_is_wrong_with_the_grammar(ask, fields, cause):
-    _, answer = await ask(COMPLETIONS, **BODIES[COMPLETIONS], **fields)
-    assert answer["error"]["message"].partition(": ")[2].startswith(cause), answer
+    """Before anything runs, also where the answer proper comes after reasoning."""
+    for path in (COMPLETIONS, CHAT):
+        status, answer = await ask(path, **BODIES[path], **fields)
+        assert status == 400 and answer["error"]["message"].partition(": ")[2].startswith(cause), answer
 
 
 async def test_a_schema_that_never_compiles_is_refused_and_the_next_one_is_not(ask, says, scheduler, capfd):

@@ -7,10 +7,13 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import msgspec
 
 from tx_async.api.compatible.answer_grammars import AskedAnswer, answer_grammar
+from tx_async.api.compatible.grammar_ends import check_ends
 from tx_async.grammar import Grammar, GrammarError, Vocabulary, vocabulary
 
 COMPILE_CPU_S = 1.0
@@ -32,21 +35,36 @@ def main(folder: str) -> None:
     _limit_memory()
     decoder, encoder = msgspec.json.Decoder(AskedAnswer), msgspec.json.Encoder()
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_S)  # its signal ends the process
         verdict = Verdict(error=problem) if words is None else judge(decoder.decode(line), words)
-        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(encoder.encode(verdict) + b"\n")
         sys.stdout.buffer.flush()
 
 
 def judge(asked: AskedAnswer, words: Vocabulary) -> Verdict:
-    """Compile it, and begin an answer."""
+    """Compile it, begin an answer, and see whether it can end. What must come after reasoning begins by itself, too:
+    there it would be found out only when the reasoning is over."""
     try:
         text = answer_grammar(asked, words.special)
-        Grammar(words, text).begin([words.end - 1], words.end)
+        with _limited_time():
+            Grammar(words, text).begin([words.end - 1], words.end)
+        if asked.has_body:
+            body = answer_grammar(AskedAnswer(schema=asked.schema, grammar=asked.grammar), words.special)
+            with _limited_time():
+                Grammar(words, body).begin([words.end - 1], words.end)
+        with _limited_time():
+            check_ends(words, text)
     except GrammarError as error:
         return Verdict(error=error.message)
     return Verdict(grammar=text)
+
+
+@contextmanager
+def _limited_time() -> Generator[None]:
+    signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_S)  # its signal ends the process
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _limit_memory() -> None:
