@@ -1,9 +1,13 @@
 """New adapters: A ~ U(±1/√in) from the seed alone, B = 0; and what a slot costs."""
 
+from typing import Any
+
 import jax
 import numpy as np
+import pytest
 
-from tx_async.engine.adapter_slots import slot_bytes
+from tx_async.engine.adapter_slots import SamplerAdapters, slot_bytes, write_slot
+from tx_async.layers.lora import LoraTarget, layers_apart
 from tx_async.testing.engine_bench import assert_same_bits
 
 
@@ -62,3 +66,26 @@ def test_the_two_hundredth_adapter_costs_what_the_first_did(bench):
         bench.create(number % 4, seed=number)
     assert bench.engine.num_compilations == compiled
     assert len(jax.live_arrays()) <= arrays + 2
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_sampler_slot_is_loaded_in_place(apart):
+    """Whether its layers are stacked or a list, no array is copied, and the other slots stay as they were."""
+    targets = {"layers": {"q": LoraTarget("attn", 8, 16, ("a", "b", "c"))}}
+    slots = SamplerAdapters(targets, num_slots=4, rank=2, apart=apart)
+    load = jax.jit(write_slot, donate_argnums=0)
+    rng = np.random.default_rng(0)
+    loaded = []
+    for slot in (2, 0):
+        adapter = tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((3, 8, 2), (3, 2, 16)))
+        where = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(slots.weights)]
+        slots.load(slot, load(slots.weights, np.int32(slot), {"layers": {"q": adapter}}), 0.5)
+        assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(slots.weights)] == where
+        loaded.append((slot, adapter))
+    expected = tuple(np.zeros((3, 4, *x.shape[1:]), np.float32) for x in loaded[0][1])
+    for slot, adapter in loaded:
+        for stack, one in zip(expected, adapter, strict=True):
+            stack[:, slot] = one
+    whole: Any = {"layers": {"q": expected}}
+    jax.tree.map(np.testing.assert_array_equal, slots.weights, layers_apart(whole) if apart else whole)
+    assert slots.scale.tolist() == [0.5, 0, 0.5, 0]

@@ -9,7 +9,7 @@ import pytest
 
 from tx_async.engine import sampler
 from tx_async.engine.sampler import Choices, sample, stream_key
-from tx_async.layers.lora import LoraActive, LoraGrouped, tiles
+from tx_async.layers.lora import LoraActive, LoraGrouped, layer_slice, layers_apart, tiles
 
 ROWS, VOCAB = 8, 1003
 
@@ -69,8 +69,7 @@ def lora(row_adapter: np.ndarray, slots: int = 5):
 @partial(jax.jit, static_argnums=0)
 def deltas(kind, data, x):
     adapters = kind(*data)
-    pair = jax.tree.map(lambda layer: layer[1], adapters.weights["s"])
-    return adapters.deltas(pair, ("q",), x)[0]
+    return adapters.deltas(layer_slice(adapters.weights["s"], 1), ("q",), x)[0]
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -82,3 +81,13 @@ def test_grouped_adapters_give_each_row_its_own(rows, length):
     np.testing.assert_allclose(grouped, plain, rtol=1e-5, atol=1e-5)
     assert np.isnan(grouped[row_adapter == 3]).all() and np.isfinite(grouped[row_adapter != 3]).all()
     assert (grouped[row_adapter == -1] == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("kind", [LoraActive, LoraGrouped])
+def test_adapters_in_lists_of_layers_are_those_in_stacks(kind, length):
+    row_adapter = np.array([3, 1, -1, 1, 0, 2, 4], np.int32)
+    x = np.random.default_rng(3).standard_normal((len(row_adapter), length, 16)).astype(np.float32)
+    stacks, *rest = lora(row_adapter)
+    in_lists = layers_apart(jax.tree.map(jnp.asarray, stacks))
+    np.testing.assert_array_equal(deltas(kind, (in_lists, *rest), x), deltas(kind, (stacks, *rest), x))

@@ -75,7 +75,7 @@ def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(c
     scale, rows = jnp.full(2, LORA_ALPHA / CONFIG.rank), jnp.array([1, -1, 0], jnp.int32)
     start, adapter_of_tile, num_tiles = tiles(np.asarray(rows))
     lora = LoraActive(
-        stacks=stacked,
+        slots=stacked,
         scale=scale,
         active=jnp.array([0, 1], jnp.int32),
         num_active=jnp.int32(2),

@@ -1,9 +1,10 @@
-"""Adapters on the device: training slots and sampler slots, two stacks that share nothing.
+"""Adapters on the device: training slots and sampler slots, which share nothing.
 
 A slot's index is an axis of every array (`[layers, slots, in, rank]`), so which adapter a program touches is data.
-Ranks below the stack's are padded with zeros, as are the matrices of a group that is not trained. They stay zero: A =
-0 makes B's gradient zero and the other way round, and the optimizer takes no step where its moment is zero. Every
-change replaces the stacks (donated, so in place); a slot that is created or loaded is overwritten whole.
+Sampler slots are lists of layers (`[slots, in, rank]` each) where the base model's layers are. Ranks below the slots'
+are padded with zeros, as are the matrices of a group that is not trained. They stay zero: A = 0 makes B's gradient zero
+and the other way round, and the optimizer takes no step where its moment is zero. Every change replaces the arrays
+(donated, so in place); a slot that is created or loaded is overwritten whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from tx_async.engine.allocation import Allocate, on_device
-from tx_async.layers.lora import LoraTarget, LoraWeights, by_path, init_weights
+from tx_async.layers.lora import LoraTarget, LoraWeights, by_path, init_weights, is_list, layers_apart
+from tx_async.layers.sharding import of_one_layer
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 Targets = dict[str, dict[str, LoraTarget]]
@@ -73,13 +75,15 @@ def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraW
     return by_path(lambda _, ab: (read(ab[0], -1), read(ab[1], -2)), stack)
 
 
-def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
+def write_slot(slots: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
     """Write an adapter into a slot. What lies above its rank stays as it is."""
 
-    def write(x: Array, one: Array) -> Array:
+    def write(x: Any, one: Array) -> Any:
+        if is_list(x):
+            return [write(layer[None], one[i : i + 1])[0] for i, layer in enumerate(x)]
         return jax.lax.dynamic_update_slice(x, one[:, None].astype(x.dtype), at(slot, x))
 
-    return jax.tree.map(write, stack, adapter)
+    return jax.tree.map(write, slots, adapter, is_leaf=is_list)
 
 
 def at(slot: Array, stack: Array) -> list[Array | int]:
@@ -185,12 +189,13 @@ def lora_scale(rank: int) -> float:
     return LORA_ALPHA / rank
 
 
-def _sampler_zeros(targets: Targets, num_slots: int, rank: int, dtype: Any) -> LoraWeights:
+def _sampler_zeros(targets: Targets, num_slots: int, rank: int, dtype: Any, apart: bool = False) -> LoraWeights:
     narrow = lambda path, ab: ab if path[0] == "head" else tuple(x.astype(dtype) for x in ab)  # noqa: E731
-    return by_path(narrow, init_weights(targets, num_slots, rank))
+    zeros = by_path(narrow, init_weights(targets, num_slots, rank))
+    return layers_apart(zeros) if apart else zeros
 
 
-class SamplerStacks:
+class SamplerAdapters:
     """The adapter versions in the sampler slots. Both fields are replaced, never changed: running quanta may read
     them."""
 
@@ -202,14 +207,19 @@ class SamplerStacks:
         sharding: Any = None,
         allocate: Allocate = on_device,
         dtype: Any = jnp.float32,
+        apart: bool = False,
     ):
-        """sharding: `LoraWeights` of shardings; None is the default device. dtype: the base model's; its products take
-        A and B in it. The unembedding's products are in fp32, so its A and B stay in fp32."""
-        self.weights: LoraWeights = allocate(partial(_sampler_zeros, targets, num_slots, rank, dtype), sharding)
+        """sharding: of stacks, `LoraWeights` of shardings; None is the default device. dtype: the base model's; its
+        products take A and B in it. The unembedding's products are in fp32, so its A and B stay in fp32. apart: the
+        layers are lists, as the base model's are; out of stacks each step would copy every layer of every slot, since a
+        kernel takes whole arrays."""
+        make = partial(_sampler_zeros, targets, num_slots, rank, dtype, apart)
+        self.sharding = jax.tree.map(of_one_layer, sharding) if apart else sharding
+        self.weights: LoraWeights = allocate(make, self.sharding)
         #: fp32 [slots], on the host: each quantum takes it as data
         self.scale: Any = np.zeros(num_slots, np.float32)
 
     def load(self, slot: int, weights: LoraWeights, scale: float) -> None:
-        """Replace the stacks. weights: with the adapter already in `slot`; scale: the adapter's (`lora_scale`)."""
+        """Replace the arrays. weights: with the adapter already in `slot`; scale: the adapter's (`lora_scale`)."""
         self.weights, self.scale = weights, self.scale.copy()
         self.scale[slot] = scale

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from msgspec import structs
 
 from tx_async.engine import adapter_slots, batch, compilation, memory_plan, mesh, optimizer, platform, train
-from tx_async.engine.adapter_slots import Creation, SamplerStacks, TrainingState, pad
+from tx_async.engine.adapter_slots import Creation, SamplerAdapters, TrainingState, pad
 from tx_async.engine.ahead import is_rare, likeliest
 from tx_async.engine.allocation import Allocate, on_device
 from tx_async.engine.batch import RowBatch, row_batch
@@ -118,7 +118,8 @@ class JaxEngine:
         self.platform = on or platform.current()
         self._counter = CompilationCounter()
         self.base_model_digest = base_model_digest
-        if self.platform.layers_apart and holds_whole_layers(model.mesh):
+        apart = self.platform.layers_apart and holds_whole_layers(model.mesh)
+        if apart:
             params = layers_apart(params)
         self.model, self.params = model, params
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
@@ -154,9 +155,8 @@ class JaxEngine:
         writes = jax.process_index() == 0
         self.checkpoints = Checkpoints(store, model, config.max_lora_rank, self.lora_rank_limit, writes=writes)
         dtype = jax.tree.leaves(params)[0].dtype
-        self.samplers = SamplerStacks(
-            self.targets, config.max_sampler_adapters, config.max_lora_rank, self.cut, allocate, dtype
-        )
+        num_slots, rank = config.max_sampler_adapters, config.max_lora_rank
+        self.samplers = SamplerAdapters(self.targets, num_slots, rank, self.cut, allocate, dtype, apart)
         self.overlaps = self.platform.overlaps and model.mesh is None
         stream = OwnStream("sampling") if self.overlaps else SameStream()
         lora, handed_in = self.samplers, (self.platform, allocate, self.kernels)
@@ -372,7 +372,7 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
     one = jax.eval_shape(adapter_slots.read_state, state, slot)
     adam, creation = Adam.of(wire.AdamParams()), Creation.of(wire.AdapterConfig(rank=1))
     create_adapter = partial(adapter_slots.create_adapter, engine.targets)
-    samplers, whole, cut, cut_state = engine.samplers.weights, engine.replicated, engine.cut, engine.cut_state
+    samplers, whole, cut_state = engine.samplers, engine.replicated, engine.cut_state
     changes = partial(Program, donate=(0,), out_shardings=cut_state)
     reads = partial(Program, out_shardings=whole)
     listed = [
@@ -393,7 +393,11 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
         changes("load_state", adapter_slots.write_state, (state, slot, one)),
         changes("load_weights", adapter_slots.load_weights, (state, slot, one.weights)),
         Program(
-            "load_sampler", adapter_slots.write_slot, (samplers, slot, one.weights), donate=(0,), out_shardings=cut
+            "load_sampler",
+            adapter_slots.write_slot,
+            (samplers.weights, slot, one.weights),
+            donate=(0,),
+            out_shardings=samplers.sharding,
         ),
     ]
     return {program.name: program for program in listed}

@@ -2,7 +2,8 @@
 
 `weights[stack][name] = (A, B)`: stacked over the layers of a stack, then over adapters, so that a scan over layers
 slices both. A: [layers, adapters, in, rank], B: [layers, adapters, rank, out], both fp32. Experts have one more axis:
-A [layers, adapters, experts, in, rank].
+A [layers, adapters, experts, in, rank]. Where the base model's layers are a list, A and B may be lists of layers, too
+(`layers_apart`).
 
 There are two ways to apply them, with one interface (`deltas`):
 - `LoraRows` (training): the adapter axis is the row axis, A is already gathered per row; differentiable per row.
@@ -27,7 +28,7 @@ from jax.sharding import PartitionSpec
 
 from tx_async.layers.residuals import keep
 
-LoraWeights = dict[str, dict[str, tuple[Array, Array]]]
+LoraWeights = dict[str, dict[str, tuple[Any, Any]]]
 LayerLora = dict[str, tuple[Array, Array]]
 """One layer's slice: name -> (A [adapters, in, rank], B [adapters, rank, out])."""
 
@@ -167,20 +168,25 @@ def tiles(row_adapter: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 @struct.dataclass
-class PairOfLayer:
-    """Where one layer's A and B lie. A scan over layers slices these numbers, not the adapters of every slot."""
+class InStack:
+    """Where one layer's A and B lie in their stacks. A scan over layers slices these numbers, not the adapters of every
+    slot."""
 
     layer: Array
     stack: str = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False)
 
 
+PairOfLayer = InStack | tuple[Array, Array]
+"""One layer's A [adapters, in, rank] and B [adapters, rank, out], or where they lie."""
+
+
 @struct.dataclass
 class LoraActive:
     """Sampling: rows choose among the adapters in the sampler slots."""
 
-    stacks: LoraWeights
-    """Of every slot."""
+    slots: LoraWeights
+    """A and B of every slot: stacks of layers, or lists of them."""
     scale: Array
     """[adapters] fp32."""
     active: Array
@@ -195,26 +201,31 @@ class LoraActive:
     """[R] int32: the adapter of each row; -1 = none."""
 
     @property
-    def weights(self) -> dict[str, dict[str, PairOfLayer]]:
-        """What models scan over in place of `stacks`, from which only active adapters are ever read."""
-        return by_path(lambda path, ab: PairOfLayer(jnp.arange(ab[0].shape[0]), *path), self.stacks)
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """What models go over layer by layer: lists as they are, and in place of stacks the numbers of their layers, so
+        that only active adapters are ever read from them."""
+
+        def of_layers(path: tuple[str, str], ab: tuple[Any, Any]) -> Any:
+            return ab if isinstance(ab[0], list) else InStack(jnp.arange(ab[0].shape[0]), *path)
+
+        return by_path(of_layers, self.slots)
 
     def of_experts(self, layer: dict[str, PairOfLayer]) -> ExpertLora:
-        pairs = {name: self.stacks[pair.stack][pair.name] for name, pair in layer.items()}
-        index = next((pair.layer for pair in layer.values()), None)
-        return ExpertLora(pairs, self.scale, self.row_adapter, index)
+        pairs = {name: self._matrices(pair)[:2] for name, pair in layer.items()}
+        places = (self._matrices(pair)[2] for pair in layer.values())
+        return ExpertLora(pairs, self.scale, self.row_adapter, *next(places, ()))
 
     def per_row(self, pair: PairOfLayer, function: RowFunction, x: Array) -> Array:
-        a, b = self.stacks[pair.stack][pair.name]
+        def rows_of(adapter: Array) -> Array:
+            pair_of_one = self._adapter(pair, adapter, x.dtype, self._widest([pair]))
+            return jax.vmap(partial(function, *pair_of_one, self.scale[adapter]))(x)
 
         def add_one(i: Array, total: Array) -> Array:
             adapter = self.active[i]
-            pair_of_one = self._adapter(pair, adapter, x.dtype, a.shape[-1])
-            rows = jax.vmap(partial(function, *pair_of_one, self.scale[adapter]))(x)
-            return jnp.where(self._mine(adapter, total.ndim), rows, total)
+            return jnp.where(self._mine(adapter, total.ndim), rows_of(adapter), total)
 
-        one = jax.eval_shape(function, a[0, 0], b[0, 0], self.scale[0], x[0])
-        return jax.lax.fori_loop(0, self.num_active, add_one, jnp.zeros((x.shape[0], *one.shape), x.dtype))
+        shape = jax.eval_shape(rows_of, self.active[0]).shape
+        return jax.lax.fori_loop(0, self.num_active, add_one, jnp.zeros(shape, x.dtype))
 
     def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
         """One adapter takes the whole batch at once; several take tiles of a few rows, so that each row is computed
@@ -242,10 +253,13 @@ class LoraActive:
 
     def by_inputs(self, layer: dict[str, PairOfLayer], name: str) -> tuple[tuple[Any, Any], Any]:
         pair = layer[name]
-        lora = replace(self, stacks={pair.stack: {pair.name: self.stacks[pair.stack][pair.name]}})
+        a, b, place = self._matrices(pair)
+        lora = replace(self, slots={pair.stack: {pair.name: (a, b)}} if isinstance(pair, InStack) else {})
         specs: Any = jax.tree.map(lambda _: PartitionSpec(), (lora, {name: pair}))
-        stacks = by_path(lambda *_: (PartitionSpec(None, None, "tensor"), PartitionSpec()), lora.stacks)
-        return (lora, {name: pair}), (replace(specs[0], stacks=stacks), specs[1])
+        of_pair = PartitionSpec(*[None] * len(place), None, "tensor"), PartitionSpec()
+        if isinstance(pair, InStack):
+            return (lora, {name: pair}), (replace(specs[0], slots=by_path(lambda *_: of_pair, lora.slots)), specs[1])
+        return (lora, {name: pair}), (specs[0], {name: of_pair})
 
     def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
         return self._deltas_of_rank(pairs, adapter, x, self._widest(pairs))
@@ -254,7 +268,7 @@ class LoraActive:
         return [self._delta(pair, adapter, x, rank) for pair in pairs]
 
     def _widest(self, pairs: list[PairOfLayer]) -> int:
-        return self.stacks[pairs[0].stack][pairs[0].name][0].shape[-1]
+        return self._matrices(pairs[0])[0].shape[-1]
 
     def _delta(self, pair: PairOfLayer, adapter: Array, x: Array, rank: int) -> Array:
         a, b = self._adapter(pair, adapter, x.dtype, rank)
@@ -263,24 +277,27 @@ class LoraActive:
         return jnp.einsum("rlk,ko->rlo", low, b)
 
     def _out_features(self, pair: PairOfLayer) -> int:
-        return self.stacks[pair.stack][pair.name][1].shape[-1]
+        return self._matrices(pair)[1].shape[-1]
 
     def _mine(self, adapter: Array, ndim: int) -> Array:
         return (self.row_adapter == adapter).reshape(-1, *[1] * (ndim - 1))
 
     def _adapter(self, pair: PairOfLayer, adapter: Array, dtype: Any, rank: int) -> list[Array]:
         """A [in, rank] and B [rank, out] of one adapter in one layer."""
-        a, b = self.stacks[pair.stack][pair.name]
+        a, b, place = self._matrices(pair)
+        at = (*place, adapter)
 
         def read(w: Array, shape: tuple[int, int]) -> Array:
-            return jax.lax.dynamic_slice(w, (pair.layer, adapter, 0, 0), (1, 1, *shape))[0, 0].astype(dtype)
+            piece = jax.lax.dynamic_slice(w, (*at, 0, 0), (*[1] * len(at), *shape))
+            return piece.reshape(shape).astype(dtype)
 
-        return [read(a, (a.shape[2], rank)), read(b, (rank, b.shape[3]))]
+        return [read(a, (a.shape[-2], rank)), read(b, (rank, b.shape[-1]))]
 
-    def _whole_layer(self, pair: PairOfLayer) -> tuple[Array, Array]:
-        a, b = self.stacks[pair.stack][pair.name]
-        index = partial(jax.lax.dynamic_index_in_dim, index=pair.layer, keepdims=False)
-        return index(a), index(b)
+    def _matrices(self, pair: PairOfLayer) -> tuple[Array, Array, tuple[Array, ...]]:
+        """(A, B, the place of this layer in them: of a stack its number, else nothing)"""
+        if isinstance(pair, InStack):
+            return *self.slots[pair.stack][pair.name], (pair.layer,)
+        return *pair, ()
 
 
 @struct.dataclass
@@ -297,19 +314,21 @@ class LoraGrouped(LoraActive):
 
     def per_row(self, pair: PairOfLayer, function: RowFunction, x: Array) -> Array:
         own = jnp.maximum(self.row_adapter, 0)
-        a, b = (w[pair.layer, own].astype(x.dtype) for w in self.stacks[pair.stack][pair.name])
+        *matrices, place = self._matrices(pair)
+        a, b = (w[*place, own].astype(x.dtype) for w in matrices)
         rows = jax.vmap(function)(a, b, self.scale[own], x)
         return jnp.where(self._adapted(rows.ndim), rows, 0)
 
     def _of_all(self, pair: PairOfLayer, x: Array) -> Array:
         """x [R, in] -> [R, out]"""
-        adapters, place = self._adapters_here(x.shape[0])
-        a, b = (w if adapters is None else w[adapters] for w in self._whole_layer(pair))
+        adapters, places = self._adapters_here(x.shape[0])
+        *matrices, layer = self._matrices(pair)
+        a, b = (w[layer] if adapters is None else w[layer][adapters] for w in matrices)
         scale = self.scale if adapters is None else self.scale[adapters]
         low = jnp.einsum("rd,sdk->srk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
         low = (low * scale[:, None, None]).astype(x.dtype)
         of_all = jnp.einsum("srk,sko->sro", low, b.astype(x.dtype))
-        mine = of_all[place, jnp.arange(x.shape[0])]
+        mine = of_all[places, jnp.arange(x.shape[0])]
         return jnp.where(self._adapted(mine.ndim), mine, 0)
 
     def _adapted(self, ndim: int) -> Array:
@@ -336,9 +355,20 @@ def init_weights(targets: dict[str, dict[str, LoraTarget]], num_adapters: int, r
     return jax.tree.map(pair, targets, is_leaf=lambda node: isinstance(node, LoraTarget))
 
 
-def layer_slice(weights: dict[str, Any]) -> dict[str, Any]:
-    """A stack of one layer (the unembedding) without its layer axis."""
-    return jax.tree.map(lambda w: w[0], weights)
+def layer_slice(weights: Any, layer: int = 0) -> Any:
+    """One layer's part of stacked arrays, or of lists of layers; by default of a stack of one layer (the
+    unembedding)."""
+    return jax.tree.map(lambda w: w[layer], weights, is_leaf=is_list)
+
+
+def layers_apart(weights: LoraWeights) -> LoraWeights:
+    """Stacked A and B as lists of layers."""
+    return by_path(lambda _, ab: tuple(list(w) for w in ab), weights)
+
+
+def is_list(node: Any) -> bool:
+    """Whether it holds layers one by one."""
+    return isinstance(node, list)
 
 
 def by_path(function: Callable[[tuple[str, str], Any], Any], tree: Any) -> Any:

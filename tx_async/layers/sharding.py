@@ -37,6 +37,11 @@ def weight_sharding(weight: Weight, mesh: Mesh | None) -> Sharding:
     return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, spec_of(weight, mesh))
 
 
+def of_one_layer(stack: Sharding) -> Sharding:
+    """The sharding of each layer of a stack, which is never cut along its layers."""
+    return NamedSharding(stack.mesh, PartitionSpec(*stack.spec[1:])) if isinstance(stack, NamedSharding) else stack
+
+
 def gathered_spec_of(weight: Weight, mesh: Mesh) -> PartitionSpec:
     """How one layer of a leaf is used: whole along `fsdp`."""
     return PartitionSpec(*(None if axis == "fsdp" else axis for axis in _layer_axes(weight, mesh)))

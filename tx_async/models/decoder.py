@@ -17,10 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tx_async.layers.attention import Attend, Cache
 from tx_async.layers.block import ForwardPass, Layer, Mlp
 from tx_async.layers.cpu import OutFirst
-from tx_async.layers.lora import Lora, LoraTarget
+from tx_async.layers.lora import Lora, LoraTarget, layer_slice
 from tx_async.layers.norm import RmsNorm
 from tx_async.layers.residuals import KEPT_ONLY
-from tx_async.layers.sharding import gathered_spec_of
+from tx_async.layers.sharding import gathered_spec_of, of_one_layer
 from tx_async.layers.weights import Dim, Stack, Weight, stacks_of
 
 Params = dict[str, Any]
@@ -232,9 +232,7 @@ def layers_apart(params: Params) -> Params:
     """The same weights as a list of layers for each stack. The stacks are gone afterwards and their memory is free."""
 
     def apart(x: Any) -> list[Any]:
-        sharding = x.sharding
-        if isinstance(sharding, NamedSharding):  # no stack is cut along its layers
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        sharding = of_one_layer(x.sharding)
         if isinstance(x, jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)] * x.shape[0]
         take = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=sharding)
@@ -249,15 +247,10 @@ def layers_apart(params: Params) -> Params:
     return {name: of_stack(x) if isinstance(x, dict) else x for name, x in params.items()}
 
 
-def _of_layer(lora: Any, index: int) -> Any:
-    """One layer's part of stacked arrays, or of lists of layers."""
-    return jax.tree.map(lambda x: x[index], lora, is_leaf=lambda x: isinstance(x, list))
-
-
 def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...]) -> tuple[Array, Cache]:
     """A scan over layers whose weights are a list."""
     body = jax.jit(body)  # traced once for all layers; the compiler inlines it at each call
     for i in range(len(layers[0][0])):
-        of_layer = tuple((index[i], w[i], _of_layer(lora, i)) for index, w, lora in layers)
+        of_layer = tuple((index[i], w[i], layer_slice(lora, i)) for index, w, lora in layers)
         carry, _ = body(carry, of_layer)
     return carry
