@@ -10,7 +10,7 @@ from tx_async.engine import decode
 from tx_async.engine.platform import current
 from tx_async.errors import InvalidRequest
 from tx_async.wire.operations import SUPPORT_TOKENS_MAX
-from tx_async.wire.worker import PromptScores
+from tx_async.wire.worker import PromptScores, SampleQuantum
 
 VOCAB = 256
 BOUND = 1e-4
@@ -189,7 +189,8 @@ def test_two_quanta_in_flight_give_what_one_at_a_time_gives(bench):
     ids = [bench.admit(p, temperature=1.0, seed=i, max_tokens=20) for i, p in enumerate(prompts(10))]
     outcomes, pending = {}, []
     while len(outcomes) < len(ids):
-        pending.append(bench.engine.quantum(4, 64, bench.weights, bench.scale))
+        quantum = SampleQuantum(decode_steps=4, prefill_tokens=64)
+        pending.append(bench.engine.quantum(quantum, bench.weights, bench.scale))
         if len(pending) > 2:
             reply, tensors = pending.pop(0)()
             outcomes |= {finished.sequence_id: tensors[finished.tokens_index] for finished in reply.finished}

@@ -36,9 +36,9 @@ def admit(
     return sample
 
 
-def quantum(line: Sequences) -> list[int]:
+def quantum(line: Sequences, only_first_tokens: bool = False) -> list[int]:
     """-> sequence_ids that decoded; those at their limit have left."""
-    decoding = list(line.schedule(STEPS, 64).decoding)
+    decoding = list(line.schedule(STEPS, 64, only_first_tokens).decoding)
     for sample in decoding:
         sample.tokens += [0] * min(STEPS, sample.limit - len(sample.tokens))
         sample.num_computed = len(sample.tokens) - 1
@@ -119,6 +119,17 @@ def test_watched_ones_decode_in_every_quantum_and_leave_a_quarter_of_the_places(
     turns = [quantum(line) for _ in range(6)]
     assert all(sum(number >= 32 for number in turn) == 6 for turn in turns)
     assert set().union(*turns) >= set(range(32, 50))
+
+
+def test_a_quantum_for_first_tokens_leaves_out_who_has_one_or_is_not_watched():
+    line = sequences(num_decoding_max=8)
+    for number in range(3):
+        admit(line, number, max_tokens=100, stream=number == 0)
+    assert quantum(line) == [0, 1, 2]
+    admit(line, 3, max_tokens=100)
+    admit(line, 4, max_tokens=100, stream=True)
+    assert quantum(line, only_first_tokens=True) == [4]
+    assert quantum(line, only_first_tokens=True) == [0, 1, 2, 3, 4], "nobody waits for a first token"
 
 
 def test_watched_ones_wait_and_prefill_before_others_and_give_way_last():

@@ -28,9 +28,13 @@ def test_the_first_token_does_not_wait_for_a_whole_quantum_and_others_do_not_wai
             stage.step()
     stage.ask(stage.sampler(), max_tokens=6)
     stage.run()
-    steps = [command.decode_steps for command in stage.executed if isinstance(command, SampleQuantum)]
-    assert steps[0] == 1 and (1, 1) not in pairwise(steps) and set(steps) == {1, INFO.decode_steps}
-    assert steps.count(1) >= 2
+    quanta = [command for command in stage.executed if isinstance(command, SampleQuantum)]
+    assert {(quantum.decode_steps, quantum.only_first_tokens) for quantum in quanta} == {
+        (1, True),
+        (INFO.decode_steps, False),
+    }
+    first = [quantum.only_first_tokens for quantum in quanta]
+    assert first[0] and (True, True) not in pairwise(first) and sum(first) >= 2
 
 
 def test_nothing_of_it_reaches_the_journal_and_nothing_is_left_of_it(stage: Stage):

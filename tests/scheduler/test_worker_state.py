@@ -93,3 +93,17 @@ def test_who_waited_goes_on_at_once_when_the_other_has_no_more():
 def test_a_failure_has_one_of_a_few_causes(error, message, cause):
     category = "user" if cause == "user" else "server"
     assert cause_of(CommandFailed(number=1, category=category, message=message, error=error)) == cause
+
+
+def test_while_clients_read_along_a_quantum_lasts_no_longer_than_they_should_wait():
+    info = msgspec.structs.replace(INFO, decode_steps=16)
+    worker = WorkerState("w0", info, frozenset({"sample"}), Policy(live_quantum_ms=100.0))
+
+    def steps(is_read_along: bool) -> int:
+        return worker.next_quantum(begins_watched=False, is_read_along=is_read_along).decode_steps
+
+    assert steps(is_read_along=True) == 16, "nobody knows yet how long a step takes"
+    for step_ms, wanted in ((1.0, 16), (20.0, 5), (140.0, 1), (9_000.0, 1)):
+        worker.took(4, 4 * step_ms)
+        assert steps(is_read_along=True) == wanted
+        assert steps(is_read_along=False) == 16

@@ -204,8 +204,8 @@ class ChainEngine:
                 for sequence_id in ids:
                     self.sequences.pop(sequence_id, None)
                     self.decoded.pop(sequence_id, None)
-            case SampleQuantum(decode_steps=steps):
-                return self._sample(steps)
+            case SampleQuantum():
+                return self._sample(command)
         return Done(), []
 
     def finish_save(self, key: str) -> None:
@@ -259,12 +259,16 @@ class ChainEngine:
         self.training[slot] = (owner, adapter.stepped(learning_rate))
         return Stepped(metrics={"weights": float(self.training[slot][1].visible)}, step=self.training[slot][1].step)
 
-    def _sample(self, steps: int) -> tuple[Result, list[np.ndarray]]:
+    def _sample(self, quantum: SampleQuantum) -> tuple[Result, list[np.ndarray]]:
+        steps = quantum.decode_steps
         tensors: list[np.ndarray] = []
         finished: list[FinishedSequence] = []
         pieces: list[SequencePiece] = []
         progress: list[tuple[int, int]] = []
-        for sequence_id, (spec, prompt) in list(self.sequences.items()):
+        decoding = list(self.sequences.items())
+        if quantum.only_first_tokens:
+            decoding = [item for item in decoding if item[1][0].stream and not self.decoded[item[0]]] or decoding
+        for sequence_id, (spec, prompt) in decoding:
             start = self.decoded[sequence_id]
             self.decoded[sequence_id] += steps
             progress.append((sequence_id, steps))

@@ -61,7 +61,15 @@ from tx_async.errors import Category, InvalidRequest
 from tx_async.grammar import Constraint, GrammarError, compiled, vocabulary
 from tx_async.layers.lora import LoraWeights
 from tx_async.wire.operations import SUPPORT_TOKENS_MAX, is_shaped
-from tx_async.wire.worker import BASE_SLOT, EngineConfig, FinishedSequence, Sampled, SequencePiece, SequenceSpec
+from tx_async.wire.worker import (
+    BASE_SLOT,
+    EngineConfig,
+    FinishedSequence,
+    Sampled,
+    SampleQuantum,
+    SequencePiece,
+    SequenceSpec,
+)
 from tx_async.worker.engine_api import Pending, Reply
 
 CACHE_BYTES = 1 << 30
@@ -183,12 +191,13 @@ class SamplingEngine:
             self._settle_last()
             self.sequences.cancel(sequence_ids)
 
-    def quantum(self, decode_steps: int, prefill_tokens: int, lora_weights: LoraWeights, lora_scale: Array) -> Pending:
+    def quantum(self, command: SampleQuantum, lora_weights: LoraWeights, lora_scale: Array) -> Pending:
         """Dispatch one quantum."""
-        steps = min(decode_steps or self.decode_steps, self.decode_steps)
+        steps = min(command.decode_steps or self.decode_steps, self.decode_steps)
+        prefill_tokens = max(command.prefill_tokens, self.layout.page_size)
         with self._lock:
             self._settle_last()
-            schedule = self.sequences.schedule(steps, max(prefill_tokens, self.layout.page_size))
+            schedule = self.sequences.schedule(steps, prefill_tokens, command.only_first_tokens)
             quantum = Quantum(schedule, _prefill_progress(schedule), time.monotonic())
             self.stream.run(self._dispatch, quantum, steps, lora_weights, lora_scale)
             self._last = quantum

@@ -267,8 +267,7 @@ class JaxEngine:
                 self.sampling.cancel(command.sequence_ids)
                 return _done
             case wire.SampleQuantum():
-                steps, prefill = command.decode_steps, command.prefill_tokens
-                return self.sampling.quantum(steps, prefill, self.samplers.weights, self.samplers.scale)
+                return self.sampling.quantum(command, self.samplers.weights, self.samplers.scale)
 
     # ---- training
 

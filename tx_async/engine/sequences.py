@@ -191,8 +191,9 @@ class Sequences:
 
     # ---- one quantum
 
-    def schedule(self, decode_steps: int, prefill_tokens: int) -> Schedule:
-        """Decide a quantum. Afterwards `num_computed` counts what its prefill will have computed."""
+    def schedule(self, decode_steps: int, prefill_tokens: int, only_first_tokens: bool = False) -> Schedule:
+        """Decide a quantum (see `SampleQuantum`). Afterwards `num_computed` counts what its prefill will have
+        computed."""
         schedule = Schedule()
         self.states.begin()
         self._leave_windows()
@@ -202,14 +203,16 @@ class Sequences:
             self._admit_waiting(decode_steps, budget, schedule)
         self.cache.release(self._held)
         self._held = []
-        schedule.decoding = self._decoding()
+        schedule.decoding = self._decoding(only_first_tokens)
         return schedule
 
-    def _decoding(self) -> list[SequenceState]:
+    def _decoding(self, only_first_tokens: bool) -> list[SequenceState]:
         """Which sequences decode now. Where not all can, up to three quarters of the places go to watched sequences,
         those that waited longest first."""
         self._turn += 1
         ready = [sample for sample in self.running if sample.num_to_prefill == 0]
+        if only_first_tokens:
+            ready = list(filter(_awaits_first_token, ready)) or ready
         if len(ready) > self.num_decoding_max:
             watched = sorted(filter(_is_watched, ready), key=lambda sample: (sample.last_turn, sample.order))
             watched = watched[: self.num_decoding_max - self.num_decoding_max // 4]
@@ -429,6 +432,10 @@ class Sequences:
 
 def _is_watched(sample: SequenceState) -> bool:
     return sample.spec.stream
+
+
+def _awaits_first_token(sample: SequenceState) -> bool:
+    return sample.spec.stream and len(sample.tokens) == sample.num_prompt
 
 
 def prompt_key(spec: SequenceSpec, prompt: Sequence[int] | np.ndarray) -> PromptKey:

@@ -208,8 +208,8 @@ class FakeEngine:
             case CancelSequences(sequence_ids=ids):
                 for sequence_id in ids:
                     self._sequences.pop(sequence_id, None)
-            case SampleQuantum(decode_steps=decode_steps, prefill_tokens=prefill_tokens):
-                return self._sample(decode_steps, prefill_tokens)
+            case SampleQuantum():
+                return self._sample(command)
         return Done(), []
 
     def _adapter(self, slot: int) -> Adapter:
@@ -284,7 +284,7 @@ class FakeEngine:
             spec, tensors[spec.prompt_index].copy(), targets, time.monotonic()
         )
 
-    def _sample(self, decode_steps: int, prefill_tokens: int) -> Reply:
+    def _sample(self, quantum: SampleQuantum) -> Reply:
         finished: list[FinishedSequence] = []
         failed: list[tuple[int, Category, str]] = []
         progress: list[tuple[int, int]] = []
@@ -292,8 +292,9 @@ class FakeEngine:
         tensors: list[np.ndarray] = []
         began_at = time.monotonic()
         running = list(self._sequences.values())[: self.config.sample_max_num_sequences]
-        budget = prefill_tokens
-        for sequence in running:
+        newcomers = [sequence for sequence in running if sequence.spec.stream and not sequence.tokens]
+        budget = quantum.prefill_tokens
+        for sequence in newcomers if quantum.only_first_tokens and newcomers else running:
             chunk = min(budget, len(sequence.prompt) - sequence.prefilled)
             sequence.prefilled += chunk
             budget -= chunk
@@ -303,7 +304,7 @@ class FakeEngine:
                 continue
             start = len(sequence.tokens)
             try:
-                stop_reason = self._decode(sequence, decode_steps)
+                stop_reason = self._decode(sequence, quantum.decode_steps)
                 sequence.quanta.append((began_at, time.monotonic()))
             except TxError as error:
                 del self._sequences[sequence.spec.sequence_id]
@@ -323,7 +324,7 @@ class FakeEngine:
             progress=tuple(progress),
             num_running=num_running,
             num_waiting=len(self._sequences) - num_running,
-            num_prefilled_tokens=prefill_tokens - budget,
+            num_prefilled_tokens=quantum.prefill_tokens - budget,
             pieces=tuple(pieces),
             num_kv_tokens=sum(len(s.prompt) + len(s.tokens) for s in self._sequences.values()),
         )

@@ -469,6 +469,8 @@ class SampleQuantum(Struct, tag=True, frozen=True, kw_only=True):
 
     decode_steps: int
     prefill_tokens: int
+    only_first_tokens: bool = False
+    """Decode only the watched sequences that have no token yet, if there are any."""
 
 
 Command = (

@@ -16,6 +16,10 @@ class Policy(Struct, frozen=True, kw_only=True):
     sample_share: float = 1.0
     live_share: float = 1.0
     """How training, sampling and live requests share the device while all three have work: by these weights."""
+    live_quantum_ms: float = 100.0
+    """About how long a sample quantum lasts at most, in whole steps, while clients read along."""
+    live_memory_s: float = 60.0
+    """For how long after a live request another one is expected."""
     seq_gap_s: float = 15.0
     chunk_gap_s: float = 60.0
     """See `Lane.gap_limit`."""

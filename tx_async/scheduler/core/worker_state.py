@@ -88,8 +88,10 @@ class WorkerState:
         self.refused_versions: dict[str, str] = {}
         #: tokens of its KV cache that sequences hold, as the newest quantum reported
         self.num_kv_tokens = 0
-        #: whether its newest sample quantum was a short one
-        self.was_short = False
+        #: whether its newest sample quantum was for first tokens alone
+        self.was_for_first_tokens = False
+        #: how long one decode step took, as the newest sample quantum without prefill showed; 0 = not known
+        self.step_ms = 0.0
         #: a rank that its slots do not hold and somebody needs: it begins nothing more, and starts again with wider
         #: ones; 0 = none
         self.outgrown_by = 0
@@ -153,11 +155,23 @@ class WorkerState:
     def holds_tokens(self, num_kv_tokens: int) -> None:
         self.num_kv_tokens = num_kv_tokens
 
-    def steps_of_quantum(self, begins_watched: bool) -> int:
-        """How many tokens a sequence may draw in the sample quantum that is sent now. One, where a client that reads
-        along waits for a first token; but not twice running, because short quanta cost everybody throughput."""
-        self.was_short = begins_watched and not self.was_short and not self.info.continuous
-        return 1 if self.was_short else self.info.decode_steps
+    def next_quantum(self, begins_watched: bool, is_read_along: bool) -> SampleQuantum:
+        """The sample quantum that is sent now. Where a client that reads along waits for a first token, it draws first
+        tokens alone, but not twice running, because meanwhile all others wait. While clients read along at all, none
+        lasts much longer than `live_quantum_ms`: whoever comes next waits for its end."""
+        info, steps = self.info, self.info.decode_steps
+        self.was_for_first_tokens = begins_watched and not self.was_for_first_tokens and not info.continuous
+        if self.was_for_first_tokens:
+            steps = 1
+        elif is_read_along and self.step_ms and not info.continuous:
+            steps = min(steps, max(1, round(self.policy.live_quantum_ms / self.step_ms)))
+        return SampleQuantum(
+            decode_steps=steps, prefill_tokens=info.prefill_tokens, only_first_tokens=self.was_for_first_tokens
+        )
+
+    def took(self, decode_steps: int, elapsed_ms: float) -> None:
+        """A sample quantum without prefill took this long."""
+        self.step_ms = elapsed_ms / decode_steps
 
     def jobs(self) -> list[SampleJob]:
         """The sample requests that run here, at least in part."""

@@ -3,6 +3,7 @@ ended."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from heapq import heapify, heappop, heapreplace
@@ -36,13 +37,13 @@ from tx_async.wire.worker import (
     Loaded,
     Result,
     Sampled,
-    SampleQuantum,
 )
 
 
 class QuantumSent(Struct, frozen=True):
     sequence_ids: tuple[int, ...]
     """The samples that were admitted by then."""
+    decode_steps: int
 
 
 class AdmissionSent(Struct, frozen=True):
@@ -62,6 +63,8 @@ class Sampling:
         self.jobs: dict[str, SampleJob] = {}
         #: how many jobs are live
         self.num_live = 0
+        #: when the newest of them came or ended
+        self._last_live_at = -math.inf
         #: the jobs with samples that wait for admission
         self.waiting = Lines(workers)
         self.fair = FairQueue()
@@ -82,7 +85,7 @@ class Sampling:
 
     def accept(self, job: SampleJob) -> None:
         self.jobs[job.request.request_id] = job
-        self.num_live += job.is_watched
+        self._count_live(job, 1)
         self._last_order += 1
         job.order = self._last_order
         if job.version is not None:
@@ -93,6 +96,11 @@ class Sampling:
         """Put a job in line unless it has ended."""
         if self._is_open(job):
             self.waiting.put(job)
+
+    def _count_live(self, job: SampleJob, change: int) -> None:
+        if job.is_watched:
+            self.num_live += change
+            self._last_live_at = self.decisions.now
 
     def _is_open(self, job: SampleJob) -> bool:
         return self.jobs.get(job.request.request_id) is job
@@ -148,9 +156,9 @@ class Sampling:
             return False
         if not worker.sequences:
             return False
-        steps = worker.steps_of_quantum(begins_watched=admission.has_watched)
-        command = SampleQuantum(decode_steps=steps, prefill_tokens=worker.info.prefill_tokens)
-        self.decisions.send(worker, command, QuantumSent(tuple(worker.sequences)))
+        is_read_along = self.decisions.now - self._last_live_at < self.policy.live_memory_s or self.num_live > 0
+        command = worker.next_quantum(admission.has_watched, is_read_along)
+        self.decisions.send(worker, command, QuantumSent(tuple(worker.sequences), command.decode_steps))
         return True
 
     def _admit(self, worker: WorkerState) -> Admission:
@@ -231,6 +239,8 @@ class Sampling:
             return
         assert isinstance(outcome.result, Sampled)
         worker.holds_tokens(outcome.result.num_kv_tokens)
+        if not outcome.result.num_prefilled_tokens:
+            worker.took(answer.decode_steps, outcome.elapsed_ms)
         self.num_preempted += outcome.result.num_preempted
         for sequence_id, num_tokens in outcome.result.progress:
             self.num_tokens += num_tokens
@@ -413,7 +423,7 @@ class Sampling:
                 self._withdraw(worker, job)
             self.waiting.remove(job)
             del self.jobs[job.request.request_id]
-            self.num_live -= job.is_watched
+            self._count_live(job, -1)
             self._let_go_of(job.version)
 
     def _let_go_of(self, version: str | None) -> None:
