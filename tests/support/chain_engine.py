@@ -290,4 +290,4 @@ class ChainEngine:
 
 def _has_nan(tokens: np.ndarray, segment_ids: np.ndarray) -> bool:
     starts = np.flatnonzero(np.diff(segment_ids, prepend=0) > 0)
-    return bool(np.isin(tokens[starts], (NAN_TOKEN, NAN_LOSS_TOKEN)).any())
+    return not {NAN_TOKEN, NAN_LOSS_TOKEN}.isdisjoint(tokens[starts].tolist())

@@ -7,6 +7,7 @@ however many changes a transaction carries.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -14,7 +15,6 @@ import msgspec
 
 from tx_async.errors import ContentLost, NotFound
 from tx_async.wire.records import (
-    RECORD_TYPES,
     Change,
     Delete,
     DropBody,
@@ -52,7 +52,8 @@ class Transaction:
     """The changes of one transaction, by table. `bodies` is the table `request_body`."""
 
     def __init__(self, changes: Iterable[Change]):
-        self.tables: dict[str, TableChanges[bytes]] = {name: TableChanges() for name in RECORD_TYPES}
+        #: only those that have changes
+        self.tables: defaultdict[str, TableChanges[bytes]] = defaultdict(TableChanges)
         self.bodies: TableChanges[bytes] = TableChanges()
         for change in changes:
             self._add(change)

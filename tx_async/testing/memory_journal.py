@@ -59,7 +59,7 @@ class MemoryDisk:
     def write(self, transaction: Transaction) -> None:
         """All of it or nothing: like a database, the disk takes only keys that are text."""
         for changes in (*transaction.tables.values(), transaction.bodies):
-            for key in changes.deletes | dict.fromkeys(changes.puts):
+            for key in (*changes.deletes, *changes.puts):
                 key.encode()
         for name, changes in transaction.tables.items():
             rows = self.tables[name]

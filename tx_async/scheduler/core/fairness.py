@@ -38,14 +38,15 @@ class _Node:
         #: the flow that ends here, if one does
         self.flow: Flow | None = None
 
-    def begin(self) -> None:
+    def begin(self) -> _Node:
         """Begin a turn: `enter` will name those who have work."""
         self.before, self.children, self.flow = self.children, {}, None
+        return self
 
     def enter(self, name: str) -> _Node:
         """Add a child with its first flow of this turn."""
-        child = self.children[name] = self.before.pop(name, None) or _Node()
-        child.begin()
+        known = self.before.pop(name, None)
+        child = self.children[name] = known.begin() if known else _Node()
         return child
 
     def settle(self, ordered: list[Flow]) -> None:
@@ -78,21 +79,29 @@ class FairQueue:
     """
 
     def __init__(self):
-        #: the parent of all keys; below it is every prefix of the flows of the last `order`
+        #: the flows of the last `order`
+        self._busy: list[Flow] = []
+        #: the parent of all keys; below it is every prefix of these flows
         self._root = _Node()
 
     def order(self, busy: Iterable[Flow]) -> list[Flow]:
         """The flows that have work, each once, least served first. Flows that have none are forgotten; siblings that
         were served alike stay in their order."""
+        busy = list(busy)
+        if busy != self._busy:
+            self._busy = busy
+            self._enter(busy)
+        ordered: list[Flow] = []
+        self._root.settle(ordered)
+        return ordered
+
+    def _enter(self, busy: list[Flow]) -> None:
         self._root.begin()
         for flow in busy:
             node = self._root
             for name in flow:
                 node = node.children.get(name) or node.enter(name)
             node.flow = flow
-        ordered: list[Flow] = []
-        self._root.settle(ordered)
-        return ordered
 
     def ranked(self, flows: Iterable[Flow]) -> list[Flow]:
         """Some of the flows of the last `order`, in its order; siblings that were served alike stay in theirs."""
@@ -145,6 +154,9 @@ class Shares(Generic[Key]):
     def order(self, is_busy: Callable[[Key], bool]) -> list[Key]:
         """The classes that have work, or quanta on the device, least served first."""
         busy = [name for name in self._weights if is_busy(name)]
+        if len(busy) < 2:
+            self._used = dict.fromkeys(self._weights, 0.0)
+            return busy
         level = min((self._used[name] for name in busy), default=0.0)
         for name in self._used:
             # Idle time is not credit: an idle class comes back level with the busy one.

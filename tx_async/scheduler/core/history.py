@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 
@@ -23,7 +24,7 @@ BLOCK_ROWS = 32
 
 
 def encode_rows(model_id: str, number: int, rows: Sequence[HistoryRow]) -> HistoryRecord:
-    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    columns = tuple(dict.fromkeys(chain.from_iterable(rows)))
     values = b"".join(_encode(columns, row) for row in rows)
     return HistoryRecord(model_id=model_id, number=number, columns=columns, values=values)
 

@@ -23,11 +23,14 @@ class Places:
     """A worker's places for sequences: how many each flow has, and which flows may have another one."""
 
     def __init__(self, worker: WorkerState, policy: Policy):
-        self.room = worker.info.num_sequences_max
-        newcomers = self.room // NEWCOMERS_SHARE
+        room = worker.info.num_sequences_max
+        newcomers = room // NEWCOMERS_SHARE
         keys, live = (newcomers + 1) // 2, newcomers // 4
-        #: live or not -> places that all such requests, one key's and one session's leave to others
-        self._kept = {True: (0, keys, newcomers), False: (live, keys + live, newcomers)}
+        #: live or not -> the most places that all such requests, one key's and one session's may have
+        self._limits = {
+            True: (max(1, room), max(1, room - keys), max(1, room - newcomers)),
+            False: (max(1, room - live), max(1, room - keys - live), max(1, room - newcomers)),
+        }
         self._shares = {True: policy.live_share, False: policy.sample_share}
         #: every prefix of a flow -> how many sequences it has
         self._running: defaultdict[Flow, int] = defaultdict(int)
@@ -42,15 +45,18 @@ class Places:
         self._of_class[is_live(flow)] += num_places
 
     def rank(self, flow: Flow) -> tuple[float, ...]:
-        """The flow with the lowest rank is next. A rank never falls while places are taken."""
+        """The flow with the lowest rank is next."""
         live = is_live(flow)
-        return (self._of_class[live] / self._shares[live], *[self._running[prefix] for prefix in prefixes_of(flow)])
+        key, session, run = prefixes_of(flow)
+        running = self._running
+        return self._of_class[live] / self._shares[live], running[key], running[session], running[run]
 
     def may_grow(self, flow: Flow) -> bool:
         live = is_live(flow)
-        key, session, *_ = prefixes_of(flow)
-        running = (self._of_class[live], self._running[key], self._running[session])
-        return all(count < max(1, self.room - kept) for count, kept in zip(running, self._kept[live], strict=True))
+        of_class, of_key, of_session = self._limits[live]
+        key, session, _ = prefixes_of(flow)
+        running = self._running
+        return self._of_class[live] < of_class and running[key] < of_key and running[session] < of_session
 
 
 class Admission:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 from msgspec import Struct
@@ -174,21 +173,17 @@ class Sampling:
 
     def _give_places(self, admission: Admission, flows: list[Flow]) -> None:
         worker, places = admission.worker, Places(admission.worker, self.policy)
-        turns = [(places.rank(flow), place, flow) for place, flow in enumerate(flows)]
-        heapify(turns)
-        while turns and worker.has_room:
-            rank, place, flow = turns[0]
-            if places.rank(flow) != rank:  # it has got places since
-                heapreplace(turns, (places.rank(flow), place, flow))
-                continue
+        flows = list(filter(places.may_grow, flows))
+        while flows and worker.has_room:
+            flow = min(flows, key=places.rank)
             job = self._next_job(admission, flow) if places.may_grow(flow) else None
             if job is None or worker.reserved_for is not None:
-                heappop(turns)
+                flows.remove(flow)
                 continue
             self._admit_sample(admission, job)
             places.take(flow)
             if flow not in self.waiting:
-                heappop(turns)
+                flows.remove(flow)
 
     def _next_job(self, admission: Admission, flow: Flow) -> SampleJob | None:
         """The flow's oldest job that this worker may take and whose adapter is on its device or can be brought

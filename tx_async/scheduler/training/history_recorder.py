@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 
 import numpy as np
 
@@ -60,8 +61,8 @@ class HistoryRecorder:
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    found = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-    return dict(list(found.items())[:METRICS_MAX])
+    finite = ((name, float(value)) for name, value in metrics.items() if math.isfinite(value))
+    return dict(islice(finite, METRICS_MAX))
 
 
 def _sum_of_weights(operation: ForwardBackward) -> float | None:

@@ -108,13 +108,11 @@ class MicroBatches:
         rows: list[RowSent] = []
         if not room:
             return rows
-        rank_class = self._rank_class(lane, worker.info)
         candidates: dict[Flow, tuple[Lane, Step]] = {}
         for model_id in worker.training_slots.slots():
             other = self.runs.lanes[model_id]
             candidate = other.next_step() if other is not lane and model_id in self.runs.ready else None
-            same_class = self._rank_class(other, worker.info) == rank_class
-            if candidate is not None and same_class and self._joins(candidate, step, length, worker.info):
+            if candidate is not None and self._joins(other, candidate, lane, step, length, worker.info):
                 candidates[other.flow] = other, candidate
         for flow in self.fair.ranked(candidates):
             if len(rows) == room:
@@ -127,10 +125,13 @@ class MicroBatches:
     def _rank_class(self, lane: Lane, info: EngineInfo) -> int:
         return class_of(lane.model.lora.rank, info.lora_rank_classes or (info.max_lora_rank,))
 
-    def _joins(self, candidate: Step, step: Step, length: int, info: EngineInfo) -> bool:
+    def _joins(self, other: Lane, candidate: Step, lane: Lane, step: Step, length: int, info: EngineInfo) -> bool:
+        """Whether the other lane's candidate fits into a micro-batch of this lane's step."""
         ours, theirs = step.operation, candidate.operation
         assert isinstance(ours, ForwardBackward) and step.packed is not None
         if not isinstance(theirs, ForwardBackward) or theirs.forward_only != ours.forward_only or candidate.runs_alone:
+            return False
+        if self._rank_class(other, info) != self._rank_class(lane, info):
             return False
         if candidate.packed is None and not fits(theirs, info):
             return False
