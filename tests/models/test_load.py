@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.support import xla
+from tests.support import parity, xla
 from tx_async.errors import BaseModelError
 from tx_async.models import load, tensor_files
 from tx_async.models.decoder import unembedding
+from tx_async.models.families import FAMILIES
 from tx_async.models.load import load_model
 from tx_async.testing.models import (
     DEEPSEEK_V3_TINY,
@@ -166,17 +167,28 @@ def test_tied_models_hold_the_embedding_once(tmp_path):
     equal(load_model(folder)[1], params)
 
 
-@pytest.mark.parametrize(
-    ("prefixes", "sees"),
-    [
-        (("model.language_model.", "lm_head."), ("model.visual.blocks.0.weight", "mtp.layers.0.weight")),
-        (("language_model.model.", "language_model.lm_head."), ("vision_tower.conv.weight", "multi_modal_projector.w")),
-    ],
-)
-def test_of_a_folder_that_sees_the_text_model_is_read(prefixes, sees, tmp_path):
-    text = QWEN3_TINY | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+INNER = (("model.language_model.", "lm_head."), ("model.visual.blocks.0.weight", "mtp.layers.0.weight"))
+OUTER = (("language_model.model.", "language_model.lm_head."), ("vision_tower.conv.weight", "multi_modal_projector.w"))
+SEEING = [
+    ("Qwen3_5ForConditionalGeneration", "qwen3_5", INNER),
+    ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", INNER),
+    ("Gemma3ForConditionalGeneration", "gemma3", INNER),
+    ("Mistral3ForConditionalGeneration", "mistral", INNER),
+    ("Mistral3ForConditionalGeneration", "mistral_window", OUTER),
+    ("Mistral3ForConditionalGeneration", "ministral3", OUTER),
+]
+"""(class, the case whose text model it has, how its files name that and what it sees with)"""
+
+
+def test_every_class_that_sees_is_among_them():
+    assert {name for name, *_ in SEEING} == {name for name in FAMILIES if "ForConditional" in name}
+
+
+@pytest.mark.parametrize(("architecture", "case", "names"), SEEING)
+def test_of_a_folder_that_sees_the_text_model_is_read(architecture, case, names, tmp_path):
+    text, (prefixes, sees) = parity.config_of(case), names
     folder = make_model(tmp_path, text, tokenizer=False)
-    _, params = load_model(folder)
+    model, params = load_model(folder)
 
     def rename(tensors):
         for name in list(tensors):
@@ -186,13 +198,15 @@ def test_of_a_folder_that_sees_the_text_model_is_read(prefixes, sees, tmp_path):
 
     rewrite(folder, rename)
     config = {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "tie_word_embeddings": False,
-        "text_config": {key: value for key, value in text.items() if key not in ("architectures", "sliding_window")},
+        "architectures": [architecture],
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": {key: value for key, value in text.items() if key != "architectures" and value is not None},
         "vision_config": {},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    equal(load_model(folder)[1], params)
+    found, found_params = load_model(folder)
+    assert found == model
+    equal(found_params, params)
 
 
 def test_layers_of_multi_token_prediction_are_passed_over(tmp_path):

@@ -60,6 +60,12 @@ _GLM = {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lit
 
 _QWEN2 = QWEN3_TINY | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 _MISTRAL = QWEN3_TINY | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+_MINISTRAL = _MISTRAL | {
+    "architectures": ["MinistralForCausalLM"],
+    "model_type": "ministral",
+    "sliding_window": 16,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
 _MINISTRAL3 = _MISTRAL | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "rope_theta": None}
 _LLAMA4_SCALING = _YARN | {"rope_theta": 1e6, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
 _SEED_OSS = QWEN3_TINY | {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_bias": True}
@@ -139,6 +145,7 @@ CASES = (
     Case("qwen2_window", _without(_QWEN2, "head_dim") | _WINDOW, 100),
     Case("mistral", _MISTRAL),
     Case("mistral_window", _MISTRAL | {"sliding_window": 16}, 100),
+    Case("ministral", _MINISTRAL, 100),
     Case("ministral3", _MINISTRAL3 | {"rope_parameters": _LLAMA4_SCALING}, 100),
     Case("seed_oss", _SEED_OSS),
     Case("seed_oss_biases", _SEED_OSS | {"attention_out_bias": True, "mlp_bias": True}),
