@@ -62,7 +62,7 @@ def step_function(
     batch = decode_batch([], rows, engine.layout)
     num_pages = engine.layout.pages_for(context + engine.decode_steps)
     pages = 1 + np.arange(rows * num_pages) % (engine.layout.num_pages - 1)
-    batch.tables[:, :num_pages] = pages.reshape(rows, num_pages)
+    batch.tables[..., :num_pages] = pages.reshape(rows, num_pages)
     batch.remaining[:], batch.position[:] = 10_000, context
     batch.temperature[:], batch.top_k[:], batch.top_p[:] = temperature, top_k, top_p
     batch.adapter[:] = np.sort(np.resize(slots, rows))

@@ -207,7 +207,7 @@ class Rollouts:
     def __init__(self, engine: JaxEngine, options: argparse.Namespace, limits: Limits):
         self.engine, self.options, self.limits = engine, options, limits
         self.steps = engine.sampling.decode_steps
-        self.cache_tokens = (engine.sampling.layout.num_pages - 1) * engine.sampling.layout.page_size
+        self.cache_tokens = engine.sampling.layout.cache_tokens
         self.step_bytes = jnp.dtype(DTYPE).itemsize * num_multiplied(engine.params)
         self.token_bytes = token_bytes(engine.model, DTYPE)
         #: of the newest batch

@@ -11,7 +11,7 @@ LAYOUT = CacheLayout.plan(cache_tokens=1000, page_size=16, max_context_length=20
 
 
 class TwoLayers:
-    cache_layers = 2
+    window_layers: ClassVar[dict] = {0: 2}
     state_layers = 0
     state_shapes: ClassVar[dict] = {}
 

@@ -10,13 +10,14 @@ import pytest
 
 from tx_async.engine.kv_cache import CacheLayout
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention
+from tx_async.engine.paging import Paging
 
-LAYOUT = CacheLayout.plan(cache_tokens=1000, page_size=16, max_context_length=200)
+LAYOUT = CacheLayout.plan(cache_tokens=1000, page_size=16, max_context_length=200, paging=Paging.of({0: 2}))
 LAYER = np.int32(1)
 
 
 class Model:
-    cache_layers = 2
+    window_layers: ClassVar[dict] = {0: 2}
     state_layers = 0
     state_shapes: ClassVar[dict] = {}
 

@@ -22,16 +22,21 @@ kinds = pytest.mark.parametrize("case", parity.KINDS, ids=lambda case: case.name
 
 @dataclass
 class CachedAttention:
-    """An `Attend` over a plain cache [layers, R, S, heads, features], of the tokens before and at `positions`."""
+    """An `Attend` over plain caches {window: [layers, R, S, heads, features]}, of the tokens before and at
+    `positions`."""
 
     positions: jax.Array
 
     def __call__(self, cache, layer, q, k, v, scale, v_features=0, window=0, sinks=None):
         rows = jnp.arange(q.shape[0])[:, None]
         new = {"k": k} | ({} if v is None else {"v": v})
-        cache = cache | {name: cache[name].at[layer, rows, self.positions].set(x) for name, x in new.items()}
-        keys = cache["k"][layer]
-        values = keys[..., :v_features] if v is None else cache["v"][layer]
+        of = {
+            name: cache[name] | {window: cache[name][window].at[layer, rows, self.positions].set(x)}
+            for name, x in new.items()
+        }
+        cache = cache | of
+        keys = cache["k"][window][layer]
+        values = keys[..., :v_features] if v is None else cache["v"][window][layer]
         keys, values = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (keys, values))
         scores = jnp.einsum("rlhd,rshd->rhls", q, keys) * scale
         seen = jnp.arange(keys.shape[1]) <= self.positions[..., None]
@@ -92,9 +97,11 @@ def test_prefill_and_decode_through_the_cache_equal_the_full_forward_with_lora(c
         return hidden @ unembedding(params).T + head, cache
 
     R, L = tokens.shape
-    shapes = {name: (model.cache_layers, R, L, *shape) for name, shape in model.cache_shapes.items()}
-    shapes |= {name: (model.state_layers, R, *shape) for name, (shape, _) in model.state_shapes.items()}
-    cache = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    layers = model.window_layers
+    cache = {
+        name: {window: np.zeros((count, R, L, *shape), np.float32) for window, count in layers.items()}
+        for name, shape in model.cache_shapes.items()
+    } | {name: np.zeros((model.state_layers, R, *shape), np.float32) for name, (shape, _) in model.state_shapes.items()}
     positions = np.broadcast_to(np.arange(L, dtype=np.int32), (R, L))
     prefill, cache = step(cache, tokens[:, :9], positions[:, :9])
     decoded = []

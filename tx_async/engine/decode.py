@@ -47,12 +47,14 @@ from tx_async.engine.kv_cache import (
     state_slots,
     token_bytes,
 )
+from tx_async.engine.paging import Paging, tokens_ahead
 from tx_async.engine.platform import Platform
 from tx_async.engine.prefix_cache import PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring, Scores
 from tx_async.engine.replies import fetch, finished_sequence, piece_of, store_scores
 from tx_async.engine.sampler import TOPK_MAX
-from tx_async.engine.sequences import Schedule, Sequences, SequenceState, Times, prompt_key
+from tx_async.engine.sequence_times import Times
+from tx_async.engine.sequences import Schedule, Sequences, SequenceState, prompt_key
 from tx_async.engine.shaping import check_shaping, shapes, shaping_of
 from tx_async.engine.state_slots import StateSlots
 from tx_async.engine.stops import StopStrings, load_decoder
@@ -119,9 +121,12 @@ class SamplingEngine:
         self.decode_steps = config.decode_steps or platform.decode_steps
         self.prefill_tokens = config.prefill_chunk_tokens or platform.prefill_tokens
         dtype = jax.tree.leaves(params)[0].dtype
-        self.layout = CacheLayout.plan(
-            _cache_tokens(model, dtype, config, context), config.kv_page_size, context, platform
+        paging, ahead = Paging.of(model.window_layers), tokens_ahead(config, platform)
+        tokens = config.kv_cache_tokens or min(
+            paging.cache_for(config.sample_max_num_sequences, context, ahead),
+            _cache_bytes() // token_bytes(model, dtype),
         )
+        self.layout = CacheLayout.plan(tokens, config.kv_page_size, context, platform, paging, ahead)
         num_states, num_snapshots = state_slots(model, dtype, config, _cache_bytes())
         self.layout = replace(self.layout, num_slots=1 + num_states + num_snapshots if num_states else 0)
         self.tile_tokens = _tile_tokens(model, self.layout, platform)
@@ -132,13 +137,14 @@ class SamplingEngine:
         self._pool_shardings = pool_shardings(model, mesh) if mesh else None
         #: page pools on the device; replaced by every dispatch
         self.pools: Pools = self.layout.new_pools(model, dtype, self._pool_shardings, allocate)
+        self._copies_max = self.num_sequences_max * paging.num_tables
         self._batch_sizes = batch_sizes(self.num_sequences_max, platform)
         self.sequences = Sequences(
             PrefixCache(self.layout.num_pages, self.layout.page_size, config.prefix_cache),
             num_states or self.num_sequences_max,
             self._batch_sizes[-1],
             StateSlots(num_states, num_snapshots),
-            model.window,
+            paging.windows,
         )
         self._num_admitted = 0
         #: the newest quantum: all before it are settled
@@ -153,7 +159,7 @@ class SamplingEngine:
 
     @property
     def kv_cache_tokens(self) -> int:
-        return (self.layout.num_pages - 1) * self.layout.page_size
+        return self.layout.cache_tokens
 
     def use_params(self, params: Any) -> None:
         self.params = params
@@ -250,7 +256,7 @@ class SamplingEngine:
     def _copy(self, program: str, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:
             return
-        pairs = np.zeros((2, self.num_sequences_max), np.int32)
+        pairs = np.zeros((2, self._copies_max), np.int32)
         pairs[:, : len(copies)] = np.array(copies, np.int32).T
         self.pools = self.programs[program](self.pools, pairs[0], pairs[1])
 
@@ -322,7 +328,7 @@ class SamplingEngine:
                 num_prefilled_tokens=sum(segment.stop - segment.start for segment in quantum.schedule.prefill),
                 num_preempted=quantum.schedule.num_preempted,
                 pieces=tuple(pieces),
-                num_kv_tokens=self.sequences.cache.num_used * self.layout.page_size,
+                num_kv_tokens=self.layout.tokens_in(self.sequences.cache.num_used),
             ),
             tensors,
         )
@@ -384,7 +390,7 @@ class SamplingEngine:
             function = partial(programs.score, self.platform)
             yield program(f"score {rows}", function, arguments, out_shardings=self._replicated)
 
-        pages = np.zeros(self.num_sequences_max, np.int32)
+        pages = np.zeros(self._copies_max, np.int32)
         kinds = {"copy pages": (self.layout.num_pages, tuple(self.model.cache_shapes))}
         if self.model.state_layers:
             kinds["copy states"] = (self.layout.num_slots, tuple(self.model.state_shapes))
@@ -405,12 +411,6 @@ def _prefill_rows(model: Any, platform: Platform) -> tuple[int, ...]:
     their rule with what is around it, for each number of rows in another way, which rounds in another way (1e-6)."""
     is_one = model.state_layers and platform.same_sums_in_every_batch
     return platform.prefill_rows[:1] if is_one else platform.prefill_rows
-
-
-def _cache_tokens(model: Any, dtype: Any, config: EngineConfig, context: int) -> int:
-    if config.kv_cache_tokens:
-        return config.kv_cache_tokens
-    return min(config.sample_max_num_sequences * context, _cache_bytes() // token_bytes(model, dtype))
 
 
 def _cache_bytes() -> int:

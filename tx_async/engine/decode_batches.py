@@ -86,11 +86,13 @@ def prefill_rows(num_tiles: int, sizes: Sequence[int]) -> Iterator[int]:
 
 
 def page_tables(samples: Sequence[SequenceState], rows: int, layout: CacheLayout) -> np.ndarray:
-    """int32 [rows, table_pages]: each sequence's pages in order, then the null page."""
-    tables = np.zeros((rows, layout.table_pages), np.int32)
+    """int32 [rows, table_pages], or [tables, rows, table_pages] where there are several: each sequence's pages in
+    order, then the null page."""
+    tables = np.zeros((layout.paging.num_tables, rows, layout.table_pages), np.int32)
     for row, sample in enumerate(samples):
-        tables[row, : len(sample.pages)] = sample.pages
-    return tables
+        for table, pages in enumerate(sample.tables):
+            tables[table, row, : len(pages)] = pages
+    return tables if len(tables) > 1 else tables[0]
 
 
 def prefill_batch(tiles: Sequence[Tile], rows: int, tile_tokens: int, layout: CacheLayout) -> PrefillBatch:

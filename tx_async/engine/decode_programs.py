@@ -82,7 +82,7 @@ class PrefillBatch(NamedTuple):
     adapter: Data
     """int32 [R]: sampler slot, -1 = none."""
     tables: Data
-    """int32 [R, table_pages]"""
+    """int32 [R, table_pages], or one for each of the layout's page tables."""
     states: TileStates
     """Where recurrent layers read and write their states."""
 
@@ -125,7 +125,7 @@ class DecodeBatch(NamedTuple):
     stop_tokens: Data
     """int32 [B, STOP_TOKENS_MAX], -1 = none."""
     tables: Data
-    """int32 [B, table_pages]"""
+    """int32 [B, table_pages], or one for each of the layout's page tables."""
     any_topk: Data
     """bool: whether somebody wants the likeliest candidates of each step."""
     slot: Data

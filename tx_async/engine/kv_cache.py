@@ -1,9 +1,10 @@
 """The paged KV cache on the device.
 
-A pool holds the keys (or values, or MLA's latents) of every layer: [layers * pages, page_size, heads, features]; page
-p of layer l is row `l * num_pages + p`. A sequence owns a list of page numbers, the same in every layer; its token at
-position i lies in its page i // page_size. Page 0 is the null page: unused rows write there and nobody reads it
-unmasked. `paged_attention.py` reads the pages.
+A pool holds the keys (or values, or MLA's latents) of all layers: [page_layers * pages, page_size, heads, features];
+page p's part of the l-th layer in it is row `l * num_pages + p`. A sequence has a list of page numbers for each of its
+page tables (`paging.py`): one for all layers, unless some see only a window; its token at position i lies in the page
+i // page_size of each. Page 0 is the null page: unused rows write there and nobody reads it unmasked.
+`paged_attention.py` reads the pages.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.engine import platform
 from tx_async.engine.allocation import Allocate, on_device
+from tx_async.engine.paging import ONE_TABLE, Paging
 from tx_async.engine.platform import Platform
 from tx_async.wire.worker import EngineConfig
 
@@ -33,7 +35,7 @@ class CachedModel(Protocol):
     """What the cache must know about a model."""
 
     @property
-    def cache_layers(self) -> int: ...
+    def window_layers(self) -> dict[int, int]: ...
 
     @property
     def cache_shapes(self) -> dict[str, tuple[int, int]]: ...
@@ -58,22 +60,39 @@ class CacheLayout:
     """Slots of recurrent state, the null slot included."""
     reads_in_place: bool = False
     """How a decode step's attention reads pages (`page_products.py`)."""
+    paging: Paging = ONE_TABLE
 
     @classmethod
     def plan(
-        cls, cache_tokens: int, page_size: int, max_context_length: int, platform: Platform = platform.CPU
+        cls,
+        cache_tokens: int,
+        page_size: int,
+        max_context_length: int,
+        platform: Platform = platform.CPU,
+        paging: Paging = ONE_TABLE,
+        ahead: int = 0,
     ) -> CacheLayout:
         """Plan a cache of `cache_tokens`, in pages of `page_size` tokens; at least one sequence of the longest context
-        always fits."""
+        always fits. ahead: tokens of one quantum, as for `Paging.at_once`."""
         chunk_pages = max(1, platform.cache_chunk_tokens // page_size)
         context_pages = -(-max_context_length // page_size)
+        longest = sum(-(-tokens // page_size) for tokens in paging.at_once(max_context_length, ahead))
         return cls(
-            num_pages=1 + max(-(-cache_tokens // page_size), context_pages),
+            num_pages=1 + max(-(-cache_tokens // page_size) * paging.num_tables, longest),
             page_size=page_size,
             table_pages=-(-context_pages // chunk_pages) * chunk_pages,
             chunk_pages=chunk_pages,
             reads_in_place=platform.reads_pages_in_place,
+            paging=paging,
         )
+
+    @property
+    def cache_tokens(self) -> int:
+        """How many tokens have room in all tables."""
+        return self.tokens_in(self.num_pages - 1)
+
+    def tokens_in(self, num_pages: int) -> int:
+        return num_pages * self.page_size // self.paging.num_tables
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -86,7 +105,7 @@ class CacheLayout:
         allocate: Allocate = on_device,
     ) -> Pools:
         """Pools of zeros: of pages in `dtype`, and of recurrent state, whose `wide` parts are fp32."""
-        lead = (model.cache_layers * self.num_pages, self.page_size)
+        lead = (self.paging.page_layers * self.num_pages, self.page_size)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
         for name, shape in model.cache_shapes.items():
             shapes[name] = ((*lead, *shape), dtype)
@@ -111,9 +130,10 @@ def pool_shardings(model: CachedModel, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def token_bytes(model: CachedModel, dtype: Any) -> int:
-    """Bytes that one token occupies over all layers."""
+    """Bytes that one token occupies while all layers see it."""
     features = sum(heads * width for heads, width in model.cache_shapes.values())
-    return model.cache_layers * features * jnp.dtype(dtype).itemsize
+    paging = Paging.of(model.window_layers)
+    return paging.num_tables * paging.page_layers * features * jnp.dtype(dtype).itemsize
 
 
 def state_bytes(model: CachedModel, dtype: Any, tensor: int = 1) -> int:
@@ -143,8 +163,8 @@ def state_slots(model: CachedModel, dtype: Any, config: EngineConfig, cache_byte
 
 
 def copy_pages(pools: Pools, sources: Array, targets: Array, num_pages: int, names: tuple[str, ...] = ()) -> Pools:
-    """Copy pages (or slots) in every layer of the pools called `names`, or of all pools without names. sources, targets
-    int32 [n]; unused entries are 0 -> 0."""
+    """Copy pages (or slots), every layer's part, in the pools called `names`, or in all pools without names. sources,
+    targets int32 [n]; unused entries are 0 -> 0."""
 
     def copy(pool: Array) -> Array:
         layers = jnp.arange(pool.shape[0] // num_pages)[:, None] * num_pages

@@ -4,8 +4,8 @@
 
 The weights and the slots are counted from the model's own table of parameters, cut as the mesh cuts them. Temporaries
 are bounded by a formula (`train_temporaries`) that a test holds against compiled programs. What is left belongs to the
-KV cache. Row shapes with large temporaries recompute activations; shapes that still do not fit are not offered. A plan
-that does not fit names the setting that would help.
+KV cache, where layers with a window keep little of a long sequence. Row shapes with large temporaries recompute
+activations; shapes that still do not fit are not offered. A plan that does not fit names the setting that would help.
 
 It is pure arithmetic on `config.json`: it runs without an accelerator and without weights.
 """
@@ -24,6 +24,7 @@ from msgspec import structs
 
 from tx_async.engine.devices import in_mesh
 from tx_async.engine.kv_cache import CACHE_PART, state_bytes, state_slots, token_bytes
+from tx_async.engine.paging import Paging, tokens_ahead
 from tx_async.engine.platform import Platform
 from tx_async.engine.row_shapes import row_shapes
 from tx_async.layers.sharding import AXES, spec_of
@@ -209,11 +210,11 @@ class _Planner:
         temporaries = max([sampling, *(shape.temporaries for shape in shapes)])
         cache = max(0, min(left - temporaries, self._kv_wanted(wanted)))
         tokens = cache // self._token_bytes
-        context = min(wanted, max(tokens, 0))
+        context = self._paging.longest(tokens, self._ahead, wanted)
         parts = (
             *fixed,
             MemoryPart("temporaries", temporaries, "of the largest program that is offered"),
-            MemoryPart("KV cache", cache, "keys and values of sequences and of cached prefixes"),
+            MemoryPart("KV cache", cache, self._kv_note(cache, context)),
             MemoryPart("margin", MARGIN_BYTES, "fragmentation, and what the bounds have missed"),
         )
         slots = self.config.max_lora_adapters, self.config.max_sampler_adapters
@@ -309,12 +310,29 @@ class _Planner:
         tensor = self._mesh.shape["tensor"]
         return max(1, whole // tensor if heads and all(number % tensor == 0 for number in heads) else whole)
 
-    def _kv_bytes(self, tokens: int) -> int:
-        return tokens * self._token_bytes
+    @cached_property
+    def _paging(self) -> Paging:
+        return Paging.of(self.model.window_layers)
+
+    @cached_property
+    def _ahead(self) -> int:
+        return tokens_ahead(self.config, self.platform)
+
+    def _kv_bytes(self, length: int, count: int = 1) -> int:
+        """Of so many sequences of that length."""
+        return self._paging.cache_for(count, length, self._ahead) * self._token_bytes
+
+    def _kv_note(self, cache: int, context: int) -> str:
+        note, layers = "keys and values of sequences and of cached prefixes", self.model.window_layers
+        if not any(layers):
+            return note
+        windowed, longest = sum(layers.values()) - layers.get(0, 0), cache // max(1, self._kv_bytes(context))
+        return f"{note}; {windowed} of {sum(layers.values())} layers keep a window: {longest} of that context"
 
     def _kv_wanted(self, context: int) -> int:
-        tokens = self.config.kv_cache_tokens or self.config.sample_max_num_sequences * context
-        return self._kv_bytes(max(tokens, context))
+        if tokens := self.config.kv_cache_tokens:
+            return max(tokens * self._token_bytes, self._kv_bytes(context))
+        return self._kv_bytes(context, self.config.sample_max_num_sequences)
 
     def _wanted_context(self) -> int:
         limit = self.model.max_position_embeddings
@@ -395,7 +413,8 @@ class _Planner:
         logits = 6 * rows * self.model.vocab_size * 4
         tokens = self.config.prefill_chunk_tokens or self.platform.prefill_tokens
         inner = 3 * tokens * self._features()[1] * jnp.dtype(self._dtype).itemsize
-        chunk = 3 * rows * self.platform.cache_chunk_tokens * self._token_bytes // max(1, self.model.cache_layers)
+        layers = self._paging.num_tables * self._paging.page_layers
+        chunk = 3 * rows * self.platform.cache_chunk_tokens * self._token_bytes // layers
         return logits + inner + chunk
 
 

@@ -51,7 +51,8 @@ class PagedAttention:
         kernel: bool = False,
         mesh: Mesh | None = None,
     ):
-        """tables int32 [R, table_pages], positions int32 [R, L], alive bool [R]: rows that may write. states: for
+        """tables int32 [R, table_pages] or, where layers see different windows, one for each of the layout's tables:
+        [tables, R, table_pages]; positions int32 [R, L], alive bool [R]: rows that may write. states: for
         recurrent layers, `TileStates`; in a decode step, the slot of each row. kernel: whether a kernel computes it
         where it can; on a mesh, each device for its own heads."""
         self.layout = layout
@@ -76,7 +77,7 @@ class PagedAttention:
         sinks: Array | None = None,
     ) -> tuple[Array, Pools]:
         new = {"k": k} if v is None else {"k": k, "v": v}
-        written = {name: self.write(cache[name], layer, x) for name, x in new.items()}
+        written = {name: self.write(cache[name], layer, x, window) for name, x in new.items()}
         pools = list(written.values())
         out = None
         if self.kernel and not v_features and self._divides_heads(k.shape[2]):
@@ -84,6 +85,17 @@ class PagedAttention:
         if out is None:
             out = self.attend(pools, layer, q, scale, v_features, window, sinks)
         return out, cache | written
+
+    def place(self, layer: Array, window: int) -> tuple[Array, Array]:
+        """Where the layer is, of those of its window: (its rows' page tables [R, table_pages], in the pools the row of
+        its part of page 0)."""
+        paging, num_pages = self.layout.paging, self.layout.num_pages
+        if paging.num_tables == 1:
+            return self.tables, layer * num_pages
+        tables = paging.tables_of(window)
+        if len(tables) == 1:
+            return self.tables[tables.start], layer * num_pages
+        return self.tables[tables.start + layer // paging.page_layers], layer % paging.page_layers * num_pages
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         """Rows run one after another: a state may come from the row before, and only one is held."""
@@ -109,16 +121,17 @@ class PagedAttention:
         (_, state), out = jax.lax.scan(one, (jnp.zeros_like(cache["state"][0]), cache["state"]), rows)
         return out, cache | {"conv": conv, "state": state}
 
-    def write(self, pool: Array, layer: Array, new: Array) -> Array:
+    def write(self, pool: Array, layer: Array, new: Array, window: int) -> Array:
         """Write whole pages: what stands after a row's last token is overwritten before anything unmasks it. Pages past
         the sequence's last one are null."""
         L = new.shape[1]
         page_size = self.layout.page_size
+        tables, first_row = self.place(layer, window)
         first = self.positions[:, 0] // page_size
         columns = first[:, None] + jnp.arange(L // page_size)
-        pages = jnp.take_along_axis(self.tables, columns, axis=1, mode="clip")
-        is_there = self.alive[:, None] & (columns < self.tables.shape[1])
-        pages = jnp.where(is_there, pages, NULL_PAGE) + layer * self.layout.num_pages
+        pages = jnp.take_along_axis(tables, columns, axis=1, mode="clip")
+        is_there = self.alive[:, None] & (columns < tables.shape[1])
+        pages = jnp.where(is_there, pages, NULL_PAGE) + first_row
         return pool.at[pages.reshape(-1)].set(_finite(new).reshape(-1, page_size, *new.shape[2:]))
 
     def in_kernel(
@@ -135,8 +148,8 @@ class PagedAttention:
         def run(q: Array, keys: Array, values: Array, tables: Array, starts: Array, first: Array, sinks: Any) -> Array:
             return prefill_kernel.attend(q, keys, values, tables, starts, first, scale, window, sinks)
 
-        first = layer * self.layout.num_pages
-        return self._for_own_heads(run, q, *pools, self.tables, starts, first, sinks)
+        tables, first = self.place(layer, window)
+        return self._for_own_heads(run, q, *pools, tables, starts, first, sinks)
 
     def _divides_heads(self, kv_heads: int) -> bool:
         return self.mesh is None or kv_heads % self.mesh.shape["tensor"] == 0
@@ -167,7 +180,7 @@ class PagedAttention:
         R, L, H, D = q.shape
         kv_heads = pools[0].shape[2]
         q = q.reshape(R, L, kv_heads, H // kv_heads, D)
-        chunk = partial(self._chunk, pools, layer, q, scale, window)
+        chunk = partial(self._chunk, pools, self.place(layer, window), q, scale, window)
         features = v_features or pools[1].shape[3]
         shape = (R, kv_heads, L, H // kv_heads)
         start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, features)))
@@ -185,10 +198,12 @@ class PagedAttention:
         chunk_tokens = self.layout.chunk_pages * self.layout.page_size
         return jnp.minimum(jnp.maximum(jnp.min(oldest) - window + 1, 0) // chunk_tokens, self.num_chunks)
 
-    def _chunk(self, pools: list[Array], layer: Array, q: Array, scale: float, window: int, c: Array, carry):
-        top, total, out = carry
+    def _chunk(
+        self, pools: list[Array], place: tuple[Array, Array], q: Array, scale: float, window: int, c: Array, carry
+    ):
+        (top, total, out), (tables, first) = carry, place
         width, group = self.layout.chunk_pages, q.shape[3]
-        pages = jax.lax.dynamic_slice_in_dim(self.tables, c * width, width, axis=1) + layer * self.layout.num_pages
+        pages = jax.lax.dynamic_slice_in_dim(tables, c * width, width, axis=1) + first
         scores = self._products(pools[0], group).scores(q, pools[0], pages) * scale
         positions = c * scores.shape[-1] + jnp.arange(scores.shape[-1])
         seen = positions <= self.positions[..., None]
@@ -218,8 +233,8 @@ class DecodeAttention(PagedAttention):
         if sinks is not None or not paged_kernel.fits(pools[0], self.layout.page_size):
             return None
         run = partial(paged_kernel.attend, scale=scale, window=window)
-        where = self.tables, self.positions[:, 0], layer * self.layout.num_pages
-        return self._for_own_heads(run, q[:, 0], *pools, *where)[:, None]
+        tables, first = self.place(layer, window)
+        return self._for_own_heads(run, q[:, 0], *pools, tables, self.positions[:, 0], first)[:, None]
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)
@@ -229,11 +244,12 @@ class DecodeAttention(PagedAttention):
         after = rule.history(x, before, jnp.ones(len(slots), jnp.int32))
         return out, cache | {"conv": cache["conv"].at[slots].set(after), "state": cache["state"].at[slots].set(state)}
 
-    def write(self, pool: Array, layer: Array, new: Array) -> Array:
+    def write(self, pool: Array, layer: Array, new: Array, window: int) -> Array:
         page_size = self.layout.page_size
+        tables, first_row = self.place(layer, window)
         position = self.positions[:, 0]
-        pages = jnp.take_along_axis(self.tables, position[:, None] // page_size, axis=1, mode="clip")[:, 0]
-        pages = jnp.where(self.alive, pages, NULL_PAGE) + layer * self.layout.num_pages
+        pages = jnp.take_along_axis(tables, position[:, None] // page_size, axis=1, mode="clip")[:, 0]
+        pages = jnp.where(self.alive, pages, NULL_PAGE) + first_row
         return pool.at[pages, position % page_size].set(_finite(new[:, 0]))
 
     def _products(self, pool: Array, group: int) -> Products:

@@ -1,4 +1,5 @@
-"""The allocator of the paged KV cache's pages, and the prefix cache that is built into it.
+"""The allocator of the paged KV cache's pages, and the prefix cache that is built into it; `page_tables.py` says which
+pages a sequence needs.
 
 A page is free, in use (one or more sequences refer to it), or idle: nobody refers to it, but it holds a known prefix
 and is found again by its key until its room is needed, least recently used first. A key is a hash chain over the
@@ -64,18 +65,12 @@ class PrefixCache:
             self._references[page] = 1
         return pages
 
-    def match(self, keys: Iterable[PageKey]) -> list[int]:
-        """Pages of the longest known prefix, each with one more reference."""
-        pages = []
-        for key in keys:
-            page = self._pages.get(key) if self.enabled else None
-            if page is None:
-                break
-            pages.append(page)
-        self.retain(pages)
-        return pages
+    def known(self, key: PageKey) -> int | None:
+        """The page that holds this content, if there is one."""
+        return self._pages.get(key)
 
     def retain(self, pages: Sequence[int]) -> None:
+        """One more reference to each."""
         for page in pages:
             self._references[page] += 1
             self._idle.pop(page, None)

@@ -18,38 +18,16 @@ from itertools import filterfalse, takewhile
 
 import numpy as np
 
-from tx_async.engine.kv_cache import NULL_PAGE
-from tx_async.engine.prefix_cache import PageKeys, PrefixCache
+from tx_async.engine.page_tables import PageTables, Tables, owned
+from tx_async.engine.prefix_cache import PageKey, PageKeys, PrefixCache
 from tx_async.engine.prompt_scores import PromptScoring
+from tx_async.engine.sequence_times import Times
 from tx_async.engine.state_slots import NULL_SLOT, StateSlots
 from tx_async.engine.stops import StopStrings
 from tx_async.grammar import Constraint
-from tx_async.wire.worker import SequenceSpec, SequenceTimes
+from tx_async.wire.worker import SequenceSpec
 
 PromptKey = tuple[str, bytes]
-
-
-@dataclass
-class Times:
-    """Times in monotonic seconds. No decision uses them: each host of a mesh has its own."""
-
-    admitted_at: float = 0.0
-    decode_began_at: float = 0.0
-    """When the quantum that brought its first tokens began; 0 before."""
-    first_token_at: float = 0.0
-
-    def decoded(self, began_at: float, now: float) -> None:
-        """Note that a quantum has brought tokens."""
-        if not self.first_token_at:
-            self.decode_began_at, self.first_token_at = max(began_at, self.admitted_at), now
-
-    def until(self, now: float) -> SequenceTimes:
-        """The times of a sequence whose last token has come."""
-        return SequenceTimes(
-            decode_began=1000 * (self.decode_began_at - self.admitted_at),
-            first_token=1000 * (self.first_token_at - self.admitted_at),
-            last_token=1000 * (now - self.admitted_at),
-        )
 
 
 @dataclass(eq=False)
@@ -69,7 +47,8 @@ class SequenceState:
     constraint: Constraint | None = None
     """What its grammar allows next; None where it has no grammar."""
     scoring: PromptScoring | None = None
-    pages: list[int] = field(default_factory=list)
+    tables: Tables = field(default_factory=list)
+    """Its pages, in each of its page tables."""
     slot: int = NULL_SLOT
     """The slot of its recurrent state while it runs."""
     loads: int = NULL_SLOT
@@ -78,7 +57,7 @@ class SequenceState:
     """Whole pages of its prompt that others had computed without a snapshot at their end, which is then worth
     making."""
     num_computed: int = 0
-    """How many tokens have their keys and values in `pages`; all but one while it decodes."""
+    """How many tokens have their keys and values in its pages, or had them; all but one while it decodes."""
     last_turn: int = 0
     """The quantum in which it last decoded, or in which it began."""
     num_cached: int = 0
@@ -140,17 +119,19 @@ class Sequences:
         num_running_max: int,
         num_decoding_max: int,
         states: StateSlots | None = None,
-        window: int = 0,
+        windows: tuple[int, ...] = (0,),
     ):
         """num_decoding_max: sequences that one quantum decodes; more take turns. states: the slots of a model with
-        recurrent layers. window: how many tokens the layer with the widest view sees; 0 = all."""
+        recurrent layers. windows: those of the page tables, as `Paging` has them."""
         self.cache = cache
-        self.window = window
+        self.pages = PageTables(cache, windows)
         self.states = states or StateSlots()
         self.num_running_max = num_running_max
         self.num_decoding_max = num_decoding_max
-        #: the newest quantum's number
+        #: the newest quantum's number, its decode steps, and the tokens that it computes of one sequence at most
         self._turn = 0
+        self._decode_steps = 0
+        self._ahead = 0
         #: oldest first; disjoint from `running`
         self.waiting: deque[SequenceState] = deque()
         #: by order, oldest first: prefilling or decoding; only these own pages
@@ -180,9 +161,9 @@ class Sequences:
     def finish(self, sample: SequenceState) -> None:
         """The sequence leaves; what it computed can still be found in the prefix cache."""
         self._register(sample, min(sample.num_computed, len(sample.tokens)))
-        self.cache.release([page for page in sample.pages if page != NULL_PAGE])
+        self.pages.release(sample.tables)
         self.states.release(sample.slot)
-        sample.pages, sample.slot = [], NULL_SLOT
+        sample.tables, sample.slot = [], NULL_SLOT
         self.running.remove(sample)
         mates = self._by_prompt[sample.prompt_key]
         mates.remove(sample)
@@ -195,12 +176,13 @@ class Sequences:
         """Decide a quantum (see `SampleQuantum`). Afterwards `num_computed` counts what its prefill will have
         computed."""
         schedule = Schedule()
+        self._decode_steps, self._ahead = decode_steps, prefill_tokens + decode_steps
         self.states.begin()
         self._leave_windows()
-        self._reserve(decode_steps, schedule)
+        self._reserve(schedule)
         budget = self._continue_prefill(prefill_tokens, schedule)
         if not schedule.num_preempted:
-            self._admit_waiting(decode_steps, budget, schedule)
+            self._admit_waiting(budget, schedule)
         self.cache.release(self._held)
         self._held = []
         schedule.decoding = self._decoding(only_first_tokens)
@@ -236,32 +218,22 @@ class Sequences:
         return ready[:near] + others[: num_places - near]
 
     def _leave_windows(self) -> None:
-        """Free the pages that lie before every layer's window; as part of a known prefix they can still be found. The
-        null page takes their places: what is read there is masked."""
-        if not self.window:
-            return
-        for sample in self.running:
-            count = max(0, sample.num_computed - self.window + 1) // self.cache.page_size
-            left = [page for page in sample.pages[:count] if page != NULL_PAGE]
-            if left:
-                self._register(sample, sample.num_computed)
-                self.cache.release(left)
-                sample.pages[:count] = [NULL_PAGE] * count
+        """Free the pages that lie before the windows of their layers. Those of a prompt can still be found; nobody goes
+        on from the middle of a completion."""
+        if any(self.pages.windows):
+            for sample in self.running:
+                keys = sample.keys.upto(sample.tokens, min(sample.num_computed, sample.num_prompt))
+                self.pages.leave(sample.tables, sample.num_computed, keys)
 
-    def _reserve(self, decode_steps: int, schedule: Schedule) -> None:
+    def _reserve(self, schedule: Schedule) -> None:
         """Allocate pages for the next tokens of every running sequence; the youngest gives way, unwatched ones before
         watched ones."""
         for sample in list(self.running):
-            if not sample.pages:  # was preempted a moment ago
-                continue
-            while (pages := self.cache.allocate(self._missing(sample, decode_steps))) is None:
+            # One without tables was preempted a moment ago.
+            while sample.tables and not self._has_next_pages(sample, sample.tables, sample.num_computed):
                 victim = next(filterfalse(_is_watched, reversed(self.running)), self.running[-1])
                 self._preempt(victim)
                 schedule.num_preempted += 1
-                if victim is sample:
-                    break
-            else:
-                sample.pages.extend(pages)
 
     def _preempt(self, sample: SequenceState) -> None:
         self.finish(sample)
@@ -278,14 +250,14 @@ class Sequences:
             budget -= self._prefill(sample, self._share(budget, contested), schedule)
         return budget
 
-    def _admit_waiting(self, decode_steps: int, budget: int, schedule: Schedule) -> None:
+    def _admit_waiting(self, budget: int, schedule: Schedule) -> None:
         skipped: list[SequenceState] = []
         while self._has_room:
             sample = self.waiting.popleft()
             if self._leader_under_way(sample):
                 skipped.append(sample)
                 continue
-            if not self._start(sample, decode_steps, budget, schedule):
+            if not self._start(sample, budget, schedule):
                 skipped.append(sample)
                 break
             budget -= self._prefill(sample, self._share(budget, self._has_room), schedule)
@@ -305,54 +277,59 @@ class Sequences:
             return False
         return any(mate.num_computed < mate.num_prompt - 1 for mate in self._by_prompt.get(sample.prompt_key, ()))
 
-    def _start(self, sample: SequenceState, decode_steps: int, budget: int, schedule: Schedule) -> bool:
+    def _start(self, sample: SequenceState, budget: int, schedule: Schedule) -> bool:
         """Give a sequence its pages, shared ones first. False when there is no room, or no budget to prefill it."""
         end = len(sample.tokens) - 1
-        pages = self.cache.match(sample.keys.upto(sample.tokens, self._cacheable(sample)))
-        matched = len(pages) * self.cache.page_size
-        source = self._tail_source(sample, matched)
-        state = NULL_SLOT
+        keys = sample.keys.upto(sample.tokens, self._cacheable(sample))
+        borders = self.pages.borders(keys)
+        source, state, border = self._tail_source(sample, borders[-1]), NULL_SLOT, borders[-1]
         if self.states.enabled:
-            pages, source, state = self._with_state(sample, pages, source)
-            matched = len(pages) * self.cache.page_size
+            source, state, border = self._with_state(sample, keys, borders, source)
+        tables, matched = self.pages.take(keys, border), border * self.cache.page_size
         remaining = 0 if source else end - matched
-        # Every running sequence may need a page soon: without that room the newcomer would only be preempted again.
-        needed = self._missing(sample, decode_steps) - len(pages)
-        if needed + len(self.running) > self.cache.num_available or (remaining and not budget):
-            self.cache.release(pages + source)
+        if (remaining and not budget) or not self._has_pages_for(sample, tables, end if source else matched):
+            self.cache.release(source)
+            self.pages.release(tables)
             return False
-        fresh = self.cache.allocate(needed) or []
-        if source:
-            schedule.copies.append((source[0], fresh[0]))
-            self._held += source
-        self._run(sample, pages + fresh, end if source else matched)
+        schedule.copies += [(page, pages[border]) for page, pages in zip(source, tables, strict=False)]
+        self._held += source
+        self._run(sample, tables, end if source else matched)
         sample.slot, sample.loads = self.states.take(), state
         if not remaining and state:
             schedule.state_copies.append((state, sample.slot))
         return True
 
+    def _has_pages_for(self, sample: SequenceState, tables: Tables, num_computed: int) -> bool:
+        """Give a newcomer's tables their first pages, if there is room for all that it will need. The running ones may
+        need pages soon, too: without room for those the newcomer would only be preempted again."""
+        soon = sum(len(other.tables) + self._to_come(other, other.tables) for other in self.running)
+        if self.running and self._to_come(sample, tables) + soon > self.cache.num_available:
+            return False
+        return self._has_next_pages(sample, tables, num_computed)
+
+    def _to_come(self, sample: SequenceState, tables: Tables) -> int:
+        return self.pages.still_to_come(tables, self._needed(sample), self._ahead)
+
     def _with_state(
-        self, sample: SequenceState, pages: list[int], source: list[int]
-    ) -> tuple[list[int], list[int], int]:
-        """The part of a known prefix that has a state: -> (its pages, its last page in part, the state's slot)."""
-        end, keys = len(sample.tokens) - 1, sample.keys.upto(sample.tokens, len(pages) * self.cache.page_size)
+        self, sample: SequenceState, keys: Sequence[PageKey], borders: Sequence[int], source: list[int]
+    ) -> tuple[list[int], int, int]:
+        """The part of a known prefix that has a state: -> (its last page in part, the state's slot, its border)."""
+        end = len(sample.tokens) - 1
         if source:
             tail = sample.keys.tail(sample.tokens, end)
             if tail and (state := self.states.find(tail, after_prefill=True)) is not None:
-                return pages, source, state
+                return source, state, borders[-1]
             self.cache.release(source)
-        sample.shared_tokens = len(pages) * self.cache.page_size
-        for count in range(len(pages), 0, -1):
-            whole = count * self.cache.page_size == end  # nothing is left to prefill: the state is copied afterwards
-            state = self.states.find(keys[count - 1], after_prefill=whole)
+        sample.shared_tokens = borders[-1] * self.cache.page_size
+        for border in reversed(borders[1:]):
+            whole = border * self.cache.page_size == end  # nothing is left to prefill: the state is copied afterwards
+            state = self.states.find(keys[border - 1], after_prefill=whole)
             if state is not None:
-                self.cache.release(pages[count:])
-                return pages[:count], [], state
-        self.cache.release(pages)
-        return [], [], NULL_SLOT
+                return [], state, border
+        return [], NULL_SLOT, 0
 
-    def _run(self, sample: SequenceState, pages: list[int], num_computed: int) -> None:
-        sample.pages, sample.num_computed, sample.last_turn = pages, num_computed, self._turn
+    def _run(self, sample: SequenceState, tables: Tables, num_computed: int) -> None:
+        sample.tables, sample.num_computed, sample.last_turn = tables, num_computed, self._turn
         if not sample.was_admitted:
             sample.was_admitted, sample.num_cached = True, num_computed
         place = sum(other.order < sample.order for other in self.running)
@@ -364,25 +341,37 @@ class Sequences:
         start = sample.scoring_start
         return len(sample.tokens) - 1 if start is None else min(start, len(sample.tokens) - 1)
 
-    def _tail_source(self, sample: SequenceState, matched: int) -> list[int]:
-        """The page, with a reference, a copy of which completes `sample`'s tokens but for the last one."""
+    def _tail_source(self, sample: SequenceState, border: int) -> list[int]:
+        """The page of each table, with a reference, copies of which complete `sample`'s tokens but for the last one."""
         end = len(sample.tokens) - 1
-        if matched != end // self.cache.page_size * self.cache.page_size or sample.scoring_start is not None:
+        if border != end // self.cache.page_size or sample.scoring_start is not None:
             return []
         key = sample.keys.tail(sample.tokens, end)
-        return self.cache.match([key]) if key else []
+        return self.pages.tail(key) if key else []
 
     def _prefill(self, sample: SequenceState, share: int, schedule: Schedule) -> int:
         """Plan the next chunk of a prompt; -> the tokens that it costs, rounded up to whole pages: a partial page costs
         as much as a whole one."""
         start, end = sample.num_computed, len(sample.tokens) - 1
         stop = end if end - start <= share else start + share // self.cache.page_size * self.cache.page_size
+        stop = self._with_pages(sample, stop) if stop > start else start
         if stop <= start:
             return 0
         schedule.prefill.append(PrefillPiece(sample, start, stop, sample.loads, self._snapshots(sample, start, stop)))
         sample.num_computed, sample.loads = stop, sample.slot
         self._register(sample, stop)
         return -(-(stop - start) // self.cache.page_size) * self.cache.page_size
+
+    def _with_pages(self, sample: SequenceState, stop: int) -> int:
+        """Give tables with a window the pages of the next chunk; -> where it ends: earlier where pages are short."""
+        needed, end, page_size = self._needed(sample), len(sample.tokens) - 1, self.cache.page_size
+        near = needed if stop == end else stop
+        spare = max(0, self.cache.num_available - len(self.running) * len(self.pages.windows))
+        if self.pages.missing(sample.tables, needed, near) > spare:
+            near = stop = min(stop, self.pages.reach(sample.tables, spare), (end - 1) // page_size * page_size)
+        is_there = self.pages.grow(sample.tables, needed, near)
+        assert is_there, "pages that were there a moment ago"
+        return stop
 
     def _snapshots(self, sample: SequenceState, start: int, stop: int) -> dict[int, int]:
         """Which states within [start, stop] are kept: those at the prompt's end, at the end of its last whole page,
@@ -402,26 +391,29 @@ class Sequences:
     def _register(self, sample: SequenceState, num_tokens: int) -> None:
         """Its first `num_tokens` are computed: full pages can be found now, a prompt's partial page by equal
         prompts."""
-        for page, key in zip(sample.pages, sample.keys.upto(sample.tokens, num_tokens), strict=False):
-            if page != NULL_PAGE:
-                self.cache.register(page, key)
+        self.pages.register(sample.tables, sample.keys.upto(sample.tokens, num_tokens))
         end = sample.num_prompt - 1
         if num_tokens == end and (key := sample.keys.tail(sample.tokens, end)):
-            self.cache.register(sample.pages[end // self.cache.page_size], key)
+            self.pages.register_tail(sample.tables, end // self.cache.page_size, key)
 
-    def _missing(self, sample: SequenceState, decode_steps: int) -> int:
-        """How many pages it lacks for its tokens and `decode_steps` more."""
-        needed = min(len(sample.tokens) + decode_steps, sample.limit)
-        return max(0, -(-needed // self.cache.page_size) - len(sample.pages))
+    def _needed(self, sample: SequenceState) -> int:
+        """How many tokens it has with those that a quantum may decode."""
+        return min(len(sample.tokens) + self._decode_steps, sample.limit)
+
+    def _has_next_pages(self, sample: SequenceState, tables: Tables, num_computed: int) -> bool:
+        """Give its tables what it needs to go on at all: of a window, the pages up to the end, or one of the prompt."""
+        needed, page_size = self._needed(sample), self.cache.page_size
+        is_last = len(sample.tokens) - 1 - num_computed <= page_size
+        return self.pages.grow(tables, needed, needed if is_last else num_computed + page_size)
 
     def check(self) -> None:
         """Assert every invariant; tests call it after each change."""
-        self.cache.check([page for page in sample.pages if page != NULL_PAGE] for sample in self.running)
+        self.cache.check(owned(sample.tables) for sample in self.running)
         self.states.check([sample.slot for sample in self.running])
         assert len(self.running) <= self.num_running_max
         orders = [sample.order for sample in self.running]
         assert orders == sorted(set(orders))
-        assert not any(sample.pages for sample in self.waiting)
+        assert not any(sample.tables for sample in self.waiting)
         mates = sorted(sample.order for group in self._by_prompt.values() for sample in group)
         assert mates == orders
 

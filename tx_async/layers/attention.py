@@ -35,7 +35,7 @@ BLOCK = 64
 
 
 class Attend(Protocol):
-    """How a layer's tokens attend to others; `layer` is the layer's place in the cache."""
+    """How a layer's tokens attend to others; `layer` is the layer's place in the cache, among those of its window."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class Attend(Protocol):
     ) -> tuple[Array, Cache]:
         """q [R, L, H, Dk], k [R, L, Hkv, Dk], v [R, L, Hkv, Dv] -> ([R, L, H, Dv], cache).
 
-        `layer` is the layer's index in the cache. With v None the values are the first `v_features` of each key (MLA's
+        With v None the values are the first `v_features` of each key (MLA's
         latent cache with absorbed projections). window: how many tokens a token sees, itself included; 0 = all before
         it. sinks: fp32 [H], for each head a logit that takes part in the softmax and has no value.
         """

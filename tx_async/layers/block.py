@@ -43,11 +43,13 @@ class Keeps(NamedTuple):
     """For each token: name -> (heads, features)."""
     state: dict[str, tuple[tuple[int, ...], bool]] = {}  # noqa: RUF012
     """For the whole sequence: name -> (shape, whether it is fp32 whatever the model's dtype is)."""
+    window: int = 0
+    """For how many of the newest tokens it keeps pages; 0 = for all."""
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> tuple[bool, int]:
         """Layers of one kind are numbered together; the number is their place in the cache."""
-        return "pages" if self.pages else "state"
+        return bool(self.pages), self.window
 
 
 class Mixer(Protocol):

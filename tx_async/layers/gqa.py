@@ -62,7 +62,8 @@ class GroupedQueryAttention:
 
     @property
     def keeps(self) -> Keeps:
-        return Keeps({"k": (self.num_kv_heads, self.head_dim), "v": (self.num_kv_heads, self.head_dim)})
+        of_token = {"k": (self.num_kv_heads, self.head_dim), "v": (self.num_kv_heads, self.head_dim)}
+        return Keeps(of_token, window=self.window)
 
     @property
     def _queries(self) -> Dim:

@@ -3,6 +3,7 @@ parameters."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -92,19 +93,13 @@ class Decoder:
         return sum(bool(layer.mixer.keeps.state) for layer in self.layers)
 
     @property
-    def cache_layers(self) -> int:
-        """The number of layers with pages."""
-        return sum(bool(layer.mixer.keeps.pages) for layer in self.layers)
-
-    @property
-    def window(self) -> int:
-        """How many tokens the layer with the widest view sees; 0 = some layer sees all."""
-        windows = [getattr(layer.mixer, "window", 0) for layer in self.layers if layer.mixer.keeps.pages]
-        return max(windows) if windows and all(windows) else 0
+    def window_layers(self) -> dict[int, int]:
+        """Of the layers with pages, how many keep those of a window of so many tokens; 0 = of all tokens."""
+        return dict(Counter(layer.mixer.keeps.window for layer in self.layers if layer.mixer.keeps.pages))
 
     def places(self, stack: Stack) -> tuple[int, ...]:
-        """The place of each layer of a stack in the cache: layers that keep the same kind of state are numbered in
-        order."""
+        """The place of each layer of a stack in the cache: layers that keep the same (a state, pages, pages of an equal
+        window) are numbered in order."""
         kinds = [layer.mixer.keeps.kind for layer in self.layers]
         return tuple(kinds[:i].count(kinds[i]) for i in stack.layers)
 
