@@ -107,9 +107,9 @@ def test_a_prompt_longer_than_the_cache_has_room_for_in_all_tables_is_scored(ben
 
 
 def test_preempted_sequences_go_on_where_they_were(bench):
-    """Eight of 140 tokens do not fit: the youngest give way and come back."""
-    before, prompts = len(bench.replies), [tokens(60, seed) for seed in range(30, 38)]
-    outcomes = finished(bench, prompts, max_tokens=80)
+    """Eight of 150 tokens do not fit: the youngest give way and come back."""
+    before, prompts = len(bench.replies), [tokens(20, seed) for seed in range(30, 38)]
+    outcomes = finished(bench, prompts, max_tokens=130)
     assert sum(reply.num_preempted for reply in bench.replies[before:]) > 0
     assert all(agrees_with_the_trainer(bench, *pair) for pair in zip(prompts, outcomes, strict=True))
     assert bench.engine.sequences.cache.num_used == 0

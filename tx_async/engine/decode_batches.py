@@ -9,6 +9,7 @@ import numpy as np
 
 from tx_async.engine.decode_programs import STOP_TOKENS_MAX, DecodeBatch, PrefillBatch, ScoreBatch, seed_words
 from tx_async.engine.kv_cache import CacheLayout
+from tx_async.engine.page_tables import num_left
 from tx_async.engine.paged_attention import TileStates
 from tx_async.engine.platform import Platform
 from tx_async.engine.prompt_scores import PromptScoring
@@ -90,8 +91,9 @@ def page_tables(samples: Sequence[SequenceState], rows: int, layout: CacheLayout
     order, then the null page."""
     tables = np.zeros((layout.paging.num_tables, rows, layout.table_pages), np.int32)
     for row, sample in enumerate(samples):
-        for table, pages in enumerate(sample.tables):
-            tables[table, row, : len(pages)] = pages
+        for table, (pages, window) in enumerate(zip(sample.tables, layout.paging.windows, strict=False)):
+            first = num_left(pages, len(pages)) if window else 0
+            tables[table, row, first : len(pages)] = pages[first:]
     return tables if len(tables) > 1 else tables[0]
 
 

@@ -327,7 +327,7 @@ class _Planner:
         if not any(layers):
             return note
         windowed, longest = sum(layers.values()) - layers.get(0, 0), cache // max(1, self._kv_bytes(context))
-        return f"{note}; {windowed} of {sum(layers.values())} layers keep a window: {longest} of that context"
+        return f"{note}, {longest} of the whole context: {windowed} of {sum(layers.values())} layers keep a window"
 
     def _kv_wanted(self, context: int) -> int:
         if tokens := self.config.kv_cache_tokens:

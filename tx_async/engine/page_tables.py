@@ -123,7 +123,7 @@ class PageTables:
         for pages, window in zip(tables, self.windows, strict=True):
             most = total - len(pages)
             if window:
-                most = min(most, self._pages(window + ahead) + 1 - (len(pages) - _num_left(pages, len(pages))))
+                most = min(most, self._pages(window + ahead) + 1 - (len(pages) - num_left(pages, len(pages))))
             more += max(0, most)
         return more
 
@@ -137,7 +137,7 @@ class PageTables:
             if not window:
                 continue
             pages, end = tables[table], max(0, num_computed - window + 1) // self.page_size
-            first = _num_left(pages, end)
+            first = num_left(pages, end)
             if first < end:
                 for page, key in zip(pages[first:end], keys[first:end], strict=False):
                     self.cache.register(page, _of_table(table, key))
@@ -159,7 +159,7 @@ def _of_table(table: int, key: PageKey) -> PageKey:
     return key + bytes([table]) if table else key
 
 
-def _num_left(pages: list[int], end: int) -> int:
+def num_left(pages: list[int], end: int) -> int:
     """How many of the first `end` pages were given back: they are the first."""
     while end and pages[end - 1] != NULL_PAGE:
         end -= 1

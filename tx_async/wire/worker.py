@@ -60,7 +60,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     sample_max_num_sequences: int = 64
     """Sequences that decode at once; more simply queue."""
     kv_cache_tokens: int = 0
-    """Tokens that the paged KV cache holds; 0 lets the engine choose from the device's memory."""
+    """Tokens that the paged KV cache holds, counted as if every layer saw all of them: layers with a window keep less,
+    so more fit. 0 lets the engine choose from the device's memory."""
     kv_page_size: int = 16
     prefix_cache: bool = True
     decode_steps: int = 0
