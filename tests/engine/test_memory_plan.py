@@ -197,6 +197,14 @@ def test_slots_give_way_where_adapters_of_experts_are_large():
     assert plan(GPT_OSS_20B, max_lora_adapters=1).num_training_slots == 1
 
 
+def test_layers_with_a_window_leave_room_for_a_longer_context():
+    """Half of gpt-oss's layers see 128 tokens: what they would keep of the rest holds the others' keys and values."""
+    mixed = plan(GPT_OSS_20B, max_lora_adapters=2, max_sampler_adapters=2)
+    assert mixed.context > 1.9 * mixed.kv_cache_tokens < mixed.wanted_context
+    assert any("1 of the whole context: 12 of 24 layers keep a window" in line for line in mixed.lines())
+    assert not any("window" in line for line in plan(QWEN3_8B).lines())
+
+
 def test_the_states_of_a_hybrid_are_cut_with_its_heads():
     alone, cut = plan(QWEN3_5_35B_A3B), plan(QWEN3_5_35B_A3B, expert_parallel_size=8)
     assert not alone.fits and "Set expert_parallel_size to" in alone.problem

@@ -156,3 +156,32 @@ def test_rows_that_are_not_alive_write_to_the_null_page_only():
     _, pools = attended(DecodeAttention, tables, np.array([[3]]), np.zeros(1, bool), pools, ones, ones, ones)
     written = {int(page) for page in np.flatnonzero(np.asarray(pools["k"]).any((1, 2, 3)))}
     assert written == {LAYOUT.num_pages}
+
+
+def test_layers_of_every_window_have_pages_of_their_own():
+    """Two layers see everything, three a window: a page holds two layers, and a sequence has three tables."""
+    paging = Paging((0, 20, 20), page_layers=2)
+    layout = CacheLayout.plan(cache_tokens=200, page_size=16, max_context_length=64, paging=paging)
+    pools = {name: jnp.zeros((2 * layout.num_pages, 16, 2, 8)) for name in "kv"}
+    pages = np.random.default_rng(0).permutation(np.arange(1, layout.num_pages))[: 3 * 3].reshape(3, 1, 3)
+    tables = np.pad(pages, ((0, 0), (0, 0), (0, layout.table_pages - 3))).astype(np.int32)
+    rng = np.random.default_rng(1)
+    layers = [(window, layer) for window, count in ((20, 3), (0, 2)) for layer in range(count)]
+    made = {layer: rng.standard_normal((2, 33, 2, 8)).astype(np.float32) for layer in layers}
+    q = rng.standard_normal((1, 1, 4, 8)).astype(np.float32)
+
+    @partial(jax.jit, static_argnames=("kind", "window", "start", "count"))
+    def run(kind, pools, layer, q, k, v, window, start, count):
+        attend = kind(layout, jnp.asarray(tables), jnp.arange(start, start + count)[None], jnp.ones(1, bool))
+        return attend(pools, layer, q, k, v, 0.3, 0, window)
+
+    for window, layer in layers:
+        k, v = made[window, layer][:, None, :32]
+        given = (np.int32(layer), np.zeros((1, 32, 4, 8), np.float32), k, v)
+        _, pools = run(PagedAttention, pools, *given, window=window, start=0, count=32)
+    for window, layer in layers:
+        k, v = made[window, layer]
+        out, pools = run(
+            DecodeAttention, pools, np.int32(layer), q, k[None, 32:], v[None, 32:], window=window, start=32, count=1
+        )
+        assert np.allclose(out[0], dense(q[0], k, v, 0.3, window), atol=1e-5)
