@@ -87,15 +87,14 @@ class PagedAttention:
         return out, cache | written
 
     def place(self, layer: Array, window: int) -> tuple[Array, Array]:
-        """Where the layer is, of those of its window: (its rows' page tables [R, table_pages], in the pools the row of
-        its part of page 0)."""
-        paging, num_pages = self.layout.paging, self.layout.num_pages
+        """Where the layer is, of those of its window: (its rows' page tables [R, table_pages], its place in a page)."""
+        paging = self.layout.paging
         if paging.num_tables == 1:
-            return self.tables, layer * num_pages
+            return self.tables, layer
         tables = paging.tables_of(window)
         if len(tables) == 1:
-            return self.tables[tables.start], layer * num_pages
-        return self.tables[tables.start + layer // paging.page_layers], layer % paging.page_layers * num_pages
+            return self.tables[tables.start], layer
+        return self.tables[tables.start + layer // paging.page_layers], layer % paging.page_layers
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         """Rows run one after another: a state may come from the row before, and only one is held."""
@@ -126,12 +125,12 @@ class PagedAttention:
         the sequence's last one are null."""
         L = new.shape[1]
         page_size = self.layout.page_size
-        tables, first_row = self.place(layer, window)
+        tables, layer = self.place(layer, window)
         first = self.positions[:, 0] // page_size
         columns = first[:, None] + jnp.arange(L // page_size)
         pages = jnp.take_along_axis(tables, columns, axis=1, mode="clip")
         is_there = self.alive[:, None] & (columns < tables.shape[1])
-        pages = jnp.where(is_there, pages, NULL_PAGE) + first_row
+        pages = jnp.where(is_there, pages, NULL_PAGE) + layer * self.layout.num_pages
         return pool.at[pages.reshape(-1)].set(_finite(new).reshape(-1, page_size, *new.shape[2:]))
 
     def in_kernel(
@@ -148,8 +147,8 @@ class PagedAttention:
         def run(q: Array, keys: Array, values: Array, tables: Array, starts: Array, first: Array, sinks: Any) -> Array:
             return prefill_kernel.attend(q, keys, values, tables, starts, first, scale, window, sinks)
 
-        tables, first = self.place(layer, window)
-        return self._for_own_heads(run, q, *pools, tables, starts, first, sinks)
+        tables, layer = self.place(layer, window)
+        return self._for_own_heads(run, q, *pools, tables, starts, layer * self.layout.num_pages, sinks)
 
     def _divides_heads(self, kv_heads: int) -> bool:
         return self.mesh is None or kv_heads % self.mesh.shape["tensor"] == 0
@@ -201,9 +200,9 @@ class PagedAttention:
     def _chunk(
         self, pools: list[Array], place: tuple[Array, Array], q: Array, scale: float, window: int, c: Array, carry
     ):
-        (top, total, out), (tables, first) = carry, place
+        (top, total, out), (tables, layer) = carry, place
         width, group = self.layout.chunk_pages, q.shape[3]
-        pages = jax.lax.dynamic_slice_in_dim(tables, c * width, width, axis=1) + first
+        pages = jax.lax.dynamic_slice_in_dim(tables, c * width, width, axis=1) + layer * self.layout.num_pages
         scores = self._products(pools[0], group).scores(q, pools[0], pages) * scale
         positions = c * scores.shape[-1] + jnp.arange(scores.shape[-1])
         seen = positions <= self.positions[..., None]
@@ -233,8 +232,9 @@ class DecodeAttention(PagedAttention):
         if sinks is not None or not paged_kernel.fits(pools[0], self.layout.page_size):
             return None
         run = partial(paged_kernel.attend, scale=scale, window=window)
-        tables, first = self.place(layer, window)
-        return self._for_own_heads(run, q[:, 0], *pools, tables, self.positions[:, 0], first)[:, None]
+        tables, layer = self.place(layer, window)
+        where = tables, self.positions[:, 0], layer * self.layout.num_pages
+        return self._for_own_heads(run, q[:, 0], *pools, *where)[:, None]
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)
@@ -246,10 +246,10 @@ class DecodeAttention(PagedAttention):
 
     def write(self, pool: Array, layer: Array, new: Array, window: int) -> Array:
         page_size = self.layout.page_size
-        tables, first_row = self.place(layer, window)
+        tables, layer = self.place(layer, window)
         position = self.positions[:, 0]
         pages = jnp.take_along_axis(tables, position[:, None] // page_size, axis=1, mode="clip")[:, 0]
-        pages = jnp.where(self.alive, pages, NULL_PAGE) + first_row
+        pages = jnp.where(self.alive, pages, NULL_PAGE) + layer * self.layout.num_pages
         return pool.at[pages, position % page_size].set(_finite(new[:, 0]))
 
     def _products(self, pool: Array, group: int) -> Products:
