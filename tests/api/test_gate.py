@@ -48,6 +48,7 @@ async def test_a_page_from_elsewhere_cannot_act_on_a_keyless_server(origin):
     async with client() as http:
         response = await http.post("/", headers={"origin": origin, "host": "localhost"}, content=b"{}")
     assert response.status_code == 403 and "allowed_origins" in response.json()["detail"]
+    assert response.headers["x-request-id"]
 
 
 async def test_a_page_of_this_machine_and_a_client_without_origin_may():

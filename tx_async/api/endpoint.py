@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from tx_async import logs
-from tx_async.api import body
+from tx_async.api import body, request_ids
 from tx_async.api.context import Api, Call
 from tx_async.api.errors import error_response, internal_error_response, json_response
 from tx_async.api.owner import key_of, reached_at
@@ -26,8 +24,6 @@ from tx_async.wire import tinker
 
 LEFTOVERS_S = 1.0
 """How long a request whose answer is known may take to send what is left of its body."""
-
-REQUEST_ID_CHARACTERS_MAX = 64
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +74,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        request_id = _request_id(request)
-        logs.request_id.set(request_id)
+        request_id = request_ids.begin(request.headers)
         scope.get("tx_async.route", []).append(self.row.path)
         try:
             response = await self._respond(request)
@@ -94,7 +89,7 @@ class Endpoint:
         except Exception:
             logger.exception("%s %s failed", self.row.method, self.row.path)
             response = internal_error_response(request.url.path)
-        response.headers["x-request-id"] = response.headers["request-id"] = request_id
+        request_ids.show(response, request_id)
         if isinstance(response, StreamingResponse):  # it listens for the client's end itself
             await response(scope, receive, send)
             await _read_to_the_end(request)
@@ -134,13 +129,6 @@ async def _read_to_the_end(request: Request) -> bool:
                     break
             return True
     return False
-
-
-def _request_id(request: Request) -> str:
-    """The client's own request id, where it is fit for a line of the log."""
-    given = request.headers.get("x-request-id", "")
-    is_fit = given.isascii() and given.isprintable() and 0 < len(given) <= REQUEST_ID_CHARACTERS_MAX
-    return given if is_fit else secrets.token_hex(6)
 
 
 def _parameters(handler: Callable[..., Any]) -> list[str]:

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tx_async.api import request_ids
 from tx_async.api.compatible.forms import error_body
 from tx_async.errors import BodyTimeout, Category, TxError
 
@@ -45,8 +46,10 @@ def internal_error_response(path: str = "") -> Response:
 async def http_exception_response(request: Request, error: Exception) -> Response:
     """The router's own 404 and 405."""
     assert isinstance(error, HTTPException)
+    request_id = request_ids.begin(request.headers)
     message = _REASONS.get(error.status_code, str(error.detail))
-    return _response(request.url.path, error.status_code, message, "user", dict(error.headers or {}))
+    response = _response(request.url.path, error.status_code, message, "user", dict(error.headers or {}))
+    return request_ids.show(response, request_id)
 
 
 def _response(

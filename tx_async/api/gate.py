@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tx_async.api import request_ids
 from tx_async.api.errors import error_response
 from tx_async.api.owner import is_loopback
 from tx_async.config import ServerConfig
@@ -106,7 +107,9 @@ class GateMiddleware:
             try:
                 gate.check(scope)
             except Forbidden as error:
-                await error_response(error, path=scope["path"])(scope, receive, send)
+                request_id = request_ids.begin(Headers(scope=scope))
+                response = error_response(error, path=scope["path"])
+                await request_ids.show(response, request_id)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

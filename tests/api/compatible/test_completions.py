@@ -81,8 +81,11 @@ async def test_a_stream_with_echo_says_the_same(ask, listen, logprobs, max_token
     fields = {"model": "fake/model", "prompt": ["ab", "d"], "echo": True, "max_tokens": max_tokens}
     fields |= {} if logprobs is None else {"logprobs": logprobs}
     _, answer = await ask(PATH, **fields)
+    assert answer["usage"]["completion_tokens"] == 2 * max_tokens, "what nobody sees does not count"
     found = [{"text": "", "tokens": [], "offsets": [], "reason": None} for _ in range(2)]
-    for chunk in await listen(PATH, **fields):
+    chunks = await listen(PATH, **fields, stream_options={"include_usage": True})
+    assert chunks[-1]["usage"] == answer["usage"]
+    for chunk in chunks:
         for choice in chunk["choices"]:
             mine = found[choice["index"]]
             mine["text"] += choice["text"]

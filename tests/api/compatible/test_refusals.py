@@ -66,6 +66,7 @@ INVALID = [
     (CHAT, {"repetition_penalty": 0}, "repetition_penalty"),
     (CHAT, {"logit_bias": {"x": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"1000": 1}}, "logit_bias"),
+    (CHAT, {"logit_bias": {"1": None}}, "logit_bias"),
     (CHAT, {"stop": [""]}, "stop"),
     (CHAT, {"stop": ["a"] * 300}, "stop"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
@@ -186,6 +187,16 @@ ADVICE = [
     (CHAT, {"max_tokens": -1}, "max_tokens: it is -1; it must be at least 1, or absent for as many as fit."),
     (MESSAGES, {"max_tokens": 0}, "max_tokens: it is 0; it must be at least 1."),
     (COMPLETIONS, {"n": 4097}, "n: it is 4097; allowed are 1 to 64."),
+    (
+        CHAT,
+        {"messages": [USER, {"role": "function", "content": "a"}]},
+        "messages[1].role: Invalid enum value 'function'; it must be system, developer, user, assistant or tool.",
+    ),
+    (
+        MESSAGES,
+        {"messages": [USER, {"role": "system", "content": "a"}]},
+        "messages[1].role: Invalid enum value 'system'; it must be user or assistant.",
+    ),
     (CHAT, {"model": "nope"}, "model 'nope' is not served here; this server has 'fake/model' or 'alias'."),
     (MESSAGES, {"messages": [USER, USES]}, "messages: the tool_use u has no tool_result."),
     (
@@ -201,9 +212,14 @@ async def test_the_advice_is_true_of_the_route_and_said_once(ask, path, fields, 
     assert (await ask(path, **BODIES[path] | fields))[1]["error"]["message"] == said
 
 
-async def test_an_error_of_anthropic_s_names_its_request_in_the_body_as_in_the_header(client):
-    response = await client.post(MESSAGES, json=BODIES[MESSAGES] | {"max_tokens": 0})
-    assert response.json()["request_id"] == response.headers["request-id"]
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", MESSAGES, 400), ("GET", MESSAGES, 405), ("GET", "/anthropic/api/v1/models", 404)],
+)
+async def test_an_error_of_anthropic_s_names_its_request_in_the_body_as_in_the_header(client, method, path, status):
+    response = await client.request(method, path, json=BODIES[MESSAGES] | {"max_tokens": 0})
+    assert response.status_code == status
+    assert response.json()["request_id"] == response.headers["request-id"] == response.headers["x-request-id"] != ""
 
 
 LONG = "x y" * 100_000

@@ -272,7 +272,10 @@ class CompletionAnswer:
         return data_event(self._completion([choice], None))
 
     def _usage(self) -> openai.CompletionUsage:
-        return usage(sum(map(len, self.prompts)), [choice for choices in self.choices for choice in choices])
+        used = usage(sum(map(len, self.prompts)), [choice for choices in self.choices for choice in choices])
+        if self.request.max_tokens == 0:  # the engine samples one at least, which nobody sees
+            used.completion_tokens, used.total_tokens = 0, used.prompt_tokens
+        return used
 
     def _completion(
         self, choices: list[openai.CompletionChoice], used: openai.CompletionUsage | None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Struct
 
 from tx_async.api import body, measure
 from tx_async.api.compatible.json_values import is_list, is_object
@@ -38,6 +40,8 @@ first is for short contexts: a body may have hundreds of prompts. `prompts.encod
 
 T = TypeVar("T")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
+_SOME_KEY = "[...]"
+"""What msgspec puts for the key of a value in a dictionary."""
 _INVALID = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
 
 
@@ -81,7 +85,7 @@ def decode(content: bytes, kind: type[T], config: ServerConfig) -> T:
     try:
         return msgspec.convert(_plain(given), kind)
     except msgspec.ValidationError as error:
-        raise named(str(error)) from None
+        raise named(str(error), kind=kind) from None
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
@@ -94,13 +98,32 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def named(what: str, where: str = "") -> InvalidField:
-    """msgspec's error, with the field's name first. where: the place of the value that was converted."""
+def named(what: str, where: str = "", kind: Any = None) -> InvalidField:
+    """msgspec's error, with the field's name first. where: the place of the value that was converted. kind: what it was
+    converted to, which says what else a field may be."""
     if found := _UNKNOWN.fullmatch(what):
         name = ".".join(filter(None, (where, found["path"], found["name"])))
         return InvalidField(name, "this field is not known here, or not supported. Leave it out.")
     found = _INVALID.fullmatch(what)
     assert found
+    path = (found["path"] or "").removesuffix(_SOME_KEY)
     missing = re.search(r"missing required field `([^`]*)`", found["what"])
-    name = ".".join(filter(None, (where, found["path"], missing and missing[1])))
-    return InvalidField(name or "body", f"{found['what']}.")
+    name = ".".join(filter(None, (where, path, missing and missing[1])))
+    choices = _choices(kind, path) if found["what"].startswith("Invalid enum value") else []
+    allowed = f"; it must be {', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else ""
+    return InvalidField(name or "body", f"{found['what']}{allowed}.")
+
+
+def _choices(kind: Any, path: str) -> list[str]:
+    """The texts that the field at that place may be, where they are a few."""
+    for part in path.split("."):
+        struct = next((inner for inner in _within(kind) if isinstance(inner, type) and issubclass(inner, Struct)), None)
+        kind = get_type_hints(struct).get(part.partition("[")[0]) if struct else None
+    return [text for inner in _within(kind) if get_origin(inner) is Literal for text in get_args(inner)]
+
+
+def _within(kind: Any) -> Iterator[Any]:
+    """A type, and the types that it is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _within(inner)
