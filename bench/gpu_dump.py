@@ -114,8 +114,8 @@ COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
 
 
 def steps_of(folder: Path, scope: str, is_counted: Callable[[str], bool]) -> int:
-    """Steps of the counted kinds whose instruction, or anything in its fusion, was traced within the function
-    `scope`."""
+    """Steps of the counted kinds whose instruction, or anything in its fusion, was traced within the function `scope`;
+    what the compiler added, and no function traced, belongs to what it was added for."""
     made = _scopes(_newest(folder, "gpu_after_optimizations.txt"), scope)
     found = THUNK.finditer(_newest(folder, "thunk_metadata.txt"))
     names = ((match["kind"], re.search(r'profile_annotation: "([^"]*)"', match["info"])) for match in found)
@@ -136,6 +136,9 @@ def _scopes(text: str, scope: str) -> set[str]:
     fusions: dict[str, str] = {}
     computation = ""
     computations: set[str] = set()
+    users: dict[str, list[str]] = {}
+    order: list[str] = []
+    traced: set[str] = set()
     for line in text.splitlines():
         if begins := COMPUTATION.match(line):
             computation = begins[1].lstrip("%")
@@ -145,7 +148,16 @@ def _scopes(text: str, scope: str) -> set[str]:
             if f"jit({scope})" in line:
                 inside.add(instruction[1])
                 computations.add(computation)
-    return inside | {name for name, called in fusions.items() if called in computations}
+            for operand in re.findall(r"%([\w.\-]+)", line.split(", metadata=")[0])[1:]:
+                users.setdefault(operand, []).append(instruction[1])
+            traced |= {computation, instruction[1]} if "op_name=" in line else set()
+            order.append(instruction[1])
+    inside |= {name for name, called in fusions.items() if called in computations}
+    for name in reversed(order):  # users stand below
+        is_traced = name in traced or fusions.get(name) in traced
+        if not is_traced and inside.intersection(users.get(name, ())):
+            inside.add(name)
+    return inside
 
 
 def _newest(folder: Path, ending: str) -> str:

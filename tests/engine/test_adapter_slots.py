@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tx_async.engine.adapter_slots import SamplerAdapters, slot_bytes, write_slot
+from tx_async.engine.adapter_slots import SamplerAdapters, slot_bytes
 from tx_async.layers.lora import LoraTarget, layers_apart
 from tx_async.testing.engine_bench import assert_same_bits
 
@@ -73,7 +73,7 @@ def test_a_sampler_slot_is_loaded_in_place(apart):
     """Whether its layers are stacked or a list, no array is copied, and the other slots stay as they were."""
     targets = {"layers": {"q": LoraTarget("attn", 8, 16, ("a", "b", "c"))}}
     slots = SamplerAdapters(targets, num_slots=4, rank=2, apart=apart)
-    load = jax.jit(write_slot, donate_argnums=0)
+    load = jax.jit(slots.write, donate_argnums=0)
     rng = np.random.default_rng(0)
     loaded = []
     for slot in (2, 0):

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tx_async.engine.allocation import Allocate, on_device
-from tx_async.layers.lora import LoraTarget, LoraWeights, by_path, init_weights, is_list, layers_apart
+from tx_async.layers.lora import LoraTarget, LoraWeights, by_path, init_weights, layers_apart
 from tx_async.layers.sharding import of_one_layer
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
@@ -75,15 +76,20 @@ def read_slot(stack: LoraWeights, slot: Array, rank: int | None = None) -> LoraW
     return by_path(lambda _, ab: (read(ab[0], -1), read(ab[1], -2)), stack)
 
 
-def write_slot(slots: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
+def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
     """Write an adapter into a slot. What lies above its rank stays as it is."""
 
-    def write(x: Any, one: Array) -> Any:
-        if is_list(x):
-            return [write(layer[None], one[i : i + 1])[0] for i, layer in enumerate(x)]
+    def write(x: Array, one: Array) -> Array:
         return jax.lax.dynamic_update_slice(x, one[:, None].astype(x.dtype), at(slot, x))
 
-    return jax.tree.map(write, slots, adapter, is_leaf=is_list)
+    return jax.tree.map(write, stack, adapter)
+
+
+def write_layers(layers: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
+    """`write_slot` for slots that are lists of layers."""
+    one = layers_apart(jax.tree.map(lambda w: w[:, None], adapter))
+    write: Any = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=0)
+    return jax.tree.map(lambda layer, mine: write(layer, mine.astype(layer.dtype)), layers, one)
 
 
 def at(slot: Array, stack: Array) -> list[Array | int]:
@@ -195,6 +201,14 @@ def _sampler_zeros(targets: Targets, num_slots: int, rank: int, dtype: Any, apar
     return layers_apart(zeros) if apart else zeros
 
 
+def _layers_apart(_: Any, stacks: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The shardings of each layer's A and B, from those of their stacks."""
+    a, b = of_one_layer(stacks[0]), of_one_layer(stacks[1])
+    if isinstance(a, NamedSharding) and len(a.spec) == 3:  # `layers_apart` turns it
+        a = NamedSharding(a.mesh, PartitionSpec(a.spec[0], a.spec[2], a.spec[1]))
+    return a, b
+
+
 class SamplerAdapters:
     """The adapter versions in the sampler slots. Both fields are replaced, never changed: running quanta may read
     them."""
@@ -214,7 +228,9 @@ class SamplerAdapters:
         layers are lists, as the base model's are; out of stacks each step would copy every layer of every slot, since a
         kernel takes whole arrays."""
         make = partial(_sampler_zeros, targets, num_slots, rank, dtype, apart)
-        self.sharding = jax.tree.map(of_one_layer, sharding) if apart else sharding
+        self.sharding = by_path(_layers_apart, sharding) if apart and sharding else sharding
+        #: the program that writes an adapter into a slot
+        self.write = write_layers if apart else write_slot
         self.weights: LoraWeights = allocate(make, self.sharding)
         #: fp32 [slots], on the host: each quantum takes it as data
         self.scale: Any = np.zeros(num_slots, np.float32)

@@ -393,7 +393,7 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
         changes("load_weights", adapter_slots.load_weights, (state, slot, one.weights)),
         Program(
             "load_sampler",
-            adapter_slots.write_slot,
+            samplers.write,
             (samplers.weights, slot, one.weights),
             donate=(0,),
             out_shardings=samplers.sharding,

@@ -2,8 +2,8 @@
 
 `weights[stack][name] = (A, B)`: stacked over the layers of a stack, then over adapters, so that a scan over layers
 slices both. A: [layers, adapters, in, rank], B: [layers, adapters, rank, out], both fp32. Experts have one more axis:
-A [layers, adapters, experts, in, rank]. Where the base model's layers are a list, A and B may be lists of layers, too
-(`layers_apart`).
+A [layers, adapters, experts, in, rank]. Where the base model's layers are a list, A and B may be lists of layers, too;
+those of sampler slots have another layout (`layers_apart`).
 
 There are two ways to apply them, with one interface (`deltas`):
 - `LoraRows` (training): the adapter axis is the row axis, A is already gathered per row; differentiable per row.
@@ -178,7 +178,7 @@ class InStack:
 
 
 PairOfLayer = InStack | tuple[Array, Array]
-"""One layer's A [adapters, in, rank] and B [adapters, rank, out], or where they lie."""
+"""One layer's A and B as `layers_apart` leaves them, or where they lie."""
 
 
 @struct.dataclass
@@ -186,7 +186,7 @@ class LoraActive:
     """Sampling: rows choose among the adapters in the sampler slots."""
 
     slots: LoraWeights
-    """A and B of every slot: stacks of layers, or lists of them."""
+    """A and B of every slot: stacks of layers, or what `layers_apart` makes of them."""
     scale: Array
     """[adapters] fp32."""
     active: Array
@@ -253,13 +253,13 @@ class LoraActive:
 
     def by_inputs(self, layer: dict[str, PairOfLayer], name: str) -> tuple[tuple[Any, Any], Any]:
         pair = layer[name]
-        a, b, place = self._matrices(pair)
-        lora = replace(self, slots={pair.stack: {pair.name: (a, b)}} if isinstance(pair, InStack) else {})
+        stack = {pair.stack: {pair.name: self.slots[pair.stack][pair.name]}} if isinstance(pair, InStack) else {}
+        lora = replace(self, slots=stack)
         specs: Any = jax.tree.map(lambda _: PartitionSpec(), (lora, {name: pair}))
-        of_pair = PartitionSpec(*[None] * len(place), None, "tensor"), PartitionSpec()
         if isinstance(pair, InStack):
-            return (lora, {name: pair}), (replace(specs[0], slots=by_path(lambda *_: of_pair, lora.slots)), specs[1])
-        return (lora, {name: pair}), (specs[0], {name: of_pair})
+            stacks = by_path(lambda *_: (PartitionSpec(None, None, "tensor"), PartitionSpec()), lora.slots)
+            return (lora, {name: pair}), (replace(specs[0], slots=stacks), specs[1])
+        return (lora, {name: pair}), (specs[0], {name: (PartitionSpec(None, None, "tensor"), PartitionSpec())})
 
     def _deltas(self, pairs: list[PairOfLayer], adapter: Array, x: Array) -> list[Array]:
         return self._deltas_of_rank(pairs, adapter, x, self._widest(pairs))
@@ -294,10 +294,11 @@ class LoraActive:
         return [read(a, (a.shape[-2], rank)), read(b, (rank, b.shape[-1]))]
 
     def _matrices(self, pair: PairOfLayer) -> tuple[Array, Array, tuple[Array, ...]]:
-        """(A, B, the place of this layer in them: of a stack its number, else nothing)"""
+        """(A [..., in, rank], B [..., rank, out], where the layer is in them: of a stack its number, else nothing)"""
         if isinstance(pair, InStack):
             return *self.slots[pair.stack][pair.name], (pair.layer,)
-        return *pair, ()
+        a, b = pair
+        return turned(a), b, ()
 
 
 @struct.dataclass
@@ -362,8 +363,15 @@ def layer_slice(weights: Any, layer: int = 0) -> Any:
 
 
 def layers_apart(weights: LoraWeights) -> LoraWeights:
-    """Stacked A and B as lists of layers."""
-    return by_path(lambda _, ab: tuple(list(w) for w in ab), weights)
+    """Stacked A and B of slots as lists of layers, A turned: [adapters, rank, in], and [adapters, rank, out]. So a
+    product of all adapters reads A as it lies; from [adapters, in, rank] a GPU would copy it first, in every step."""
+    return by_path(lambda _, ab: ([turned(a) for a in ab[0]], list(ab[1])), weights)
+
+
+def turned(a: Array) -> Array:
+    """[adapters, in, rank] as [adapters, rank, in], and back. Experts' matrices stay as they are: their kernels read
+    each as it lies."""
+    return a.swapaxes(1, 2) if a.ndim == 3 else a
 
 
 def is_list(node: Any) -> bool:
