@@ -116,7 +116,7 @@ COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
 def steps_of(folder: Path, scope: str, is_counted: Callable[[str], bool]) -> int:
     """Steps of the counted kinds whose instruction, or anything in its fusion, was traced within the function `scope`;
     what the compiler added, and no function traced, belongs to what it was added for."""
-    made = _scopes(_newest(folder, "gpu_after_optimizations.txt"), scope)
+    made = scopes(optimized(folder), scope)
     found = THUNK.finditer(_newest(folder, "thunk_metadata.txt"))
     names = ((match["kind"], re.search(r'profile_annotation: "([^"]*)"', match["info"])) for match in found)
     return sum(is_counted(kind) and name is not None and name[1] in made for kind, name in names)
@@ -130,7 +130,12 @@ def is_collective(kind: str) -> bool:
     return bool(COLLECTIVE.match(kind))
 
 
-def _scopes(text: str, scope: str) -> set[str]:
+def optimized(folder: Path) -> str:
+    """The optimized program of the largest that was dumped there."""
+    return _newest(folder, "gpu_after_optimizations.txt")
+
+
+def scopes(text: str, scope: str) -> set[str]:
     """Instructions of an optimized program that belong to `scope`."""
     inside: set[str] = set()
     fusions: dict[str, str] = {}

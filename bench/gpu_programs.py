@@ -8,15 +8,17 @@ are those of Qwen3-8B (and 30B-A3B) at rank 32, with two layers: the body of the
 
 What is counted, in XLA's own sequence of steps (`gpu_dump.py`): kernels of a layer; loops and branches whose turns are
 data and which stand outside of CUDA graphs, each a round trip between host and device, in a layer and beside the
-layers; weights that are copied out of their stack before they are used; collectives of a layer; temporaries. Not what
-it takes: that needs the device (`bench/gpu.py`). `bench/gpu_budgets.json` holds, for each program and count, what may
-not be exceeded ("budget") and what the design aims at ("goal"). With --check the exit code is 1 where one exceeds.
+layers; weights that are copied out of their stack before they are used; collectives of a layer; temporaries; bytes that
+a decode step touches, over those that it has to. Not what it takes: that needs the device (`bench/gpu.py`).
+`bench/gpu_budgets.json` holds, for each program and count, what may not be exceeded ("budget") and what the design aims
+at ("goal"). With --check the exit code is 1 where one exceeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -38,6 +40,8 @@ FLAGS = (
     "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_AUTO",
 )
 LAYERS = 2
+DEPTH = 36
+LIVE_TOKENS = 2048
 CONTEXT = 40_960
 QWEN3_8B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -92,6 +96,9 @@ class Figures:
     """The same beside the layers, in the program's loops once."""
     temporaries_mib: float
     compile_s: float
+    bytes_over_least: float | None = None
+    """What a decode step of all DEPTH layers touches (`gpu_bytes.py`), over the bytes that it has to: weights, the
+    adapters that a batch can have, keys and values of LIVE_TOKENS in each row."""
 
 
 COUNTED = tuple(name for name in Figures.__dataclass_fields__ if name != "compile_s")
@@ -187,7 +194,37 @@ def figures_of(target: Target, engines: dict[tuple[str, int], Any], dump: Path) 
     seconds = time.perf_counter() - started
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     scanned = not any(isinstance(x, list) for x in engines[key].params.values())
-    return counted(target.name, dump, temporaries, seconds, scanned)
+    figures = counted(target.name, dump, temporaries, seconds, scanned)
+    if target.name.startswith("decode-") and key == ("8b", 1):
+        figures = replace(figures, bytes_over_least=bytes_over_least(engines[key], target.program, dump))
+    return figures
+
+
+def bytes_over_least(engine: Any, program: str, dump: Path) -> float:
+    import gpu_bytes
+    import gpu_dump
+
+    rows, pool = int(program.split()[1]), engine.sampling.pools["k"]
+    keys = rows * LIVE_TOKENS * math.prod(pool.shape[2:]) * pool.dtype.itemsize
+    text, shape = gpu_dump.optimized(dump), f"bf16[{','.join(map(str, pool.shape))}]"
+    traced = gpu_dump.scopes(text, "_run_layers")
+    within, beside = gpu_bytes.of_a_step(
+        text, lambda name: name in traced, lambda type_: keys if type_.startswith(shape) else None
+    )
+    adapters = {} if program.endswith(" base") else engine.samplers.weights
+    num_slots = len(engine.samplers.scale)
+    of_adapters = {name: _bytes(x) * min(rows, num_slots) // num_slots for name, x in adapters.items()}
+    stacks = [stack.name for stack in engine.model.stacks]
+    least_within = 2 * LAYERS * keys + sum(_bytes(engine.params[x]) + of_adapters.get(x, 0) for x in stacks)
+    least_beside = _bytes((engine.params["norm"], engine.params["head"])) + of_adapters.get("head", 0)
+    layers = DEPTH / LAYERS
+    return round((layers * within + beside) / (layers * least_within + least_beside), 3)
+
+
+def _bytes(tree: Any) -> int:
+    import jax
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def counted(name: str, dump: Path, temporaries_mib: float, seconds: float, scanned: bool = True) -> Figures:
@@ -244,7 +281,8 @@ def missed(name: str, figures: dict[str, Any], budgets: dict[str, Any]) -> Itera
 
 
 def line(name: str, figures: Figures, budgets: dict[str, Any]) -> str:
-    counts = "  ".join(f"{count.removesuffix('_per_layer')} {value}" for count, value in asdict(figures).items())
+    known = {count: value for count, value in asdict(figures).items() if value is not None}
+    counts = "  ".join(f"{count.removesuffix('_per_layer')} {value}" for count, value in known.items())
     behind = "; ".join(missed(name, asdict(figures), budgets))
     return f"{name:<18} {counts}" + (f"\n{'':<18} not yet: {behind}" if behind else "")
 

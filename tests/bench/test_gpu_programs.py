@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import gpu_bytes  # noqa: E402
 import gpu_dump  # noqa: E402
 import gpu_programs  # noqa: E402
 
@@ -65,24 +66,84 @@ def test_layers_and_what_is_beside_them_are_counted_apart(tmp_path):
 
 
 def test_kernels_of_unrolled_layers_are_known_by_what_they_were_made_from(tmp_path):
+    """Among them one that the compiler added for a product, and that nothing traced."""
     hlo = """\
+%wrapped_transpose_computation (p: f32[2]) -> f32[2] {
+  ROOT %transpose.1 = f32[2] transpose(%p), dimensions={0}
+}
 %fused_computation.1 (p: f32[2]) -> f32[2] {
   ROOT %add.1 = f32[2] add(%p, %p), metadata={op_name="jit(decode)/while/body/jit(_run_layers)/add"}
 }
 ENTRY %main (x: f32[2]) -> f32[2] {
   %loop_fusion.1 = f32[2] fusion(%x), kind=kLoop, calls=%fused_computation.1
-  %gemm.1 = f32[2] dot(%x, %x), metadata={op_name="jit(decode)/while/body/transpose(jvp(jit(_run_layers)))/dot"}
+  %wrapped_transpose.1 = f32[2] fusion(%x), kind=kInput, calls=%wrapped_transpose_computation
+  %wrapped_transpose.2 = f32[2] fusion(%x), kind=kInput, calls=%wrapped_transpose_computation
+  %bitcast.1 = f32[2] bitcast(%wrapped_transpose.1)
+  %gemm.1 = f32[2] dot(%bitcast.1, %x), metadata={op_name="jit(decode)/while/body/transpose(jvp(jit(_run_layers)))/dot"}
   %psum.1 = f32[2] fusion(%gemm.1), kind=kCustom, metadata={op_name="jit(decode)/jit(_run_layers)/shard_map/psum"}
-  ROOT %head.1 = f32[2] dot(%x, %x), metadata={op_name="jit(decode)/dot"}
+  ROOT %head.1 = f32[2] dot(%wrapped_transpose.2, %x), metadata={op_name="jit(decode)/dot"}
 }
 """
     thunk = 'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{}"\n  }}\n  thunk_kind: "{}"\n}}\n'
     thunks = [("loop_fusion.1", "kCustomKernel"), ("gemm.1", "kGemm"), ("head.1", "kGemm"), ("gemm.1", "kSequential")]
-    thunks.append(("psum.1", "kCollectiveKernel"))
+    thunks += [("psum.1", "kCollectiveKernel"), ("wrapped_transpose.1", "kCustomKernel")]
+    thunks += [("wrapped_transpose.2", "kCustomKernel")]
     (tmp_path / "m.gpu_after_optimizations.txt").write_text(hlo)
     (tmp_path / "m.thunk_metadata.txt").write_text("".join(thunk.format(*one) for one in thunks))
-    assert gpu_dump.steps_of(tmp_path, "_run_layers", gpu_dump.is_work) == 2
+    assert gpu_dump.steps_of(tmp_path, "_run_layers", gpu_dump.is_work) == 3
     assert gpu_dump.steps_of(tmp_path, "_run_layers", gpu_dump.is_collective) == 1
+
+
+STEP = """\
+%write (pool: f32[100,4], keys: f32[2,4], at: s32[]) -> f32[100,4] {
+  %pool = f32[100,4]{1,0} parameter(0)
+  %keys = f32[2,4]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %update = f32[100,4]{1,0} dynamic-update-slice(%pool, %keys, %at, %at)
+}
+%rows (table: f32[1000,4], tokens: s32[2]) -> f32[2,4] {
+  %table = f32[1000,4]{1,0} parameter(0)
+  %tokens = s32[2]{0} parameter(1)
+  ROOT %gather = f32[2,4]{1,0} gather(%table, %tokens), offset_dims={1}
+}
+%cheap (a: f32[2,4]) -> f32[2,4] {
+  ROOT %a = f32[2,4]{1,0} parameter(0)
+}
+%dear (b: f32[2,4]) -> f32[2,4] {
+  %b = f32[2,4]{1,0} parameter(0)
+  ROOT %sort = f32[2,4]{1,0} sort(%b), dimensions={1}
+}
+%pass (state: (f32[2,4])) -> (f32[2,4]) {
+  %state = (f32[2,4]{1,0}) parameter(0)
+  %negate = f32[2,4]{1,0} negate(%state#0)
+  ROOT %next = (f32[2,4]{1,0}) tuple(%negate)
+}
+%step (all: (f32[1000,4], f32[100,4], s32[2], s32[])) -> (f32[1000,4], f32[100,4], s32[2], s32[]) {
+  %all = (f32[1000,4]{1,0}, f32[100,4]{1,0}, s32[2]{0}, /*index=3*/s32[]) parameter(0)
+  %x = f32[2,4]{1,0} fusion(%all#0, %all#2), kind=kLoop, calls=%rows, metadata={op_name="jit(f)/embed"}
+  %new = f32[100,4]{1,0} fusion(%all#1, %x, %all#3), kind=kLoop, calls=%write, metadata={op_name="jit(_run_layers)/w"}
+  %out = f32[2,4]{1,0} custom-call(%x, %new), metadata={op_name="jit(_run_layers)/paged_attention/pallas_call"}
+  %which = f32[2,4]{1,0} conditional(%all#3, %out, %out), branch_computations={%cheap, %dear}
+  %start = (f32[2,4]{1,0}) tuple(%which)
+  %loop = (f32[2,4]{1,0}) while(%start), condition=%c, body=%pass, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %result = (f32[1000,4]{1,0}, f32[100,4]{1,0}, s32[2]{0}, s32[]) tuple(%all#0, %new, %all#2, %all#3)
+}
+ENTRY %main (a: (f32[1000,4], f32[100,4], s32[2], s32[])) -> (f32[1000,4], f32[100,4], s32[2], s32[]) {
+  %a = (f32[1000,4]{1,0}, f32[100,4]{1,0}, s32[2]{0}, s32[]) parameter(0)
+  ROOT %steps = (f32[1000,4]{1,0}, f32[100,4]{1,0}, s32[2]{0}, s32[]) while(%a), condition=%c, body=%step
+}
+"""
+
+
+def test_of_what_a_kernel_takes_pieces_of_the_pieces_are_counted():
+    """Rows of a table, a write in place, the live part of a pool, the cheapest branch, and each turn of a loop."""
+    pool = 160
+    within, beside = gpu_bytes.of_a_step(
+        STEP, lambda name: False, lambda type_: pool if type_.startswith("f32[100,4]") else None
+    )
+    write, attention = 32 + 4 + 32, 32 + pool + 32
+    assert within == write + attention
+    assert beside == (32 + 8 + 32) + 3 * (32 + 32)
 
 
 def test_a_budget_that_is_exceeded_says_which_and_a_goal_that_is_missed_is_only_told():
