@@ -126,12 +126,16 @@ def _chunked(x: Array, size: int) -> Array:
 
 
 def step(x: Inputs, state: Array) -> tuple[Array, Array]:
-    """One token a row: L = 1, state [R, H, dk, dv] -> (the next state, o [R, 1, H, dv])."""
+    """One token a row: L = 1, state [R, H, dk, dv] -> (the next state, o [R, 1, H, dv]).
+
+    o is computed as exp(g) Sᵀ q + (k · q) u, from the state that came in: so one product reads the state for k and q.
+    """
     q, k, v, g, beta = (y[:, 0].astype(jnp.float32) for y in x)
-    state = state * jnp.exp(g)[..., None, None]
-    u = (v - (state * k[..., None]).sum(-2)) * beta[..., None]
-    state = state + k[..., None] * u[:, :, None]
-    return state, (state * q[..., None]).sum(-2)[:, None]
+    decay = jnp.exp(g)[..., None]
+    read = decay[..., None] * _dot("rhik,rhkv->rhiv", jnp.stack([k, q], axis=2), state)
+    u = (v - read[:, :, 0]) * beta[..., None]
+    out = read[:, :, 1] + (k * q).sum(-1, keepdims=True) * u
+    return state * decay[..., None] + k[..., None] * u[:, :, None], out[:, None]
 
 
 def _exp_where(there: Array, x: Array) -> Array:
