@@ -49,8 +49,9 @@ class Queue:
 
     def add(self, owner: str, amount: int) -> None:
         self.total += amount
-        self.parts[owner] += amount
-        if not self.parts[owner]:
+        if part := self.parts[owner] + amount:
+            self.parts[owner] = part
+        else:
             del self.parts[owner]
 
 
@@ -124,6 +125,7 @@ class Quota:
     def _count(self, share: Share, sign: int) -> None:
         self.requests.add(share.owner, sign)
         self.bytes.add(share.owner, sign * share.num_bytes)
-        self.num_samples[share.owner] += sign * share.num_samples
-        if not self.num_samples[share.owner]:
-            del self.num_samples[share.owner]
+        if share.num_samples:
+            self.num_samples[share.owner] += sign * share.num_samples
+            if not self.num_samples[share.owner]:
+                del self.num_samples[share.owner]

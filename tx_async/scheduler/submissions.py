@@ -99,7 +99,7 @@ class Submissions:
         if coming := self._coming.get(key):
             same(coming.request, digest)
             return coming
-        request = self._new_request(owner, operation, digest, len(body), now)
+        request = self._new_request(owner, operation, key, encoded, now)
         self.quota.check(request)
         submission = Submission(self._audited(self._accepted(request, operation, now), now), body)
         if submission.accepted.model is not None:
@@ -123,9 +123,11 @@ class Submissions:
         model = self.catalog.models.get(operation.model_id)
         return list(needed(operation, model, self.catalog.recordings.get)) if model else []
 
-    def _new_request(self, owner: str, operation: Operation, digest: str, num_bytes: int, now: float) -> RequestRecord:
+    def _new_request(
+        self, owner: str, operation: Operation, key: tuple[str, int], encoded: Encoded, now: float
+    ) -> RequestRecord:
         """Raises `Conflict`, `InvalidRequest`: see `SchedulerState.check_turn`."""
-        subject, seq_id = key_of(operation)
+        subject, seq_id = key
         self.state.check_turn(subject, seq_id)
         num_samples = operation.num_samples if isinstance(operation, Sample) else 0
         return RequestRecord(
@@ -134,8 +136,8 @@ class Submissions:
             kind=kind_of(operation),
             subject=subject,
             seq_id=seq_id,
-            body_digest=digest,
-            body_bytes=num_bytes,
+            body_digest=encoded.digest,
+            body_bytes=len(encoded.body),
             created_at=now,
             sample_sequence_ids=tuple(f"{subject}:{seq_id}:{i}" for i in range(num_samples)),
         )

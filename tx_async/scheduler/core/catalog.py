@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 from msgspec import Struct
@@ -200,15 +201,21 @@ class Catalog:
         return checkpoint
 
 
+def _source_of(model: ModelRecord) -> str | None:
+    """A run's own snapshots are not counted: they belong to it alone."""
+    return model.created_from if model.status == "live" and not model.dropped_seq_id else None
+
+
+_files_of: dict[type, Callable[[Any], str | None]] = {
+    ModelRecord: _source_of,
+    SamplerRecord: attrgetter("storage_key"),
+    RequestRecord: attrgetter("storage_key"),
+    CheckpointRecord: attrgetter("storage_key"),
+}
+"""Type of a record -> how to find the files that it needs."""
+
+
 def files_of(record: Record | None) -> str:
-    """The storage key of the files that this record needs; "" = none. A run's own snapshots are not counted: they
-    belong to it alone."""
-    match record:
-        case RequestRecord() | CheckpointRecord():
-            return record.storage_key
-        case ModelRecord(status="live", dropped_seq_id=0):
-            return record.created_from or ""
-        case SamplerRecord():
-            return record.storage_key or ""
-        case _:
-            return ""
+    """ "" when it needs none."""
+    find = _files_of.get(type(record))
+    return (find and find(record)) or ""

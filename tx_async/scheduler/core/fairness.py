@@ -25,7 +25,7 @@ def prefixes_of(flow: Flow) -> tuple[Flow, ...]:
 class _Node:
     """A prefix of flows: a key, a session of it, a run of that."""
 
-    __slots__ = ("before", "charged", "children", "flow")
+    __slots__ = ("before", "charged", "children", "flow", "ordered")
 
     def __init__(self):
         #: tokens, on a scale shared by the children of one parent; None until the first `settle` levels it with its
@@ -37,10 +37,12 @@ class _Node:
         self.before: dict[str, _Node] = {}
         #: the flow that ends here, if one does
         self.flow: Flow | None = None
+        #: the flows that end here or below, least served first; None when one has come, gone, or been charged since
+        self.ordered: list[Flow] | None = None
 
     def begin(self) -> _Node:
         """Begin a turn: `enter` will name those who have work."""
-        self.before, self.children, self.flow = self.children, {}, None
+        self.before, self.children, self.flow, self.ordered = self.children, {}, None, None
         return self
 
     def enter(self, name: str) -> _Node:
@@ -49,22 +51,25 @@ class _Node:
         child = self.children[name] = known.begin() if known else _Node()
         return child
 
-    def settle(self, ordered: list[Flow]) -> None:
-        """All flows have been named: level the children, and add their flows, least served first."""
-        self.before = {}
+    def settle(self) -> list[Flow]:
+        """All flows have been named: level the children, and order their flows."""
+        if self.ordered is None:
+            self.before = {}
+            self.ordered = [] if self.flow is None else [self.flow]
+            for child in self._leveled():
+                self.ordered += child.settle()
+        return self.ordered
+
+    def _leveled(self) -> list[_Node]:
+        """The children, least served first."""
         children = list(self.children.values())
         if len(children) == 1:  # most sessions have one run
             children[0].charged = 0.0
-        else:
-            level = min((child.charged for child in children if child.charged is not None), default=0.0)
-            for child in children:
-                child.charged = 0.0 if child.charged is None else child.charged - level
-            children.sort(key=_charged)
+            return children
+        level = min((child.charged for child in children if child.charged is not None), default=0.0)
         for child in children:
-            if child.flow is not None:
-                ordered.append(child.flow)
-            if child.children:
-                child.settle(ordered)
+            child.charged = 0.0 if child.charged is None else child.charged - level
+        return sorted(children, key=_charged)
 
 
 _charged = operator.attrgetter("charged")
@@ -91,9 +96,7 @@ class FairQueue:
         if busy != self._busy:
             self._busy = busy
             self._enter(busy)
-        ordered: list[Flow] = []
-        self._root.settle(ordered)
-        return ordered
+        return list(self._root.settle())
 
     def _enter(self, busy: list[Flow]) -> None:
         self._root.begin()
@@ -122,7 +125,9 @@ class FairQueue:
         return (nodes[-1].charged or 0.0) if len(nodes) == len(flow) else 0.0
 
     def charge(self, flow: Flow, tokens: float) -> None:
+        self._root.ordered = None
         for node in self._nodes(flow):
+            node.ordered = None
             if node.charged is not None:
                 node.charged += tokens
 
@@ -157,10 +162,9 @@ class Shares(Generic[Key]):
         if len(busy) < 2:
             self._used = dict.fromkeys(self._weights, 0.0)
             return busy
-        level = min((self._used[name] for name in busy), default=0.0)
-        for name in self._used:
-            # Idle time is not credit: an idle class comes back level with the busy one.
-            self._used[name] = self._used[name] - level if name in busy else 0.0
+        level = min(map(self._used.__getitem__, busy))
+        # Idle time is not credit: an idle class comes back level with the busy one.
+        self._used = {name: used - level if name in busy else 0.0 for name, used in self._used.items()}
         return sorted(busy, key=self._used.__getitem__)
 
     def is_ahead(self, name: Key, num_quanta: int) -> bool:

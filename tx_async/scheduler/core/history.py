@@ -158,6 +158,14 @@ class Histories:
         newest = self._newest_block(model_id)
         return newest_of(newest) if newest else None
 
+    def next_index(self, model_id: str) -> float:
+        """The `index` of the step that comes next."""
+        newest = self._newest_block(model_id)
+        if newest is None:
+            return 0.0
+        place = len(newest.values) - _width(newest) + 8 * newest.columns.index(INDEX)
+        return struct.unpack_from("<d", newest.values, place)[0] + 1
+
     def _newest_block(self, model_id: str) -> HistoryRecord | None:
         blocks = self._blocks.get(model_id, {})
         newest = max(blocks, default=GATHERING)

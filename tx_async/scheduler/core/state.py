@@ -74,6 +74,8 @@ class SchedulerState:
         self.decisions.audit.events_max = policy.audit_events_max
         #: attached and ready workers, in order of attachment
         self.workers: dict[str, WorkerState] = {}
+        #: the worker that trains: one mesh has all training state
+        self._trainer: WorkerState | None = None
         self.training = Training(self.decisions, policy, self.workers, self.marks)
         self.sampling = Sampling(self.decisions, policy, self.workers)
         #: why no worker can take a sample request, by the request's id
@@ -156,8 +158,8 @@ class SchedulerState:
         is still on its way."""
         self.decisions.begin("shutdown", now)
         self.training.is_draining = self.sampling.is_draining = True
-        if trainer := self._trainer():
-            self.training.snapshots.take_all(trainer)
+        if self._trainer:
+            self.training.snapshots.take_all(self._trainer)
         busy = any(worker.in_flight for worker in self.workers.values()) or self.training.snapshots.are_pending
         return self.decisions.take(), busy
 
@@ -232,16 +234,20 @@ class SchedulerState:
         self._worker_lost(WorkerLost(fact.worker_id, "it has begun anew"))  # a new process under an old name
         worker = WorkerState(fact.worker_id, fact.info, fact.capabilities, self.policy)
         self.workers[fact.worker_id] = worker
+        self._trainer = self._first_trainer()
         self.sampling.worker_ready(worker)
 
     def _worker_lost(self, fact: WorkerLost) -> None:
-        was_trainer = (trainer := self._trainer()) is not None and trainer.worker_id == fact.worker_id
         worker = self.workers.pop(fact.worker_id, None)
         if worker is None:
             return
         self.sampling.worker_lost(worker, fact.reason)
-        if was_trainer:
+        if worker is self._trainer:
+            self._trainer = self._first_trainer()
             self.training.runs.worker_lost(worker)
+
+    def _first_trainer(self) -> WorkerState | None:
+        return next((worker for worker in self.workers.values() if "train" in worker.capabilities), None)
 
     def _answered(self, fact: CommandEnded) -> None:
         worker, outcome = self.workers.get(fact.worker_id), fact.outcome
@@ -286,20 +292,16 @@ class SchedulerState:
 
     def _tick(self, _fact: Tick) -> None:
         self.training.runs.burn_gaps()
-        if trainer := self._trainer():
-            self.training.save_again(trainer)
-            self.training.snapshots.take_all(trainer, idle_since=self.decisions.now - self.policy.snapshot_idle_s)
+        if self._trainer:
+            self.training.save_again(self._trainer)
+            self.training.snapshots.take_all(self._trainer, idle_since=self.decisions.now - self.policy.snapshot_idle_s)
         self.retention.sweep_if_due()
         self.orphans.look()
 
     # ---- deciding what runs next
 
-    def _trainer(self) -> WorkerState | None:
-        """The worker that trains: one mesh has all training state."""
-        return next((worker for worker in self.workers.values() if "train" in worker.capabilities), None)
-
     def _advance(self, worker: WorkerState) -> None:
-        trains, samples = worker is self._trainer(), "sample" in worker.capabilities
+        trains, samples = worker is self._trainer, "sample" in worker.capabilities
 
         def is_busy(kind: Kind) -> bool:
             if worker.quanta[kind]:
@@ -321,7 +323,7 @@ class SchedulerState:
         """Once nothing of it is in flight, and what it has trained is in snapshots, have it start again with wider
         slots."""
         is_busy = bool(worker.in_flight)
-        if worker is self._trainer():
+        if worker is self._trainer:
             self.training.snapshots.take_all(worker)
             is_busy = bool(worker.in_flight) or self.training.snapshots.are_pending
         if not is_busy or self.decisions.now - worker.outgrown_at >= LEAVING_S:

@@ -207,7 +207,7 @@ class WorkerState:
         requests: tuple[str, ...] = (),
     ) -> Send:
         self._last_number += 1
-        kind = _kind_of(command)
+        kind = _KINDS.get(type(command))
         self.in_flight[self._last_number] = Awaited(answer, kind)
         if kind:
             self.quanta[kind] += 1
@@ -236,11 +236,4 @@ def error_of(failure: CommandFailed) -> TxError:
     return {"user": UserError, "server": ServerError}.get(failure.category, TxError)(failure.message)
 
 
-def _kind_of(command: Command) -> Kind | None:
-    match command:
-        case TrainMicroBatch():
-            return "train"
-        case SampleQuantum():
-            return "sample"
-        case _:
-            return None
+_KINDS: dict[type[Command], Kind] = {TrainMicroBatch: "train", SampleQuantum: "sample"}

@@ -156,7 +156,7 @@ class Lines:
 
     def offers(self, worker: WorkerState) -> bool:
         """Whether a job waits that this worker may take."""
-        return any(
+        return bool(self._lines) and any(
             worker.worker_id in place.scoring or worker.worker_id in place.plain
             for lines in self._lines.values()
             for place in lines

@@ -49,10 +49,14 @@ class HistoryRecorder:
     def stepped(self, step: Step, result: Stepped) -> tuple[Change, ...]:
         """An optimizer step is about to be reported."""
         histories = self.decisions.catalog.histories
-        newest = histories.newest_row(step.model_id)
-        row = {"started_at": step.request.created_at, **histories.gathering(step.model_id)}
-        row = {INDEX: newest[INDEX] + 1 if newest else 0.0, **row, **_finite(result.metrics)}
-        row |= {"step": float(result.step), "finished_at": self.decisions.now}
+        row = {
+            INDEX: histories.next_index(step.model_id),
+            "started_at": step.request.created_at,
+            **histories.gathering(step.model_id),
+            **_finite(result.metrics),
+            "step": float(result.step),
+            "finished_at": self.decisions.now,
+        }
         return histories.append(step.model_id, row, self.policy.history_steps_max)
 
     def dropped(self, model_id: str) -> tuple[Change, ...]:

@@ -209,5 +209,5 @@ def _result_of(step: Step, operation: ForwardBackward) -> ForwardBackwardResult:
     losses = [loss for _, loss in parts]
     total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
     logprobs = tuple(tensor for tensor, _ in parts)
-    metrics = {"loss:sum": total} | rollout_gap(operation, [tensor.numpy() for tensor in logprobs])
+    metrics = {"loss:sum": total} | rollout_gap(operation, (tensor.numpy() for tensor in logprobs))
     return ForwardBackwardResult(logprobs=logprobs, metrics=metrics)

@@ -17,6 +17,9 @@ from tx_async.scheduler.training.placement import Placement, round_up
 from tx_async.wire.operations import Datum, ForwardBackward, SamplerHeads
 from tx_async.wire.worker import CLIP_THRESHOLDS, LOSS_FNS, EngineInfo
 
+_INTS = ("tokens", "positions", "segment_ids", "loss_fn")
+_FLOATS = ("logprobs", "advantages", "clip_low_threshold", "clip_high_threshold", "sequence_ratio_mask", "beta")
+
 
 class Segment(Struct, frozen=True, array_like=True):
     """One datum's place in a row."""
@@ -63,17 +66,9 @@ def fits(operation: ForwardBackward, info: EngineInfo) -> bool:
 def fill(operations: Sequence[tuple[ForwardBackward, PackedRow] | None], length: int, k: int) -> list[np.ndarray]:
     """The tensors of a micro-batch (`TRAIN_TENSORS`) from its rows; None is an unused row."""
     shape = (len(operations), length)
-    ints = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "loss_fn")}
+    ints = dict(zip(_INTS, np.zeros((len(_INTS), *shape), np.int32), strict=True))
     wide = {"target_tokens": np.zeros((*shape, k), np.int32), "weights": np.zeros((*shape, k), np.float32)}
-    names = (
-        "logprobs",
-        "advantages",
-        "clip_low_threshold",
-        "clip_high_threshold",
-        "sequence_ratio_mask",
-        "beta",
-    )
-    floats = {name: np.zeros(shape, np.float32) for name in names}
+    floats = dict(zip(_FLOATS, np.zeros((len(_FLOATS), *shape), np.float32), strict=True))
     arrays = ints | wide | floats
     for r, entry in enumerate(operations):
         if entry is not None:

@@ -46,6 +46,8 @@ class Ranges:
 
     def drop_below(self, number: int) -> None:
         """Forget all numbers less than `number`."""
+        if not self._starts:
+            return
         kept = [(max(start, number), stop) for start, stop in self.pairs() if stop > number]
         self._starts = [start for start, _ in kept]
         self._stops = [stop for _, stop in kept]

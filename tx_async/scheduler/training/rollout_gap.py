@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ OVERFLOWING = float(np.log(np.finfo(np.float32).max))
 """Where a ratio would overflow float32 the losses clamp its logarithm to LOG_RATIO_MAX, and so does its mean."""
 
 
-def rollout_gap(operation: ForwardBackward, logprobs: Sequence[np.ndarray]) -> dict[str, float]:
+def rollout_gap(operation: ForwardBackward, logprobs: Iterable[np.ndarray]) -> dict[str, float]:
     """Metrics over the sampled positions of all datums, q being the sampler's log-probability of the token and p the
     trainer's: `kl_sample_train:mean` and `:max` of q - p, and `ratio:mean` of exp(p - q). Without sampled positions
     they are 0, 0 and 1.

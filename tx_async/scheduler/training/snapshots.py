@@ -114,10 +114,9 @@ class Snapshots:
         model = lane.model
         kept = (snapshot, *model.snapshots[:1])
         files = [old.key for old in model.snapshots[1:]]
-        changes: list[Change] = [self.runs.changed(lane, snapshots=kept)]
+        dropped = kept[-1].seq_id if len(kept) > 1 else model.dropped_seq_id
+        changes: list[Change] = [self.runs.changed(lane, snapshots=kept, dropped_seq_id=dropped)]
         if len(kept) > 1:
-            dropped = kept[-1].seq_id
-            changes = [self.runs.changed(lane, snapshots=kept, dropped_seq_id=dropped)]
             for step in lane.cover(dropped):
                 changes.append(DropBody(step.request_id))
                 if step.request.storage_key:
