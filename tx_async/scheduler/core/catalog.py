@@ -216,6 +216,6 @@ _files_of: dict[type, Callable[[Any], str | None]] = {
 
 
 def files_of(record: Record | None) -> str:
-    """ "" when it needs none."""
+    """The storage key of the files that a record needs, "" for none."""
     find = _files_of.get(type(record))
     return (find and find(record)) or ""

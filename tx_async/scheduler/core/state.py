@@ -301,6 +301,16 @@ class SchedulerState:
     # ---- deciding what runs next
 
     def _advance(self, worker: WorkerState) -> None:
+        if worker.reserved_for is not None:
+            self._end_reservation(worker)
+        if worker.info.continuous and "sample" in worker.capabilities:
+            self.sampling.admit(worker)
+        if worker.takes_quanta:
+            self._issue_quanta(worker)
+        if worker.outgrown_by and not worker.is_leaving:
+            self._leave_if_done(worker)
+
+    def _issue_quanta(self, worker: WorkerState) -> None:
         trains, samples = worker is self._trainer, "sample" in worker.capabilities
 
         def is_busy(kind: Kind) -> bool:
@@ -310,14 +320,9 @@ class SchedulerState:
                 return trains and self.training.has_work(worker)
             return samples and self.sampling.has_work(worker)
 
-        self._end_reservation(worker)
         worker.shares.weigh("sample", self.sampling.weight)
-        if worker.info.continuous and samples:
-            self.sampling.admit(worker)
-        while any(self._issue(worker, kind) for kind in worker.shares.order(is_busy)):
+        while worker.takes_quanta and any(self._issue(worker, kind) for kind in worker.shares.order(is_busy)):
             pass
-        if worker.outgrown_by and not worker.is_leaving:
-            self._leave_if_done(worker)
 
     def _leave_if_done(self, worker: WorkerState) -> None:
         """Once nothing of it is in flight, and what it has trained is in snapshots, have it start again with wider

@@ -123,7 +123,7 @@ class WorkerState:
 
     @property
     def num_quanta(self) -> int:
-        return sum(self.quanta.values())
+        return self.quanta["train"] + self.quanta["sample"]
 
     def has_run(self, model_id: str) -> bool:
         """Whether a training slot holds this run's base and its operations up to the lane's cursor."""
@@ -191,6 +191,11 @@ class WorkerState:
         # The engine decides which sequences decode when a quantum's predecessor has ended. A second quantum ahead would
         # save it a round trip to the server, but keep newcomers out for one whole quantum more.
         return self.quanta[kind] >= (1 if kind == "sample" else self.policy.quanta_in_flight_max)
+
+    @property
+    def takes_quanta(self) -> bool:
+        """Whether it has room for a quantum of some kind."""
+        return not (self.is_full("train") and self.is_full("sample"))
 
     def had_its_share(self, kind: Kind) -> bool:
         """Where both kinds run side by side, the kind that is ahead by its share waits until the other has had its own.

@@ -89,7 +89,7 @@ class SampleJob(Struct, eq=False):
     def waiting_kinds(self) -> tuple[bool, bool]:
         """Whether the sample with prompt scores waits, and whether others wait. `pending` ends with the lowest
         index."""
-        scoring = self.scores_prompt and bool(self.pending) and self.pending[-1] == 0
+        scoring = bool(self.pending) and self.pending[-1] == 0 and self.scores_prompt
         return scoring, len(self.pending) > scoring
 
     def take(self, scores: bool) -> int:
