@@ -4,7 +4,8 @@
 
 Wants JAX 0.12 with its CUDA plugin (Python 3.12 or newer): `pip install 'jax[cuda13]'`. Every program comes from the
 tables that a server uses: a `JaxEngine` whose arrays are described instead of made (`engine/allocation.py`). The shapes
-are those of Qwen3-8B (and 30B-A3B) at rank 32, with two layers: the body of the layers' loop is that of 36.
+are those of Qwen3-8B (and 30B-A3B) at rank 32, with two layers: those that follow are like them. What a training row
+computes again is what the memory plan of all 36 layers says.
 
 What is counted, in XLA's own sequence of steps (`gpu_dump.py`): kernels of a layer; loops and branches whose turns are
 data and which stand outside of CUDA graphs, each a round trip between host and device, in a layer and beside the
@@ -131,8 +132,9 @@ def engine_of(model_name: str, tensor: int) -> Any:
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
 
-    from tx_async.engine import platform
+    from tx_async.engine import memory_plan, platform
     from tx_async.engine.allocation import described_on
+    from tx_async.engine.devices import usable
     from tx_async.engine.engine import JaxEngine
     from tx_async.engine.kernels import ALL_KERNELS
     from tx_async.layers.sharding import AXES, weight_sharding
@@ -155,6 +157,10 @@ def engine_of(model_name: str, tensor: int) -> Any:
     config = EngineConfig(
         kv_cache_tokens=4 * CONTEXT, tensor_parallel_size=tensor, sample_max_num_sequences=128, max_lora_rank=32
     )
+    planned = None  # the experts need more than one device
+    if model_name == "8b":
+        whole = from_config(QWEN3_8B | {"num_hidden_layers": DEPTH})
+        planned = memory_plan.plan(whole, config, platform.ACCELERATOR, usable("h100"))
     folder = tempfile.mkdtemp(prefix="gpu-programs-")
     return JaxEngine(
         model,
@@ -163,6 +169,7 @@ def engine_of(model_name: str, tensor: int) -> Any:
         Path(folder),
         Store(folder),
         on=platform.ACCELERATOR,
+        planned=planned,
         kernels=replace(ALL_KERNELS, grouped_product=mesh is None),
         allocate=described_on(topology.devices[0]),
     )

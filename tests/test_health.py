@@ -13,6 +13,7 @@ import pytest
 from tests.support.durability import serving
 from tx_async import base_model, doctor, health
 from tx_async.config import ServerConfig
+from tx_async.engine.devices import NOT_HERE
 from tx_async.errors import StorageError
 from tx_async.health import Finding, Health, probe_storage, within
 from tx_async.journal.factory import open_journal
@@ -119,10 +120,10 @@ def test_healthz_of_a_server_says_each(tiny_qwen3, tmp_path):
 
 
 def test_doctor_warns_of_a_kernel_that_failed_its_self_test():
-    runs = [("decode attention", "paged_attention"), ("prefill attention", "paged_prefill")]
-    found = doctor._with_kernels("JAX, platform gpu", runs)
-    assert found.state == "ok" and "prefill attention: paged_prefill" in found.text
-    found = doctor._with_kernels("JAX, platform gpu", [*runs, ("experts", "plain")])
+    uses = [("decode attention", "paged_attention", ""), ("prefill attention", "plain", "latent attention")]
+    found = doctor._with_kernels("JAX, platform gpu", uses)
+    assert found.state == "ok" and "prefill attention: plain (latent attention)" in found.text
+    found = doctor._with_kernels("JAX, platform gpu", [*uses, ("experts", "plain", NOT_HERE)])
     assert found.state == "warning" and "experts: plain" in found.text
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from tx_async import base_model, health
 from tx_async.config import ServerConfig
-from tx_async.engine.devices import GPU_BYTES, in_mesh, usable
+from tx_async.engine.devices import GPU_BYTES, NOT_HERE, in_mesh, usable
 from tx_async.errors import ConfigError, NotFound, TxError
 from tx_async.health import Finding, size
 from tx_async.identity import identity_of, with_base, with_storage
@@ -38,12 +38,12 @@ DISK_BYTES_MIN = 2 * 2**30
 SHARED_MEMORY = Path("/dev/shm")
 
 _ASK_JAX = """
-import json, jax
-from tx_async.engine import kernels, platform
+import json, sys, jax
+from tx_async.engine import kernel_uses, platform
 devices = jax.devices()
 x = jax.numpy.ones((64, 64)) @ jax.numpy.ones((64, 64))
-runs = kernels.choose(platform.current(), mesh=None).names()
-print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in devices], float(x[0, 0]), runs]))
+uses = kernel_uses.of_folder(sys.argv[1], platform.current()) if sys.argv[1] else ()
+print(json.dumps([jax.__version__, devices[0].platform, [d.device_kind for d in devices], float(x[0, 0]), uses]))
 """
 
 
@@ -111,28 +111,32 @@ def _python(_: ServerConfig) -> Finding:
     return Finding("ok", text)
 
 
-def _jax(_: ServerConfig) -> Finding:
+def _jax(config: ServerConfig) -> Finding:
+    folder = ""  # what is wrong with the base model is another finding
+    with contextlib.suppress(TxError):
+        folder = str(base_model.resolve(config.base_model)) if config.base_model else ""
+    command = [sys.executable, "-c", _ASK_JAX, folder]
     try:
-        process = subprocess.run([sys.executable, "-c", _ASK_JAX], capture_output=True, text=True, timeout=JAX_S)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=JAX_S)
     except subprocess.TimeoutExpired:
         return Finding("problem", f"lists no devices within {JAX_S} s: does another process hold the accelerator?")
     if process.returncode:
         last_line = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         return Finding("problem", f"cannot run: {last_line}")
-    version, device_platform, kinds, product, runs = json.loads(process.stdout.splitlines()[-1])
+    version, device_platform, kinds, product, uses = json.loads(process.stdout.splitlines()[-1])
     text = f"{version}, platform {device_platform}: {', '.join(sorted(set(kinds)))} × {len(kinds)}"
     if product != 64:
         return Finding("problem", f"{text}, but a 64 × 64 product of ones is {product}, not 64")
     if device_platform not in ("gpu", "tpu") and shutil.which("nvidia-smi"):
         return Finding("warning", f"{text}; there is an NVIDIA GPU: pip install 'tx-async[gpu]'")
-    return _with_kernels(text, runs) if device_platform == "gpu" else Finding("ok", text)
+    return _with_kernels(text, uses) if device_platform == "gpu" else Finding("ok", text)
 
 
-def _with_kernels(text: str, runs: list[tuple[str, str]]) -> Finding:
-    """runs: (task, kernel that runs it or "plain")."""
-    text = "; ".join((text, *(f"{task}: {kernel}" for task, kernel in runs)))
-    if any(kernel == "plain" for _, kernel in runs):
-        return Finding("warning", f"{text}; what is plain failed its self-test on this device, and is slower")
+def _with_kernels(text: str, uses: list[tuple[str, str, str]]) -> Finding:
+    """uses: (task, kernel that runs it or "plain", which layers run in the plain version and why)."""
+    text = "; ".join((text, *(f"{task}: {kernel}{why and f' ({why})'}" for task, kernel, why in uses)))
+    if any(why == NOT_HERE for _, _, why in uses):
+        return Finding("warning", f"{text}; what failed is slower")
     return Finding("ok", text)
 
 

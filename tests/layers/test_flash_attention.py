@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tx_async.layers import flash_attention as flash
 from tx_async.layers.attention import packed_attention
 from tx_async.layers.flash_attention import BLOCK, _row, fits, flash_attention
 
@@ -45,6 +46,20 @@ def test_outputs_and_gradients_are_those_of_the_plain_version(rows):
     expected, found = plain(q, k, v), kernel(q, k, v)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
+def test_gradients_of_a_long_row_come_for_some_heads_at_a_time(monkeypatch):
+    q, k, v, direction = arrays(1, 8, 4, 16)
+    packing = packed([100, 90])
+
+    def gradients() -> tuple[jax.Array, ...]:
+        return jax.vjp(lambda q, k, v: flash_attention(q, k, v, *packing, 0.3, True), q, k, v)[1](direction)
+
+    together = gradients()
+    monkeypatch.setattr(flash, "PART_BYTES", 4 * q.size // 2)
+    assert flash._parts(q, k) == 2
+    for ours, theirs in zip(gradients(), together, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_blocks_between_segments_are_skipped_in_both_directions():

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from tests.support import parity
+from tests.support.parity import Case
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraActive, LoraRows, layer_slice, tiles
-from tx_async.models.decoder import unembedding
+from tx_async.layers.residuals import NOTHING, Recompute
+from tx_async.models.decoder import layers_apart, unembedding
 from tx_async.models.load import load_model
-from tx_async.testing.models import make_model
+from tx_async.testing.models import QWEN3_TINY, make_model, make_qwen3
 from tx_async.wire.worker import LORA_ALPHA, AdapterConfig
 
 CONFIG = AdapterConfig(rank=4)
@@ -126,18 +128,42 @@ def test_recomputation_gives_equal_gradients_and_lower_peak_memory(case, tmp_pat
     lora = parity.rows_of(parity.random_adapter(model, CONFIG), CONFIG, 4)
     positions = jnp.broadcast_to(jnp.arange(64), tokens.shape)
 
-    def loss(lora, params, tokens, remat):
+    def loss(lora, params, tokens, recompute):
         attend = PackedAttention(positions, jnp.ones_like(positions))
-        hidden, _ = model.forward(params, lora, tokens, positions, attend, remat=remat)
+        hidden, _ = model.forward(params, lora, tokens, positions, attend, recompute=recompute)
         return (hidden**2).mean()
 
     given = lora, params, tokens
-    plain, saving = (jax.jit(partial(jax.grad(loss), remat=remat)).lower(*given).compile() for remat in (False, True))
+    plain, saving = (
+        jax.jit(partial(jax.grad(loss), recompute=what)).lower(*given).compile() for what in (NOTHING, Recompute(1))
+    )
     equal = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(equal, plain(*given).weights, saving(*given).weights)
     # The delta rule makes its chunks' terms again in any case: there is less left to save.
     share = 0.9 if "linear_attention" in deep.get("layer_types", ()) else 0.8
     assert saving.memory_analysis().temp_size_in_bytes < share * plain.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["list", "scan"])
+def test_groups_of_layers_and_blocks_of_tokens_give_equal_gradients(apart, tmp_path):
+    """A list in groups of three of its four layers, a scan in groups of two; 50 positions in blocks of 15."""
+    model, params = load_model(make_qwen3(tmp_path, tokenizer=False, num_hidden_layers=4))
+    params = layers_apart(params) if apart else params
+    case = Case("qwen3", QWEN3_TINY, 50)
+    tokens = jnp.asarray(parity.tokens_of(case, 0, rows=2))
+    lora = parity.rows_of(parity.random_adapter(model, CONFIG), CONFIG, 2)
+    positions = jnp.broadcast_to(jnp.arange(50), tokens.shape)
+
+    def loss(lora, params, recompute):
+        attend = PackedAttention(positions, jnp.ones_like(positions))
+        hidden, _ = model.forward(params, lora, tokens, positions, attend, recompute=recompute)
+        return (hidden**2).mean()
+
+    options = {"xla_backend_optimization_level": 0}
+    ways = NOTHING, Recompute(3, block_tokens=30)
+    made = [jax.jit(partial(jax.grad(loss), recompute=way), compiler_options=options) for way in ways]
+    plain, other = (way(lora, params).weights for way in made)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), other, plain)
 
 
 @kinds

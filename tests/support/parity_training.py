@@ -25,6 +25,7 @@ from tx_async.engine.batch import RowBatch, row_batch
 from tx_async.engine.kernels import Kernels
 from tx_async.engine.optimizer import Adam, optim_step
 from tx_async.engine.platform import current
+from tx_async.layers.residuals import NOTHING
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import from_config
 from tx_async.models.peft import AdapterWeights, from_peft, to_peft
@@ -62,7 +63,7 @@ def step_program(model: Decoder) -> Any:
 
     def step(params: Params, state: TrainingState, batch: RowBatch, adam: Adam) -> tuple[TrainingState, Array]:
         gradients, _, _ = train.forward_backward(
-            current(), Kernels(), model, CONFIG.rank, False, params, state.weights, state.gradients, batch
+            current(), Kernels(), model, CONFIG.rank, NOTHING, params, state.weights, state.gradients, batch
         )
         state, outcome = optim_step(state._replace(gradients=gradients), jnp.int32(0), adam)
         return state, outcome.grad_norm

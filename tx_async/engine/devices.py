@@ -10,6 +10,8 @@ GPU_BYTES = {
     "l40s": 47_697_362_944,
 }
 """The memory of one device, by the name that `doctor --device` takes."""
+NOT_HERE = "there is none for this device, or it failed its self-test"
+"""Why a task of a kernel runs in the plain version in every layer."""
 MEMORY_FRACTION = 0.92
 """The share of a device's memory for the worker's arrays; the rest is for the driver, CUDA graphs and libraries."""
 

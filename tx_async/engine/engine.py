@@ -28,15 +28,16 @@ from tx_async.engine.checkpoints import Checkpoints, NeedsWiderSlots, SavedAdapt
 from tx_async.engine.compilation import CompilationCounter, Program
 from tx_async.engine.decode import SamplingEngine
 from tx_async.engine.executables import Executables
+from tx_async.engine.kernel_uses import choose_for, uses
 from tx_async.engine.kernels import Kernels
-from tx_async.engine.kernels import choose as choose_kernels
 from tx_async.engine.memory_plan import MemoryPlan
 from tx_async.engine.optimizer import Adam, StepOutcome, not_taken_because
 from tx_async.engine.platform import Platform
 from tx_async.engine.row_shapes import preferred_row_length, row_shapes
 from tx_async.engine.streams import OwnStream, SameStream
-from tx_async.errors import ConfigError, InvalidRequest, NonFiniteGradients, TxError
+from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
 from tx_async.fingerprint import fingerprint
+from tx_async.layers.residuals import Recompute
 from tx_async.layers.sharding import holds_whole_layers
 from tx_async.models.decoder import Decoder, layers_apart
 from tx_async.models.load import fetch, load_model
@@ -71,26 +72,15 @@ def create(welcome: Welcome, progress: ReportProgress) -> JaxEngine:
     left = platform.available_memory() if model.mesh is None else 0
     limit = memory_plan.lora_rank_limit(model, config, here, memory, left)
     config = memory_plan.with_slots_for(structs.replace(config, max_lora_rank=limit), welcome.lora_rank)
-    planned = planned_memory(model, config, here, memory)
-    engine = JaxEngine(model, params, config, folder, store, fingerprint(folder), here, planned, lora_rank_limit=limit)
+    kernels = choose_for(model, here)
+    planned = memory_plan.of_device(model, config, here, memory, kernels)
+    given = fingerprint(folder), here, planned, kernels
+    engine = JaxEngine(model, params, config, folder, store, *given, lora_rank_limit=limit)
     if config.compilation_cache_dir and here.keeps_executables and model.mesh is None:
         engine.keep_executables(Executables(Path(config.compilation_cache_dir) / "executables"))
     if config.compile_ahead or here.compiles_ahead:
         engine.compile_ahead(progress, everything=config.compile_ahead)
     return engine
-
-
-def planned_memory(model: Decoder, config: EngineConfig, here: Platform, memory: int) -> MemoryPlan | None:
-    """Plan this device's memory and log the plan; None where the device, like a CPU, does not say how much it has.
-    Raises a `ConfigError` that names the setting to change where the plan does not fit."""
-    if not memory:
-        return None
-    planned = memory_plan.plan(model, config, here, memory)
-    for line in ("Memory of each device:", *planned.lines()):
-        log.info("%s", line)
-    if not planned.fits:
-        raise ConfigError(planned.problem)
-    return planned
 
 
 class JaxEngine:
@@ -124,8 +114,7 @@ class JaxEngine:
         self.model, self.params = model, params
         self.context = min(model.max_position_embeddings, config.max_context_length or model.max_position_embeddings)
         self.memory = planned
-        head = max((width for _, width in model.cache_shapes.values()), default=0)
-        self.kernels = kernels or choose_kernels(self.platform, model.mesh, head)
+        self.kernels = kernels or choose_for(model, self.platform)
         if planned:
             self.context = min(self.context, planned.context)
             config = structs.replace(
@@ -163,6 +152,8 @@ class JaxEngine:
         self.sampling = SamplingEngine(
             model, params, config, self.context, str(folder), lora.weights, lora.scale, stream, *handed_in
         )
+        #: which of the kernels run for this model, and where the plain versions do
+        self.kernel_uses = uses(self.kernels, model, config, self.platform, model.mesh, dtype)
         self._programs = _programs(self)
 
     def __repr__(self) -> str:
@@ -186,7 +177,8 @@ class JaxEngine:
             platform=self.platform.name,
             micro_batch_overhead=self.platform.micro_batch_overhead,
             memory=self.memory.parts if self.memory else (),
-            kernels=self.kernels.names(),
+            kernels=tuple((use.task, use.runs) for use in self.kernel_uses),
+            kernels_plain=tuple((use.task, use.plain) for use in self.kernel_uses if use.plain),
             overlaps=self.overlaps,
             adapter_bytes=adapter_slots.slot_bytes(self.targets, self.config.max_lora_rank),
             base_model_digest=self.base_model_digest,
@@ -196,11 +188,11 @@ class JaxEngine:
             lora_rank_classes=shared_classes(self.config.max_lora_rank),
         )
 
-    def recomputes(self, rows: int, length: int) -> bool:
-        """Whether a micro-batch of that shape recomputes each layer in its backward pass."""
+    def recompute(self, rows: int, length: int) -> Recompute:
+        """What a micro-batch of that shape computes again in its backward pass."""
         if self.memory:
-            return any(x.recomputes for x in self.memory.row_shapes if (x.rows, x.length) == (rows, length))
-        return self.config.gradient_checkpointing or rows * length > REMAT_TOKENS
+            return next(x.recompute for x in self.memory.row_shapes if (x.rows, x.length) == (rows, length))
+        return Recompute(int(self.config.gradient_checkpointing or rows * length > REMAT_TOKENS))
 
     @property
     def num_compilations(self) -> int:
@@ -405,7 +397,7 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
 def _train_programs(engine: JaxEngine) -> Iterator[Program]:
     state, whole = engine.training, engine.replicated
     for rows, length in engine.row_shapes:
-        remat = engine.recomputes(rows, length)
+        recompute = engine.recompute(rows, length)
         targets = (*TARGETS_PER_TOKEN, *WIDE_TARGETS_PER_TOKEN)
         for k, rank in product(targets, train_ranks(rows, engine.config.max_lora_rank)):
             of_batch = RowBatch(**batch.shapes(rows, length, k))  # type: ignore[arg-type]
@@ -417,7 +409,7 @@ def _train_programs(engine: JaxEngine) -> Iterator[Program]:
             )
             yield Program(
                 train_program(rows, length, k, rank, forward_only=False),
-                partial(train.forward_backward, engine.platform, engine.kernels, engine.model, rank, remat),
+                partial(train.forward_backward, engine.platform, engine.kernels, engine.model, rank, recompute),
                 (engine.params, state.weights, state.gradients, of_batch),
                 donate=(2,),
                 out_shardings=(engine.cut, whole, whole),

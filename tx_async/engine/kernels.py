@@ -1,7 +1,7 @@
 """Which kernels run: at start, each is compiled and compared with the plain version on the device itself.
 
-Where one fails or differs the plain version runs; the log says so in one line, `/metrics` counts them, and
-`EngineInfo.kernels` names what runs.
+Where one fails or differs the plain version runs, and the log says so in one line. What that means for a model, whose
+shapes may be none of a kernel's, is in `kernel_uses.py`.
 """
 
 from __future__ import annotations
@@ -49,15 +49,6 @@ class Kernels:
     """Whether `prefill_kernel.py` runs in prefill."""
     grouped_product: bool = False
     """Whether `layers/grouped_kernel.py` computes the products of experts."""
-
-    def names(self) -> tuple[tuple[str, str], ...]:
-        """(task, what runs it)"""
-        return (
-            ("training attention", "flash_attention" if self.flash_attention else PLAIN),
-            ("decode attention", "paged_attention" if self.paged_attention else PLAIN),
-            ("prefill attention", "paged_prefill" if self.paged_prefill else PLAIN),
-            ("experts", "grouped_product" if self.grouped_product else PLAIN),
-        )
 
 
 NO_KERNELS = Kernels()

@@ -3,8 +3,8 @@
     weights + training slots + samplers + temporaries + margin + KV cache ≤ memory
 
 The weights and the slots are counted from the model's own table of parameters, cut as the mesh cuts them. Temporaries
-are bounded by a formula (`train_temporaries`) that a test holds against compiled programs. What is left belongs to the
-KV cache, where layers with a window keep little of a long sequence. Row shapes with large temporaries recompute
+are bounded by formulas (`temporaries.py`) that a test holds against compiled programs. What is left belongs to the KV
+cache, where layers with a window keep little of a long sequence. Row shapes with large temporaries recompute
 activations; shapes that still do not fit are not offered. A plan that does not fit names the setting that would help.
 
 It is pure arithmetic on `config.json`: it runs without an accelerator and without weights.
@@ -12,6 +12,7 @@ It is pure arithmetic on `config.json`: it runs without an accelerator and witho
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,10 +24,15 @@ from jax.sharding import AbstractMesh
 from msgspec import structs
 
 from tx_async.engine.devices import in_mesh
+from tx_async.engine.kernel_uses import KernelUse
+from tx_async.engine.kernels import ALL_KERNELS, Kernels
 from tx_async.engine.kv_cache import CACHE_PART, state_bytes, state_slots, token_bytes
 from tx_async.engine.paging import Paging, tokens_ahead
 from tx_async.engine.platform import Platform
 from tx_async.engine.row_shapes import row_shapes
+from tx_async.engine.temporaries import Temporaries
+from tx_async.errors import ConfigError
+from tx_async.layers.residuals import Recompute
 from tx_async.layers.sharding import AXES, spec_of
 from tx_async.layers.weights import Weight
 from tx_async.models.decoder import Decoder
@@ -36,15 +42,19 @@ from tx_async.wire.worker import EngineConfig, MemoryPart
 GIB = 2**30
 MARGIN_BYTES = GIB
 """Left free for fragmentation and for what a bound has missed."""
-RECOMPUTE_SHARE = 4
-"""A row shape recomputes where it would keep more than one part in RECOMPUTE_SHARE of the device's memory."""
-HEAD_CHUNK_TOKENS = 512
-"""Tokens of a chunk, as `head.py` cuts a row."""
+KEEPING_SHARE = 4
+"""A row shape recomputes where it would keep more than one part in KEEPING_SHARE of the device's memory."""
+RECOMPUTING_SHARE = 9
+"""Then as little as leaves it one part in RECOMPUTING_SHARE: 8 GiB on a device of 80 GB."""
+WORTH_A_PASS = 1.25
+"""Computing layers again in groups, a third forward pass, must save at least this factor."""
 CONTEXT_MIN = 512
 """A KV cache that cannot hold one sequence of this length is no use."""
 CONTEXT_USEFUL = 8192
 """Slots give way until sequences of this length can be trained and sampled."""
 DEVICES_MAX = 64
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,14 +63,15 @@ class RowShape:
 
     rows: int
     length: int
-    recomputes: bool
-    """Whether each layer is computed again in the backward pass, which keeps only the layers' inputs."""
+    recompute: Recompute
+    """What the backward pass computes again."""
     temporaries: int
-    """Bytes on each device while such a micro-batch runs."""
+    """Bytes on each device while such a micro-batch runs, with the most targets for each token."""
 
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
+    def __str__(self) -> str:
+        again = self.recompute.layers
+        way = "" if not again else " recomputing" if again == 1 else f" recomputing {again} layers together"
+        return f"{self.rows}x{self.length}{way}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ class MemoryPlan:
     """As configured, or as many as leave room for the rest."""
     wanted_context: int = 0
     """The context that configuration and model ask for."""
+    kernels: tuple[KernelUse, ...] = ()
+    """What the device's kernels do for the model."""
     problem: str = ""
     """Why it does not fit, and what to set; "" = it fits."""
 
@@ -100,16 +113,39 @@ class MemoryPlan:
         yield f"slots for {_adapters(self.num_training_slots)} in training and {self.num_sampler_slots} in sampling"
         yield f"context {self.context}{shorter}, KV cache {self.kv_cache_tokens} tokens"
         if self.row_shapes:
-            yield "rows " + ", ".join(f"{x.rows}x{x.length}{' recomputing' * x.recomputes}" for x in self.row_shapes)
+            yield "rows " + ", ".join(map(str, self.row_shapes))
+        yield from map(str, self.kernels)
         if self.problem:
             yield self.problem
 
 
-def plan(model: Decoder, config: EngineConfig, platform: Platform, memory: int, devices: int = 0) -> MemoryPlan:
-    """memory: bytes of one device that may be used. devices: how many there are, 0 = as many as are needed. A plan that
-    does not fit says so in `problem`."""
-    found = _with_slots_that_fit(model, config, platform, memory)
-    return found if found.fits else replace(found, problem=_what_helps(model, config, platform, memory, devices, found))
+def plan(
+    model: Decoder,
+    config: EngineConfig,
+    platform: Platform,
+    memory: int,
+    devices: int = 0,
+    kernels: Kernels = ALL_KERNELS,
+) -> MemoryPlan:
+    """memory: bytes of one device that may be used. devices: how many there are, 0 = as many as are needed. kernels:
+    those that run on the device. A plan that does not fit says so in `problem`."""
+    found = _with_slots_that_fit(model, config, platform, memory, kernels)
+    if found.fits:
+        return found
+    return replace(found, problem=_what_helps(model, config, platform, memory, devices, kernels, found))
+
+
+def of_device(model: Decoder, config: EngineConfig, here: Platform, memory: int, kernels: Kernels) -> MemoryPlan | None:
+    """Plan this device's memory and log the plan; None where the device, like a CPU, does not say how much it has.
+    Raises a `ConfigError` that names the setting to change where the plan does not fit."""
+    if not memory:
+        return None
+    planned = plan(model, config, here, memory, kernels=kernels)
+    for line in ("Memory of each device:", *planned.lines()):
+        log.info("%s", line)
+    if not planned.fits:
+        raise ConfigError(planned.problem)
+    return planned
 
 
 def with_slots_for(config: EngineConfig, rank: int = 0) -> EngineConfig:
@@ -135,10 +171,12 @@ def lora_rank_limit(model: Decoder, config: EngineConfig, platform: Platform, me
     return next((rank for rank in reversed(wider) if fits(rank)), at_first)
 
 
-def _with_slots_that_fit(model: Decoder, config: EngineConfig, platform: Platform, memory: int) -> MemoryPlan:
+def _with_slots_that_fit(
+    model: Decoder, config: EngineConfig, platform: Platform, memory: int, kernels: Kernels
+) -> MemoryPlan:
     """Slots are a cache: with fewer of them adapters change places more often, and that is all. So where adapters are
     large, as those of experts are, there are only as many slots as leave room for a useful context."""
-    plans = [_Planner(model, fewer, platform, memory).plan() for fewer in _with_fewer_slots(config)]
+    plans = [_Planner(model, fewer, platform, memory, kernels).plan() for fewer in _with_fewer_slots(config)]
     fitting = [made for made in plans if made.fits]
     useful = (
         made for made in fitting if min(made.context, made.longest_row) >= min(made.wanted_context, CONTEXT_USEFUL)
@@ -157,14 +195,20 @@ def _with_fewer_slots(config: EngineConfig) -> Iterator[EngineConfig]:
 
 
 def _what_helps(
-    model: Decoder, config: EngineConfig, platform: Platform, memory: int, devices: int, found: MemoryPlan
+    model: Decoder,
+    config: EngineConfig,
+    platform: Platform,
+    memory: int,
+    devices: int,
+    kernels: Kernels,
+    found: MemoryPlan,
 ) -> str:
     """One line that says what is lacking, and which setting to change."""
     lead = f"It does not fit: {found.problem}."
     setting = "expert_parallel_size" if _has_experts(model) else "tensor_parallel_size"
     for name in dict.fromkeys((setting, "tensor_parallel_size", "fully_sharded_data_parallel_size")):
         for size in _sizes_to_try(config, name, devices):
-            if _with_slots_that_fit(model, structs.replace(config, **{name: size}), platform, memory).fits:
+            if _with_slots_that_fit(model, structs.replace(config, **{name: size}), platform, memory, kernels).fits:
                 on = f"on the {devices} devices" if _mesh_size(config, name, size) == devices else "on as many devices"
                 return f"{lead} Set {name} to {size} in backend_config, {on}."
     return f"{lead} Raise {setting} and fully_sharded_data_parallel_size in backend_config, or take a smaller model."
@@ -200,9 +244,10 @@ class _Planner:
     config: EngineConfig
     platform: Platform
     memory: int
+    kernels: Kernels = ALL_KERNELS
 
     def plan(self) -> MemoryPlan:
-        sampling = self._sampling_temporaries()
+        sampling = self.temporaries.of_sampling
         fixed = self._fixed_parts()
         left = self.memory - MARGIN_BYTES - sum(part.num_bytes for part in fixed)
         wanted = self._wanted_context()
@@ -218,7 +263,7 @@ class _Planner:
             MemoryPart("margin", MARGIN_BYTES, "fragmentation, and what the bounds have missed"),
         )
         slots = self.config.max_lora_adapters, self.config.max_sampler_adapters
-        made = MemoryPlan(self.memory, parts, shapes, context, tokens, *slots, wanted)
+        made = MemoryPlan(self.memory, parts, shapes, context, tokens, *slots, wanted, self.temporaries.kernel_uses)
         return replace(made, problem=self._problem(made, left))
 
     def _problem(self, made: MemoryPlan, left: int) -> str:
@@ -351,95 +396,25 @@ class _Planner:
         return tuple(shape for shape, left in shapes if shape.temporaries <= left)
 
     def _row_shape(self, rows: int, length: int, room: int) -> RowShape:
-        keeping = self._train_temporaries(rows, length, recomputes=False)
-        recomputes = self.config.gradient_checkpointing or keeping > min(room, self.memory // RECOMPUTE_SHARE)
-        return RowShape(
-            rows, length, recomputes, self._train_temporaries(rows, length, True) if recomputes else keeping
-        )
-
-    def _train_temporaries(self, rows: int, length: int, recomputes: bool) -> int:
-        fsdp = self._mesh.shape["fsdp"]
-        here = rows // fsdp if rows % fsdp == 0 else rows
-        kept, inner = self._features()
-        return train_temporaries(
-            tokens=here * length,
-            layers=self.model.num_layers,
-            hidden=self.model.hidden_size,
-            kept_features=kept,
-            inner_features=inner,
-            adapter_elements=here * self._adapter_total(),
-            head_tokens=min(HEAD_CHUNK_TOKENS, here * length),
-            vocab=self.model.vocab_size,
-            itemsize=jnp.dtype(self._dtype).itemsize,
-            recomputes=recomputes,
-        )
+        bounds, ways = self.temporaries, self.temporaries.ways
+        wide = bounds.of_wide_targets(rows, length)
+        needed = {way: bounds.of_training(rows, length, way) for way in ways}
+        enough = max(self.memory // RECOMPUTING_SHARE, WORTH_A_PASS * needed[ways[-1]])
+        most = {way: min(room - wide, enough if way.layers else self.memory // KEEPING_SHARE) for way in ways}
+        offered = ways[1:] if self.config.gradient_checkpointing else ways
+        chosen = next((way for way in offered if needed[way] <= most[way]), ways[-1])
+        return RowShape(rows, length, chosen, needed[chosen] + wide)
 
     def _adapter_total(self) -> int:
         rank = self.config.max_lora_rank
         return sum(self._adapter_elements(weight, rank) for weight in self._adapted) + self._head_elements(rank)
 
-    def _features(self) -> tuple[int, int]:
-        """(features that a layer keeps of each token for its backward pass, all features that one layer makes), for the
-        widest stack: outputs of products, low ranks, the attention's output."""
-        by_stack: dict[str, tuple[int, int]] = {}
-        for weight in self.model.weights:
-            if weight.stack and len(weight.dims) == 2:
-                kept, inner = by_stack.get(weight.stack, (0, 0))
-                more_kept, more_inner = self._features_of(weight)
-                by_stack[weight.stack] = kept + more_kept, inner + more_inner
-        attention = max((weight.dims[0].size for weight in self.model.weights if weight.name == "o"), default=0)
-        attention //= self._mesh.shape["tensor"]
-        kept, inner = (max(column, default=0) for column in zip(*by_stack.values(), strict=True))
-        return kept + attention + self.model.hidden_size, inner + attention + 2 * self.model.hidden_size
-
-    def _features_of(self, weight: Weight) -> tuple[int, int]:
-        *_, outputs = spec_of(weight, self._mesh)
-        out = weight.dims[1].size // self._pieces((outputs,))
-        rank = self.config.max_lora_rank if weight.group else 0
-        if not weight.num_experts:
-            return out + rank, out + rank
-        times = self._experts_per_token(weight.stack)
-        return (times * out if weight.name == "down" else 0), times * (out + rank)
-
-    def _experts_per_token(self, stack: str) -> int:
-        (found,) = (x for x in self.model.stacks if x.name == stack)
-        router: Any = getattr(self.model.mlp_of(found), "router", None)
-        return router.num_experts_per_tok if router else 1
-
-    def _sampling_temporaries(self) -> int:
-        """Temporaries of decode, prefill and prompt scores: logits several times over, and a prefill's inner
-        features."""
-        rows = max(self.config.sample_max_num_sequences, 128)
-        logits = 6 * rows * self.model.vocab_size * 4
-        tokens = self.config.prefill_chunk_tokens or self.platform.prefill_tokens
-        inner = 3 * tokens * self._features()[1] * jnp.dtype(self._dtype).itemsize
-        layers = self._paging.num_tables * self._paging.page_layers
-        chunk = 3 * rows * self.platform.cache_chunk_tokens * self._token_bytes // layers
-        return logits + inner + chunk
-
-
-def train_temporaries(
-    tokens: int,
-    layers: int,
-    hidden: int,
-    kept_features: int,
-    inner_features: int,
-    adapter_elements: int,
-    head_tokens: int,
-    vocab: int,
-    itemsize: int,
-    recomputes: bool,
-) -> int:
-    """A bound on the temporary bytes of one forward_backward on one device.
-
-    tokens · layers · (what a layer keeps) + one layer's inner features, in fp32 with their gradients, where the layers
-    recompute + A and B of each row and their gradients, fp32 + the head's chunk: logits and two more of that size.
-    """
-    adapters = 2 * 4 * adapter_elements
-    head = 3 * 4 * head_tokens * vocab
-    if recomputes:
-        return tokens * (layers * hidden * itemsize + 8 * inner_features) + adapters + head
-    return tokens * (layers * kept_features + 2 * inner_features) * itemsize + adapters + head
+    @cached_property
+    def temporaries(self) -> Temporaries:
+        mesh, kernels = self._mesh, self.kernels
+        of_layer = self._token_bytes // (self._paging.num_tables * self._paging.page_layers)
+        sizes = of_layer, self._adapter_total()
+        return Temporaries(self.model, self.config, self.platform, kernels, mesh, *sizes)
 
 
 def _adapters(count: int) -> str:

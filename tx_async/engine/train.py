@@ -21,6 +21,7 @@ from tx_async.engine.kernels import Kernels
 from tx_async.engine.platform import Platform
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows, LoraWeights, by_path, layer_slice
+from tx_async.layers.residuals import NOTHING, Recompute
 from tx_async.models.decoder import unembedding
 
 HEAD = "head"
@@ -38,7 +39,7 @@ def forward(
 ) -> tuple[Array, Array]:
     """-> (logprobs [R, L, K], losses [R, L]); changes no state. rank: no adapter of the batch has a higher one."""
     rows = _gather(weights, batch.slots, rank)
-    hidden = _trunk(platform, kernels, model, params, rows, batch, remat=False)
+    hidden = _trunk(platform, kernels, model, params, rows, batch, NOTHING)
     return head.forward(hidden, _unembedding(params, rows, batch), batch)
 
 
@@ -47,7 +48,7 @@ def forward_backward(
     kernels: Kernels,
     model: Any,
     rank: int,
-    remat: bool,
+    recompute: Recompute,
     params: Any,
     weights: LoraWeights,
     gradients: LoraWeights,
@@ -56,7 +57,7 @@ def forward_backward(
     """-> (gradients with this batch's added, logprobs [R, L, K], losses [R, L])."""
     rows = _gather(weights, batch.slots, rank)
     hidden, pullback = jax.vjp(
-        lambda rows: _trunk(platform, kernels, model, params, rows, batch, remat), _like_params(rows, params)
+        lambda rows: _trunk(platform, kernels, model, params, rows, batch, recompute), _like_params(rows, params)
     )
     logprobs, losses, of_head = head.forward_backward(hidden, _unembedding(params, rows, batch), batch)
     of_rows = by_path(lambda _, ab: tuple(map(_stacked, ab)), pullback(of_head.hidden)[0])
@@ -91,7 +92,7 @@ def _trunk(
     params: Any,
     rows: LoraWeights,
     batch: RowBatch,
-    remat: bool,
+    recompute: Recompute,
 ) -> Array:
     block = platform.attention_block(batch.tokens.shape[1])
     attend = PackedAttention(batch.positions, batch.segment_ids, block, kernels.flash_attention, model.mesh)
@@ -99,7 +100,7 @@ def _trunk(
     joined = platform.joins_lora and batch.slots.shape[0] == 1 and model.mesh is None
     lora = LoraRows(rows, batch.scale, joined)
     inputs = params, lora, batch.tokens, batch.positions, attend
-    return model.forward(*inputs, remat=remat, grouped_kernel=kernels.grouped_product)[0]
+    return model.forward(*inputs, recompute=recompute, grouped_kernel=kernels.grouped_product)[0]
 
 
 def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:

@@ -3,7 +3,8 @@
 It is FlashAttention-2 (arXiv 2307.08691) with two numbers for each block of a row: the first block of keys that its
 queries need, and the last block of queries that needs its keys. Both are data, so one program serves every packing, and
 blocks that join different segments are neither read nor computed. Every sum has a fixed order, so gradients are
-deterministic. Scores never leave a kernel. A key's gradients come out per query head and are summed afterwards.
+deterministic. Scores never leave a kernel. A key's gradients come out per query head and are summed afterwards; of long
+rows, for some key heads at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tx_async.layers.residuals import keep
 from tx_async.layers.sharding import row_axis
 
 BLOCK = 64
+PART_BYTES = 256 * 2**20
+"""The most that the gradients of keys, or of values, may take before they are summed over the query heads."""
 
 
 class _PackedRows(NamedTuple):
@@ -138,7 +141,6 @@ def _backward_here(
     specs = _Specs(q, k)
     delta = jnp.einsum("rlhd,rlhd->rhl", dout.astype(jnp.float32), out.astype(jnp.float32))
     inputs = (q, k, v, dout, lse, delta, *row)
-    wide = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     dq = pl.pallas_call(
         partial(_dq_kernel, scale=scale),
         grid=specs.grid,
@@ -148,17 +150,35 @@ def _backward_here(
         name="flash_attention_dq",
         **_how(interpret),
     )(*inputs)
+    num_parts = _parts(q, k)
+    parts = [_key_gradients(_Specs(q, k, part, num_parts), scale, interpret, inputs, k) for part in range(num_parts)]
+    dk, dv = parts[0] if num_parts == 1 else (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+def _parts(q: Array, k: Array) -> int:
+    """In how many parts of its key heads gradients of keys are computed."""
+    heads = k.shape[2]
+    return next(n for n in range(1, heads + 1) if heads % n == 0 and (4 * q.size // n <= PART_BYTES or n == heads))
+
+
+def _key_gradients(
+    specs: _Specs, scale: float, interpret: bool, inputs: tuple[Array, ...], k: Array
+) -> tuple[Array, Array]:
+    """dk, dv [R, L, key heads of the part, D] in k's dtype."""
+    num_rows, length, _, features = k.shape
+    wide = jax.ShapeDtypeStruct((num_rows, length, specs.grid[2], features), jnp.float32)
     dk, dv = pl.pallas_call(
         partial(_dkv_kernel, scale=scale),
         grid=specs.grid,
         in_specs=[specs.queries, specs.key, specs.key, specs.queries, *[specs.statistics] * 2, *specs.row],
-        out_specs=[specs.mine, specs.mine],
+        out_specs=[specs.own, specs.own],
         out_shape=[wide, wide],
         name="flash_attention_dkv",
         **_how(interpret),
     )(*inputs)
-    of_group = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).sum(3).astype(k.dtype)  # noqa: E731
-    return dq, of_group(dk), of_group(dv)
+    of_group = lambda x: x.reshape(num_rows, length, -1, specs.group, features).sum(3).astype(k.dtype)  # noqa: E731
+    return of_group(dk), of_group(dv)
 
 
 def _how(interpret: bool) -> dict[str, Any]:
@@ -179,17 +199,20 @@ def _row(positions: Array, segment_ids: Array) -> _PackedRows:
 
 
 class _Specs:
-    """The blocks of the arrays: a program handles one block of one row and one query head."""
+    """The blocks of the arrays: a program handles one block of one row and one query head, of those of a part."""
 
-    def __init__(self, q: Array, k: Array):
-        (num_rows, length, heads, features), group = q.shape, q.shape[2] // k.shape[2]
-        self.grid = (length // BLOCK, num_rows, heads)
-        self.mine = pl.BlockSpec((None, BLOCK, None, features), lambda i, r, h: (r, i, h, 0))
-        self.queries = pl.BlockSpec((None, length, None, features), lambda i, r, h: (r, 0, h, 0))
-        self.key = pl.BlockSpec((None, BLOCK, None, features), lambda i, r, h: (r, i, h // group, 0))
-        self.keys = pl.BlockSpec((None, length, None, features), lambda i, r, h: (r, 0, h // group, 0))
-        self.statistic = pl.BlockSpec((None, None, BLOCK), lambda i, r, h: (r, h, i))
-        self.statistics = pl.BlockSpec((None, None, length), lambda i, r, h: (r, h, 0))
+    def __init__(self, q: Array, k: Array, part: int = 0, num_parts: int = 1):
+        num_rows, length, heads, features = q.shape
+        self.group = group = heads // k.shape[2]
+        here, first = heads // num_parts, part * heads // num_parts
+        self.grid = (length // BLOCK, num_rows, here)
+        self.own = pl.BlockSpec((None, BLOCK, None, features), lambda i, r, h: (r, i, h, 0))
+        self.mine = pl.BlockSpec((None, BLOCK, None, features), lambda i, r, h: (r, i, first + h, 0))
+        self.queries = pl.BlockSpec((None, length, None, features), lambda i, r, h: (r, 0, first + h, 0))
+        self.key = pl.BlockSpec((None, BLOCK, None, features), lambda i, r, h: (r, i, (first + h) // group, 0))
+        self.keys = pl.BlockSpec((None, length, None, features), lambda i, r, h: (r, 0, (first + h) // group, 0))
+        self.statistic = pl.BlockSpec((None, None, BLOCK), lambda i, r, h: (r, first + h, i))
+        self.statistics = pl.BlockSpec((None, None, length), lambda i, r, h: (r, first + h, 0))
         self.statistic_shape = jax.ShapeDtypeStruct((num_rows, heads, length), jnp.float32)
         whole = pl.BlockSpec((None, length), lambda i, r, h: (r, 0))
         one = pl.BlockSpec((None, 1), lambda i, r, h: (r, i))

@@ -4,7 +4,7 @@ parameters."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from tx_async.layers.block import ForwardPass, Layer, Mlp
 from tx_async.layers.cpu import OutFirst
 from tx_async.layers.lora import Lora, LoraTarget, layer_slice
 from tx_async.layers.norm import RmsNorm
-from tx_async.layers.residuals import KEPT_ONLY
+from tx_async.layers.residuals import KEPT_ONLY, NOTHING, Recompute, in_blocks
 from tx_async.layers.sharding import gathered_spec_of, of_one_layer
 from tx_async.layers.weights import Dim, Stack, Weight, stacks_of
 
@@ -156,28 +156,22 @@ class Decoder:
         positions: Array,
         attend: Attend,
         cache: Cache = (),
-        remat: bool = False,
+        recompute: Recompute = NOTHING,
         grouped_kernel: bool = False,
     ) -> tuple[Array, Cache]:
         """tokens, positions int32 [R, L] -> (hidden [R, L, D] after the final norm, cache).
 
-        remat: a layer keeps only its input for the backward pass. grouped_kernel: experts run in their kernels.
+        recompute: of the backward pass. grouped_kernel: experts run in their kernels.
         """
         x = self._by_rows(params["embed"][tokens])
         if self.embed_scale != 1.0:
             x = x * jnp.asarray(self.embed_scale, x.dtype)
         forward = ForwardPass(lora, positions, self._rotary(positions), attend, self.mesh, grouped_kernel)
         for segment in self.segments:
-            body = partial(self._run_layers, segment, forward)
+            body = partial(self._run_layers, segment, forward, recompute.block_tokens)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
-            if isinstance(params[segment[0].name], list):
-                # Here the compiler could merge the recomputation with the first computation: the default prevents that.
-                body = jax.checkpoint(body, policy=None if remat else KEPT_ONLY)
-                x, cache = _one_by_one(body, (x, cache), layers)
-                continue
-            # Inside of a scan the compiler cannot merge the recomputation with the first, so nothing need prevent it.
-            body = jax.checkpoint(body, prevent_cse=False, policy=None if remat else KEPT_ONLY)
-            (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
+            run = _one_by_one if isinstance(params[segment[0].name], list) else _scanned
+            x, cache = run(body, (x, cache), layers, recompute.layers)
         return self.norm(x, params["norm"]), cache
 
     def _rotary(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
@@ -185,7 +179,12 @@ class Decoder:
         return {rope: rope(positions) for rope in ropes}
 
     def _run_layers(
-        self, segment: tuple[Stack, ...], forward: ForwardPass, carry: tuple[Array, Cache], layers: tuple[Any, ...]
+        self,
+        segment: tuple[Stack, ...],
+        forward: ForwardPass,
+        block_tokens: int,
+        carry: tuple[Array, Cache],
+        layers: tuple[Any, ...],
     ) -> tuple[tuple[Array, Cache], None]:
         x, cache = carry
         for stack, (index, w, adapters) in zip(segment, layers, strict=True):
@@ -193,8 +192,7 @@ class Decoder:
             norms = layer.norms
             out, cache = layer.mixer(forward, w, adapters, norms("before_mixer", w, x), cache, index)
             x = self._by_rows(x + norms("after_mixer", w, out))
-            out = layer.mlp(forward, w, adapters, norms("before_mlp", w, x))
-            x = x + norms("after_mlp", w, out)
+            x = _with_mlp_in_blocks(layer, forward, w, adapters, x, block_tokens)
         return (self._by_rows(x), cache), None
 
     def _gathered(self, stack: Stack, w: Params) -> Params:
@@ -242,10 +240,64 @@ def layers_apart(params: Params) -> Params:
     return {name: of_stack(x) if isinstance(x, dict) else x for name, x in params.items()}
 
 
-def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...]) -> tuple[Array, Cache]:
-    """A scan over layers whose weights are a list."""
-    body = jax.jit(body)  # traced once for all layers; the compiler inlines it at each call
-    for i in range(len(layers[0][0])):
-        of_layer = tuple((index[i], w[i], layer_slice(lora, i)) for index, w, lora in layers)
-        carry, _ = body(carry, of_layer)
+def _with_mlp(layer: Layer, forward: ForwardPass, w: Params, adapters: Any, x: Array) -> Array:
+    out = layer.mlp(forward, w, adapters, layer.norms("before_mlp", w, x))
+    return x + layer.norms("after_mlp", w, out)
+
+
+def _with_mlp_in_blocks(
+    layer: Layer, forward: ForwardPass, w: Params, adapters: Any, x: Array, block_tokens: int
+) -> Array:
+    """block_tokens: as in `Recompute`."""
+    if not block_tokens or x.shape[0] * x.shape[1] <= block_tokens:
+        return _with_mlp(layer, forward, w, adapters, x)
+    run = partial(_with_mlp_of_block, layer, forward.mesh, forward.grouped_kernel)
+    lora: Any = forward.lora
+    return in_blocks(run, adapters, (w, replace(lora, weights={})), x, block_tokens)
+
+
+def _with_mlp_of_block(
+    layer: Layer, mesh: Mesh | None, grouped_kernel: bool, adapters: Any, frozen: Any, x: Array
+) -> Array:
+    w, lora = frozen
+    forward: Any = ForwardPass(lora, None, {}, None, mesh, grouped_kernel)  # type: ignore[arg-type]
+    return _with_mlp(layer, forward, w, adapters, x)
+
+
+def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...], group: int) -> tuple[Array, Cache]:
+    """Layers whose weights are a list. group: as `Recompute.layers`."""
+
+    def run(carry: tuple[Array, Cache], group: list[Any]) -> tuple[Array, Cache]:
+        for layer in group:
+            carry, _ = body(carry, layer)
+        return carry
+
+    # The compiler could merge the recomputation with the first computation: the default of `checkpoint` prevents that.
+    # The body is traced once for all layers; the compiler inlines it at each call.
+    body = jax.jit(jax.checkpoint(body, policy=None if group else KEPT_ONLY))
+    each = [
+        tuple((index[i], w[i], layer_slice(lora, i)) for index, w, lora in layers) for i in range(len(layers[0][0]))
+    ]
+    if group <= 1:
+        return run(carry, each)
+    for start in range(0, len(each), group):
+        carry = jax.checkpoint(run)(carry, each[start : start + group])
     return carry
+
+
+def _scanned(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...], group: int) -> tuple[Array, Cache]:
+    """Layers whose weights are stacked. group: as `Recompute.layers`; the next lower number that divides theirs."""
+    # Inside of a scan the compiler cannot merge the recomputation with the first, so nothing need prevent it.
+    body = jax.checkpoint(body, prevent_cse=False, policy=None if group else KEPT_ONLY)
+    number = len(layers[0][0])
+    group = next(size for size in range(max(1, min(group, number)), 0, -1) if number % size == 0)
+    if group > 1:
+        layers = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), layers)
+        body = jax.checkpoint(partial(_scan, body), prevent_cse=False)
+    carry, _ = _scan(body, carry, layers)
+    return carry
+
+
+def _scan(body: Any, carry: tuple[Array, Cache], layers: Any) -> tuple[tuple[Array, Cache], None]:
+    carry, _ = jax.lax.scan(body, carry, layers)
+    return carry, None

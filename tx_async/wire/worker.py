@@ -210,7 +210,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     memory: tuple[MemoryPart, ...] = ()
     """The parts of each device's memory; () where the device does not say how much it has."""
     kernels: tuple[tuple[str, str], ...] = ()
-    """(task, kernel that runs it), as chosen at start."""
+    """(task, kernel that runs it for this model in at least one layer, or "plain"), as chosen at start."""
     overlaps: bool = False
     """Whether training and sampling run side by side: then a quantum of one waits for no quantum of the other."""
     adapter_bytes: int = 0
@@ -230,6 +230,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     """Tokens that its KV cache holds; 0 = not known."""
     lora_rank_limit: int = 0
     """The highest rank that it could hold if it started again with wider slots; 0 = it has no others."""
+    kernels_plain: tuple[tuple[str, str], ...] = ()
+    """(task, which layers run in the plain version, and why)."""
     lora_rank_classes: tuple[int, ...] = ()
     """Ascending: only adapters of one class share a micro-batch, so that no neighbour changes how their sums are
     formed. () = all may."""

@@ -1,0 +1,162 @@
+"""What the kernels of a device (`kernels.py`) do for one model: some of its shapes may be none of theirs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tx_async.engine.devices import NOT_HERE
+from tx_async.engine.kernels import PLAIN, Kernels, choose
+from tx_async.engine.platform import Platform
+from tx_async.errors import TxError
+from tx_async.layers.mla import LatentAttention
+from tx_async.layers.moe import MoeMlp
+from tx_async.models.decoder import Decoder
+from tx_async.wire.worker import EngineConfig
+
+
+class KernelUse(NamedTuple):
+    task: str
+    runs: str
+    """The kernel that runs it in at least one layer, or PLAIN."""
+    plain: str
+    """Which layers run in the plain version and why; "" = none do."""
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.runs}" + (f" ({self.plain})" if self.plain else "")
+
+
+def choose_for(model: Decoder, here: Platform) -> Kernels:
+    """The kernels that run on this device, tried with the model's heads."""
+    return choose(here, model.mesh, max((width for _, width in model.cache_shapes.values()), default=0))
+
+
+def of_folder(folder: str, here: Platform) -> tuple[KernelUse, ...]:
+    """What runs on this device for a base model; () where its `config.json` cannot be read."""
+    from tx_async.models.load import model_of
+
+    try:
+        model = model_of(Path(folder))
+    except TxError:
+        return ()
+    return uses(choose_for(model, here), model, EngineConfig(), here)
+
+
+def uses(
+    kernels: Kernels, model: Decoder, config: EngineConfig, here: Platform, mesh: Any = None, dtype: Any = None
+) -> tuple[KernelUse, ...]:
+    """mesh: of the devices that run it; dtype: of the weights, None = as configured."""
+    pages = 1 if model.state_layers else max(1, here.prefill_tile_tokens // config.kv_page_size)
+    dtype = jnp.dtype(dtype or config.dtype or here.dtype)
+    why = _Shapes(dtype, config.kv_page_size, pages * config.kv_page_size, mesh)
+    mixers = [layer.mixer for layer in model.layers if layer.mixer.keeps.pages]
+    mlps = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoeMlp)]
+    made = [
+        _use("training attention", "flash_attention", kernels.flash_attention, mixers, why.not_in_training),
+        _use("decode attention", "paged_attention", kernels.paged_attention, mixers, why.not_in_decode),
+        _use("prefill attention", "paged_prefill", kernels.paged_prefill, mixers, why.not_in_prefill),
+    ]
+    if mlps:
+        made.append(_use("experts", "grouped_product", kernels.grouped_product or mesh, mlps, why.not_of_experts))
+    return tuple(made)
+
+
+def _use(task: str, kernel: str, runs: Any, layers: Sequence[Any], why: Callable[[Any], str]) -> KernelUse:
+    if not runs:
+        return KernelUse(task, PLAIN, NOT_HERE)
+    reasons = Counter(why(layer) for layer in layers)
+    plain = [(reason, count) for reason, count in reasons.items() if reason]
+    if not plain:
+        return KernelUse(task, kernel, "")
+    if not reasons[""]:
+        return KernelUse(task, PLAIN, ", ".join(reason for reason, _ in plain))
+    told = "; ".join(f"plain in {count} of {len(layers)} layers: {reason}" for reason, count in plain)
+    return KernelUse(task, kernel, told)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Why a layer's shapes keep it in the plain version; "" = they do not. The kernels themselves are asked."""
+
+    dtype: Any
+    page_size: int
+    tile_tokens: int
+    """Tokens of a row in a prefill."""
+    mesh: Any
+
+    def not_in_training(self, mixer: Any) -> str:
+        from tx_async.layers import flash_attention
+
+        keys, features, values = self._heads(mixer)
+        row = lambda width: self._array(1, flash_attention.BLOCK, keys, width)  # noqa: E731
+        fits = flash_attention.fits(row(features), row(values), self.mesh)
+        return self._why(mixer, fits, sinks="sinks", window="a window")
+
+    def not_in_decode(self, mixer: Any) -> str:
+        from tx_async.engine import paged_kernel
+
+        pool = self._pool(mixer)
+        return self._why(mixer, paged_kernel.fits(pool, self.page_size) and self._has_two_pools(mixer), sinks="sinks")
+
+    def not_in_prefill(self, mixer: Any) -> str:
+        from tx_async.engine import prefill_kernel
+
+        pool = self._pool(mixer)
+        q = self._array(1, self.tile_tokens, 1, pool.shape[-1])
+        return self._why(mixer, prefill_kernel.fits(q, pool, self.page_size) and self._has_two_pools(mixer))
+
+    def not_of_experts(self, mlp: MoeMlp) -> str:
+        from tx_async.layers import grouped_kernel
+
+        if self.mesh is not None:
+            return "on a mesh"
+        gate = self._array(mlp.router.num_experts, mlp.hidden_size, mlp.intermediate_size)
+        if grouped_kernel.fits(self._array(1, 1, mlp.hidden_size), {"gate": gate}):
+            return ""
+        return f"{mlp.hidden_size} × {mlp.intermediate_size} features in {self.dtype}"
+
+    def _array(self, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def _pool(self, mixer: Any) -> Any:
+        heads, features = next(iter(mixer.keeps.pages.values()))
+        return self._array(1, self.page_size, heads, features)
+
+    def _has_two_pools(self, mixer: Any) -> bool:
+        return len(mixer.keeps.pages) > 1 and not self._keys(mixer) % self._tensor
+
+    def _heads(self, mixer: Any) -> tuple[int, int, int]:
+        """(key heads, features of a query or key, features of a value) as training has them."""
+        if isinstance(mixer, LatentAttention):
+            return mixer.num_heads, mixer.nope_dim + mixer.rope_dim, mixer.v_dim
+        (heads, features), (_, values) = mixer.keeps.pages.values()
+        return heads, features, values
+
+    def _keys(self, mixer: Any) -> int:
+        return self._heads(mixer)[0]
+
+    @property
+    def _tensor(self) -> int:
+        return self.mesh.shape["tensor"] if self.mesh is not None else 1
+
+    def _why(self, mixer: Any, fits: bool, **refused: str) -> str:
+        """refused: attribute of a mixer -> what the kernel does not have."""
+        for name, what in refused.items():
+            if getattr(mixer, name, None):
+                return what
+        if fits:
+            return ""
+        if isinstance(mixer, LatentAttention):
+            return "latent attention"
+        if self.dtype.itemsize != 2:
+            return f"in {self.dtype}"
+        heads, features, _ = self._heads(mixer)
+        if heads % self._tensor:
+            return f"{heads} key heads on {self._tensor} devices"
+        return f"heads of {features} features"
