@@ -144,18 +144,22 @@ def needs(name: str) -> dict:
 
 
 NESTED = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}}
+WIDE = {"type": "object", "properties": {f"p{i}": {"$ref": "#/$defs/x"} for i in range(300)}}
+"""llguidance does not print such a large one unasked."""
 ENDLESS = [
     ({"grammar": 'root ::= "a" root'}, ""),
     ({"grammar": 'root ::= "yes" | "a" x\nx ::= "b" x | x "c"'}, ""),
     ({"grammar": 'start: x\nx: "a" %json {"$ref": "#"}'}, "(#) "),
     ({"schema": needs("a") | {"$defs": {"x": needs("b")}}}, "(#/$defs/x) "),
     ({"schema": NESTED | {"$defs": {"x": needs("b")}}}, "(#/$defs/x) "),
+    ({"schema": WIDE | {"$defs": {"x": needs("b")}}}, "(#/$defs/x) "),
     ({"tools": (AskedTool("f", needs("a") | {"$defs": {"x": needs("b")}}),)}, "(#/$defs/x) "),
 ]
 ENDS = [
     {"grammar": 'root ::= "a" root | "b"'},
     {"grammar": 'start: x*\nx: "(" x ")" | "y"\nunused: "a" unused'},
     {"schema": NESTED | {"$defs": {"x": NESTED}}},
+    {"schema": WIDE | {"$defs": {"x": NESTED}}},
     {"schema": {"anyOf": [{"type": "array", "items": {"$ref": "#"}}, {"enum": []}]}},
     {"tools": TOOLS},
 ]

@@ -14,8 +14,8 @@ Rules = Mapping[str, Sequence[Sequence[str]]]
 """The name of a rule -> its alternatives, each the names of what follows on each other; the first rule is the answer's.
 A name that is no rule's is a text."""
 _HEAD, _ARROW, _EMPTY = "Grammar:", " ⇦ ", "ϵ"
-_PRINTS = 2
-"""llguidance's log level at which it prints rules, on the process's standard error."""
+_PRINTS = 3
+"""llguidance's log level at which it prints the rules of large grammars, too, on the process's standard error."""
 _REF = "json-schema:///"
 """How the names of a schema's definitions begin. The other names are not those that the sender wrote."""
 
