@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from tests.engine.test_windows import MIXED
 from tests.support import xla
 from tx_async.engine.engine import JaxEngine
 from tx_async.engine.kernels import NO_KERNELS, Kernels
@@ -21,6 +22,7 @@ from tx_async.engine.platform import CPU
 from tx_async.models.load import load_model
 from tx_async.storage.store import Store
 from tx_async.testing.engine_bench import EngineBench, segment
+from tx_async.testing.models import make_model
 from tx_async.wire.worker import (
     AdmitSequences,
     EngineConfig,
@@ -81,15 +83,21 @@ WAYS = ("alone", "on a mesh")
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_qwen3, tmp_path_factory):
-    return run(CPU, tiny_qwen3, tmp_path_factory.mktemp("base"))
+def mixed(tmp_path_factory) -> Path:
+    """Layers with a window beside one that sees everything: three page tables."""
+    return make_model(tmp_path_factory.mktemp("mixed"), MIXED | {"sliding_window": 5}, tokenizer=False)
 
 
 @pytest.fixture(scope="module")
-def on_mesh(tiny_qwen3, tmp_path_factory) -> dict[str, Any]:
+def plain(mixed, tmp_path_factory):
+    return run(CPU, mixed, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def on_mesh(mixed, tmp_path_factory) -> dict[str, Any]:
     """What a process of two devices found, with kernels, heads and features cut in two."""
     folder = tmp_path_factory.mktemp("mesh")
-    command = [sys.executable, str(SCRIPT), str(tiny_qwen3), str(folder)]
+    command = [sys.executable, str(SCRIPT), str(mixed), str(folder)]
     environ = os.environ | xla.flags(2) | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -99,9 +107,9 @@ def on_mesh(tiny_qwen3, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def other(request, tiny_qwen3, tmp_path_factory):
+def other(request, mixed, tmp_path_factory):
     if request.param == "alone":
-        return run(OTHER, tiny_qwen3, tmp_path_factory.mktemp("base"))
+        return run(OTHER, mixed, tmp_path_factory.mktemp("base"))
     found = request.getfixturevalue("on_mesh")
     gradients = [found[f"gradient {i}"] for i in range(found["num_gradients"])]
     return found["logprobs"], gradients, {int(name): tokens for name, tokens in found["tokens"].items()}
