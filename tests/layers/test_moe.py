@@ -117,3 +117,12 @@ def test_blocks_hold_every_assignment_however_they_fall(fall, length):
     filled = np.asarray(plan.source[0] < length)
     np.testing.assert_array_equal(plan.expert[0][block_of_slot[filled]], experts[fall][held])
     assert plan.used[0][block_of_slot[filled]].all()
+
+
+def test_a_row_of_one_token_equals_the_formula_too():
+    """Each of its experts has a block of its own. One of them is on another device."""
+    w, lora, x, experts, weights = inputs(jnp.array([1, -1, 0, 1], jnp.int32), 2)
+    x, experts, weights = x[:, :1], experts[:, :1].at[0, 0, 1].set(E), weights[:, :1]
+    with jax.default_matmul_precision("highest"):
+        found, formula = jax.jit(routed)(w, lora, x, experts, weights), plainly(w, lora, x, experts, weights)
+    np.testing.assert_allclose(found, formula, rtol=1e-5, atol=1e-5)

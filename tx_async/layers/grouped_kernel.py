@@ -36,6 +36,8 @@ class Groups(NamedTuple):
     """bool [N]: others give zeros."""
     order: Array
     """int32 [N]: the order in which blocks run."""
+    factor: Array | None = None
+    """fp32 [N]: multiplies each block's product before it is rounded."""
 
 
 def fits(x: Array, w: Matrices) -> bool:
@@ -53,7 +55,7 @@ def experts_mlp(
     adapter = jnp.maximum(blocks.adapter, 0)
     first = 0 if lora.layer is None else lora.layer * lora.scale.shape[0]
     own = Groups((first + adapter) * num_experts + blocks.expert, blocks.used & (blocks.adapter >= 0), order)
-    scale = lora.scale[adapter][:, None, None]
+    scaled = own._replace(factor=lora.scale[adapter])
     multiply: Any = product
 
     def project(name: str, x: Array) -> Array:
@@ -64,7 +66,7 @@ def experts_mlp(
             return y
         a, b = (m.reshape(-1, *m.shape[-2:]) for m in lora.weights[name])
         a, b = _padded(a, 2), _padded(b, 1)
-        low = (multiply(x, a, own, True, interpret) * scale).astype(x.dtype)
+        low = multiply(x, a, scaled, True, interpret)
         return y + multiply(low, b, own, True, interpret)
 
     out = project("down", activation(project("gate", x), project("up", x)))
@@ -81,8 +83,8 @@ def _padded(x: Array, axis: int) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(x: Array, w: Array, groups: Groups, trains: bool, interpret: bool) -> Array:
-    """x [N, B, D], w [G, D, F] -> [N, B, F]: each block times its matrix. trains: w has a gradient, and the blocks of a
-    matrix stand one after another."""
+    """x [N, B, D], w [G, D, F] -> [N, B, F]: each block times its matrix and factor. trains: w has a gradient, and the
+    blocks of a matrix stand one after another."""
     return _multiply(x, w, groups, False, interpret)
 
 
@@ -95,6 +97,8 @@ def _gradients(trains: bool, interpret: bool, kept: Any, dy: Array) -> tuple[Arr
     dx = _multiply(dy, w, groups, True, interpret)
     if not trains:
         return dx, None, None
+    if groups.factor is not None:
+        dy = (dy * groups.factor[:, None, None]).astype(dy.dtype)
     if w.shape[1] < w.shape[2]:
         return dx, _outer(dy, x, groups, w.shape[0], interpret).swapaxes(1, 2).astype(w.dtype), None
     return dx, _outer(x, dy, groups, w.shape[0], interpret).astype(w.dtype), None
@@ -107,7 +111,8 @@ def _multiply(x: Array, w: Array, groups: Groups, transposed: bool, interpret: b
     num_blocks, rows, inner = x.shape
     outer = w.shape[1] if transposed else w.shape[2]
     at_once, strip = min(STRIP, inner), min(STRIP, outer)
-    numbers = (groups.matrix, groups.used.astype(jnp.int32), groups.order)
+    numbers = [groups.matrix, groups.used.astype(jnp.int32), groups.order]
+    numbers += [] if groups.factor is None else [groups.factor]
     return pl.pallas_call(
         partial(_multiply_kernel, transposed=transposed, at_once=at_once, strip=strip),
         grid=(num_blocks, outer // strip),
@@ -125,12 +130,12 @@ def _multiply_kernel(
     matrix_ref: Any,
     used_ref: Any,
     order_ref: Any,
-    out_ref: Any,
-    *,
+    *factor_and_out: Any,
     transposed: bool,
     at_once: int,
     strip: int,
 ) -> None:
+    *factor_ref, out_ref = factor_and_out
     block = order_ref[pl.program_id(0)]
     matrix, columns = matrix_ref[block], pl.ds(pl.program_id(1) * strip, strip)
 
@@ -142,6 +147,8 @@ def _multiply_kernel(
 
     steps = used_ref[block] * (x_ref.shape[2] // at_once)
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((x_ref.shape[1], strip), jnp.float32))
+    for factor in factor_ref:
+        total = total * factor[block]
     out_ref[block, :, columns] = total.astype(out_ref.dtype)
 
 

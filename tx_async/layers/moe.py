@@ -166,6 +166,9 @@ def routed(
     `grouped_kernel.py` computes it where it can."""
     (R, L, D), k, num_experts = x.shape, experts.shape[-1], w["gate"].shape[0]
     run, least = _experts_program(kernel, x, w)
+    if L == 1:
+        out = _of_one_token(partial(run, activation), least, w, lora, x, experts)
+        return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)
     blocks = block_shape(L * k, num_experts, num_devices, least)
     plan = dispatch(experts.reshape(R, L * k), num_experts, blocks)
     repeated = jnp.broadcast_to(x[:, :, None], (R, L, k, D)).reshape(R, L * k, D)
@@ -175,6 +178,19 @@ def routed(
     out = keep(run(activation, inputs, made_with, w, lora._replace(row_adapter=None)))
     out = rearrange(out.reshape(R, -1, D), plan.slot, plan.source).reshape(R, L, k, D)
     return jnp.einsum("rlk,rlkd->rld", weights, out.astype(jnp.float32)).astype(x.dtype)
+
+
+def _of_one_token(run: Any, height: int, w: LayerWeights, lora: ExpertLora, x: Array, experts: Array) -> Array:
+    """Each expert's output [R, 1, k, D] for rows of one token. Its experts differ, so each gets a block of `height`
+    rows to itself, of which the token is the first: there is nothing to sort."""
+    (R, _, D), k = x.shape, experts.shape[-1]
+    inputs = jnp.pad(
+        jnp.broadcast_to(x[:, :, None], (R, 1, k, D)).reshape(R * k, 1, D), ((0, 0), (0, height - 1), (0, 0))
+    )
+    here = (experts >= 0) & (experts < w["gate"].shape[0])
+    rows = jnp.arange(R, dtype=jnp.int32) if lora.row_adapter is None else lora.row_adapter
+    blocks = RowBlocks(jnp.where(here, experts, 0).reshape(-1), jnp.repeat(rows, k), here.reshape(-1))
+    return run(inputs, blocks, w, lora._replace(row_adapter=None))[:, 0].reshape(R, 1, k, D)
 
 
 def _experts_program(kernel: bool, x: Array, w: LayerWeights) -> tuple[Any, int]:
