@@ -32,6 +32,7 @@ from tx_async.scheduler.core.facts import (
 from tx_async.scheduler.core.instructions import (
     Append,
     DeleteFiles,
+    Deliver,
     FetchBody,
     Finish,
     Instruction,
@@ -202,6 +203,12 @@ class World(Clients):
             match instruction:
                 case Send():
                     self._send(instruction)
+                case Append() | Finish() | DeleteFiles():
+                    self.commits.append((changes_of(instruction), lambda item=instruction: self._show(item)))
+                case Publish():
+                    self.quota.give_back(instruction.result.request_id)
+                case Deliver():
+                    self._deliver_live(instruction)
                 case Widen():
                     assert self.info.max_lora_rank < instruction.lora_rank <= self.info.lora_rank_limit
                     self.info = msgspec.structs.replace(self.info, max_lora_rank=instruction.lora_rank)
@@ -211,10 +218,11 @@ class World(Clients):
                     self.reads.append(instruction.request_id)
                 case ListFiles():
                     self.listings.append(self._list(instruction))
-                case Publish():
-                    self.quota.give_back(instruction.result.request_id)
-                case Append() | Finish() | DeleteFiles():
-                    self.commits.append((changes_of(instruction), lambda item=instruction: self._show(item)))
+                case _:
+                    pass  # nobody watches
+
+    def _deliver_live(self, instruction: Deliver) -> None:
+        """Nobody reads along, unless a test does."""
 
     def _list(self, instruction: ListFiles) -> FilesListed:
         """Storage is asked now; the answer arrives later."""

@@ -15,7 +15,7 @@ from tests.support.simulation import INFO, POLICY, World
 from tx_async.errors import TxError
 from tx_async.scheduler.assets import new_sampler
 from tx_async.scheduler.core.facts import LiveRequested, SamplerCreated, SessionCreated, Tick
-from tx_async.scheduler.core.instructions import Deliver, Instruction
+from tx_async.scheduler.core.instructions import Deliver
 from tx_async.scheduler.core.policy import Policy
 from tx_async.scheduler.interface import LivePiece
 from tx_async.scheduler.submissions import key_of
@@ -173,14 +173,11 @@ class Stage(World):
         self.handle(LiveRequested(record, operation, None))
         return watched
 
-    def _perform(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            if isinstance(instruction, Deliver):
-                watched = self.watched[instruction.request_id]
-                assert watched.error is None, "told something after its end"
-                watched.pieces += instruction.pieces
-                watched.error = instruction.error
-        super()._perform(instructions)
+    def _deliver_live(self, instruction: Deliver) -> None:
+        watched = self.watched[instruction.request_id]
+        assert watched.error is None, "told something after its end"
+        watched.pieces += instruction.pieces
+        watched.error = instruction.error
 
     # ---- time
 

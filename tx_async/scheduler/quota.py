@@ -44,8 +44,10 @@ class Queue:
 
     def exceeds_share(self, owner: str, amount: int) -> bool:
         part, free = self.parts[owner] + amount, self.limit - self.total - amount
+        if part <= max(self.unshared, free):
+            return False
         equal = self.limit // (len(self.parts) + (owner not in self.parts) + 1)
-        return part > max(self.unshared, free, equal if free >= equal // 2 else 0)
+        return part > equal or free < equal // 2
 
     def add(self, owner: str, amount: int) -> None:
         self.total += amount

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -11,6 +12,8 @@ Key = TypeVar("Key")
 Flow = tuple[str, ...]
 """The owner of some work, from the outside in: (API key, session, run). Fairness is decided level by level."""
 
+NEW = math.inf
+"""The charge of somebody who has come with the present turn."""
 QUANTUM_MS_MAX = 2000.0
 PREFIXES_KEPT = 4096
 """For how many flows the prefixes are kept, so that they are not made anew in each quantum."""
@@ -28,9 +31,8 @@ class _Node:
     __slots__ = ("before", "charged", "children", "flow", "ordered")
 
     def __init__(self):
-        #: tokens, on a scale shared by the children of one parent; None until the first `settle` levels it with its
-        #: siblings
-        self.charged: float | None = None
+        #: tokens, on a scale shared by the children of one parent; NEW until `settle` levels it with its siblings
+        self.charged = NEW
         #: by name, in the order in which this turn's flows came
         self.children: dict[str, _Node] = {}
         #: children of the previous turn that have not come again
@@ -40,15 +42,17 @@ class _Node:
         #: the flows that end here or below, least served first; None when one has come, gone, or been charged since
         self.ordered: list[Flow] | None = None
 
-    def begin(self) -> _Node:
+    def begin(self) -> None:
         """Begin a turn: `enter` will name those who have work."""
         self.before, self.children, self.flow, self.ordered = self.children, {}, None, None
-        return self
 
     def enter(self, name: str) -> _Node:
         """Add a child with its first flow of this turn."""
+        self.ordered = None
         known = self.before.pop(name, None)
-        child = self.children[name] = known.begin() if known else _Node()
+        if known:
+            known.begin()
+        child = self.children[name] = known or _Node()
         return child
 
     def settle(self) -> list[Flow]:
@@ -57,7 +61,7 @@ class _Node:
             self.before = {}
             self.ordered = [] if self.flow is None else [self.flow]
             for child in self._leveled():
-                self.ordered += child.settle()
+                self.ordered += child.ordered or child.settle()
         return self.ordered
 
     def _leveled(self) -> list[_Node]:
@@ -66,9 +70,11 @@ class _Node:
         if len(children) == 1:  # most sessions have one run
             children[0].charged = 0.0
             return children
-        level = min((child.charged for child in children if child.charged is not None), default=0.0)
-        for child in children:
-            child.charged = 0.0 if child.charged is None else child.charged - level
+        charges = [child.charged for child in children]
+        level = min(charges, default=0.0)
+        if level or NEW in charges:
+            for child in children:
+                child.charged = 0.0 if child.charged == NEW else child.charged - level
         return sorted(children, key=_charged)
 
 
@@ -105,6 +111,7 @@ class FairQueue:
             for name in flow:
                 node = node.children.get(name) or node.enter(name)
             node.flow = flow
+            node.ordered = None if node.children else [flow]
 
     def ranked(self, flows: Iterable[Flow]) -> list[Flow]:
         """Some of the flows of the last `order`, in its order; siblings that were served alike stay in theirs."""
@@ -112,7 +119,7 @@ class FairQueue:
 
         def rank(flow: Flow) -> list[tuple[float, int]]:
             prefixes, nodes = prefixes_of(flow), self._nodes(flow)
-            charged = [node.charged or 0.0 for node in nodes] + [0.0] * (len(flow) - len(nodes))
+            charged = [node.charged for node in nodes] + [0.0] * (len(flow) - len(nodes))
             return [
                 (charge, places.setdefault(prefix, len(places)))
                 for charge, prefix in zip(charged, prefixes, strict=True)
@@ -122,14 +129,17 @@ class FairQueue:
 
     def charged(self, flow: Flow) -> float:
         nodes = self._nodes(flow)
-        return (nodes[-1].charged or 0.0) if len(nodes) == len(flow) else 0.0
+        return nodes[-1].charged if len(nodes) == len(flow) else 0.0
 
     def charge(self, flow: Flow, tokens: float) -> None:
-        self._root.ordered = None
-        for node in self._nodes(flow):
+        node = self._root
+        for name in flow:
+            child = node.children.get(name)
+            if child is None:
+                break
             node.ordered = None
-            if node.charged is not None:
-                node.charged += tokens
+            child.charged += tokens
+            node = child
 
     def _nodes(self, flow: Flow) -> list[_Node]:
         """The nodes of its prefixes, as far as they are known."""

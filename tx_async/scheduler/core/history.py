@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 
 import msgspec
 
@@ -56,7 +56,7 @@ def _width(record: HistoryRecord) -> int:
 
 
 def _encode(columns: Sequence[str], row: HistoryRow) -> bytes:
-    return struct.pack(f"<{len(columns)}d", *[row.get(name, math.nan) for name in columns])
+    return struct.pack(f"<{len(columns)}d", *map(row.get, columns, repeat(math.nan)))
 
 
 def _decode(record: HistoryRecord, place: int) -> HistoryRow:

@@ -100,6 +100,9 @@ class WorkerState:
         #: whether it was told to start again
         self.is_leaving = False
         self._last_number = 0
+        #: whether `_quanta_max` is of one kind, and not of both together
+        self._kinds_are_apart = info.continuous or info.overlaps
+        self._quanta_max = _quanta_max(info, policy)
 
     def __repr__(self) -> str:
         return (
@@ -184,13 +187,8 @@ class WorkerState:
         """Whether it has enough of this kind ahead; what is issued later can still take turns."""
         if len(self.in_flight) >= self.policy.commands_in_flight_max:
             return True
-        if self.info.continuous:
-            return self.quanta[kind] >= 1
-        if not self.info.overlaps:
-            return self.num_quanta >= self.policy.quanta_in_flight_max
-        # The engine decides which sequences decode when a quantum's predecessor has ended. A second quantum ahead would
-        # save it a round trip to the server, but keep newcomers out for one whole quantum more.
-        return self.quanta[kind] >= (1 if kind == "sample" else self.policy.quanta_in_flight_max)
+        num_ahead = self.quanta[kind] if self._kinds_are_apart else self.num_quanta
+        return num_ahead >= self._quanta_max[kind]
 
     @property
     def takes_quanta(self) -> bool:
@@ -239,6 +237,14 @@ def cause_of(failure: CommandFailed) -> Cause:
 
 def error_of(failure: CommandFailed) -> TxError:
     return {"user": UserError, "server": ServerError}.get(failure.category, TxError)(failure.message)
+
+
+def _quanta_max(info: EngineInfo, policy: Policy) -> dict[Kind, int]:
+    if info.continuous:
+        return {"train": 1, "sample": 1}
+    # Where kinds overlap, the engine decides which sequences decode when a quantum's predecessor has ended. A second
+    # quantum ahead would save it a round trip to the server, but keep newcomers out for one whole quantum more.
+    return {"train": policy.quanta_in_flight_max, "sample": 1 if info.overlaps else policy.quanta_in_flight_max}
 
 
 _KINDS: dict[type[Command], Kind] = {TrainMicroBatch: "train", SampleQuantum: "sample"}

@@ -34,22 +34,25 @@ class Places:
         self._shares = {True: policy.live_share, False: policy.sample_share}
         #: every prefix of a flow -> how many sequences it has
         self._running: defaultdict[Flow, int] = defaultdict(int)
-        #: live ones, others
+        #: of live ones and of others
         self._of_class = {True: 0, False: 0}
+        #: the same for one unit of their shares
+        self._loads = {True: 0.0, False: 0.0}
         for flow, num_sequences in Counter(sample.job.flow for sample in worker.sequences.values()).items():
             self.take(flow, num_sequences)
 
     def take(self, flow: Flow, num_places: int = 1) -> None:
         for prefix in prefixes_of(flow):
             self._running[prefix] += num_places
-        self._of_class[is_live(flow)] += num_places
+        live = is_live(flow)
+        self._of_class[live] += num_places
+        self._loads[live] = self._of_class[live] / self._shares[live]
 
     def rank(self, flow: Flow) -> tuple[float, ...]:
         """The flow with the lowest rank is next."""
-        live = is_live(flow)
         key, session, run = prefixes_of(flow)
         running = self._running
-        return self._of_class[live] / self._shares[live], running[key], running[session], running[run]
+        return self._loads[is_live(flow)], running[key], running[session], running[run]
 
     def may_grow(self, flow: Flow) -> bool:
         live = is_live(flow)

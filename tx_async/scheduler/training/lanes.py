@@ -285,6 +285,12 @@ class Lane:
             else:
                 return None
 
+    def can_go_on(self, now: float) -> bool:
+        if self.blocked_until > now:
+            return False
+        step = self.next_step()
+        return step is not None and not step.fetching
+
     def forget(self, seq_id: int) -> None:
         """Forget an operation without effect on the run's state, whose result nobody can ask for any more."""
         if self.steps.pop(seq_id, None) is not None:

@@ -79,16 +79,14 @@ class Runs:
     @property
     def num_replays(self) -> int:
         """Operations that have reported their results and run again for their effect."""
-        lanes = [self.lanes[model_id] for model_id in self.ready]
         return sum(
             step.finished and step.needs_replay and (step.seq_id >= lane.cursor or step.num_outstanding > 0)
-            for lane in lanes
+            for lane in self.ready_lanes()
             for step in lane.steps.values()
         )
 
-    def is_runnable(self, lane: Lane) -> bool:
-        step = lane.next_step()
-        return step is not None and not step.fetching and lane.blocked_until <= self.decisions.now
+    def ready_lanes(self) -> list[Lane]:
+        return [self.lanes[model_id] for model_id in self.ready]
 
     def burn_gaps(self) -> None:
         for model_id in sorted(self.gaps):

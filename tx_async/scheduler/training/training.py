@@ -140,8 +140,20 @@ class Training:
         return any(self._may_run(worker, self.runs.lanes[model_id]) for model_id in self.runs.ready)
 
     def _may_run(self, worker: WorkerState, lane: Lane) -> bool:
-        begins_nothing = self.is_draining or worker.outgrown_by > 0
-        return self.runs.is_runnable(lane) and not (begins_nothing and lane.is_between_operations)
+        if not lane.can_go_on(self.decisions.now):
+            return False
+        return not (self._begins_nothing(worker) and lane.is_between_operations)
+
+    def _runnable(self, worker: WorkerState) -> list[Lane]:
+        """All lanes that may run."""
+        now = self.decisions.now
+        lanes = [lane for lane in self.runs.ready_lanes() if lane.can_go_on(now)]
+        if self._begins_nothing(worker):
+            return [lane for lane in lanes if not lane.is_between_operations]
+        return lanes
+
+    def _begins_nothing(self, worker: WorkerState) -> bool:
+        return self.is_draining or worker.outgrown_by > 0
 
     def issue(self, worker: WorkerState) -> bool:
         """Send the commands up to and including the next micro-batch. False when there was none to send."""
@@ -150,8 +162,7 @@ class Training:
             return lane is not None and self._issue_lane(worker, lane)
         if worker.reserved_for is not None:
             return False
-        lanes = [self.runs.lanes[model_id] for model_id in self.runs.ready]
-        flows = {lane.flow: lane for lane in lanes if self._may_run(worker, lane)}
+        flows = {lane.flow: lane for lane in self._runnable(worker)}
         for _session, runs in groupby(self.fair.order(flows), key=_session_of):  # a session's runs come together
             for lane in sorted([flows[flow] for flow in runs], key=lambda lane: self._rank(worker, lane)):
                 if self._issue_lane(worker, lane):
