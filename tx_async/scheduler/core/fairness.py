@@ -59,9 +59,10 @@ class _Node:
         """All flows have been named: level the children, and order their flows."""
         if self.ordered is None:
             self.before = {}
-            self.ordered = [] if self.flow is None else [self.flow]
+            ordered = [] if self.flow is None else [self.flow]
             for child in self._leveled():
-                self.ordered += child.ordered or child.settle()
+                ordered += child.ordered or child.settle()
+            self.ordered = ordered
         return self.ordered
 
     def _leveled(self) -> list[_Node]:

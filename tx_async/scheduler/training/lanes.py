@@ -286,10 +286,10 @@ class Lane:
                 return None
 
     def can_go_on(self, now: float) -> bool:
-        if self.blocked_until > now:
-            return False
-        step = self.next_step()
-        return step is not None and not step.fetching
+        step = self.steps.get(self.cursor)
+        if step is None or step.finished:
+            step = self.next_step()
+        return step is not None and not step.fetching and self.blocked_until <= now
 
     def forget(self, seq_id: int) -> None:
         """Forget an operation without effect on the run's state, whose result nobody can ask for any more."""
