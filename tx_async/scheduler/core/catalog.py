@@ -76,7 +76,7 @@ class Catalog:
             HistoryRecord: self.histories.put,
         }
         for record in records:
-            self._put(record)
+            self._puts[type(record)](record)
         self.recordings.sort()
 
     def __repr__(self) -> str:
@@ -89,12 +89,9 @@ class Catalog:
     def apply(self, changes: Iterable[Change]) -> None:
         for change in changes:
             if isinstance(change, Put):
-                self._put(change.record)
+                self._puts[type(change.record)](change.record)
             elif isinstance(change, Delete):
                 self._delete(change)
-
-    def _put(self, record: Record) -> None:
-        self._puts[type(record)](record)
 
     def _put_held(self, record: HeldRecord) -> None:
         table = self._table_of(type_of(record))

@@ -251,12 +251,12 @@ class SchedulerState:
 
     def _answered(self, fact: CommandEnded) -> None:
         worker, outcome = self.workers.get(fact.worker_id), fact.outcome
-        if worker is None or fact.number not in worker.in_flight:
+        if worker is None or outcome.number not in worker.in_flight:
             return
         if not isinstance(outcome, CommandFinished):
             self._failed(worker, outcome)
             return
-        awaited = worker.answered(fact.number)
+        awaited = worker.answered(outcome.number)
         answer, kind = awaited.answer, awaited.kind
         if isinstance(answer, TrainingAnswer):
             self.training.finished(answer, outcome, fact.tensors)

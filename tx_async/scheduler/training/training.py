@@ -299,10 +299,11 @@ class Training:
 
     def settle(self) -> None:
         """After every fact, let saves and snapshots count whose operations have all been answered."""
-        held, self._held_saves = self._held_saves, []
-        for sent, outcome in held:
-            if sent.is_current:
-                self._end_save(sent, outcome)
+        if self._held_saves:
+            held, self._held_saves = self._held_saves, []
+            for sent, outcome in held:
+                if sent.is_current:
+                    self._end_save(sent, outcome)
         self.snapshots.settle()
 
     def _end_save(self, sent: StepSent, outcome: int | TxError) -> None:
