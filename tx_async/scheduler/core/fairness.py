@@ -46,11 +46,11 @@ class _Node:
         """Begin a turn: `enter` will name those who have work."""
         self.before, self.children, self.flow, self.ordered = self.children, {}, None, None
 
-    def enter(self, name: str) -> _Node:
-        """Add a child with its first flow of this turn."""
+    def enter(self, name: str, flow: Flow) -> _Node:
+        """Add a child with its first flow of this turn. If nothing else was below it, it stays as it is."""
         self.ordered = None
         known = self.before.pop(name, None)
-        if known:
+        if known and known.ordered != [flow]:
             known.begin()
         child = self.children[name] = known or _Node()
         return child
@@ -110,7 +110,9 @@ class FairQueue:
         for flow in busy:
             node = self._root
             for name in flow:
-                node = node.children.get(name) or node.enter(name)
+                node = node.children.get(name) or node.enter(name, flow)
+                if node.ordered and node.ordered != [flow]:
+                    node.ordered = None  # another flow was all that was below it
             node.flow = flow
             node.ordered = None if node.children else [flow]
 
