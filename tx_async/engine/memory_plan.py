@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from tx_async.engine.platform import Platform
 from tx_async.engine.row_shapes import row_shapes
 from tx_async.engine.temporaries import Temporaries
 from tx_async.errors import ConfigError
-from tx_async.layers.residuals import Recompute
+from tx_async.layers.residuals import NOTHING, Recompute
 from tx_async.layers.sharding import AXES, spec_of
 from tx_async.layers.weights import Weight
 from tx_async.models.decoder import Decoder
@@ -42,10 +42,9 @@ from tx_async.wire.worker import EngineConfig, MemoryPart
 GIB = 2**30
 MARGIN_BYTES = GIB
 """Left free for fragmentation and for what a bound has missed."""
-KEEPING_SHARE = 4
-"""A row shape recomputes where it would keep more than one part in KEEPING_SHARE of the device's memory."""
-RECOMPUTING_SHARE = 9
-"""Then as little as leaves it one part in RECOMPUTING_SHARE: 8 GiB on a device of 80 GB."""
+ACTIVATIONS_SHARE = 9.1
+"""A row shape recomputes so much that it takes at most one part in ACTIVATIONS_SHARE of the device's memory (8 GiB of
+80 GB), unless `activation_memory_gib` says otherwise."""
 WORTH_A_PASS = 1.25
 """Computing layers again in groups, a third forward pass, must save at least this factor."""
 CONTEXT_MIN = 512
@@ -69,9 +68,9 @@ class RowShape:
     """Bytes on each device while such a micro-batch runs, with the most targets for each token."""
 
     def __str__(self) -> str:
-        again = self.recompute.layers
-        way = "" if not again else " recomputing" if again == 1 else f" recomputing {again} layers together"
-        return f"{self.rows}x{self.length}{way}"
+        layers, _, keeping = self.recompute
+        what = f" {layers} layers together" if layers > 1 else f" all but {keeping} layers" if keeping else ""
+        return f"{self.rows}x{self.length}{' recomputing' * bool(layers)}{what}"
 
 
 @dataclass(frozen=True)
@@ -397,13 +396,17 @@ class _Planner:
 
     def _row_shape(self, rows: int, length: int, room: int) -> RowShape:
         bounds, ways = self.temporaries, self.temporaries.ways
-        wide = bounds.of_wide_targets(rows, length)
-        needed = {way: bounds.of_training(rows, length, way) for way in ways}
-        enough = max(self.memory // RECOMPUTING_SHARE, WORTH_A_PASS * needed[ways[-1]])
-        most = {way: min(room - wide, enough if way.layers else self.memory // KEEPING_SHARE) for way in ways}
-        offered = ways[1:] if self.config.gradient_checkpointing else ways
-        chosen = next((way for way in offered if needed[way] <= most[way]), ways[-1])
-        return RowShape(rows, length, chosen, needed[chosen] + wide)
+        wide, few = bounds.of_wide_targets(rows, length), partial(bounds.of_training, rows, length)
+        allowed = self.config.activation_memory_gib * GIB or self.memory / ACTIVATIONS_SHARE
+        again = ways[1:]
+        if not self.config.gradient_checkpointing:
+            most = min(room - wide, allowed)
+            again = bounds.keeping_most(rows, length, int(most)), *again
+            if few(NOTHING) <= most:
+                return RowShape(rows, length, NOTHING, few(NOTHING) + wide)
+        enough = min(room - wide, max(allowed, WORTH_A_PASS * few(ways[-1])))
+        chosen = next((way for way in again if few(way) <= enough), ways[-1])
+        return RowShape(rows, length, chosen, few(chosen) + wide)
 
     def _adapter_total(self) -> int:
         rank = self.config.max_lora_rank

@@ -79,9 +79,9 @@ class Temporaries:
         here, hidden, narrow = self._rows_here(rows), self.model.hidden_size, self._itemsize
         tokens, adapters = here * length, 2 * 4 * here * self.adapter_elements
         head = 3 * 4 * min(CHUNK_TOKENS, tokens) * self.model.vocab_size
+        kept = max(one.kept for one in self._by_stack.values()) + hidden
+        made = max(one.made for one in self._by_stack.values()) + 2 * hidden
         if not recompute.layers:
-            kept = max(one.kept for one in self._by_stack.values()) + hidden
-            made = max(one.made for one in self._by_stack.values()) + 2 * hidden
             return tokens * (self.model.num_layers * kept + 2 * made) * narrow + adapters + head
         is_whole = not recompute.block_tokens or tokens <= recompute.block_tokens
         mixers = max(sum(one.mixer for one in period) for period in self._periods) + 2 * hidden
@@ -91,7 +91,15 @@ class Temporaries:
         layer = tokens * of_mixers * mixers + block * LAYER_BYTES_PLAIN * mlps
         around = tokens * 2 * hidden * narrow  # the last layer's output and its gradient
         borders = self._borders(recompute.layers) * tokens * hidden * narrow
-        return adapters + borders + max(layer, head + around)
+        # Those that keep come last: the others are computed again when nothing of them is held any more.
+        keeping = tokens * (recompute.keeping * (kept - hidden) + 2 * made) * narrow if recompute.keeping else 0
+        return adapters + borders + max(layer, head + max(keeping, around))
+
+    def keeping_most(self, rows: int, length: int, room: int) -> Recompute:
+        """The way that computes as few layers again as fit into so many bytes. Stacked layers all do the same."""
+        most = self.model.num_layers - 1 if self._is_list else 0
+        ways = (Recompute(1, BLOCK_TOKENS, keeping) for keeping in range(most, 0, -1))
+        return next((way for way in ways if self.of_training(rows, length, way) <= room), Recompute(1, BLOCK_TOKENS))
 
     def of_wide_targets(self, rows: int, length: int) -> int:
         """What the most targets for each token add: targets, weights, log-probabilities and two copies of them."""
@@ -130,12 +138,16 @@ class Temporaries:
     def _borders(self, group: int) -> int:
         """Of how many layers what enters them is kept, where every `group` of them are computed again together."""
         counts = [len(segment[0].layers) for segment in self.model.segments]
-        if not (self.platform.layers_apart and holds_whole_layers(self.mesh)):
+        if not self._is_list:
             divisors = [max(n for n in range(1, min(group, count) + 1) if count % n == 0) for count in counts]
         else:
             divisors = [min(group, count) for count in counts]
         groups = sum(-(-count // size) for count, size in zip(counts, divisors, strict=True))
         return groups + max(divisors) - 1
+
+    @property
+    def _is_list(self) -> bool:
+        return self.platform.layers_apart and holds_whole_layers(self.mesh)
 
     def _rows_here(self, rows: int) -> int:
         fsdp = self.mesh.shape["fsdp"]

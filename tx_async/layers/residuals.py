@@ -32,6 +32,9 @@ class Recompute(NamedTuple):
     each alone, which makes three forward passes. 0: each layer keeps the outputs of its products."""
     block_tokens: int = 0
     """An MLP works on at most so many tokens at once, whose inner features it makes again; 0 = on all."""
+    keeping: int = 0
+    """Of the last so many layers the outputs of products are kept all the same (with `layers` 1). The last ones are the
+    first that the backward pass is done with."""
 
 
 NOTHING = Recompute()

@@ -168,11 +168,17 @@ class Decoder:
             x = x * jnp.asarray(self.embed_scale, x.dtype)
         forward = ForwardPass(lora, positions, self._rotary(positions), attend, self.mesh, grouped_kernel)
         for segment in self.segments:
-            body = partial(self._run_layers, segment, forward, recompute.block_tokens)
+            body = partial(self._run_layers, segment, forward)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
             run = _one_by_one if isinstance(params[segment[0].name], list) else _scanned
-            x, cache = run(body, (x, cache), layers, recompute.layers)
+            x, cache = run(body, (x, cache), layers, self._within(segment, recompute))
         return self.norm(x, params["norm"]), cache
+
+    def _within(self, segment: tuple[Stack, ...], recompute: Recompute) -> Recompute:
+        """The same of one segment, where `keeping` counts its steps."""
+        after = self.num_layers - 1 - max(layer for stack in segment for layer in stack.layers)
+        mine = min(max(0, recompute.keeping - after) // len(segment), len(segment[0].layers))
+        return recompute._replace(keeping=mine)
 
     def _rotary(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
         ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers if layer.mixer.rope)
@@ -264,32 +270,41 @@ def _with_mlp_of_block(
     return _with_mlp(layer, forward, w, adapters, x)
 
 
-def _one_by_one(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...], group: int) -> tuple[Array, Cache]:
-    """Layers whose weights are a list. group: as `Recompute.layers`."""
-
-    def run(carry: tuple[Array, Cache], group: list[Any]) -> tuple[Array, Cache]:
-        for layer in group:
-            carry, _ = body(carry, layer)
-        return carry
-
-    # The compiler could merge the recomputation with the first computation: the default of `checkpoint` prevents that.
-    # The body is traced once for all layers; the compiler inlines it at each call.
-    body = jax.jit(jax.checkpoint(body, policy=None if group else KEPT_ONLY))
+def _one_by_one(
+    body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...], recompute: Recompute
+) -> tuple[Array, Cache]:
+    """Layers whose weights are a list."""
     each = [
         tuple((index[i], w[i], layer_slice(lora, i)) for index, w, lora in layers) for i in range(len(layers[0][0]))
     ]
-    if group <= 1:
-        return run(carry, each)
-    for start in range(0, len(each), group):
-        carry = jax.checkpoint(run)(carry, each[start : start + group])
+    # The compiler could merge the recomputation with the first computation: the default of `checkpoint` prevents that.
+    # Each body is traced once for all layers; the compiler inlines it at each call.
+    keeping = jax.jit(jax.checkpoint(partial(body, 0), policy=KEPT_ONLY))
+    again = jax.jit(jax.checkpoint(partial(body, recompute.block_tokens)))
+
+    def run(carry: tuple[Array, Cache], group: list[Any]) -> tuple[Array, Cache]:
+        for layer in group:
+            carry, _ = again(carry, layer)
+        return carry
+
+    size, num_again = recompute.layers, len(each) - recompute.keeping if recompute.layers else 0
+    for start in range(0, num_again, max(1, size)):
+        group = each[start : min(start + size, num_again)]
+        carry = jax.checkpoint(run)(carry, group) if size > 1 else run(carry, group)
+    for layer in each[num_again:]:
+        carry, _ = keeping(carry, layer)
     return carry
 
 
-def _scanned(body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...], group: int) -> tuple[Array, Cache]:
-    """Layers whose weights are stacked. group: as `Recompute.layers`; the next lower number that divides theirs."""
+def _scanned(
+    body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...], recompute: Recompute
+) -> tuple[Array, Cache]:
+    """Layers whose weights are stacked: they are not computed again in groups of `Recompute.layers`, but of the next
+    lower number that divides theirs, and all of them or none."""
     # Inside of a scan the compiler cannot merge the recomputation with the first, so nothing need prevent it.
-    body = jax.checkpoint(body, prevent_cse=False, policy=None if group else KEPT_ONLY)
-    number = len(layers[0][0])
+    policy = None if recompute.layers else KEPT_ONLY
+    body = jax.checkpoint(partial(body, recompute.block_tokens), prevent_cse=False, policy=policy)
+    number, group = len(layers[0][0]), recompute.layers
     group = next(size for size in range(max(1, min(group, number)), 0, -1) if number % size == 0)
     if group > 1:
         layers = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), layers)

@@ -55,6 +55,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     train_row_lengths: tuple[int, ...] = ()
     """Lengths of packed rows, ascending; () lets the engine choose: doubling steps up to the context."""
     gradient_checkpointing: bool = False
+    """Training keeps only what enters each layer, and computes the rest again."""
+    activation_memory_gib: float = 0.0
+    """GiB on each accelerator that a training micro-batch may take; what would be more is computed again. 0 = a ninth
+    of the memory. With more of it, training is faster where it computes again, and the KV cache smaller."""
     max_context_length: int = 0
     """Tokens of prompt and completion together; 0 takes the model's own limit."""
     sample_max_num_sequences: int = 64
