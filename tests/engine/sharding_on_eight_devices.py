@@ -29,6 +29,7 @@ from tx_async.engine.sharding import make_mesh, param_shardings
 from tx_async.layers import grouped
 from tx_async.layers.block import ForwardPass
 from tx_async.layers.moe import MoeMlp
+from tx_async.layers.residuals import NOTHING
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import load_model
 from tx_async.testing.engine_bench import micro_batch, segment
@@ -89,7 +90,7 @@ def step(model: Decoder, params: Params) -> tuple[dict[str, np.ndarray], str]:
 
     def run(params: Params, state: TrainingState, batch: Any, adam: Adam):
         gradients, logprobs, _ = train.forward_backward(
-            current(), Kernels(), model, CONFIG.rank, False, params, state.weights, state.gradients, batch
+            current(), Kernels(), model, CONFIG.rank, NOTHING, params, state.weights, state.gradients, batch
         )
         state, outcome = optim_step(state._replace(gradients=gradients), jnp.int32(0), adam)
         return gradients, logprobs, state, outcome.grad_norm
