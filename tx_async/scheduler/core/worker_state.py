@@ -32,6 +32,10 @@ NO_SPACE = ("os error 28)", "os error 122)", "No space left", "Disk quota exceed
 """The errors by which storage says that it is full."""
 
 
+LIVE_STEPS_MIN = 2
+"""Decode steps of a quantum, however long they take: between two quanta the device waits for the server."""
+
+
 class Ignored(Struct, frozen=True):
     """The answer to this command needs no action."""
 
@@ -167,7 +171,7 @@ class WorkerState:
         if self.was_for_first_tokens:
             steps = 1
         elif is_read_along and self.step_ms and not info.continuous:
-            steps = min(steps, max(1, round(self.policy.live_quantum_ms / self.step_ms)))
+            steps = min(steps, max(LIVE_STEPS_MIN, round(self.policy.live_quantum_ms / self.step_ms)))
         return SampleQuantum(
             decode_steps=steps, prefill_tokens=info.prefill_tokens, only_first_tokens=self.was_for_first_tokens
         )
