@@ -106,7 +106,11 @@ COUNTED = tuple(name for name in Figures.__dataclass_fields__ if name != "compil
 
 
 def targets() -> list[Target]:
-    rows = ((4, 512), (2, 1024), *((1, length) for length in (2048, 4096, 8192, 16_384, 32_768, CONTEXT)))
+    from tx_async.engine.platform import ACCELERATOR
+    from tx_async.engine.row_shapes import row_shapes
+    from tx_async.wire.worker import EngineConfig
+
+    rows = row_shapes(EngineConfig(), CONTEXT, ACCELERATOR)
     return [
         Target("decode-1", "decode 2"),  # what a batch of one runs in: `Platform.least_decode_rows`
         *(Target(f"decode-{n}", f"decode {n}") for n in (4, 32, 128)),
