@@ -142,18 +142,8 @@ class Training:
     def _may_run(self, worker: WorkerState, lane: Lane) -> bool:
         if not lane.can_go_on(self.decisions.now):
             return False
-        return not (self._begins_nothing(worker) and lane.is_between_operations)
-
-    def _runnable(self, worker: WorkerState) -> list[Lane]:
-        """All lanes that may run."""
-        now = self.decisions.now
-        lanes = [lane for lane in self.runs.ready_lanes() if lane.can_go_on(now)]
-        if self._begins_nothing(worker):
-            return [lane for lane in lanes if not lane.is_between_operations]
-        return lanes
-
-    def _begins_nothing(self, worker: WorkerState) -> bool:
-        return self.is_draining or worker.outgrown_by > 0
+        begins_nothing = self.is_draining or worker.outgrown_by > 0
+        return not (begins_nothing and lane.is_between_operations)
 
     def issue(self, worker: WorkerState) -> bool:
         """Send the commands up to and including the next micro-batch. False when there was none to send."""
@@ -162,7 +152,7 @@ class Training:
             return lane is not None and self._issue_lane(worker, lane)
         if worker.reserved_for is not None:
             return False
-        flows = {lane.flow: lane for lane in self._runnable(worker)}
+        flows = {lane.flow: lane for lane in self.runs.ready_lanes() if self._may_run(worker, lane)}
         for _session, runs in groupby(self.fair.order(flows), key=_session_of):  # a session's runs come together
             for lane in sorted([flows[flow] for flow in runs], key=lambda lane: self._rank(worker, lane)):
                 if self._issue_lane(worker, lane):
