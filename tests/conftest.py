@@ -2,6 +2,7 @@
 
 import faulthandler
 import importlib.util
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -75,3 +76,15 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tx_async.testing.models import make_qwen3
 
     return make_qwen3(tmp_path_factory.mktemp("models") / "qwen3-tiny")
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Without what the SDK says: its thread lives as long as the process, and speaks whichever test is running."""
+
+    def is_not_the_sdks(record: logging.LogRecord) -> bool:
+        return not record.name.startswith("tinker")
+
+    caplog.handler.addFilter(is_not_the_sdks)
+    yield caplog
+    caplog.handler.removeFilter(is_not_the_sdks)

@@ -65,16 +65,16 @@ def server(place):
 @pytest.fixture(scope="module")
 def state(server) -> str:
     """A checkpoint of a policy that has learned to answer \\boxed{7} or \\boxed{8}, each as often."""
-    service = tinker.ServiceClient(base_url=server.base_url, api_key=KEY)
-    trainer = service.create_lora_training_client(base_model=NAME, rank=4).result()
-    loss = math.inf
-    for step in range(60):
-        data = [_answering(n, digit) for n in (2 * step % 8, (2 * step + 1) % 8) for digit in "78"]
-        result = trainer.forward_backward(data, "cross_entropy")
-        trainer.optim_step(tinker.AdamParams(learning_rate=5e-3)).result()
-        loss = result.result().metrics["loss:sum"] / len(data)
-        if loss < 1.2:  # of one answer; what must be left is the choice between two digits, log 2
-            return trainer.save_state("prepared").result().path
+    with tinker.ServiceClient(base_url=server.base_url, api_key=KEY) as service:
+        trainer = service.create_lora_training_client(base_model=NAME, rank=4).result()
+        loss = math.inf
+        for step in range(60):
+            data = [_answering(n, digit) for n in (2 * step % 8, (2 * step + 1) % 8) for digit in "78"]
+            result = trainer.forward_backward(data, "cross_entropy")
+            trainer.optim_step(tinker.AdamParams(learning_rate=5e-3)).result()
+            loss = result.result().metrics["loss:sum"] / len(data)
+            if loss < 1.2:  # of one answer; what must be left is the choice between two digits, log 2
+                return trainer.save_state("prepared").result().path
     pytest.fail(f"the policy did not learn to answer: {loss}")
 
 
@@ -224,8 +224,10 @@ def test_models_of_today_are_served_by_the_tables_names_and_end_at_their_rendere
     said = subprocess.run(asked, env=environ, capture_output=True, text=True, check=True, timeout=RECIPE_S).stdout
     stops = dict(zip(NAMES, map(json.loads, said.splitlines()), strict=True))
     assert stops["openai/gpt-oss-20b"] == [259, 260] and stops["Qwen/Qwen3.5-9B"] == [258]
-    with running_server(folder, base_model_name=",".join(NAMES)) as server:
-        service = tinker.ServiceClient(base_url=server.base_url, api_key=KEY)
+    with (
+        running_server(folder, base_model_name=",".join(NAMES)) as server,
+        tinker.ServiceClient(base_url=server.base_url, api_key=KEY) as service,
+    ):
         futures = {}
         for name, stop in stops.items():
             params = tinker.SamplingParams(max_tokens=120, temperature=1.0, seed=1, stop=stop)

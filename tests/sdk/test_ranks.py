@@ -30,8 +30,10 @@ def drawn(sampler) -> list[tuple[list[int], list[float]]]:
 
 def test_a_rank_above_the_first_slots_delays_others_and_changes_none_of_their_bits(tiny_qwen3, tmp_path):
     """A run goes on in wider slots, and after kill -9, where one that never knew narrow ones would be."""
-    with running_server(tiny_qwen3, data_dir=tmp_path, backend_config=BACKEND) as server:
-        service = tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy")
+    with (
+        running_server(tiny_qwen3, data_dir=tmp_path, backend_config=BACKEND) as server,
+        tinker.ServiceClient(base_url=server.base_url, api_key="tml-dummy") as service,
+    ):
 
         def new(rank: int):
             return service.create_lora_training_client(str(tiny_qwen3), rank=rank, seed=7).result()
