@@ -8,7 +8,7 @@ from tests.support.reference import Reference
 from tests.support.simulation import INFO, POLICY
 from tests.support.stage import Stage
 from tx_async.wire.operations import UnloadModel
-from tx_async.wire.worker import LoadAdapter, ReleaseAdapter, SaveAdapter, TrainMicroBatch
+from tx_async.wire.worker import LoadAdapter, ReleaseAdapter, SaveAdapter, StepOptimizer, TrainMicroBatch
 
 
 def test_200_models_on_8_slots_all_train_correctly():
@@ -22,6 +22,37 @@ def test_200_models_on_8_slots_all_train_correctly():
     assert all(stage.lane(model).cursor == 7 for model in models)
     assert sum(stage.is_resident(model) for model in models) == 8
     Reference(stage).check()
+
+
+def test_a_run_steps_its_optimizer_before_another_takes_its_slot():
+    stage = Stage(info=msgspec.structs.replace(INFO, num_training_slots=2))
+    models = [stage.model(stage.new_session(f"t{i}")) for i in range(5)]
+    for model in models:
+        stage.train(model, 4)
+    stage.run()
+    has_gradients = set()
+    for command in stage.executed:
+        match command:
+            case TrainMicroBatch(slots=slots):
+                has_gradients.update(slots)
+            case StepOptimizer(slot=slot):
+                has_gradients.discard(slot)
+            case SaveAdapter(slot=slot):
+                assert slot not in has_gradients
+    assert Counter(type(command) for command in stage.executed)[StepOptimizer] == 20
+    Reference(stage).check()
+
+
+def test_a_flood_of_optimizer_steps_takes_turns_with_other_runs():
+    stage = Stage(policy=msgspec.structs.replace(POLICY, commands_in_flight_max=8))
+    flooding, patient = (stage.model(stage.new_session(name)) for name in ("flood", "patient"))
+    stage.train(flooding, 1)
+    for seq_id in range(3, 150):
+        stage.optim_step(flooding, seq_id)
+    stage.train(patient, 4)
+    stage.run()
+    batches = [i for i, command in enumerate(stage.executed) if isinstance(command, TrainMicroBatch)]
+    assert len(batches) == 5 and batches[-1] < 60
 
 
 def test_an_idle_clean_adapter_leaves_without_being_written_again():

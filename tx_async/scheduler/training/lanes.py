@@ -285,6 +285,13 @@ class Lane:
             else:
                 return None
 
+    @property
+    def owes_step(self) -> bool:
+        """Whether the next operation is the optimizer step of gradients that the device has."""
+        step, previous = self.steps.get(self.cursor), self.steps.get(self.cursor - 1)
+        is_step = step is not None and step.kind == OptimStep.__name__
+        return is_step and previous is not None and previous.kind == ForwardBackward.__name__
+
     def can_go_on(self, now: float) -> bool:
         step = self.steps.get(self.cursor)
         if step is None or step.finished:

@@ -152,6 +152,7 @@ class Training:
             return lane is not None and self._issue_lane(worker, lane)
         if worker.reserved_for is not None:
             return False
+        self._issue_due_steps(worker)
         flows = {lane.flow: lane for lane in self.runs.ready_lanes() if self._may_run(worker, lane)}
         for _session, runs in groupby(self.fair.order(flows), key=_session_of):  # a session's runs come together
             for lane in sorted([flows[flow] for flow in runs], key=lambda lane: self._rank(worker, lane)):
@@ -161,6 +162,16 @@ class Training:
                     return False
         return False
 
+    def _issue_due_steps(self, worker: WorkerState) -> None:
+        """An optimizer step belongs to the turn of the batch before it: if another run took the slot first, gradients
+        would leave with this one and come back."""
+        for lane in self.runs.ready_lanes():
+            if worker.is_full("train"):
+                return
+            if lane.owes_step and worker.has_run(lane.model_id) and self._may_run(worker, lane):
+                self._issue_step(worker, lane)
+                self.runs.refresh(lane)
+
     def _rank(self, worker: WorkerState, lane: Lane) -> tuple[bool, bool, float, int]:
         """Within a session, runs on the device go first, because moving adapters costs more than taking turns; but only
         for a while."""
@@ -169,24 +180,30 @@ class Training:
 
     def _issue_lane(self, worker: WorkerState, lane: Lane) -> bool:
         """Send all that the lane has ready, up to its next micro-batch. True when a micro-batch was sent."""
-        is_sent = False
-        while not is_sent and not worker.is_full("train") and self._may_run(worker, lane):
-            step = lane.next_step()
-            assert step is not None
-            if step.operation is None:
-                self._fetch_bodies(lane)
-                break
-            try:
-                if not self._is_admitted(worker, lane, step):
-                    break
-                is_sent = self._send_marked(worker, lane, step)
-            except TxError as error:
-                if step.finished:
-                    self.runs.refuse(lane, error)
-                else:
-                    self.runs.fail(step, error)
+        is_sent, goes_on = False, True
+        while goes_on and not is_sent and not worker.is_full("train") and self._may_run(worker, lane):
+            is_sent, goes_on = self._issue_step(worker, lane)
         self.runs.refresh(lane)
         return is_sent
+
+    def _issue_step(self, worker: WorkerState, lane: Lane) -> tuple[bool, bool]:
+        """Send the lane's next operation, or a micro-batch of it. -> (whether a micro-batch was sent, whether more may
+        follow)"""
+        step = lane.next_step()
+        assert step is not None
+        if step.operation is None:
+            self._fetch_bodies(lane)
+            return False, False
+        try:
+            if not self._is_admitted(worker, lane, step):
+                return False, False
+            return self._send_marked(worker, lane, step), True
+        except TxError as error:
+            if step.finished:
+                self.runs.refuse(lane, error)
+            else:
+                self.runs.fail(step, error)
+            return False, True
 
     def _fetch_bodies(self, lane: Lane) -> None:
         for seq_id in range(lane.cursor, lane.cursor + BODIES_AHEAD):
@@ -254,6 +271,7 @@ class Training:
                 raise AssertionError(f"{type(step.operation).__name__} is not a training operation")
         lane.advance()
         step.sent_alone()
+        self.fair.charge(lane.flow, worker.info.micro_batch_overhead)  # the device has no smaller pieces of work
         requests = () if step.finished else (step.request_id,)
         self.decisions.send(worker, command, StepSent(lane, step, step.attempt), requests=requests)
 
