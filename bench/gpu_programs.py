@@ -41,7 +41,7 @@ FLAGS = (
     "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_AUTO",
 )
 LAYERS = 2
-DEPTH = 36
+DEPTH, DEPTH_MOE = 36, 48
 LIVE_TOKENS = 2048
 CONTEXT = 40_960
 QWEN3_8B: dict[str, Any] = {
@@ -82,6 +82,11 @@ class Target:
     program: str
     model: str = "8b"
     tensor: int = 1
+    expert: int = 1
+
+    @property
+    def engine(self) -> tuple[str, int, int]:
+        return self.model, self.tensor, self.expert
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,15 @@ def targets() -> list[Target]:
         Target("train-1x4096-tp8", "forward_backward 1x4096 K=1 rank=32", tensor=8),
         Target("decode-32-moe", "decode 32", "moe"),
         Target("train-1x4096-moe", "forward_backward 1x4096 K=1 rank=32", "moe"),
+        Target("decode-32-moe-ep8", "decode 32", "moe", expert=8),
+        Target("train-1x4096-moe-ep8", "forward_backward 1x4096 K=1 rank=32", "moe", expert=8),
     ]
 
 
 # ---- an engine of descriptions
 
 
-def engine_of(model_name: str, tensor: int) -> Any:
+def engine_of(model_name: str, tensor: int, expert: int) -> Any:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -147,9 +154,11 @@ def engine_of(model_name: str, tensor: int) -> Any:
     from tx_async.storage.store import Store
     from tx_async.wire.worker import EngineConfig
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=SPEC.read_text(), topology=f"1x1x{tensor}")
-    mesh = Mesh(np.array(topology.devices).reshape(1, 1, tensor), AXES) if tensor > 1 else None
-    model = from_config(QWEN3_8B if model_name == "8b" else QWEN3_30B_A3B)
+    wanted = f"1x1x{tensor * expert}"
+    topology = topologies.get_topology_desc(platform="cuda", target_config=SPEC.read_text(), topology=wanted)
+    mesh = Mesh(np.array(topology.devices).reshape(1, expert, tensor), AXES) if tensor * expert > 1 else None
+    shapes, depth = (QWEN3_8B, DEPTH) if model_name == "8b" else (QWEN3_30B_A3B, DEPTH_MOE)
+    model = from_config(shapes)
     object.__setattr__(model, "mesh", mesh)
     alone = SingleDeviceSharding(topology.devices[0])
 
@@ -159,11 +168,15 @@ def engine_of(model_name: str, tensor: int) -> Any:
 
     params = tree_of({weight: described(weight) for weight in model.weights})
     config = EngineConfig(
-        kv_cache_tokens=4 * CONTEXT, tensor_parallel_size=tensor, sample_max_num_sequences=128, max_lora_rank=32
+        kv_cache_tokens=4 * CONTEXT,
+        tensor_parallel_size=tensor,
+        expert_parallel_size=expert,
+        sample_max_num_sequences=128,
+        max_lora_rank=32,
     )
-    planned = None  # the experts need more than one device
-    if model_name == "8b":
-        whole = from_config(QWEN3_8B | {"num_hidden_layers": DEPTH})
+    planned = None
+    if model_name == "8b" or expert > 1:  # the experts need more than one device
+        whole = from_config(shapes | {"num_hidden_layers": depth})
         planned = memory_plan.plan(whole, config, platform.ACCELERATOR, usable("h100"))
     folder = tempfile.mkdtemp(prefix="gpu-programs-")
     return JaxEngine(
@@ -174,7 +187,7 @@ def engine_of(model_name: str, tensor: int) -> Any:
         Store(folder),
         on=platform.ACCELERATOR,
         planned=planned,
-        kernels=replace(ALL_KERNELS, grouped_product=mesh is None),
+        kernels=ALL_KERNELS,
         allocate=described_on(topology.devices[0]),
     )
 
@@ -193,20 +206,20 @@ def pretended_gpu() -> Iterator[None]:
 # ---- counting
 
 
-def figures_of(target: Target, engines: dict[tuple[str, int], Any], dump: Path) -> Figures:
-    key = (target.model, target.tensor)
+def figures_of(target: Target, engines: dict[tuple[str, int, int], Any], dump: Path) -> Figures:
+    key = target.engine
     if key not in engines:
         engines[key] = engine_of(*key)
     program = next(program for program in engines[key].programs if program.name == target.program)
     started = time.perf_counter()
-    with pretended_gpu() if target.tensor == 1 else nullcontext():
+    with pretended_gpu() if key[1:] == (1, 1) else nullcontext():
         lowered = program.lower()
     compiled = lowered.compile(program.options)
     seconds = time.perf_counter() - started
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     scanned = not any(isinstance(x, list) for x in engines[key].params.values())
     figures = counted(target.name, dump, temporaries, seconds, scanned)
-    if target.name.startswith("decode-") and key == ("8b", 1):
+    if target.name.startswith("decode-") and key == ("8b", 1, 1):
         figures = replace(figures, bytes_over_least=bytes_over_least(engines[key], target.program, dump))
     return figures
 
@@ -350,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(
     wanted: list[Target], options: argparse.Namespace, work: Path, budgets: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    engines: dict[tuple[str, int], Any] = {}
+    engines: dict[tuple[str, int, int], Any] = {}
     found: dict[str, Any] = {}
     over: list[str] = []
     deadline = time.monotonic() + options.seconds
@@ -358,8 +371,8 @@ def measure(
         if time.monotonic() > deadline:
             print(f"{target.name:<18} skipped: {options.seconds:.0f} s are over", flush=True)
             continue
-        if (target.model, target.tensor) not in engines:
-            engines[target.model, target.tensor] = engine_of(target.model, target.tensor)
+        if target.engine not in engines:
+            engines[target.engine] = engine_of(*target.engine)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         figures = figures_of(target, engines, work)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 from tx_async.engine import paged_kernel, prefill_kernel
 from tx_async.engine.kernel_uses import NOT_HERE, uses
@@ -16,6 +17,7 @@ from tx_async.engine.platform import ACCELERATOR
 from tx_async.layers import flash_attention, grouped_kernel
 from tx_async.layers.attention import PackedAttention
 from tx_async.layers.lora import LoraRows
+from tx_async.layers.sharding import AXES
 from tx_async.models.decoder import tree_of
 from tx_async.models.load import from_config
 from tx_async.testing.models import (
@@ -99,6 +101,22 @@ def test_reasons_name_the_shape_that_is_none_of_a_kernels():
     assert set(of(DEEPSEEK_V3_TINY).values()) >= {"latent attention"}
     assert set(of(QWEN3_TINY, dtype="float32").values()) == {"in float32"}
     assert of(GPT_OSS_TINY)["training attention"] == "sinks"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "plain"),
+    [
+        ((1, 4, 1), ""),
+        ((2, 2, 2), ""),
+        ((1, 2, 4), "64 × 32 features on each of 4 devices in bfloat16"),
+        ((1, 1, 3), ""),
+    ],
+)
+def test_experts_run_in_their_kernels_on_a_mesh_whose_devices_have_features_enough(mesh, plain):
+    """Three devices do not divide 128 features: each has all of them."""
+    model = from_config(WIDE_MOE | {"moe_intermediate_size": 128})
+    said = uses(ALL_KERNELS, model, CONFIG, ACCELERATOR, AbstractMesh(mesh, AXES))[-1]
+    assert (said.task, said.plain) == ("experts", plain) and (said.runs == PLAIN) == bool(plain)
 
 
 def test_a_kernel_that_does_not_run_on_the_device_runs_for_no_model():

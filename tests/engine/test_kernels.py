@@ -3,17 +3,12 @@
 import logging
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from tx_async.engine import kernels
 from tx_async.engine.kernels import ALL_KERNELS, NO_KERNELS, Kernels, choose
 from tx_async.engine.platform import ACCELERATOR, CPU
-from tx_async.layers.sharding import AXES
-
-MESH = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
 
 
 @pytest.mark.parametrize(
@@ -29,19 +24,18 @@ def test_what_is_right_runs(monkeypatch):
     monkeypatch.setattr(kernels, "paged_difference", lambda head: 1e-3)
     monkeypatch.setattr(kernels, "prefill_difference", lambda head: 1e-3)
     monkeypatch.setattr(kernels, "grouped_difference", lambda: 1e-3)
-    assert choose(ACCELERATOR, None) == ALL_KERNELS
-    assert choose(CPU, None) == choose(CPU, MESH) == NO_KERNELS
-    assert choose(ACCELERATOR, MESH) == replace(ALL_KERNELS, grouped_product=False)
+    assert choose(ACCELERATOR) == ALL_KERNELS and choose(CPU) == NO_KERNELS
 
 
 def test_a_kernel_that_is_wrong_on_one_host_runs_on_none_of_the_mesh(monkeypatch):
     monkeypatch.setattr(kernels, "flash_difference", lambda: 0.0)
     monkeypatch.setattr(kernels, "paged_difference", lambda head: 0.0)
     monkeypatch.setattr(kernels, "prefill_difference", lambda head: 0.0)
+    monkeypatch.setattr(kernels, "grouped_difference", lambda: 0.0)
     monkeypatch.setattr(kernels.jax, "process_count", lambda: 2)
-    answers = iter([[True, True], [True, False], [False, False]])
+    answers = iter([[True, True], [True, False], [False, False], [False, True]])
     monkeypatch.setattr(kernels.multihost_utils, "process_allgather", lambda found: np.array(next(answers)))
-    assert choose(ACCELERATOR, MESH) == Kernels(flash_attention=True)
+    assert choose(ACCELERATOR) == Kernels(flash_attention=True)
 
 
 def test_kernels_over_pages_are_tried_with_the_models_heads(monkeypatch):
@@ -51,8 +45,8 @@ def test_kernels_over_pages_are_tried_with_the_models_heads(monkeypatch):
         monkeypatch.setattr(kernels, name, lambda: 0.0)
     for name in ("paged_difference", "prefill_difference"):
         monkeypatch.setattr(kernels, name, lambda head: tried.append(head) or 0.0)
-    choose(ACCELERATOR, None, head=256)
-    choose(ACCELERATOR, None, head=576)
+    choose(ACCELERATOR, head=256)
+    choose(ACCELERATOR, head=576)
     assert tried == [256, 256, 64, 64]
 
 
@@ -68,6 +62,6 @@ def test_a_kernel_that_differs_or_fails_gives_way_and_the_log_says_so(found, mon
     monkeypatch.setattr(kernels, "prefill_difference", lambda head: 0.0)
     monkeypatch.setattr(kernels, "grouped_difference", lambda: 0.0)
     with caplog.at_level(logging.WARNING):
-        chosen = choose(ACCELERATOR, None)
+        chosen = choose(ACCELERATOR)
     assert chosen == replace(ALL_KERNELS, flash_attention=False)
     assert "flash_attention" in caplog.text and len(caplog.records) == 1

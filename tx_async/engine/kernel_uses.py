@@ -34,7 +34,7 @@ class KernelUse(NamedTuple):
 
 def choose_for(model: Decoder, here: Platform) -> Kernels:
     """The kernels that run on this device, tried with the model's heads."""
-    return choose(here, model.mesh, max((width for _, width in model.cache_shapes.values()), default=0))
+    return choose(here, max((width for _, width in model.cache_shapes.values()), default=0))
 
 
 def of_folder(folder: str, here: Platform) -> tuple[KernelUse, ...]:
@@ -63,7 +63,7 @@ def uses(
         _use("prefill attention", "paged_prefill", kernels.paged_prefill, mixers, why.not_in_prefill),
     ]
     if mlps:
-        made.append(_use("experts", "grouped_product", kernels.grouped_product or mesh, mlps, why.not_of_experts))
+        made.append(_use("experts", "grouped_product", kernels.grouped_product, mlps, why.not_of_experts))
     return tuple(made)
 
 
@@ -114,12 +114,12 @@ class _Shapes:
     def not_of_experts(self, mlp: MoeMlp) -> str:
         from tx_async.layers import grouped_kernel
 
-        if self.mesh is not None:
-            return "on a mesh"
-        gate = self._array(mlp.router.num_experts, mlp.hidden_size, mlp.intermediate_size)
+        inner = mlp.features_of_a_device(self.mesh)
+        gate = self._array(mlp.router.num_experts, mlp.hidden_size, inner)
         if grouped_kernel.fits(self._array(1, 1, mlp.hidden_size), {"gate": gate}):
             return ""
-        return f"{mlp.hidden_size} × {mlp.intermediate_size} features in {self.dtype}"
+        where = f" on each of {self._tensor} devices" if inner < mlp.intermediate_size else ""
+        return f"{mlp.hidden_size} × {inner} features{where} in {self.dtype}"
 
     def _array(self, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, self.dtype)

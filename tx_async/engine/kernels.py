@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from tx_async.engine.kv_cache import CacheLayout
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention
@@ -55,17 +54,16 @@ NO_KERNELS = Kernels()
 ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True, paged_prefill=True, grouped_product=True)
 
 
-def choose(here: Platform, mesh: Mesh | None, head: int = 0) -> Kernels:
-    """The kernels that run on this device, or on every device of the mesh: of its processes each tries its first. A
-    mesh's experts run in the plain version, which divides them among the devices. head: features of the model's heads
-    in the KV cache."""
+def choose(here: Platform, head: int = 0) -> Kernels:
+    """The kernels that run on this device; on a mesh, on every device: of its processes each tries its first. head:
+    features of the model's heads in the KV cache."""
     head = head if head in HEADS else HEADS[0]
     of_decode, of_prefill = partial(paged_difference, head), partial(prefill_difference, head)
     return Kernels(
         flash_attention=here.flash_kernel and _is_right_everywhere("flash_attention", flash_difference),
         paged_attention=here.paged_kernel and _is_right_everywhere("paged_attention", of_decode),
         paged_prefill=here.paged_kernel and _is_right_everywhere("paged_prefill", of_prefill),
-        grouped_product=here.grouped_kernel and mesh is None and _is_right("grouped_product", grouped_difference),
+        grouped_product=here.grouped_kernel and _is_right_everywhere("grouped_product", grouped_difference),
     )
 
 

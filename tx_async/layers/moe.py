@@ -6,10 +6,10 @@ On a mesh each device computes the assignments of its own experts (`expert` axis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from tx_async.layers.weights import Dim, Stack, Weight
 
 NAMES = ("gate", "up", "down")
 BIASES = tuple(f"{name}_bias" for name in NAMES)
+ROUTER = ("router", "router_bias")
+Share = Callable[[LayerWeights, ExpertLora, Array], Array]
+"""(w, lora, x) -> what a device adds to the output."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,10 @@ class MoeMlp:
             yield stack.matrix("shared_share", "mlp.shared_expert_gate", (Dim(self.hidden_size), Dim(1)), None)
 
     def __call__(self, forward: ForwardPass, w: LayerWeights, adapters: LayerLora, x: Array) -> Array:
-        experts, weights = self.router(w, x)
-        matrices = {name: w[name] for name in (*NAMES, *BIASES) if name in w}
+        routed = {name: w[name] for name in (*NAMES, *BIASES, *ROUTER) if name in w}
         lora = forward.lora.of_experts({name: adapters[name] for name in NAMES if name in adapters})
-        if forward.mesh is None:
-            out = routed(matrices, lora, x, experts, weights, self.activation, kernel=forward.grouped_kernel)
-        else:
-            out = self._on_mesh(forward.mesh, matrices, lora.of_layer, x, experts, weights)
+        cuts = _Cuts.of(forward.mesh, self.router.num_experts, self.intermediate_size, x.shape[0])
+        out = cuts.summed(partial(self._share, forward.grouped_kernel, cuts), routed, lora, x)
         if self.shared is None:
             return out
         shared = self.shared(forward, w, adapters, x)
@@ -73,36 +73,70 @@ class MoeMlp:
             shared = shared * jax.nn.sigmoid(x @ w["shared_share"])
         return out + shared
 
-    def _on_mesh(
-        self, mesh: Mesh, w: LayerWeights, lora: ExpertLora, x: Array, experts: Array, weights: Array
-    ) -> Array:
-        cuts = _Cuts(
-            rows=row_axis(mesh, x.shape[0]),
-            experts="expert" if self.router.num_experts % mesh.shape["expert"] == 0 else None,
-            features="tensor" if self.intermediate_size % mesh.shape["tensor"] == 0 else None,
+    def features_of_a_device(self, mesh: Mesh | None) -> int:
+        """How many of an expert's features each device of the mesh has."""
+        cuts = _Cuts.of(mesh, self.router.num_experts, self.intermediate_size)
+        return self.intermediate_size // (mesh.shape[cuts.features] if mesh and cuts.features else 1)
+
+    def _share(self, kernel: bool, cuts: _Cuts, w: LayerWeights, lora: ExpertLora, x: Array) -> Array:
+        """What one device adds to the output, with its own experts and features, for its own rows. Each device routes
+        for itself: so the gradient by x is one sum over the devices, the router's part included."""
+        experts, weights = self.router(w, x)
+        if cuts.experts:
+            experts = experts - jax.lax.axis_index(cuts.experts) * w["gate"].shape[0]
+        if cuts.features and "down_bias" in w:  # every device would add it, and their results are summed
+            w = w | {"down_bias": w["down_bias"] / jax.lax.axis_size(cuts.features)}
+        num_devices = jax.lax.axis_size(cuts.experts) if cuts.experts else 1
+        return routed(w, lora, x, experts, weights, self.activation, num_devices, kernel)
+
+
+class _Cuts(NamedTuple):
+    """The mesh axis that cuts each kind of axis here; None where it does not divide, and without a mesh."""
+
+    mesh: Mesh | None = None
+    rows: str | None = None
+    experts: str | None = None
+    features: str | None = None
+
+    @classmethod
+    def of(cls, mesh: Mesh | None, num_experts: int, intermediate_size: int, num_rows: int = 1) -> _Cuts:
+        if mesh is None:
+            return cls()
+        return cls(
+            mesh,
+            rows=row_axis(mesh, num_rows),
+            experts=None if num_experts % mesh.shape["expert"] else "expert",
+            features=None if intermediate_size % mesh.shape["tensor"] else "tensor",
         )
-        specs = (cuts.weights(w), cuts.lora(lora), *[PartitionSpec(cuts.rows)] * 3)
-        body = partial(_routed_here, cuts, self.activation, tuple(mesh.axis_names), specs)
-        local = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(cuts.rows))
-        return local(w, lora, x, experts, weights)
 
+    def summed(self, share: Share, w: LayerWeights, lora: ExpertLora, x: Array) -> Array:
+        """The sum of share(w, lora, x) over the devices that have others' experts or features."""
+        if self.mesh is None:
+            return share(w, lora, x)
+        lora = lora.of_layer  # a stack may be cut along `fsdp`: of one layer alone less is gathered
+        axes = tuple(axis for axis in (self.experts, self.features) if axis)
+        rows, shares = PartitionSpec(self.rows), PartitionSpec(axes or None, self.rows)
+        # Interpreted kernels cannot be checked. The sum stands by itself, checked: so its gradient costs nothing.
+        made = jax.shard_map(
+            lambda *inputs: share(*inputs)[None],
+            mesh=self.mesh,
+            in_specs=(self._weights(w), self._lora(lora), rows),
+            out_specs=shares,
+            check_vma=False,
+        )(w, lora, x)
+        add = lambda share: jax.lax.psum(share[0], axes)  # noqa: E731
+        return jax.shard_map(add, mesh=self.mesh, in_specs=shares, out_specs=rows)(made)
 
-@dataclass(frozen=True)
-class _Cuts:
-    """The mesh axis that cuts each kind of axis here; None where it does not divide."""
-
-    rows: str | None
-    experts: str | None
-    features: str | None
-
-    def weights(self, w: LayerWeights) -> dict[str, PartitionSpec]:
-        """A bias is cut like the output of its matrix."""
+    def _weights(self, w: LayerWeights) -> dict[str, PartitionSpec]:
+        """A bias is cut like the output of its matrix. The router is whole."""
         return {
             name: PartitionSpec(self.experts, *self._matrix(name.removesuffix("_bias"))[name.endswith("_bias") :])
+            if name not in ROUTER
+            else PartitionSpec()
             for name in w
         }
 
-    def lora(self, lora: ExpertLora) -> ExpertLora:
+    def _lora(self, lora: ExpertLora) -> ExpertLora:
         """The adapters with specs in place of arrays."""
         adapters = self.rows if lora.row_adapter is None else None
         lead = (adapters, self.experts)
@@ -115,40 +149,6 @@ class _Cuts:
 
     def _matrix(self, name: str) -> tuple[str | None, str | None]:
         return (self.features, None) if name == "down" else (None, self.features)
-
-
-def _routed_here(
-    cuts: _Cuts,
-    activation: Activation,
-    axes: tuple[str, ...],
-    specs: Any,
-    w: LayerWeights,
-    lora: ExpertLora,
-    x: Array,
-    experts: Array,
-    weights: Array,
-) -> Array:
-    """Run `routed` on one device, with its own experts and features, for its own rows."""
-    if cuts.experts:
-        experts = experts - jax.lax.axis_index(cuts.experts) * w["gate"].shape[0]
-        specs = (*specs[:3], PartitionSpec(cuts.rows, cuts.experts), specs[4])
-    if cuts.features and "down_bias" in w:  # every device would add it, and their results are summed
-        w = w | {"down_bias": w["down_bias"] / jax.lax.axis_size(cuts.features)}
-    num_devices = jax.lax.axis_size(cuts.experts) if cuts.experts else 1
-    inputs = jax.tree.map(partial(_vary, axes), specs, (w, lora, x, experts, weights))
-    out = routed(*inputs, activation=activation, num_devices=num_devices)
-    for axis in axes:
-        if axis in (cuts.experts, cuts.features):
-            out = jax.lax.psum(out, axis)
-        elif axis != cuts.rows:
-            out = jax.lax.pmean(out, axis)  # equal on all devices: this only says so
-    return out
-
-
-def _vary(axes: tuple[str, ...], spec: PartitionSpec, x: Array) -> Array:
-    """Mark x as varying along every axis, so that the arithmetic need not know along which axes it is cut."""
-    missing = tuple(axis for axis in axes if axis not in spec)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def routed(
