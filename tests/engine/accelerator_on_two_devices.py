@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from tests.engine.test_layers_apart import OTHER, run
 from tx_async.engine import paged_kernel, prefill_kernel
 from tx_async.engine.kernels import Kernels
+from tx_async.engine.kv_cache import CacheLayout
+from tx_async.engine.paged_attention import DecodeAttention
 from tx_async.engine.sharding import make_mesh
 from tx_async.layers.flash_attention import flash_attention
 from tx_async.wire.worker import EngineConfig
@@ -27,24 +29,25 @@ from tx_async.wire.worker import EngineConfig
 
 def main(model: str, folder: str) -> None:
     mesh = make_mesh(EngineConfig(tensor_parallel_size=2))
-    heads: set[tuple[str, int]] = set()
+    heads: set[tuple[str, int, int]] = set()
 
     def interpreted(name: str, attend: Any) -> Any:
-        def run(q: jax.Array, keys: jax.Array, *rest: Any, **options: Any) -> jax.Array:
-            heads.add((name, keys.shape[2]))
-            return attend(q, keys, *rest, **options, interpret=True)
+        def run(q: jax.Array, pools: list[jax.Array], *rest: Any, **options: Any) -> jax.Array:
+            heads.add((name, q.shape[-2], pools[0].shape[2]))
+            return attend(q, pools, *rest, **options, interpret=True)
 
         return run
 
-    paged_kernel.fits = lambda pool, page_size: True  # also in fp32, in which a GPU would round
+    paged_kernel.fits = lambda *shape: True  # also in fp32, in which a GPU would round
     paged_kernel.attend = interpreted("decode", paged_kernel.attend)
     prefill_kernel.attend = interpreted("prefill", prefill_kernel.attend)
     kernels = Kernels(paged_attention=True, paged_prefill=True)
     logprobs, gradients, tokens = run(OTHER, Path(model), Path(folder), mesh, kernels)
     arrays = {f"gradient {i}": np.asarray(x) for i, x in enumerate(gradients)} | {"logprobs": logprobs}
-    arrays |= flash(None) | flash(mesh)
+    of_model = sorted(heads)
+    arrays |= flash(None) | flash(mesh) | latents(None) | latents(mesh)
     np.savez(Path(folder) / "found.npz", allow_pickle=False, **arrays)
-    print(json.dumps({"tokens": tokens, "num_gradients": len(gradients), "heads_of_kernels": sorted(heads)}))
+    print(json.dumps({"tokens": tokens, "num_gradients": len(gradients), "heads_of_kernels": of_model}))
 
 
 def flash(mesh: Mesh | None) -> dict[str, np.ndarray]:
@@ -63,6 +66,23 @@ def flash(mesh: Mesh | None) -> dict[str, np.ndarray]:
 
     names = (f"flash {name}{' on a mesh' if mesh else ''}" for name in ("out", "dq", "dk", "dv"))
     return {name: np.asarray(x, np.float32) for name, x in zip(names, of(mesh), strict=True)}
+
+
+def latents(mesh: Mesh | None) -> dict[str, np.ndarray]:
+    """What two rows of latent attention see, decoded: the kernel's heads are cut in two, its pool is not."""
+    rng = np.random.default_rng(0)
+    layout = CacheLayout.plan(cache_tokens=256, page_size=16, max_context_length=128)
+    pool = jnp.asarray(rng.standard_normal((layout.num_pages, 16, 1, 48)), jnp.float32)
+    q, k = (jnp.asarray(rng.standard_normal((2, 1, n, 48)), jnp.float32) for n in (4, 1))
+    tables = jnp.asarray(rng.permutation(np.arange(1, 17)).reshape(2, 8), jnp.int32)
+    positions = jnp.array([[3], [90]], jnp.int32)
+
+    @jax.jit
+    def of(pool: jax.Array) -> jax.Array:
+        attend = DecodeAttention(layout, tables, positions, jnp.ones(2, bool), kernel=True, mesh=mesh)
+        return attend({"k": pool}, jnp.int32(0), q, k, None, 0.3, v_features=32)[0]
+
+    return {"latents on a mesh" if mesh else "latents": np.asarray(of(pool))}
 
 
 if __name__ == "__main__":

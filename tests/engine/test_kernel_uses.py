@@ -31,13 +31,15 @@ from tx_async.wire.worker import EngineConfig
 
 CONFIG = EngineConfig()
 WIDE_MOE = QWEN3_MOE_TINY | {"hidden_size": 64, "moe_intermediate_size": 64}
+LATENT = DEEPSEEK_V3_TINY | {"qk_rope_head_dim": 16}
 MODELS = {
     "qwen3": QWEN3_TINY,
     "heads of 24": QWEN3_TINY | {"head_dim": 24},
     "experts": WIDE_MOE,
     "narrow experts": QWEN3_MOE_TINY | {"moe_intermediate_size": 32},
     "windows and sinks": GPT_OSS_TINY,
-    "latent": DEEPSEEK_V3_TINY,
+    "latent": LATENT,
+    "narrow latent": DEEPSEEK_V3_TINY,
     "hybrid": QWEN3_5_TINY,
 }
 
@@ -98,7 +100,9 @@ def test_reasons_name_the_shape_that_is_none_of_a_kernels():
     }
     assert of(QWEN3_TINY) == dict.fromkeys(("training attention", "decode attention", "prefill attention"), "")
     assert of(QWEN3_TINY | {"head_dim": 24})["decode attention"] == "heads of 24 features"
-    assert set(of(DEEPSEEK_V3_TINY).values()) >= {"latent attention"}
+    assert of(DEEPSEEK_V3_TINY)["decode attention"] == "latents of 32 + 8 features"
+    assert of(LATENT)["decode attention"] == of(LATENT)["prefill attention"] == ""
+    assert of(GPT_OSS_TINY)["decode attention"] == ""
     assert set(of(QWEN3_TINY, dtype="float32").values()) == {"in float32"}
     assert of(GPT_OSS_TINY)["training attention"] == "sinks"
 

@@ -129,7 +129,11 @@ def test_sampling_draws_the_same_tokens_with_and_without_an_adapter(plain, other
 
 
 def test_on_a_mesh_kernels_over_pages_run_for_the_heads_of_a_device(on_mesh):
-    assert on_mesh["heads_of_kernels"] == [["decode", 1], ["prefill", 1]], "of two key heads"
+    assert on_mesh["heads_of_kernels"] == [["decode", 2, 1], ["prefill", 2, 1]], "of two key heads"
+
+
+def test_of_latents_each_device_computes_its_query_heads(on_mesh):
+    np.testing.assert_allclose(on_mesh["latents on a mesh"], on_mesh["latents"], rtol=1e-6, atol=1e-7)
 
 
 def test_training_attention_on_a_mesh_is_that_of_one_device(on_mesh):

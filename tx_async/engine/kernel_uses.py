@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tx_async.engine.devices import NOT_HERE
-from tx_async.engine.kernels import PLAIN, Kernels, choose
+from tx_async.engine.kernels import HEADS, PLAIN, Kernels, Paged, choose
 from tx_async.engine.platform import Platform
 from tx_async.errors import TxError
 from tx_async.layers.mla import LatentAttention
@@ -33,8 +33,29 @@ class KernelUse(NamedTuple):
 
 
 def choose_for(model: Decoder, here: Platform) -> Kernels:
-    """The kernels that run on this device, tried with the model's heads."""
-    return choose(here, max((width for _, width in model.cache_shapes.values()), default=0))
+    """The kernels that run on this device, tried with what the model's layers have."""
+    if not here.paged_kernel:
+        return choose(here)
+    mixers = (layer.mixer for layer in model.layers if layer.mixer.keeps.pages)
+    tensor = model.mesh.shape["tensor"] if model.mesh is not None else 1
+    return choose(here, tuple(dict.fromkeys(_paged(mixer, tensor) for mixer in mixers)) or (Paged(),))
+
+
+def _paged(mixer: Any, tensor: int) -> Paged:
+    """The case that is like the mixer. Of latent attention it has a device's own heads: blocks are as large."""
+    from tx_async.engine import paged_kernel
+
+    features, v_features = mixer.keeps.pages["k"][1], _v_features(mixer)
+    if v_features:
+        pool: Any = jax.ShapeDtypeStruct((1, 16, 1, features), jnp.bfloat16)
+        fits = paged_kernel.fits(pool, 16, v_features) and not mixer.num_heads % tensor
+        return Paged(mixer.num_heads // tensor, features, v_features) if fits else Paged()
+    return Paged(features=features if features in HEADS else HEADS[0], has_sinks=getattr(mixer, "sinks", False))
+
+
+def _v_features(mixer: Any) -> int:
+    """As in `Attend`: what its one pool has of values."""
+    return mixer.kv_lora_rank if isinstance(mixer, LatentAttention) else 0
 
 
 def of_folder(folder: str, here: Platform) -> tuple[KernelUse, ...]:
@@ -101,15 +122,18 @@ class _Shapes:
     def not_in_decode(self, mixer: Any) -> str:
         from tx_async.engine import paged_kernel
 
-        pool = self._pool(mixer)
-        return self._why(mixer, paged_kernel.fits(pool, self.page_size) and self._has_two_pools(mixer), sinks="sinks")
+        return self._over_pages(mixer, paged_kernel.fits(self._pool(mixer), self.page_size, _v_features(mixer)))
 
     def not_in_prefill(self, mixer: Any) -> str:
         from tx_async.engine import prefill_kernel
 
         pool = self._pool(mixer)
         q = self._array(1, self.tile_tokens, 1, pool.shape[-1])
-        return self._why(mixer, prefill_kernel.fits(q, pool, self.page_size) and self._has_two_pools(mixer))
+        return self._over_pages(mixer, prefill_kernel.fits(q, pool, self.page_size, _v_features(mixer)))
+
+    def _over_pages(self, mixer: Any, fits: bool) -> str:
+        latents = f"latents of {mixer.kv_lora_rank} + {mixer.rope_dim} features" if _v_features(mixer) else ""
+        return self._why(mixer, fits and not self._heads(mixer)[0] % self._tensor, latents)
 
     def not_of_experts(self, mlp: MoeMlp) -> str:
         from tx_async.layers import grouped_kernel
@@ -128,9 +152,6 @@ class _Shapes:
         heads, features = next(iter(mixer.keeps.pages.values()))
         return self._array(1, self.page_size, heads, features)
 
-    def _has_two_pools(self, mixer: Any) -> bool:
-        return len(mixer.keeps.pages) > 1 and not self._keys(mixer) % self._tensor
-
     def _heads(self, mixer: Any) -> tuple[int, int, int]:
         """(key heads, features of a query or key, features of a value) as training has them."""
         if isinstance(mixer, LatentAttention):
@@ -138,25 +159,21 @@ class _Shapes:
         (heads, features), (_, values) = mixer.keeps.pages.values()
         return heads, features, values
 
-    def _keys(self, mixer: Any) -> int:
-        return self._heads(mixer)[0]
-
     @property
     def _tensor(self) -> int:
         return self.mesh.shape["tensor"] if self.mesh is not None else 1
 
-    def _why(self, mixer: Any, fits: bool, **refused: str) -> str:
-        """refused: attribute of a mixer -> what the kernel does not have."""
+    def _why(self, mixer: Any, fits: bool, what: str = "", **refused: str) -> str:
+        """what: has no such kernel, by default its heads. refused: attribute of a mixer -> what the kernel does not
+        have."""
         for name, what in refused.items():
             if getattr(mixer, name, None):
                 return what
         if fits:
             return ""
-        if isinstance(mixer, LatentAttention):
-            return "latent attention"
         if self.dtype.itemsize != 2:
             return f"in {self.dtype}"
         heads, features, _ = self._heads(mixer)
         if heads % self._tensor:
             return f"{heads} key heads on {self._tensor} devices"
-        return f"heads of {features} features"
+        return what or f"heads of {features} features"

@@ -7,10 +7,10 @@ shapes may be none of a kernel's, is in `kernel_uses.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,27 @@ HEADS = (64, 128, 256)
 """Features of a head with which kernels over pages are tried: of wide ones, blocks may not fit in a device's shared
 memory. For a model with others it is the first."""
 
+
+class Paged(NamedTuple):
+    """What a model's attention over pages has, and its kernels are tried with."""
+
+    heads: int = 8
+    features: int = HEADS[0]
+    """Of a key."""
+    v_features: int = 0
+    """Set for latent attention: as in `Attend`."""
+    has_sinks: bool = False
+
+    def make_pools(self, layout: CacheLayout, rng: np.random.Generator) -> list[Array]:
+        """Of two layers."""
+        pools, kv_heads = (1, 1) if self.v_features else (2, 2)
+        shape = (2 * layout.num_pages, layout.page_size, kv_heads, self.features)
+        return [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(pools)]
+
+    def make_sinks(self, rng: np.random.Generator) -> Array | None:
+        return jnp.asarray(rng.standard_normal(self.heads), jnp.float32) if self.has_sinks else None
+
+
 log = logging.getLogger(__name__)
 
 
@@ -54,11 +75,10 @@ NO_KERNELS = Kernels()
 ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True, paged_prefill=True, grouped_product=True)
 
 
-def choose(here: Platform, head: int = 0) -> Kernels:
-    """The kernels that run on this device; on a mesh, on every device: of its processes each tries its first. head:
-    features of the model's heads in the KV cache."""
-    head = head if head in HEADS else HEADS[0]
-    of_decode, of_prefill = partial(paged_difference, head), partial(prefill_difference, head)
+def choose(here: Platform, paged: Sequence[Paged] = (Paged(),)) -> Kernels:
+    """The kernels that run on this device; on a mesh, on every device: of its processes each tries its first. paged:
+    what the model's layers have in the KV cache."""
+    of_decode, of_prefill = (partial(_largest, of, paged) for of in (paged_difference, prefill_difference))
     return Kernels(
         flash_attention=here.flash_kernel and _is_right_everywhere("flash_attention", flash_difference),
         paged_attention=here.paged_kernel and _is_right_everywhere("paged_attention", of_decode),
@@ -87,6 +107,10 @@ def _is_right(name: str, difference: Callable[[], float]) -> bool:
     if not found <= TOLERANCE:
         log.warning("%s differs by %.3g from the plain version, which runs instead", name, found)
     return found <= TOLERANCE
+
+
+def _largest(difference: Callable[[Paged], float], paged: Sequence[Paged]) -> float:
+    return float(np.max([difference(x) for x in paged]))  # a NaN among them is the largest
 
 
 def flash_difference(interpret: bool = False) -> float:
@@ -118,59 +142,56 @@ def _gap(plain: Array, kernel: Array) -> Array:
     return jnp.max(jnp.abs(plain - kernel)) / jnp.max(jnp.abs(plain))
 
 
-def paged_difference(head: int = HEADS[0], interpret: bool = False) -> float:
-    """The difference between the kernel and plain attention, on a tiny case."""
+def paged_difference(paged: Paged = Paged(), interpret: bool = False) -> float:
+    """The difference between the kernel and plain attention, on a tiny case, also with a window."""
     from tx_async.engine import paged_kernel
 
     layout = CacheLayout.plan(cache_tokens=1024, page_size=16, max_context_length=256)
     rng = np.random.default_rng(0)
-    shape = (2 * layout.num_pages, layout.page_size, 2, head)
-    keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
-    q = jnp.asarray(rng.standard_normal((3, 8, head)), jnp.bfloat16)
+    pools, sinks, v_features = paged.make_pools(layout, rng), paged.make_sinks(rng), paged.v_features
+    q = jnp.asarray(rng.standard_normal((3, paged.heads, paged.features)), jnp.bfloat16)
     tables = jnp.asarray(rng.permutation(np.arange(1, 49)).reshape(3, 16), jnp.int32)
     tables = jnp.pad(tables, ((0, 0), (0, layout.table_pages - 16)))
-    positions = jnp.array([0, 100, 255], jnp.int32)
+    positions, scale = jnp.array([0, 100, 255], jnp.int32), paged.features**-0.5
+    where = tables, positions, jnp.int32(layout.num_pages)
+    attend = DecodeAttention(layout, tables, positions[:, None], jnp.ones(3, bool))
 
     @jax.jit
-    def both(q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-        attend = DecodeAttention(layout, tables, positions[:, None], jnp.ones(3, bool))
-        plain = attend.attend([keys, values], jnp.int32(1), q[:, None], head**-0.5, 0)[:, 0]
-        first = jnp.int32(layout.num_pages)
-        kernel = paged_kernel.attend(q, keys, values, tables, positions, first, head**-0.5, interpret=interpret)
-        return plain.astype(jnp.float32), kernel.astype(jnp.float32)
+    def both(q: Array, pools: list[Array]) -> Array:
+        def gap(window: int) -> Array:
+            plain = attend.attend(pools, jnp.int32(1), q[:, None], scale, v_features, window, sinks)[:, 0]
+            options = {"scale": scale, "v_features": v_features, "window": window, "interpret": interpret}
+            return _gap(plain, paged_kernel.attend(q, pools, *where, sinks, **options))
 
-    plain, kernel = both(q, keys, values)
-    return float(jnp.max(jnp.abs(plain - kernel)))
+        return jnp.maximum(gap(0), gap(100))
+
+    return float(both(q, pools))
 
 
-def prefill_difference(head: int = HEADS[0], interpret: bool = False) -> float:
-    """The difference between the kernel and plain attention, with and without a window and sinks: two tiles of one
-    prompt, the first of another."""
+def prefill_difference(paged: Paged = Paged(), interpret: bool = False) -> float:
+    """The difference between the kernel and plain attention, also with a window: two tiles of one prompt, the first of
+    another."""
     from tx_async.engine import prefill_kernel
 
     layout = CacheLayout.plan(cache_tokens=1024, page_size=16, max_context_length=512, platform=ACCELERATOR)
     rng = np.random.default_rng(0)
-    shape = (2 * layout.num_pages, layout.page_size, 2, head)
-    keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(2))
-    q = jnp.asarray(rng.standard_normal((3, 128, 8, head)), jnp.bfloat16)
+    pools, sinks, v_features = paged.make_pools(layout, rng), paged.make_sinks(rng), paged.v_features
+    q = jnp.asarray(rng.standard_normal((3, 128, paged.heads, paged.features)), jnp.bfloat16)
     prompts = rng.permutation(np.arange(1, 65)).reshape(2, layout.table_pages)
     tables, starts = jnp.asarray(prompts[[0, 0, 1]], jnp.int32), jnp.array([16, 144, 0], jnp.int32)
-    sinks = jnp.asarray(rng.standard_normal(8), jnp.float32)
+    where, scale = (tables, starts, jnp.int32(layout.num_pages)), paged.features**-0.5
     attend = PagedAttention(layout, tables, starts[:, None] + jnp.arange(128), jnp.ones(3, bool))
 
     @jax.jit
-    def both(q: Array, keys: Array, values: Array) -> Array:
-        def gap(window: int, sinks: Array | None) -> Array:
-            plain = attend.attend([keys, values], jnp.int32(1), q, head**-0.5, 0, window, sinks)
-            first = jnp.int32(layout.num_pages)
-            kernel = prefill_kernel.attend(
-                q, keys, values, tables, starts, first, head**-0.5, window, sinks, interpret=interpret
-            )
-            return _gap(plain, kernel)
+    def both(q: Array, pools: list[Array]) -> Array:
+        def gap(window: int) -> Array:
+            plain = attend.attend(pools, jnp.int32(1), q, scale, v_features, window, sinks)
+            options = {"scale": scale, "v_features": v_features, "window": window, "interpret": interpret}
+            return _gap(plain, prefill_kernel.attend(q, pools, *where, sinks, **options))
 
-        return jnp.maximum(gap(0, None), gap(100, sinks))
+        return jnp.maximum(gap(0), gap(100))
 
-    return float(both(q, keys, values))
+    return float(both(q, pools))
 
 
 def grouped_difference(interpret: bool = False) -> float:

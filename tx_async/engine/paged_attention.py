@@ -80,8 +80,8 @@ class PagedAttention:
         written = {name: self.write(cache[name], layer, x, window) for name, x in new.items()}
         pools = list(written.values())
         out = None
-        if self.kernel and not v_features and self._divides_heads(k.shape[2]):
-            out = self.in_kernel(pools, layer, q, scale, window, sinks)
+        if self.kernel and self._divides_heads(q.shape[2] if v_features else k.shape[2]):
+            out = self.in_kernel(pools, layer, q, scale, v_features, window, sinks)
         if out is None:
             out = self.attend(pools, layer, q, scale, v_features, window, sinks)
         return out, cache | written
@@ -134,35 +134,42 @@ class PagedAttention:
         return pool.at[pages.reshape(-1)].set(_finite(new).reshape(-1, page_size, *new.shape[2:]))
 
     def in_kernel(
-        self, pools: list[Array], layer: Array, q: Array, scale: float, window: int, sinks: Array | None
+        self,
+        pools: list[Array],
+        layer: Array,
+        q: Array,
+        scale: float,
+        v_features: int,
+        window: int,
+        sinks: Array | None,
     ) -> Array | None:
         """`attend` as one kernel for a GPU; None where the kernel cannot run these shapes."""
         # Here, because a CPU that never needs Pallas should not wait for its import.
         from tx_async.engine import prefill_kernel
 
-        if not prefill_kernel.fits(q, pools[0], self.layout.page_size):
+        if not prefill_kernel.fits(q, pools[0], self.layout.page_size, v_features):
             return None
+        run = partial(prefill_kernel.attend, scale=scale, v_features=v_features, window=window)
         starts = jnp.where(self.alive, self.positions[:, 0], -q.shape[1])
-
-        def run(q: Array, keys: Array, values: Array, tables: Array, starts: Array, first: Array, sinks: Any) -> Array:
-            return prefill_kernel.attend(q, keys, values, tables, starts, first, scale, window, sinks)
-
         tables, layer = self.place(layer, window)
-        return self._for_own_heads(run, q, *pools, tables, starts, layer * self.layout.num_pages, sinks)
+        return self._for_own_heads(run, q, pools, tables, starts, layer * self.layout.num_pages, sinks)
 
-    def _divides_heads(self, kv_heads: int) -> bool:
-        return self.mesh is None or kv_heads % self.mesh.shape["tensor"] == 0
+    def _divides_heads(self, num_heads: int) -> bool:
+        """num_heads: key heads, or where one serves all, query heads."""
+        return self.mesh is None or num_heads % self.mesh.shape["tensor"] == 0
 
-    def _for_own_heads(self, run: Any, q: Array, *rest: Any) -> Array:
-        """run(q [R, …, H, D], keys, values, tables, starts, first page, sinks or nothing) -> as q; on a mesh, on each
-        device for its rows and heads."""
+    def _for_own_heads(
+        self, run: Any, q: Array, pools: list[Array], tables: Array, at: Array, first_page: Array, sinks: Array | None
+    ) -> Array:
+        """run(q [R, …, H, D], pools, tables, positions, first page, sinks) -> [R, …, H, Dv]; on a mesh, on each device
+        for its rows and heads. A pool of latents is whole on every device."""
+        inputs = q, pools, tables, at, first_page, sinks
         if self.mesh is None:
-            return run(q, *rest)
-        rows, pool = row_axis(self.mesh, q.shape[0]), PartitionSpec(None, None, "tensor")
+            return run(*inputs)
+        rows, pool = row_axis(self.mesh, q.shape[0]), PartitionSpec(None, None, "tensor" if len(pools) > 1 else None)
         mine, of_row = PartitionSpec(rows, *[None] * (q.ndim - 3), "tensor"), PartitionSpec(rows)
-        specs = (mine, pool, pool, of_row, of_row, PartitionSpec(), PartitionSpec("tensor"))[: 1 + len(rest)]
-        local = jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=mine, check_vma=False)
-        return local(q, *rest)
+        specs = mine, pool, of_row, of_row, PartitionSpec(), PartitionSpec("tensor")
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=mine, check_vma=False)(*inputs)
 
     def attend(
         self,
@@ -225,16 +232,23 @@ class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page."""
 
     def in_kernel(
-        self, pools: list[Array], layer: Array, q: Array, scale: float, window: int, sinks: Array | None
+        self,
+        pools: list[Array],
+        layer: Array,
+        q: Array,
+        scale: float,
+        v_features: int,
+        window: int,
+        sinks: Array | None,
     ) -> Array | None:
         from tx_async.engine import paged_kernel
 
-        if sinks is not None or not paged_kernel.fits(pools[0], self.layout.page_size):
+        if not paged_kernel.fits(pools[0], self.layout.page_size, v_features):
             return None
-        run = partial(paged_kernel.attend, scale=scale, window=window)
+        run = partial(paged_kernel.attend, scale=scale, v_features=v_features, window=window)
         tables, layer = self.place(layer, window)
         where = tables, self.positions[:, 0], layer * self.layout.num_pages
-        return self._for_own_heads(run, q[:, 0], *pools, *where)[:, None]
+        return self._for_own_heads(run, q[:, 0], pools, *where, sinks)[:, None]
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)
