@@ -36,7 +36,7 @@ def test_every_fact_of_the_table_is_used_outside_of_it():
 
 
 def test_what_only_a_cpu_wants_is_off_elsewhere():
-    only_cpu = ("joins_lora", "reads_pages_in_place", "own_rank_programs", "copies_weights", "overlaps")
+    only_cpu = ("joins_lora", "decodes_in_place", "own_rank_programs", "copies_weights", "overlaps")
     assert all(getattr(CPU, name) for name in only_cpu)
     assert not any(getattr(ACCELERATOR, name) for name in only_cpu)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tx_async.layers import delta_rule
+from tx_async.layers import cpu, delta_rule
 from tx_async.layers.delta_rule import ChunkTransition, Inputs
 
 H, DK, DV, LENGTH = 2, 4, 6, 150
@@ -47,6 +47,11 @@ def sequential(x: Inputs, segments: np.ndarray, state: np.ndarray | None = None)
             out[r, t] = np.einsum("hkv,hk->hv", held, q[r, t])
         states.append(held)
     return out, np.stack(states)
+
+
+def one_step(x: Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    write, out = delta_rule.step(x, state)
+    return write(state), out
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,10 +99,26 @@ def test_a_chunk_and_single_steps_go_on_from_a_state():
     found, out = ChunkTransition.of(x, jnp.asarray(same), jnp.zeros(3, jnp.int32))(jnp.asarray(state, jnp.float32))
     np.testing.assert_allclose(out, expected, atol=1e-5)
     np.testing.assert_allclose(found, last, atol=1e-5)
-    step, held = jax.jit(delta_rule.step), jnp.asarray(state, jnp.float32)
+    step, held = jax.jit(one_step), jnp.asarray(state, jnp.float32)
     for t in range(20):
         held, out = step(Inputs(*(y[:, t : t + 1] for y in x)), held)
         np.testing.assert_allclose(out[:, 0], expected[:, t], atol=1e-5)
+
+
+def test_rows_written_one_by_one_into_their_slots_have_the_bits_of_all_at_once():
+    """And no other slot changes, though unused rows share one."""
+    x, rng = random_inputs(1, rows=4), np.random.default_rng(3)
+    pool, slots = jnp.asarray(rng.standard_normal((7, H, DK, DV)), jnp.float32), jnp.array([5, 0, 2, 0])
+
+    @jax.jit
+    def both(pool: jax.Array) -> tuple[jax.Array, jax.Array]:
+        write, _ = delta_rule.step(x, pool[slots])
+        return cpu.written_row_by_row(pool, slots, write, pool[slots]), write(pool[slots])
+
+    after, states = both(pool)
+    np.testing.assert_array_equal(after[slots[:3]], states[jnp.array([0, 3, 2])])
+    others = np.array([1, 3, 4, 6])
+    np.testing.assert_array_equal(after[others], pool[others])
 
 
 def test_memory_of_the_backward_pass_grows_with_the_tokens():

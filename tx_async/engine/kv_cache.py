@@ -58,8 +58,8 @@ class CacheLayout:
     chunk_pages: int
     num_slots: int = 0
     """Slots of recurrent state, the null slot included."""
-    reads_in_place: bool = False
-    """How a decode step's attention reads pages (`page_products.py`)."""
+    decodes_in_place: bool = False
+    """How a decode step reads pages (`page_products.py`) and writes states."""
     paging: Paging = ONE_TABLE
 
     @classmethod
@@ -82,7 +82,7 @@ class CacheLayout:
             page_size=page_size,
             table_pages=-(-context_pages // chunk_pages) * chunk_pages,
             chunk_pages=chunk_pages,
-            reads_in_place=platform.reads_pages_in_place,
+            decodes_in_place=platform.decodes_in_place,
             paging=paging,
         )
 

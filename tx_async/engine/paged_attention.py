@@ -20,6 +20,7 @@ from tx_async.engine.kv_cache import NULL_PAGE, CacheLayout, Pools
 from tx_async.engine.page_products import Products
 from tx_async.engine.state_slots import NULL_SLOT
 from tx_async.layers.attention import MASKED, with_sink
+from tx_async.layers.cpu import written_row_by_row
 from tx_async.layers.sharding import row_axis
 
 
@@ -254,9 +255,14 @@ class DecodeAttention(PagedAttention):
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)
         begins = self.positions[:, :1] == 0  # a prompt of one token has no prefill
         before = jnp.where(begins[..., None], 0, cache["conv"][slots])
-        state, out = rule.step(x, before, jnp.where(begins[..., None, None], 0, cache["state"][slots]))
+        held = jnp.where(begins[..., None, None], 0, cache["state"][slots])
+        write, out = rule.step(x, before, held)
         after = rule.history(x, before, jnp.ones(len(slots), jnp.int32))
-        return out, cache | {"conv": cache["conv"].at[slots].set(after), "state": cache["state"].at[slots].set(state)}
+        if self.layout.decodes_in_place and self.mesh is None:
+            states = written_row_by_row(cache["state"], slots, write, held)
+        else:
+            states = cache["state"].at[slots].set(write(held))
+        return out, cache | {"conv": cache["conv"].at[slots].set(after), "state": states}
 
     def write(self, pool: Array, layer: Array, new: Array, window: int) -> Array:
         page_size = self.layout.page_size
@@ -267,7 +273,7 @@ class DecodeAttention(PagedAttention):
         return pool.at[pages, position % page_size].set(_finite(new[:, 0]))
 
     def _products(self, pool: Array, group: int) -> Products:
-        return page_products.of_one_token(pool, group, self.layout.reads_in_place)
+        return page_products.of_one_token(pool, group, self.layout.decodes_in_place)
 
 
 def _finite(x: Array) -> Array:

@@ -56,8 +56,9 @@ class Platform:
     per row; 0 = no limit."""
     cache_chunk_tokens: int
     """Keys of each row that one turn of the attention loop reads: few enough for a CPU's cache."""
-    reads_pages_in_place: bool
-    """`layers/cpu.py` reads pages again for each query head rather than storing what it read."""
+    decodes_in_place: bool
+    """`layers/cpu.py` reads pages again for each query head rather than storing what it read, and writes recurrent
+    states row by row rather than storing them for a scatter."""
     own_rank_programs: bool
     """A CPU waits for adapters to be read; an accelerator is slowed by a branch in every layer."""
     least_decode_rows: int
@@ -116,7 +117,7 @@ CPU = Platform(
     prefill_rows=(4, 16, 64),
     decode_rows_max=16,
     cache_chunk_tokens=64,
-    reads_pages_in_place=True,
+    decodes_in_place=True,
     own_rank_programs=True,
     least_decode_rows=4,
     grouped_lora=False,
@@ -147,7 +148,7 @@ ACCELERATOR = Platform(
     prefill_rows=(1, 4, 8),
     decode_rows_max=0,
     cache_chunk_tokens=512,
-    reads_pages_in_place=False,
+    decodes_in_place=False,
     own_rank_programs=False,
     least_decode_rows=2,
     grouped_lora=True,

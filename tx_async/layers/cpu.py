@@ -7,6 +7,7 @@ which of them run. A reader who wants to understand a model can pass over them.
 - `joined`: W and B of a row that is alone, joined in one product (training).
 - `OwnRankActive`: adapters in wider slots, read at the class of their own rank (sampling).
 - `scores_in_place`, `weighted_in_place`: pages that are read again for each query head rather than stored.
+- `written_row_by_row`: recurrent states that go from the arithmetic to their slots without a copy.
 """
 
 from __future__ import annotations
@@ -111,3 +112,15 @@ def _scores_of_head(q: Array, keys: Array) -> Array:
 def _weighted_of_head(weights: Array, values: Array) -> Array:
     """weights [R, Hkv, C] of one query head of each key head, values [R, C, Hkv, D] -> [R, Hkv, D] fp32."""
     return (values * weights.transpose(0, 2, 1)[..., None]).sum(1)
+
+
+def written_row_by_row(pool: Array, slots: Array, write: Any, states: Array) -> Array:
+    """pool [slots, …], states [R, …] -> the pool, where slots[r] holds `write` of row r and its state; a slot that
+    several rows name gets the last one's. One scatter of all rows would first store all that it writes, and what
+    `write` is made of would be computed again for each element of a state."""
+
+    def one(pool: Array, row: Any) -> tuple[Array, None]:
+        slot, write, state = row
+        return jax.lax.dynamic_update_index_in_dim(pool, write(state), slot, 0), None
+
+    return jax.lax.scan(one, pool, (slots, write, states))[0]

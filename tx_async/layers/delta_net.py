@@ -14,7 +14,7 @@ from jax import Array
 from tx_async.layers import delta_rule
 from tx_async.layers.attention import Cache
 from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
-from tx_async.layers.delta_rule import ChunkTransition, Inputs
+from tx_async.layers.delta_rule import ChunkTransition, Inputs, Write
 from tx_async.layers.linear import project, project_back
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import rms_norm
@@ -134,8 +134,8 @@ class Rule(NamedTuple):
         same = jnp.zeros(x.g.shape[:2], jnp.int32)
         return ChunkTransition.of(inputs, same, same[:, 0])
 
-    def step(self, x: Mixed, history: Array, state: Array) -> tuple[Array, Array]:
-        """Decode: L = 1 -> (the next state, fp32 [R, 1, value heads, value_dim])."""
+    def step(self, x: Mixed, history: Array, state: Array) -> tuple[Write, Array]:
+        """Decode: L = 1 -> (what makes the next state, fp32 [R, 1, value heads, value_dim])."""
         return delta_rule.step(self._inputs(x, history, jnp.full(x.g.shape[:2], self.net.kernel)), state)
 
     def history(self, x: Mixed, before: Array, counts: Array) -> Array:

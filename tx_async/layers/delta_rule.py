@@ -125,8 +125,22 @@ def _chunked(x: Array, size: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def step(x: Inputs, state: Array) -> tuple[Array, Array]:
-    """One token a row: L = 1, state [R, H, dk, dv] -> (the next state, o [R, 1, H, dv]).
+class Write(NamedTuple):
+    """What one token of each row makes of its state: exp(g) S + k uᵀ."""
+
+    decay: Array
+    """[R, H, 1]"""
+    k: Array
+    """[R, H, dk]"""
+    u: Array
+    """[R, H, dv]"""
+
+    def __call__(self, state: Array) -> Array:
+        return state * self.decay[..., None] + self.k[..., None] * self.u[..., None, :]
+
+
+def step(x: Inputs, state: Array) -> tuple[Write, Array]:
+    """One token a row: L = 1, state [R, H, dk, dv] -> (what it writes, o [R, 1, H, dv]).
 
     o is computed as exp(g) Sᵀ q + (k · q) u, from the state that came in: so one product reads the state for k and q.
     """
@@ -135,7 +149,7 @@ def step(x: Inputs, state: Array) -> tuple[Array, Array]:
     read = decay[..., None] * _dot("rhik,rhkv->rhiv", jnp.stack([k, q], axis=2), state)
     u = (v - read[:, :, 0]) * beta[..., None]
     out = read[:, :, 1] + (k * q).sum(-1, keepdims=True) * u
-    return state * decay[..., None] + k[..., None] * u[:, :, None], out[:, None]
+    return Write(decay, k, u), out[:, None]
 
 
 def _exp_where(there: Array, x: Array) -> Array:
