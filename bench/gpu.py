@@ -41,7 +41,7 @@ from machine import Matmul, Memory, num_multiplied
 from tx_async.engine import compilation
 from tx_async.engine.decode_batches import bucket, prefill_rows
 from tx_async.engine.engine import JaxEngine
-from tx_async.engine.kernels import flash_difference, paged_difference, prefill_difference
+from tx_async.engine.kernels import TrainedHeads, flash_difference, paged_difference, prefill_difference
 from tx_async.engine.kv_cache import token_bytes
 from tx_async.engine.platform import current
 from tx_async.layers.weights import Weight
@@ -88,6 +88,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": QWEN3_TINY,
 }
+HEADS = (
+    TrainedHeads(128, 128),
+    TrainedHeads(64, 64, has_window=True, has_sinks=True),  # gpt-oss
+    TrainedHeads(96, 96),  # Phi-3
+    TrainedHeads(192, 128),  # latent attention
+    TrainedHeads(256, 256, has_window=True),  # Gemma 3
+)
+"""Those with which the kernels of training are compared."""
 TINY = {"models": ["tiny"], "rows": [2], "batches": [1, 8], "row_length": 128, "context": 32, "seconds": 0.2}
 DTYPE = "bfloat16"
 RANK = 32
@@ -347,7 +355,7 @@ def main() -> None:
     compilation.use_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "bench-jax"))
     platform = current().name
     differences = {
-        "flash_attention": flash_difference,
+        **{f"flash_attention {heads.features}/{heads.values}": partial(flash_difference, heads) for heads in HEADS},
         "paged_attention": paged_difference,
         "paged_prefill": prefill_difference,
     }

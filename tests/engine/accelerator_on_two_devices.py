@@ -51,16 +51,16 @@ def main(model: str, folder: str) -> None:
 
 
 def flash(mesh: Mesh | None) -> dict[str, np.ndarray]:
-    """Outputs and gradients of two packed rows."""
+    """Outputs and gradients of two packed rows, with a window and sinks."""
     rng = np.random.default_rng(0)
     q, k, v, direction = (jnp.asarray(rng.standard_normal((2, 128, n, 16)), jnp.bfloat16) for n in (4, 2, 2, 4))
-    lengths = ((128,), (50, 78))
+    sinks, lengths = jnp.linspace(-2.0, 4.0, 4), ((128,), (50, 78))
     positions = jnp.asarray([np.concatenate([np.arange(n) for n in row]) for row in lengths], jnp.int32)
     segments = jnp.asarray([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths], jnp.int32)
 
     @partial(jax.jit, static_argnums=0)
     def of(mesh: Mesh | None) -> Any:
-        attend = lambda q, k, v: flash_attention(q, k, v, positions, segments, 0.25, True, mesh)  # noqa: E731
+        attend = lambda q, k, v: flash_attention(q, k, v, sinks, positions, segments, 0.25, 40, True, mesh)  # noqa: E731
         out, back = jax.vjp(attend, q, k, v)
         return out, *back(direction)
 

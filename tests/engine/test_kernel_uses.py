@@ -102,9 +102,9 @@ def test_reasons_name_the_shape_that_is_none_of_a_kernels():
     assert of(QWEN3_TINY | {"head_dim": 24})["decode attention"] == "heads of 24 features"
     assert of(DEEPSEEK_V3_TINY)["decode attention"] == "latents of 32 + 8 features"
     assert of(LATENT)["decode attention"] == of(LATENT)["prefill attention"] == ""
-    assert of(GPT_OSS_TINY)["decode attention"] == ""
+    assert of(DEEPSEEK_V3_TINY)["training attention"] == "heads of 24 features"
+    assert of(GPT_OSS_TINY)["training attention"] == of(GPT_OSS_TINY)["decode attention"] == ""
     assert set(of(QWEN3_TINY, dtype="float32").values()) == {"in float32"}
-    assert of(GPT_OSS_TINY)["training attention"] == "sinks"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tx_async.engine.devices import NOT_HERE
-from tx_async.engine.kernels import HEADS, PLAIN, Kernels, Paged, choose
+from tx_async.engine.kernels import HEADS, PLAIN, Kernels, Paged, TrainedHeads, choose
 from tx_async.engine.platform import Platform
 from tx_async.errors import TxError
 from tx_async.layers.mla import LatentAttention
@@ -36,9 +36,20 @@ def choose_for(model: Decoder, here: Platform) -> Kernels:
     """The kernels that run on this device, tried with what the model's layers have."""
     if not here.paged_kernel:
         return choose(here)
-    mixers = (layer.mixer for layer in model.layers if layer.mixer.keeps.pages)
+    mixers = [layer.mixer for layer in model.layers if layer.mixer.keeps.pages]
     tensor = model.mesh.shape["tensor"] if model.mesh is not None else 1
-    return choose(here, tuple(dict.fromkeys(_paged(mixer, tensor) for mixer in mixers)) or (Paged(),))
+    paged = tuple(dict.fromkeys(_paged(mixer, tensor) for mixer in mixers)) or (Paged(),)
+    return choose(
+        here, paged, tuple(dict.fromkeys(_trained_heads(mixer, model.mesh) for mixer in mixers)) or (TrainedHeads(),)
+    )
+
+
+def _trained_heads(mixer: Any, mesh: Any) -> TrainedHeads:
+    """The case that is like the mixer."""
+    if _Shapes(jnp.dtype(jnp.bfloat16), 0, 0, mesh).not_in_training(mixer):
+        return TrainedHeads()
+    _, features, values = _heads(mixer)
+    return TrainedHeads(features, values, mixer.keeps.window > 0, getattr(mixer, "sinks", False))
 
 
 def _paged(mixer: Any, tensor: int) -> Paged:
@@ -56,6 +67,14 @@ def _paged(mixer: Any, tensor: int) -> Paged:
 def _v_features(mixer: Any) -> int:
     """As in `Attend`: what its one pool has of values."""
     return mixer.kv_lora_rank if isinstance(mixer, LatentAttention) else 0
+
+
+def _heads(mixer: Any) -> tuple[int, int, int]:
+    """(key heads, features of a query or key, features of a value) as training has them."""
+    if isinstance(mixer, LatentAttention):
+        return mixer.num_heads, mixer.nope_dim + mixer.rope_dim, mixer.v_dim
+    (heads, features), (_, values) = mixer.keeps.pages.values()
+    return heads, features, values
 
 
 def of_folder(folder: str, here: Platform) -> tuple[KernelUse, ...]:
@@ -114,10 +133,9 @@ class _Shapes:
     def not_in_training(self, mixer: Any) -> str:
         from tx_async.layers import flash_attention
 
-        keys, features, values = self._heads(mixer)
+        keys, features, values = _heads(mixer)
         row = lambda width: self._array(1, flash_attention.BLOCK, keys, width)  # noqa: E731
-        fits = flash_attention.fits(row(features), row(values), self.mesh)
-        return self._why(mixer, fits, sinks="sinks", window="a window")
+        return self._why(mixer, flash_attention.fits(row(features), row(values), self.mesh))
 
     def not_in_decode(self, mixer: Any) -> str:
         from tx_async.engine import paged_kernel
@@ -133,7 +151,7 @@ class _Shapes:
 
     def _over_pages(self, mixer: Any, fits: bool) -> str:
         latents = f"latents of {mixer.kv_lora_rank} + {mixer.rope_dim} features" if _v_features(mixer) else ""
-        return self._why(mixer, fits and not self._heads(mixer)[0] % self._tensor, latents)
+        return self._why(mixer, fits and not _heads(mixer)[0] % self._tensor, latents)
 
     def not_of_experts(self, mlp: MoeMlp) -> str:
         from tx_async.layers import grouped_kernel
@@ -152,28 +170,17 @@ class _Shapes:
         heads, features = next(iter(mixer.keeps.pages.values()))
         return self._array(1, self.page_size, heads, features)
 
-    def _heads(self, mixer: Any) -> tuple[int, int, int]:
-        """(key heads, features of a query or key, features of a value) as training has them."""
-        if isinstance(mixer, LatentAttention):
-            return mixer.num_heads, mixer.nope_dim + mixer.rope_dim, mixer.v_dim
-        (heads, features), (_, values) = mixer.keeps.pages.values()
-        return heads, features, values
-
     @property
     def _tensor(self) -> int:
         return self.mesh.shape["tensor"] if self.mesh is not None else 1
 
-    def _why(self, mixer: Any, fits: bool, what: str = "", **refused: str) -> str:
-        """what: has no such kernel, by default its heads. refused: attribute of a mixer -> what the kernel does not
-        have."""
-        for name, what in refused.items():
-            if getattr(mixer, name, None):
-                return what
+    def _why(self, mixer: Any, fits: bool, what: str = "") -> str:
+        """what: has no such kernel, by default its heads."""
         if fits:
             return ""
         if self.dtype.itemsize != 2:
             return f"in {self.dtype}"
-        heads, features, _ = self._heads(mixer)
+        heads, features, _ = _heads(mixer)
         if heads % self._tensor:
             return f"{heads} key heads on {self._tensor} devices"
         return what or f"heads of {features} features"

@@ -54,6 +54,16 @@ class Paged(NamedTuple):
         return jnp.asarray(rng.standard_normal(self.heads), jnp.float32) if self.has_sinks else None
 
 
+class TrainedHeads(NamedTuple):
+    """What the heads of a layer have in training, and its kernel is tried with."""
+
+    features: int = HEADS[0]
+    """Of a query or a key."""
+    values: int = HEADS[0]
+    has_window: bool = False
+    has_sinks: bool = False
+
+
 log = logging.getLogger(__name__)
 
 
@@ -75,12 +85,15 @@ NO_KERNELS = Kernels()
 ALL_KERNELS = Kernels(flash_attention=True, paged_attention=True, paged_prefill=True, grouped_product=True)
 
 
-def choose(here: Platform, paged: Sequence[Paged] = (Paged(),)) -> Kernels:
-    """The kernels that run on this device; on a mesh, on every device: of its processes each tries its first. paged:
-    what the model's layers have in the KV cache."""
+def choose(
+    here: Platform, paged: Sequence[Paged] = (Paged(),), trained: Sequence[TrainedHeads] = (TrainedHeads(),)
+) -> Kernels:
+    """The kernels that run on this device; on a mesh, on every device: of its processes each tries its first. paged,
+    trained: what the model's layers have in the KV cache and in training."""
+    of_training = partial(_largest, flash_difference, trained)
     of_decode, of_prefill = (partial(_largest, of, paged) for of in (paged_difference, prefill_difference))
     return Kernels(
-        flash_attention=here.flash_kernel and _is_right_everywhere("flash_attention", flash_difference),
+        flash_attention=here.flash_kernel and _is_right_everywhere("flash_attention", of_training),
         paged_attention=here.paged_kernel and _is_right_everywhere("paged_attention", of_decode),
         paged_prefill=here.paged_kernel and _is_right_everywhere("paged_prefill", of_prefill),
         grouped_product=here.grouped_kernel and _is_right_everywhere("grouped_product", grouped_difference),
@@ -109,28 +122,33 @@ def _is_right(name: str, difference: Callable[[], float]) -> bool:
     return found <= TOLERANCE
 
 
-def _largest(difference: Callable[[Paged], float], paged: Sequence[Paged]) -> float:
-    return float(np.max([difference(x) for x in paged]))  # a NaN among them is the largest
+def _largest(difference: Callable[[Any], float], cases: Sequence[Any]) -> float:
+    return float(np.max([difference(case) for case in cases]))  # a NaN among them is the largest
 
 
-def flash_difference(interpret: bool = False) -> float:
+def flash_difference(trained: TrainedHeads = TrainedHeads(), interpret: bool = False) -> float:
     """The difference between the kernels and plain attention, in outputs and gradients of two packed rows."""
     from tx_async.layers.flash_attention import flash_attention
 
     rng = np.random.default_rng(0)
-    q, k, v, direction = (jnp.asarray(rng.standard_normal((2, 256, n, 64)), jnp.bfloat16) for n in (4, 2, 2, 4))
+    sizes = ((4, trained.features), (2, trained.features), (2, trained.values), (4, trained.values))
+    q, k, v, direction = (jnp.asarray(rng.standard_normal((2, 256, *size)), jnp.bfloat16) for size in sizes)
+    sinks = jnp.asarray(rng.standard_normal(4), jnp.float32) if trained.has_sinks else None
     lengths = ((256,), (100, 156))
     positions = jnp.asarray([np.concatenate([np.arange(n) for n in row]) for row in lengths], jnp.int32)
     segments = jnp.asarray([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths], jnp.int32)
+    scale, window = trained.features**-0.5, 70 if trained.has_window else 0
 
-    def of(attend: Callable[..., Array]) -> tuple[Array, ...]:
-        out, back = jax.vjp(attend, q, k, v)
+    def of(attend: Any, option: Any) -> tuple[Array, ...]:
+        def run(q: Array, k: Array, v: Array) -> Array:
+            return attend(q, k, v, sinks, positions, segments, scale, window, option)
+
+        out, back = jax.vjp(run, q, k, v)
         return out, *back(direction)
 
     @jax.jit
     def both() -> Array:
-        plain = of(lambda q, k, v: packed_attention(q, k, v, None, positions, segments, 0.125, 0, 64))
-        kernel = of(lambda q, k, v: flash_attention(q, k, v, positions, segments, 0.125, interpret))
+        plain, kernel = of(packed_attention, 64), of(flash_attention, interpret)
         return jnp.stack([_gap(a, b) for a, b in zip(plain, kernel, strict=True)]).max()
 
     return float(both())

@@ -92,13 +92,13 @@ class PackedAttention:
         sinks: Array | None = None,
     ) -> tuple[Array, Cache]:
         v = k[..., :v_features] if v is None else v
-        if self.flash and not window and sinks is None:
+        if self.flash:
             # Here, because a CPU that never needs Pallas should not wait for its import.
             from tx_async.layers import flash_attention
 
             if flash_attention.fits(q, v, self.mesh):
                 packing = self.positions, self.segment_ids
-                out: Any = flash_attention.flash_attention(q, k, v, *packing, scale, False, self.mesh)
+                out: Any = flash_attention.flash_attention(q, k, v, sinks, *packing, scale, window, False, self.mesh)
                 return out, cache
         return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window, self.block), cache
 
