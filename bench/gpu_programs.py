@@ -42,7 +42,7 @@ FLAGS = (
 )
 LAYERS = 2
 DEPTH, DEPTH_MOE = 36, 48
-LIVE_TOKENS = 2048
+LIVE_TOKENS = 512
 CONTEXT = 40_960
 QWEN3_8B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -125,7 +125,11 @@ def targets() -> list[Target]:
         *(Target(f"train-{r}x{length}", f"forward_backward {r}x{length} K=1 rank=32") for r, length in rows),
         Target("optim-32", "optim_step rank=32"),
         Target("decode-32-tp8", "decode 32", tensor=8),
+        Target("prefill-1-tp8", "prefill 1", tensor=8),
+        Target("score-8-tp8", "score 8", tensor=8),
         Target("train-1x4096-tp8", "forward_backward 1x4096 K=1 rank=32", tensor=8),
+        Target("train-4x512-tp8", "forward_backward 4x512 K=1 rank=32", tensor=8),
+        Target("optim-32-tp8", "optim_step rank=32", tensor=8),
         Target("decode-32-moe", "decode 32", "moe"),
         Target("train-1x4096-moe", "forward_backward 1x4096 K=1 rank=32", "moe"),
         Target("decode-32-moe-ep8", "decode 32", "moe", expert=8),

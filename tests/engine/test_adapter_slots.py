@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,3 +90,14 @@ def test_a_sampler_slot_is_loaded_in_place(apart):
     whole: Any = {"layers": {"q": expected}}
     jax.tree.map(np.testing.assert_array_equal, slots.weights, layers_apart(whole) if apart else whole)
     assert slots.scale.tolist() == [0.5, 0, 0.5, 0]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_a_narrow_sampler_slot_cannot_hold_is_its_largest_value(apart):
+    """An infinity times the zeros of other rows would be a NaN in them."""
+    targets = {"layers": {"q": LoraTarget("attn", 8, 16, ("a",))}}
+    slots = SamplerAdapters(targets, num_slots=2, rank=2, dtype=jnp.bfloat16, apart=apart)
+    largest = np.finfo(np.float32).max
+    adapter: Any = np.full((1, 8, 2), largest), np.full((1, 2, 16), -largest)
+    weights = slots.write(slots.weights, jnp.int32(1), {"layers": {"q": adapter}})
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() and x.any() for x in jax.tree.leaves(weights))

@@ -86,10 +86,20 @@ def write_slot(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWei
 
 
 def write_layers(layers: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
-    """`write_slot` for slots that are lists of layers."""
+    """`write_finite` for slots that are lists of layers."""
     one = layers_apart(jax.tree.map(lambda w: w[:, None], adapter))
     write: Any = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=0)
-    return jax.tree.map(lambda layer, mine: write(layer, mine.astype(layer.dtype)), layers, one)
+    return jax.tree.map(lambda layer, mine: write(layer, _finite(mine, layer.dtype)), layers, one)
+
+
+def write_finite(stack: LoraWeights, slot: Array, adapter: LoraWeights) -> LoraWeights:
+    """Write an adapter into a sampler slot. What its dtype would round to an infinity becomes the largest value: a zero
+    times any value of any slot is a zero (`LoraGrouped`)."""
+    return write_slot(stack, slot, jax.tree.map(lambda x, one: _finite(one, x.dtype), stack, adapter))
+
+
+def _finite(x: Array, dtype: Any) -> Array:
+    return jnp.nan_to_num(x.astype(dtype))
 
 
 def at(slot: Array, stack: Array) -> list[Array | int]:
@@ -230,7 +240,7 @@ class SamplerAdapters:
         make = partial(_sampler_zeros, targets, num_slots, rank, dtype, apart)
         self.sharding = by_path(_layers_apart, sharding) if apart and sharding else sharding
         #: the program that writes an adapter into a slot
-        self.write = write_layers if apart else write_slot
+        self.write = write_layers if apart else write_finite
         self.weights: LoraWeights = allocate(make, self.sharding)
         #: fp32 [slots], on the host: each quantum takes it as data
         self.scale: Any = np.zeros(num_slots, np.float32)

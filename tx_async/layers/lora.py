@@ -303,10 +303,11 @@ class LoraActive:
 
 @struct.dataclass
 class LoraGrouped(LoraActive):
-    """Without a branch, so that a step is one stretch of work for an accelerator. Rows of one token: each adapter
-    multiplies all rows in one grouped product, and each row takes its own adapter's result. Rows of many tokens: each
-    brings its adapter. What another adapter computes for a row is not added, not even times zero: a NaN stays in its
-    adapter's rows."""
+    """Without a branch, so that a step is one stretch of work for an accelerator. Rows of one token: all A's multiply
+    every row, each row keeps what its own adapter made of it and zeros for the others, and one product with all B's
+    adds up what is kept. Rows of many tokens: each brings its adapter. No row's NaN reaches another: rows are never
+    added up, and zeros hide other adapters because the values of sampler slots are finite
+    (`adapter_slots.write_finite`)."""
 
     def deltas(self, layer: dict[str, PairOfLayer], names: tuple[str, ...], x: Array) -> list[Array]:
         if x.shape[1] > 1:
@@ -326,11 +327,11 @@ class LoraGrouped(LoraActive):
         *matrices, layer = self._matrices(pair)
         a, b = (w[layer] if adapters is None else w[layer][adapters] for w in matrices)
         scale = self.scale if adapters is None else self.scale[adapters]
-        low = jnp.einsum("rd,sdk->srk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-        low = (low * scale[:, None, None]).astype(x.dtype)
-        of_all = jnp.einsum("srk,sko->sro", low, b.astype(x.dtype))
-        mine = of_all[places, jnp.arange(x.shape[0])]
-        return jnp.where(self._adapted(mine.ndim), mine, 0)
+        low = jnp.einsum("rd,sdk->rsk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
+        low = (low * scale[:, None]).astype(x.dtype)
+        mine = self._adapted(2) & (jnp.arange(scale.shape[0]) == places[:, None])
+        low = jnp.where(mine[:, :, None], low, 0)
+        return jnp.einsum("rk,ko->ro", low.reshape(x.shape[0], -1), b.astype(x.dtype).reshape(-1, b.shape[-1]))
 
     def _adapted(self, ndim: int) -> Array:
         """Which rows have an adapter."""
