@@ -14,6 +14,7 @@ from tx_async.engine.head import CHUNK_TOKENS
 from tx_async.engine.kernel_uses import KernelUse, uses
 from tx_async.engine.kernels import Kernels
 from tx_async.engine.platform import Platform
+from tx_async.layers.grouped import block_shape
 from tx_async.layers.residuals import NOTHING, Recompute
 from tx_async.layers.sharding import holds_whole_layers, spec_of
 from tx_async.layers.weights import Stack, Weight
@@ -188,9 +189,17 @@ class Temporaries:
         rank = self.config.max_lora_rank if weight.group else 0
         if not weight.num_experts:
             return out + rank, out + rank
-        router: Any = getattr(layer.mlp, "router", None)
-        times = router.num_experts_per_tok if router else 1
-        return (times * out if weight.name == "down" else 0), times * (out + rank)
+        times = self._expert_rows(weight.num_experts, layer.mlp.router.num_experts_per_tok)
+        if weight.name != "down":
+            return 0, round(times * (out + rank))
+        return round(times * out), round(times * (out + rank + self.model.hidden_size))  # the tokens themselves, too
+
+    def _expert_rows(self, num_experts: int, per_token: int) -> float:
+        """In how many rows a token stands on each device, those that fill blocks included."""
+        axis = self.mesh.shape["expert"]
+        pieces = 1 if num_experts % axis else axis
+        blocks, size = block_shape(BLOCK_TOKENS * per_token, num_experts // pieces, pieces)
+        return blocks * size / BLOCK_TOKENS
 
 
 def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
