@@ -36,7 +36,7 @@ MODELS = {
     "qwen3": QWEN3_TINY,
     "heads of 24": QWEN3_TINY | {"head_dim": 24},
     "experts": WIDE_MOE,
-    "narrow experts": QWEN3_MOE_TINY | {"moe_intermediate_size": 32},
+    "narrow experts": QWEN3_MOE_TINY | {"moe_intermediate_size": 24},
     "windows and sinks": GPT_OSS_TINY,
     "latent": LATENT,
     "narrow latent": DEEPSEEK_V3_TINY,
@@ -112,7 +112,8 @@ def test_reasons_name_the_shape_that_is_none_of_a_kernels():
     [
         ((1, 4, 1), ""),
         ((2, 2, 2), ""),
-        ((1, 2, 4), "64 × 32 features on each of 4 devices in bfloat16"),
+        ((1, 2, 4), ""),
+        ((1, 2, 16), "64 × 8 features on each of 16 devices in bfloat16"),
         ((1, 1, 3), ""),
     ],
 )

@@ -25,10 +25,10 @@ from tx_async.layers.moe import MoeMlp
 from tx_async.layers.router import ChosenSoftmaxRouter
 from tx_async.layers.sharding import AXES
 
-D, F, EXPERTS, PER_TOKEN, RANK = 64, 128, 8, 2, 4
+D, F, EXPERTS, PER_TOKEN, RANK = 64, 96, 8, 2, 4
 SIDES = {"gate": (D, F), "up": (D, F), "down": (F, D)}
 LAYER = MoeMlp(D, F, ChosenSoftmaxRouter(D, EXPERTS, PER_TOKEN), bias=True)
-NARROW = AbstractMesh((1, 2, 4), AXES)
+NARROW = AbstractMesh((1, 2, 16), AXES)
 rng = np.random.default_rng(0)
 
 

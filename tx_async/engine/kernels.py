@@ -219,7 +219,7 @@ def grouped_difference(interpret: bool = False) -> float:
 
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 8, jnp.bfloat16)  # noqa: E731
-    sides = {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
+    sides = {"gate": (128, 96), "up": (128, 96), "down": (96, 128)}
     w: dict[str, Array] = {name: normal(3, *side) for name, side in sides.items()}
     w |= {f"{name}_bias": normal(3, side[1]) for name, side in sides.items()}
     pairs = {
@@ -231,7 +231,7 @@ def grouped_difference(interpret: bool = False) -> float:
         adapter=jnp.array([0, 0, 0, 1, 1, 1], jnp.int32),
         used=jnp.array([True, True, True, True, True, False]),
     )
-    x, direction = normal(6, 16, 64), normal(6, 16, 64)
+    x, direction = normal(6, 16, 128), normal(6, 16, 128)
     x = jnp.where(blocks.used[:, None, None], x, 0)
 
     def of(experts: Any) -> tuple[Array, ...]:

@@ -24,7 +24,7 @@ from tx_async.layers.lora import ExpertLora
 ROWS_MIN = 16
 """The fewest rows that a tensor core takes, and the least rank: thinner matrices are padded with zeros."""
 STRIP = 64
-"""Columns of a program, and how many features it reads at once."""
+"""The most columns of a program, and the most features that it reads at once; fewer where that does not divide them."""
 
 
 class Groups(NamedTuple):
@@ -42,7 +42,7 @@ class Groups(NamedTuple):
 
 def fits(x: Array, w: Matrices) -> bool:
     """Whether the kernels can run: in fp32 Triton's products would be rounded to tf32."""
-    return x.dtype.itemsize == 2 and all(size % STRIP == 0 for size in w["gate"].shape[1:])
+    return x.dtype.itemsize == 2 and all(_strip(size) >= ROWS_MIN for size in w["gate"].shape[1:])
 
 
 def experts_mlp(
@@ -110,7 +110,7 @@ product.defvjp(_keep, _gradients)
 def _multiply(x: Array, w: Array, groups: Groups, transposed: bool, interpret: bool) -> Array:
     num_blocks, rows, inner = x.shape
     outer = w.shape[1] if transposed else w.shape[2]
-    at_once, strip = min(STRIP, inner), min(STRIP, outer)
+    at_once, strip = _strip(inner), _strip(outer)
     numbers = [groups.matrix, groups.used.astype(jnp.int32), groups.order]
     numbers += [] if groups.factor is None else [groups.factor]
     return pl.pallas_call(
@@ -154,7 +154,7 @@ def _multiply_kernel(
 
 def _outer(x: Array, y: Array, groups: Groups, num_matrices: int, interpret: bool) -> Array:
     """x [N, B, D], y [N, B, K] -> fp32 [G, D, K]: for each matrix the sum of xᵀ y over its blocks, in their order."""
-    strip, thin = min(STRIP, x.shape[2]), y.shape[2]
+    strip, thin = _strip(x.shape[2]), y.shape[2]
     mine = (groups.matrix == jnp.arange(num_matrices)[:, None]) & groups.used
     first, count = jnp.argmax(mine, 1).astype(jnp.int32), mine.sum(1, dtype=jnp.int32)
     return pl.pallas_call(
@@ -177,6 +177,11 @@ def _outer_kernel(x_ref: Any, y_ref: Any, first_ref: Any, count_ref: Any, out_re
 
     zeros = jnp.zeros((strip, y_ref.shape[2]), jnp.float32)
     out_ref[...] = jax.lax.fori_loop(0, count_ref[group], add, zeros)
+
+
+def _strip(size: int) -> int:
+    """The largest power of two that divides it, STRIP at most."""
+    return min(STRIP, size & -size)
 
 
 def _whole(x: Array) -> Any:
