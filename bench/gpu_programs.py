@@ -4,8 +4,8 @@
 
 Wants JAX 0.12 with its CUDA plugin (Python 3.12 or newer): `pip install 'jax[cuda13]'`. Every program comes from the
 tables that a server uses: a `JaxEngine` whose arrays are described instead of made (`engine/allocation.py`). The shapes
-are those of Qwen3-8B (and 30B-A3B) at rank 32, with two layers: those that follow are like them. What a training row
-computes again is what the memory plan of all 36 layers says.
+are those of Qwen3-8B (30B-A3B, gpt-oss-20B) at rank 32, with two layers: those that follow are like them. What a
+training row computes again is what the memory plan of all 36 layers says.
 
 What is counted, in XLA's own sequence of steps (`gpu_dump.py`): kernels of a layer; loops and branches whose turns are
 data and which stand outside of CUDA graphs, each a round trip between host and device, in a layer and beside the
@@ -41,7 +41,7 @@ FLAGS = (
     "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_AUTO",
 )
 LAYERS = 2
-DEPTH, DEPTH_MOE = 36, 48
+DEPTH = 36
 LIVE_TOKENS = 512
 CONTEXT = 40_960
 QWEN3_8B: dict[str, Any] = {
@@ -72,6 +72,25 @@ QWEN3_30B_A3B: dict[str, Any] = QWEN3_8B | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+GPT_OSS_20B: dict[str, Any] = QWEN3_8B | {
+    "architectures": ["GptOssForCausalLM"],
+    "vocab_size": 201_088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "attention_bias": True,
+    "max_position_embeddings": 131_072,
+}
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "8b": (QWEN3_8B, DEPTH),
+    "moe": (QWEN3_30B_A3B, 48),
+    "gpt-oss": (GPT_OSS_20B, 24),
+}
+"""Shapes, and how many layers there are of them in truth."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,7 @@ def targets() -> list[Target]:
         Target("train-1x4096-moe", "forward_backward 1x4096 K=1 rank=32", "moe"),
         Target("decode-32-moe-ep8", "decode 32", "moe", expert=8),
         Target("train-1x4096-moe-ep8", "forward_backward 1x4096 K=1 rank=32", "moe", expert=8),
+        Target("train-1x4096-gpt-oss", "forward_backward 1x4096 K=1 rank=32", "gpt-oss"),
     ]
 
 
@@ -161,7 +181,7 @@ def engine_of(model_name: str, tensor: int, expert: int) -> Any:
     wanted = f"1x1x{tensor * expert}"
     topology = topologies.get_topology_desc(platform="cuda", target_config=SPEC.read_text(), topology=wanted)
     mesh = Mesh(np.array(topology.devices).reshape(1, expert, tensor), AXES) if tensor * expert > 1 else None
-    shapes, depth = (QWEN3_8B, DEPTH) if model_name == "8b" else (QWEN3_30B_A3B, DEPTH_MOE)
+    shapes, depth = MODELS[model_name]
     model = from_config(shapes)
     object.__setattr__(model, "mesh", mesh)
     alone = SingleDeviceSharding(topology.devices[0])
@@ -179,7 +199,7 @@ def engine_of(model_name: str, tensor: int, expert: int) -> Any:
         max_lora_rank=32,
     )
     planned = None
-    if model_name == "8b" or expert > 1:  # the experts need more than one device
+    if model_name != "moe" or expert > 1:  # the experts need more than one device
         whole = from_config(shapes | {"num_hidden_layers": depth})
         planned = memory_plan.plan(whole, config, platform.ACCELERATOR, usable("h100"))
     folder = tempfile.mkdtemp(prefix="gpu-programs-")
