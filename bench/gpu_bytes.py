@@ -25,6 +25,7 @@ NO_KERNEL = SAME_BUFFER | {"parameter", "constant", "tuple", "after-all", "parti
 TAKES_PIECES = {"dynamic-slice", "slice", "gather"}
 CHANGES_PIECES = {"dynamic-update-slice": 1, "scatter": 2}
 """opcode -> which operand holds what is written."""
+COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all"}
 
 
 @dataclass
@@ -128,6 +129,12 @@ class Counter:
             live = self._live(kernel, type_)
             touched += size(type_) if live is None else live
         return touched
+
+
+def largest_collective(text: str) -> int:
+    """The bytes of the largest result of an exchange between devices."""
+    instructions = (x for computation in read(text).values() for x in computation.values())
+    return max((size(x.type) for x in instructions if x.opcode.removesuffix("-start") in COLLECTIVES), default=0)
 
 
 def _turns(loop: Instruction) -> int:

@@ -9,10 +9,10 @@ training row computes again is what the memory plan of all 36 layers says.
 
 What is counted, in XLA's own sequence of steps (`gpu_dump.py`): kernels of a layer; loops and branches whose turns are
 data and which stand outside of CUDA graphs, each a round trip between host and device, in a layer and beside the
-layers; weights that are copied out of their stack before they are used; collectives of a layer; temporaries; bytes that
-a decode step touches, over those that it has to. Not what it takes: that needs the device (`bench/gpu.py`).
-`bench/gpu_budgets.json` holds, for each program and count, what may not be exceeded ("budget") and what the design aims
-at ("goal"). With --check the exit code is 1 where one exceeds.
+layers; weights that are copied out of their stack before they are used; collectives of a layer, and the largest of all;
+temporaries; bytes that a decode step touches, over those that it has to. Not what it takes: that needs the device
+(`bench/gpu.py`). `bench/gpu_budgets.json` holds, for each program and count, what may not be exceeded ("budget") and
+what the design aims at ("goal"). With --check the exit code is 1 where one exceeds.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class Figures:
     bytes_over_least: float | None = None
     """What a decode step of all DEPTH layers touches (`gpu_bytes.py`), over the bytes that it has to: weights, the
     adapters that a batch can have, keys and values of LIVE_TOKENS in each row."""
+    largest_collective_mib: float | None = None
+    """The most that one exchange between devices gives each of them: nothing of every slot's size."""
 
 
 COUNTED = tuple(name for name in Figures.__dataclass_fields__ if name != "compile_s")
@@ -245,6 +247,8 @@ def figures_of(target: Target, engines: dict[tuple[str, int, int], Any], dump: P
     figures = counted(target.name, dump, temporaries, seconds, scanned)
     if target.name.startswith("decode-") and key == ("8b", 1, 1):
         figures = replace(figures, bytes_over_least=bytes_over_least(engines[key], target.program, dump))
+    if target.tensor * target.expert > 1:
+        figures = replace(figures, largest_collective_mib=largest_collective_mib(dump))
     return figures
 
 
@@ -267,6 +271,13 @@ def bytes_over_least(engine: Any, program: str, dump: Path) -> float:
     least_beside = _bytes((engine.params["norm"], engine.params["head"])) + of_adapters.get("head", 0)
     layers = DEPTH / LAYERS
     return round((layers * within + beside) / (layers * least_within + least_beside), 3)
+
+
+def largest_collective_mib(dump: Path) -> float:
+    import gpu_bytes
+    import gpu_dump
+
+    return round(gpu_bytes.largest_collective(gpu_dump.optimized(dump)) / 2**20, 1)
 
 
 def _bytes(tree: Any) -> int:

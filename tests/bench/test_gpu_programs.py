@@ -146,6 +146,20 @@ def test_of_what_a_kernel_takes_pieces_of_the_pieces_are_counted():
     assert beside == (32 + 8 + 32) + 3 * (32 + 32)
 
 
+def test_the_largest_exchange_is_found_wherever_it_stands():
+    hlo = """\
+%async (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %sum = f32[4]{0} all-reduce(%x), to_apply=%add
+}
+ENTRY %main (x: f32[4]) -> bf16[4,8] {
+  %both = (f32[4]{0}, f32[2]{0}) all-gather(%x, %x), dimensions={0}
+  ROOT %large = bf16[4,8]{1,0} broadcast(%x), dimensions={0}
+}
+"""
+    assert gpu_bytes.largest_collective(hlo) == 4 * 6
+
+
 def test_a_budget_that_is_exceeded_says_which_and_a_goal_that_is_missed_is_only_told():
     figures = {"round_trips": 4, "temporaries_mib": 10.0}
     budgets = {"decode-4": {"budget": {"round_trips": 3, "temporaries_mib": 10}, "goal": {"temporaries_mib": 5}}}

@@ -26,6 +26,8 @@ from tx_async.models.decoder import unembedding
 
 HEAD = "head"
 """The stack of the unembedding, applied by `head.py`; all others belong to the model's forward."""
+UNROLLED_ROWS_MAX = 4
+"""So many rows are added to their sums without a loop, whose turns the host of a GPU would wait for."""
 
 
 def forward(
@@ -121,4 +123,6 @@ def _accumulate(gradients: LoraWeights, of_rows: LoraWeights, slots: Array) -> L
         return jax.tree.map(lambda total, rows: add_row(r, total, rows), totals, of_rows)
 
     num_rows = slots.shape[0]
-    return add_all(0, gradients) if num_rows == 1 else jax.lax.fori_loop(0, num_rows, add_all, gradients)
+    if num_rows == 1:
+        return add_all(0, gradients)
+    return jax.lax.fori_loop(0, num_rows, add_all, gradients, unroll=num_rows <= UNROLLED_ROWS_MAX)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
@@ -74,11 +75,13 @@ def project_back(
 ) -> Array:
     """`project` for the matrix that leads back to the hidden features, whose `inputs` the tensor axis may cut. Then
     each device adds its shares of the product and of the adapter's part, and one sum over the devices is all that they
-    exchange. In training that sums B's gradients instead of what A makes: of several rows, each with a B, that is more.
-    """
-    is_larger = isinstance(lora, LoraRows) and x.shape[0] > 1
-    if not is_cut(inputs, mesh) or name not in adapters or is_larger:
+    exchange. In training that sums B's gradients instead of what A makes: of several rows, each with a B, that is more,
+    so theirs is the sum of two."""
+    if not is_cut(inputs, mesh) or name not in adapters:
         return project(lora, adapters, w, (name,), x)[0]
+    if isinstance(lora, LoraRows) and x.shape[0] > 1:
+        y = _summed_rows(mesh, lora, adapters[name], w[name], x)
+        return keep(_add(y, w.get(f"{name}_bias")))
 
     def share(x: Array, matrix: Array, adapter: tuple[Any, LayerLora]) -> Array:
         # What is whole on every device, too: so the gradients of B are summed as they are kept, in fp32.
@@ -89,6 +92,21 @@ def project_back(
     specs = (PartitionSpec(None, None, "tensor"), PartitionSpec("tensor"), of_adapter)
     whole = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names={"tensor"})
     return keep(_add(whole(x, w[name], adapter), w.get(f"{name}_bias")))
+
+
+def _summed_rows(mesh: Mesh | None, rows: LoraRows, ab: tuple[Array, Array], matrix: Any, x: Array) -> Array:
+    """x W + (x A) B · scale of several rows, whose features the tensor axis cuts. What W and A make is summed over the
+    devices at once, in one dtype: the compiler joins no others."""
+
+    def share(x: Array, matrix: Any, a: Array) -> tuple[Array, Array]:
+        low = jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jax.lax.psum((product(x, matrix), low.astype(x.dtype)), "tensor")
+
+    (a, b), whole = ab, PartitionSpec()
+    specs = PartitionSpec(None, None, "tensor"), PartitionSpec("tensor"), PartitionSpec(None, "tensor")
+    run = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=(whole, whole), axis_names={"tensor"})
+    y, low = run(x, matrix, a)
+    return y + rows.from_low(low, b)
 
 
 def _vary(spec: PartitionSpec, x: Array) -> Array:

@@ -126,6 +126,10 @@ class LoraRows:
         a, b = ab
         return jnp.einsum("rlk,rko->rlo", self.low(a, x), b.astype(x.dtype))
 
+    def from_low(self, low: Array, b: Array) -> Array:
+        """low [R, L, rank], x A in x's dtype -> (x A) B · scale [R, L, out]."""
+        return jnp.einsum("rlk,rko->rlo", self._scaled(low, low.dtype), b.astype(low.dtype))
+
     def by_inputs(self, layer: LayerLora, name: str) -> tuple[tuple[Any, LayerLora], Any]:
         lora, whole = replace(self, weights={}), PartitionSpec()
         specs = replace(lora, scale=whole), {name: (PartitionSpec(None, "tensor"), whole)}
@@ -140,7 +144,10 @@ class LoraRows:
     def low(self, a: Array, x: Array) -> Array:
         """x A · scale [R, L, rank] in x's dtype."""
         low = jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-        return keep((low * self.scale[:, None, None]).astype(x.dtype))
+        return self._scaled(low, x.dtype)
+
+    def _scaled(self, low: Array, dtype: Any) -> Array:
+        return keep((low * self.scale[:, None, None]).astype(dtype))
 
 
 def _low_rank(a: Array, b: Array, scale: Array, x: Array) -> Array:
