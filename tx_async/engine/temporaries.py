@@ -86,10 +86,12 @@ class Temporaries:
             return tokens * (self.model.num_layers * kept + 2 * made) * narrow + adapters + head
         is_whole = not recompute.block_tokens or tokens <= recompute.block_tokens
         mixers = max(sum(one.mixer for one in period) for period in self._periods) + 2 * hidden
-        mlps = max((sum if is_whole else max)(one.mlp for one in period) for period in self._periods)
+        mlp = max(one.mlp for period in self._periods for one in period)
+        others = max(sum(one.mlp for one in period) for period in self._periods) - mlp if is_whole else 0
         block = tokens if is_whole else recompute.block_tokens
         of_mixers = LAYER_BYTES_PLAIN if "training attention" in self._plain else LAYER_BYTES
-        layer = tokens * of_mixers * mixers + block * LAYER_BYTES_PLAIN * mlps
+        # Of an MLP that does not run in blocks what it made is held until the gradient comes to it.
+        layer = tokens * of_mixers * mixers + block * (LAYER_BYTES_PLAIN * mlp + LAYER_BYTES * others)
         around = tokens * 2 * hidden * narrow  # the last layer's output and its gradient
         borders = self._borders(recompute.layers) * tokens * hidden * narrow
         # Those that keep come last: the others are computed again when nothing of them is held any more.
