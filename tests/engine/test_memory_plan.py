@@ -17,7 +17,14 @@ from tx_async.engine.platform import ACCELERATOR, CPU, available_memory
 from tx_async.engine.temporaries import Temporaries
 from tx_async.layers.residuals import NOTHING
 from tx_async.models.load import from_config
-from tx_async.testing.models import GPT_OSS_TINY, QWEN3_5_MOE_TINY, QWEN3_5_TINY, QWEN3_MOE_TINY, QWEN3_TINY
+from tx_async.testing.models import (
+    DEEPSEEK_V3_TINY,
+    GPT_OSS_TINY,
+    QWEN3_5_MOE_TINY,
+    QWEN3_5_TINY,
+    QWEN3_MOE_TINY,
+    QWEN3_TINY,
+)
 from tx_async.wire.worker import EngineConfig
 
 QWEN3_8B = QWEN3_TINY | {
@@ -77,6 +84,18 @@ QWEN3_5_35B_A3B = (
         "num_key_value_heads": 2,
     }
 )
+LATENT = DEEPSEEK_V3_TINY | {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 10_944,
+    "first_k_dense_replace": 2,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 LLAMA_70B = QWEN3_8B | {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 128_256,
@@ -108,6 +127,8 @@ MEASURED_IN_PART = {(4, 512): 6.16, (2, 1024): 6.74, (1, 2048): 6.95, (1, 4096):
 """The same of all layers, in the way that the plan chooses for each shape: the last layers keep."""
 MEASURED_EXPERTS = {(1, 4096): 1675, (1, 16_384): 2447}
 """MiB of temporaries of two layers of Qwen3-30B-A3B with the experts over eight devices, in the plan's way."""
+MEASURED_ATTENTION = {"gpt-oss": 1715, "latent": 1207}
+"""MiB of two layers that are computed again, in a row of 4,096 tokens: windows and sinks, heads of 192 and 128."""
 MEASURED_SAMPLING = {"decode 128 wide": 764, "prefill 8": 156}
 """MiB of temporaries, and of what a decode step tells of the most candidates."""
 MEASURED_WIDE = 192
@@ -183,6 +204,18 @@ def test_the_bound_holds_where_each_device_has_room_for_the_tokens_of_all_expert
     bounds = memory_plan._Planner(two_layers, config, ACCELERATOR, usable("h100")).temporaries
     bound = bounds.of_training(*shape, way._replace(keeping=min(way.keeping, 2))) / 2**20
     assert MEASURED_EXPERTS[shape] <= bound <= 1.5 * MEASURED_EXPERTS[shape]
+
+
+@pytest.mark.parametrize("name", MEASURED_ATTENTION)
+def test_the_bound_holds_for_attention_of_every_kind(name: str):
+    """Its kernel writes scores nowhere; the plain version needs more."""
+    shapes = {"gpt-oss": GPT_OSS_20B, "latent": LATENT}[name] | {"num_hidden_layers": 2}
+    config = with_slots_for(EngineConfig())
+    bounds = memory_plan._Planner(from_config(shapes), config, ACCELERATOR, usable("h100")).temporaries
+    bound = bounds.of_training(1, 4096, bounds.ways[1]) / 2**20
+    assert MEASURED_ATTENTION[name] <= bound <= 1.5 * MEASURED_ATTENTION[name]
+    plain = replace(bounds, kernels=replace(bounds.kernels, flash_attention=False))
+    assert plain.of_training(1, 4096, bounds.ways[1]) / 2**20 > bound
 
 
 def test_the_bound_on_sampling_holds_against_compiled_programs():
