@@ -41,7 +41,7 @@ from machine import Matmul, Memory, num_multiplied
 from tx_async.engine import compilation
 from tx_async.engine.decode_batches import bucket, prefill_rows
 from tx_async.engine.engine import JaxEngine
-from tx_async.engine.kernels import TrainedHeads, flash_difference, paged_difference, prefill_difference
+from tx_async.engine.kernels import Paged, TrainedHeads, flash_difference, paged_difference, prefill_difference
 from tx_async.engine.kv_cache import token_bytes
 from tx_async.engine.platform import current
 from tx_async.layers.weights import Weight
@@ -96,6 +96,13 @@ HEADS = (
     TrainedHeads(256, 256, has_window=True),  # Gemma 3
 )
 """Those with which the kernels of training are compared."""
+OVER_PAGES = {
+    "": Paged(features=128),
+    ", gpt-oss": Paged(features=64, has_sinks=True),
+    ", DeepSeek V3": Paged(128, 576, 512),
+    ", DeepSeek V3 on eight devices": Paged(16, 576, 512),
+}
+"""With what kernels over pages are compared."""
 TINY = {"models": ["tiny"], "rows": [2], "batches": [1, 8], "row_length": 128, "context": 32, "seconds": 0.2}
 DTYPE = "bfloat16"
 RANK = 32
@@ -356,8 +363,8 @@ def main() -> None:
     platform = current().name
     differences = {
         **{f"flash_attention {heads.features}/{heads.values}": partial(flash_difference, heads) for heads in HEADS},
-        "paged_attention": paged_difference,
-        "paged_prefill": prefill_difference,
+        **{f"paged_attention{kind}": partial(paged_difference, paged) for kind, paged in OVER_PAGES.items()},
+        **{f"paged_prefill{kind}": partial(prefill_difference, paged) for kind, paged in OVER_PAGES.items()},
     }
     for name, difference in differences.items():
         if current().paged_kernel:
