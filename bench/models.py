@@ -29,7 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tx_async.engine.platform import current
 from tx_async.layers.attention import PackedAttention
+from tx_async.layers.delta_rule import Chunks
 from tx_async.layers.lora import LoraRows
 from tx_async.models.decoder import Decoder, Params
 from tx_async.models.load import from_config
@@ -150,7 +152,8 @@ def flops_of(model: Decoder, rows: int, length: int, rank: int) -> tuple[int, in
 def programs(model: Decoder, length: int) -> tuple[Callable, Callable]:
     def hidden(params: Params, lora: LoraRows, tokens: Array) -> Array:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-        attend = PackedAttention(positions, jnp.ones_like(positions))
+        chunks = Chunks(*current().rule_chunks(length))
+        attend = PackedAttention(positions, jnp.ones_like(positions), chunks=chunks)
         return model.forward(params, lora, tokens, positions, attend)[0]
 
     def loss(weights: Any, params: Params, lora: LoraRows, tokens: Array) -> Array:

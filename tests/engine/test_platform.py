@@ -30,13 +30,21 @@ def test_a_platform_is_a_value():
 
 def test_every_fact_of_the_table_is_used_outside_of_it():
     sources = "\n".join(file.read_text() for file in (ROOT / "tx_async").rglob("*.py") if file.name != "platform.py")
-    ways = {"attention_blocks": "attention_block("}
+    ways = {name: "rule_chunks(" for name in ("rule_chunk", "keeps_rule_states")}
+    ways["attention_blocks"] = "attention_block("
     unused = [field.name for field in fields(CPU) if ways.get(field.name, f".{field.name}") not in sources]
     assert not unused
 
 
 def test_what_only_a_cpu_wants_is_off_elsewhere():
-    only_cpu = ("joins_lora", "decodes_in_place", "own_rank_programs", "copies_weights", "overlaps")
+    only_cpu = (
+        "joins_lora",
+        "keeps_rule_states",
+        "decodes_in_place",
+        "own_rank_programs",
+        "copies_weights",
+        "overlaps",
+    )
     assert all(getattr(CPU, name) for name in only_cpu)
     assert not any(getattr(ACCELERATOR, name) for name in only_cpu)
 

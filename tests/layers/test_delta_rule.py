@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tx_async.layers import cpu, delta_rule
-from tx_async.layers.delta_rule import ChunkTransition, Inputs
+from tx_async.layers.delta_rule import Chunks, ChunkTransition, Inputs
 
 H, DK, DV, LENGTH = 2, 4, 6, 150
 LAYOUTS = {
@@ -54,14 +54,15 @@ def one_step(x: Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     return write(state), out
 
 
+@pytest.mark.parametrize("chunks", [Chunks(), Chunks(32, keeps_states=True)], ids=["64", "32, kept"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_rows_are_exact_and_so_are_their_gradients(layout):
+def test_packed_rows_are_exact_and_so_are_their_gradients(layout, chunks):
     x, segments = random_inputs(), segments_of(LAYOUTS[layout])
     valid = segments > 0
     direction = np.random.default_rng(1).standard_normal((1, LENGTH, H, DV)) * valid[..., None, None]
 
     def value(x):
-        out = delta_rule.packed(x, jnp.asarray(segments))
+        out = delta_rule.packed(x, jnp.asarray(segments), chunks)
         return (out * direction).sum(), out
 
     gradients, out = jax.jit(jax.grad(value, has_aux=True))(x)

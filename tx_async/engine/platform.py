@@ -32,8 +32,13 @@ class Platform:
     micro_batch_overhead: int
     """The fixed cost of a micro-batch, counted in positions: 30 ms where 1,024 of them take 1.2 s (two cores)."""
     attention_blocks: tuple[int, int]
-    """Positions of an attention block, in rows up to ATTENTION_SHORT_ROW and in longer ones. Small blocks skip more,
+    """Positions of an attention block, in rows up to SHORT_ROW and in longer ones. Small blocks skip more,
     larger ones are fewer and faster products."""
+    rule_chunk: int
+    """Tokens of a chunk of the gated delta rule: short ones are less arithmetic, long ones larger products."""
+    keeps_rule_states: bool
+    """Short rows keep the states between chunks for the backward pass (`Chunks`), which saves a pass over the row and
+    takes as much memory as all else that the mixer keeps: too much for a long row."""
     joins_lora: bool
     """W and B of one row are joined in one matrix (`layers/cpu.py`)."""
 
@@ -97,10 +102,14 @@ class Platform:
         """Positions of a block in a row of `length`. On a CPU short rows hold short sequences; a long row exists for a
         long sequence, which skips little."""
         short, long = self.attention_blocks
-        return short if length <= ATTENTION_SHORT_ROW else long
+        return short if length <= SHORT_ROW else long
+
+    def rule_chunks(self, length: int) -> tuple[int, bool]:
+        """`Chunks` of the gated delta rule in rows of `length`."""
+        return self.rule_chunk, self.keeps_rule_states and length <= SHORT_ROW
 
 
-ATTENTION_SHORT_ROW = 1024
+SHORT_ROW = 1024
 
 CPU = Platform(
     name="cpu",
@@ -109,6 +118,8 @@ CPU = Platform(
     micro_batch_tokens=0,
     micro_batch_overhead=25,
     attention_blocks=(64, 256),
+    rule_chunk=32,
+    keeps_rule_states=True,
     joins_lora=True,
     layers_apart=False,
     decode_steps=4,
@@ -140,6 +151,8 @@ ACCELERATOR = Platform(
     micro_batch_tokens=2048,
     micro_batch_overhead=64,
     attention_blocks=(512, 512),
+    rule_chunk=64,
+    keeps_rule_states=False,
     joins_lora=False,
     layers_apart=True,
     decode_steps=16,

@@ -20,6 +20,7 @@ from tx_async.engine.batch import RowBatch
 from tx_async.engine.kernels import Kernels
 from tx_async.engine.platform import Platform
 from tx_async.layers.attention import PackedAttention
+from tx_async.layers.delta_rule import Chunks
 from tx_async.layers.lora import LoraRows, LoraWeights, by_path, layer_slice
 from tx_async.layers.residuals import NOTHING, Recompute
 from tx_async.models.decoder import unembedding
@@ -96,8 +97,9 @@ def _trunk(
     batch: RowBatch,
     recompute: Recompute,
 ) -> Array:
-    block = platform.attention_block(batch.tokens.shape[1])
-    attend = PackedAttention(batch.positions, batch.segment_ids, block, kernels.flash_attention, model.mesh)
+    length = batch.tokens.shape[1]
+    block, chunks = platform.attention_block(length), Chunks(*platform.rule_chunks(length))
+    attend = PackedAttention(batch.positions, batch.segment_ids, block, kernels.flash_attention, model.mesh, chunks)
     # Only for a row that is alone: with several, each would need its own copy of W.
     joined = platform.joins_lora and batch.slots.shape[0] == 1 and model.mesh is None
     lora = LoraRows(rows, batch.scale, joined)

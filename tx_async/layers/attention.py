@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from tx_async.layers.delta_rule import CHUNKS, Chunks
 from tx_async.layers.norm import row_sums
 from tx_async.layers.residuals import keep
 
@@ -72,12 +73,13 @@ class PackedAttention:
         block: int = 0,
         flash: bool = False,
         mesh: Mesh | None = None,
+        chunks: Chunks = CHUNKS,
     ):
         """positions (0, 1, … in each segment), segment_ids: int32 [R, L]; segment 0 is padding. block: positions of a
         block, the platform's choice; 0 = BLOCK. flash: whether `flash_attention.py` computes it where it can; on a
-        mesh, each device for its own heads."""
+        mesh, each device for its own heads. chunks: of recurrent layers."""
         self.positions, self.segment_ids, self.block = positions, segment_ids, block or BLOCK
-        self.flash, self.mesh = flash, mesh
+        self.flash, self.mesh, self.chunks = flash, mesh, chunks
 
     def __call__(
         self,
@@ -103,7 +105,7 @@ class PackedAttention:
         return packed_attention(q, k, v, sinks, self.positions, self.segment_ids, scale, window, self.block), cache
 
     def recur(self, cache: Cache, layer: Array, rule: Any, x: Any) -> tuple[Array, Cache]:
-        return rule.packed(x, self.positions, self.segment_ids), cache
+        return rule.packed(x, self.positions, self.segment_ids, self.chunks), cache
 
 
 class _RowBlocks(NamedTuple):

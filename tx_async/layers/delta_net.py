@@ -14,7 +14,7 @@ from jax import Array
 from tx_async.layers import delta_rule
 from tx_async.layers.attention import Cache
 from tx_async.layers.block import ForwardPass, Keeps, LayerWeights
-from tx_async.layers.delta_rule import ChunkTransition, Inputs, Write
+from tx_async.layers.delta_rule import Chunks, ChunkTransition, Inputs, Write
 from tx_async.layers.linear import project, project_back
 from tx_async.layers.lora import LayerLora
 from tx_async.layers.norm import rms_norm
@@ -118,10 +118,10 @@ class Rule(NamedTuple):
     kernel: Array
     """[channels, K]; the last column is for the token itself."""
 
-    def packed(self, x: Mixed, positions: Array, segments: Array) -> Array:
+    def packed(self, x: Mixed, positions: Array, segments: Array, chunks: Chunks) -> Array:
         """Training: rows of whole segments -> fp32 [R, L, value heads, value_dim]."""
         history = jnp.zeros((x.qkv.shape[0], self.net.kernel - 1, self.net.channels), x.qkv.dtype)
-        return delta_rule.packed(self._inputs(x, history, positions), segments)
+        return delta_rule.packed(self._inputs(x, history, positions), segments, chunks)
 
     def chunk(self, x: Mixed, history: Array, counts: Array) -> ChunkTransition:
         """Prefill: rows of C tokens of one sequence each, of which the first `counts` [R] are real.

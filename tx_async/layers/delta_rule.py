@@ -3,19 +3,20 @@
     S_t = exp(g_t) S_{t-1} + k_t u_tᵀ    u_t = β_t (v_t - exp(g_t) S_{t-1}ᵀ k_t)    o_t = S_tᵀ q_t
 
 `step` computes that for one token. In chunks of C tokens, the u of a chunk solve one triangular system
-(`ChunkTransition.of`), and only the state goes from chunk to chunk. A segment that begins inside of a chunk sees
+(`_ChunkTerms.of`), and only the state goes from chunk to chunk. A segment that begins inside of a chunk sees
 nothing from before it: its terms with earlier tokens are exact zeros. Everything is fp32.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-CHUNK = 64
+from tx_async.layers.residuals import keep
 
 
 class Inputs(NamedTuple):
@@ -32,8 +33,56 @@ class Inputs(NamedTuple):
     """[R, L, H]"""
 
 
+class _ChunkTerms(NamedTuple):
+    """What C tokens are to each other and to a state that comes in: [R, H, C, ·]."""
+
+    values: Array
+    """[R, H, C, dv]"""
+    keys: Array
+    """[R, H, C, dk]: reads the state that came in, for u."""
+    inverse: Array
+    """[R, H, C, C]: makes u of values less what the keys read."""
+    q: Array
+    """[R, H, C, dk]: reads the state that came in."""
+    scores: Array
+    """[R, H, C, C]: reads the u of the chunk."""
+    k: Array
+    """[R, H, C, dk]: writes the u into the state that goes out."""
+    decay: Array
+    """[R, H, 1, 1]: decay of the state that came in."""
+
+    @classmethod
+    def of(cls, x: Inputs, segments: Array, carried: Array) -> _ChunkTerms:
+        """segments int32 [R, C]; carried int32 [R]: the segment that the state coming in belongs to."""
+        q, k, v, g, beta = (jnp.moveaxis(y.astype(jnp.float32), 2, 1) for y in x)
+        order = jnp.arange(g.shape[-1])
+        seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order)  # (R, C, C)
+        decays = jnp.where(seen[:, None], g[:, :, None, :], 0.0).sum(-1)  # since the segment began, in the chunk
+        pairs = _exp_where(seen[:, None], decays[..., None] - decays[:, :, None])
+        into = _exp_where((segments == carried[:, None])[:, None], decays)
+        last = _exp_where(seen[:, -1:], decays[..., -1:] - decays)
+        return cls(
+            values=v * beta[..., None],
+            keys=k * (beta * into)[..., None],
+            inverse=_unit_lower_inverse(_dot("rhid,rhjd->rhij", k * beta[..., None], k) * pairs),
+            q=q * into[..., None],
+            scores=_dot("rhid,rhjd->rhij", q, k) * pairs,
+            k=k * last[..., None],
+            decay=into[..., -1:, None],
+        )
+
+    def __call__(self, state: Array) -> tuple[Array, Array]:
+        """state [R, H, dk, dv] -> (the next state, o [R, C, H, dv])."""
+        size = self.k.shape[2]
+        read = _dot("rhck,rhkv->rhcv", jnp.concatenate([self.keys, self.q], axis=2), state)
+        u = _dot("rhij,rhjv->rhiv", self.inverse, self.values - read[:, :, :size])
+        out = read[:, :, size:] + _dot("rhij,rhjv->rhiv", self.scores, u)
+        return state * self.decay + _dot("rhck,rhcv->rhkv", self.k, u), jnp.moveaxis(out, 1, 2)
+
+
 class ChunkTransition(NamedTuple):
-    """How the C tokens of a chunk change any state that comes in: [R, H, C, ·]."""
+    """How the C tokens of a chunk change any state that comes in, known before that state is: [R, H, C, ·]. It takes a
+    product more than `_ChunkTerms`."""
 
     u: Array
     """[R, H, C, dv]: the u for a state of zeros."""
@@ -50,25 +99,12 @@ class ChunkTransition(NamedTuple):
 
     @classmethod
     def of(cls, x: Inputs, segments: Array, carried: Array) -> ChunkTransition:
-        """segments int32 [R, C]; carried int32 [R]: the segment that the state coming in belongs to."""
-        q, k, v, g, beta = (jnp.moveaxis(y.astype(jnp.float32), 2, 1) for y in x)
-        order = jnp.arange(g.shape[-1])
-        seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order)  # (R, C, C)
-        decays = jnp.where(seen[:, None], g[:, :, None, :], 0.0).sum(-1)  # since the segment began, in the chunk
-        pairs = _exp_where(seen[:, None], decays[..., None] - decays[:, :, None])
-        into = _exp_where((segments == carried[:, None])[:, None], decays)
-        last = _exp_where(seen[:, -1:], decays[..., -1:] - decays)
-        system = _dot("rhid,rhjd->rhij", k * beta[..., None], k) * pairs
-        both = jnp.concatenate([v * beta[..., None], k * (beta * into)[..., None]], axis=-1)
-        solved = jnp.matmul(_unit_lower_inverse(system), both, precision="highest")
-        return cls(
-            u=solved[..., : v.shape[-1]],
-            of_state=solved[..., v.shape[-1] :],
-            q=q * into[..., None],
-            scores=_dot("rhid,rhjd->rhij", q, k) * pairs,
-            k=k * last[..., None],
-            decay=into[..., -1:, None],
-        )
+        """As `_ChunkTerms.of`."""
+        chunk = _ChunkTerms.of(x, segments, carried)
+        both = jnp.concatenate([chunk.values, chunk.keys], axis=-1)
+        solved = jnp.matmul(chunk.inverse, both, precision="highest")
+        split = chunk.values.shape[-1]
+        return cls(solved[..., :split], solved[..., split:], chunk.q, chunk.scores, chunk.k, chunk.decay)
 
     def __call__(self, state: Array) -> tuple[Array, Array]:
         """state [R, H, dk, dv] -> (the next state, o [R, C, H, dv])."""
@@ -100,29 +136,71 @@ def _unit_lower_inverse(system: Array) -> Array:
     return inverse[..., 0, :size, :size]
 
 
-def packed(x: Inputs, segments: Array) -> Array:
+class Chunks(NamedTuple):
+    """How rows are computed in training."""
+
+    size: int = 64
+    keeps_states: bool = False
+    """A layer keeps what it made and the state before each chunk. Otherwise its backward pass goes over all chunks once
+    more to have them."""
+
+
+CHUNKS = Chunks()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def packed(x: Inputs, segments: Array, chunks: Chunks = CHUNKS) -> Array:
     """Rows of several segments, each starting from a state of zeros -> o [R, L, H, dv]. Memory and time grow with L."""
-    length, size = x.g.shape[1], min(CHUNK, x.g.shape[1])
-    chunks = jax.tree.map(lambda y: _chunked(y, size), (x, segments))
+    return _forward(x, segments, chunks)[0]
 
-    # A chunk's terms are computed again in the backward pass: only the state before each chunk is kept.
-    @jax.checkpoint
-    def one(carry: tuple[Array, Array], chunk: tuple[Inputs, Array]) -> tuple[tuple[Array, Array], Array]:
-        state, segment = carry
+
+def _forward(x: Inputs, segments: Array, chunks: Chunks) -> tuple[Array, Any]:
+    def one(carry: tuple[Array, Array], chunk: tuple[Inputs, Array]) -> tuple[tuple[Array, Array], Any]:
+        state, carried = carry
         inputs, segments = chunk
-        state, out = ChunkTransition.of(inputs, segments, segment)(state)
-        return (state, segments[:, -1]), out
+        after, out = _ChunkTerms.of(inputs, segments, carried)(state)
+        return (after, segments[:, -1]), (out, state, carried)
 
-    rows, _, heads, features = x.k.shape
+    rows, length, heads, features = x.k.shape
     start = jnp.zeros((rows, heads, features, x.v.shape[-1])), jnp.full(rows, -1, segments.dtype)
-    _, out = jax.lax.scan(one, start, chunks)
-    return jnp.moveaxis(out, 0, 1).reshape(rows, -1, *out.shape[3:])[:, :length]
+    _, (out, states, carried) = jax.lax.scan(one, start, _in_chunks(chunks, (x, segments)))
+    if chunks.keeps_states:
+        out, states = keep((out, states))
+    return _row(out, length), (x, segments, states, carried)
 
 
-def _chunked(x: Array, size: int) -> Array:
+def _backward(chunks: Chunks, saved: Any, dout: Array) -> tuple[Inputs, None]:
+    """The terms of a chunk are computed again from the state before it."""
+    x, segments, states, carried = saved
+
+    def one(dstate: Array, chunk: Any) -> tuple[Array, Inputs]:
+        (inputs, segments), carried, state, dout = chunk
+        _, back = jax.vjp(lambda inputs, state: _ChunkTerms.of(inputs, segments, carried)(state), inputs, state)
+        dinputs, before = back((dstate, dout))
+        return before, dinputs
+
+    inputs, dout = _in_chunks(chunks, ((x, segments), dout))
+    _, dx = jax.lax.scan(one, jnp.zeros_like(states[0]), (inputs, carried, states, dout), reverse=True)
+    return jax.tree.map(lambda y: _row(y, x.g.shape[1]), dx), None
+
+
+packed.defvjp(_forward, _backward)
+
+
+def _row(x: Array, length: int) -> Array:
+    """[n, R, C, ...] -> [R, length, ...]"""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
+
+
+def _in_chunks(chunks: Chunks, rows: Any) -> Any:
     """[R, L, ...] -> [n, R, C, ...] with zeros at the end, which decay and write nothing."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    def cut(x: Array) -> Array:
+        size = min(chunks.size, x.shape[1])
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, rows)
 
 
 class Write(NamedTuple):
