@@ -127,8 +127,9 @@ MEASURED_IN_PART = {(4, 512): 6.16, (2, 1024): 6.74, (1, 2048): 6.95, (1, 4096):
 """The same of all layers, in the way that the plan chooses for each shape: the last layers keep."""
 MEASURED_EXPERTS = {(1, 4096): 1675, (1, 16_384): 2447}
 """MiB of temporaries of two layers of Qwen3-30B-A3B with the experts over eight devices, in the plan's way."""
-MEASURED_ATTENTION = {"gpt-oss": 1715, "latent": 1207}
-"""MiB of two layers that are computed again, in a row of 4,096 tokens: windows and sinks, heads of 192 and 128."""
+MEASURED_MIXERS = {"gpt-oss": 1715, "latent": 1207, "hybrid": 5459}
+"""MiB of a row of 4,096 tokens whose layers are computed again: two with windows and sinks, two with heads of 192 and
+128, eight of which six are recurrent."""
 MEASURED_SAMPLING = {"decode 128 wide": 764, "prefill 8": 156}
 """MiB of temporaries, and of what a decode step tells of the most candidates."""
 MEASURED_WIDE = 192
@@ -206,16 +207,16 @@ def test_the_bound_holds_where_each_device_has_room_for_the_tokens_of_all_expert
     assert MEASURED_EXPERTS[shape] <= bound <= 1.5 * MEASURED_EXPERTS[shape]
 
 
-@pytest.mark.parametrize("name", MEASURED_ATTENTION)
-def test_the_bound_holds_for_attention_of_every_kind(name: str):
-    """Its kernel writes scores nowhere; the plain version needs more."""
-    shapes = {"gpt-oss": GPT_OSS_20B, "latent": LATENT}[name] | {"num_hidden_layers": 2}
-    config = with_slots_for(EngineConfig())
-    bounds = memory_plan._Planner(from_config(shapes), config, ACCELERATOR, usable("h100")).temporaries
+@pytest.mark.parametrize("name", MEASURED_MIXERS)
+def test_the_bound_holds_for_mixers_of_every_kind(name: str):
+    """The kernel of attention writes scores nowhere; the plain version needs more."""
+    shapes, layers = {"gpt-oss": (GPT_OSS_20B, 2), "latent": (LATENT, 2), "hybrid": (QWEN3_5_9B, 8)}[name]
+    model, config = from_config(shapes | {"num_hidden_layers": layers}), with_slots_for(EngineConfig())
+    bounds = memory_plan._Planner(model, config, ACCELERATOR, usable("h100")).temporaries
     bound = bounds.of_training(1, 4096, bounds.ways[1]) / 2**20
-    assert MEASURED_ATTENTION[name] <= bound <= 1.5 * MEASURED_ATTENTION[name]
+    assert MEASURED_MIXERS[name] <= bound <= 1.5 * MEASURED_MIXERS[name]
     plain = replace(bounds, kernels=replace(bounds.kernels, flash_attention=False))
-    assert plain.of_training(1, 4096, bounds.ways[1]) / 2**20 > bound
+    assert name == "hybrid" or plain.of_training(1, 4096, bounds.ways[1]) / 2**20 > bound
 
 
 def test_the_bound_on_sampling_holds_against_compiled_programs():

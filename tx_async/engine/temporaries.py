@@ -26,7 +26,8 @@ BLOCK_TOKENS = 4096
 """What an MLP works on at once where its layer is computed again: enough to keep a device busy."""
 LAYER_BYTES, LAYER_BYTES_PLAIN = 3, 8
 """For each number that a layer which is computed again makes of a token: it and its gradient, some of them in fp32; of
-attention in the plain version, and of a recurrence in fp32, more. An MLP needs as much for those of a block."""
+attention in the plain version, and in a model with recurrences, which work in fp32, more. An MLP needs as much for
+those of a block."""
 
 
 class Features(NamedTuple):
@@ -89,10 +90,10 @@ class Temporaries:
         mlp = max(one.mlp for period in self._periods for one in period)
         others = max(sum(one.mlp for one in period) for period in self._periods) - mlp if is_whole else 0
         block = tokens if is_whole else recompute.block_tokens
-        is_plain = "training attention" in self._plain or self.model.state_layers
-        of_mixers = LAYER_BYTES_PLAIN if is_plain else LAYER_BYTES
+        held = LAYER_BYTES_PLAIN if self.model.state_layers else LAYER_BYTES
+        of_mixers = LAYER_BYTES_PLAIN if "training attention" in self._plain else held
         # Of an MLP that does not run in blocks what it made is held until the gradient comes to it.
-        layer = tokens * of_mixers * mixers + block * (LAYER_BYTES_PLAIN * mlp + LAYER_BYTES * others)
+        layer = tokens * of_mixers * mixers + block * (LAYER_BYTES_PLAIN * mlp + held * others)
         around = tokens * 2 * hidden * narrow  # the last layer's output and its gradient
         borders = self._borders(recompute.layers) * tokens * hidden * narrow
         # Those that keep come last: the others are computed again when nothing of them is held any more.
