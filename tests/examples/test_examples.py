@@ -43,8 +43,8 @@ def demo_server(tmp_path_factory) -> Iterator[str]:
 
 
 def run(server: str, name: str, *arguments: str) -> str:
-    environ = os.environ | {"TINKER_BASE_URL": server, "TINKER_API_KEY": "tml-example"}
-    command = [sys.executable, "-m", f"tx_async.examples.{name}", *arguments]
+    environ = os.environ | {"TINKER_BASE_URL": server, "TINKER_API_KEY": "tml-example", "PYTHONFAULTHANDLER": "1"}
+    command = [sys.executable, "-m", "tests.support.example", name, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=READY_S, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FutureWarning" not in done.stderr

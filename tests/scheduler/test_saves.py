@@ -144,6 +144,17 @@ def test_an_ephemeral_sampler_is_a_session_pinned_to_its_weights(stage: Stage):
     Reference(stage).check()
 
 
+def test_the_sdks_second_attempt_at_an_ephemeral_save_is_the_first_one(stage: Stage):
+    """It gives each attempt another number, and would wait five minutes for a conflict to end."""
+    model = stage.model()
+    stage.train(model, 1)
+    first = stage.save_ephemeral(model, 3, number=0)
+    assert stage.save_ephemeral(model, 3, number=1) == first
+    stage.run()
+    assert stage.save_ephemeral(model, 3, number=2) == first
+    assert list(stage.catalog.samplers) == ["s:sample:0"]
+
+
 def test_a_number_of_a_sampling_session_cannot_be_used_for_other_weights(stage: Stage):
     model = stage.model()
     stage.save_ephemeral(model, 1, number=0)

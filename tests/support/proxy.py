@@ -16,6 +16,8 @@ from tx_async.testing.server import free_port
 
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
 POLLS = ("/retrieve_future", "/session_heartbeat")
+RENUMBERED = "/save_weights_for_sampler"
+"""The SDK gives it another sampling session in each attempt: the first answer is always lost."""
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Mischief:
     cut_before: float = 0.1
     cut_after: float = 0.1
     done: dict[str, int] = field(default_factory=dict)
+    has_lost_save: bool = False
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -57,7 +60,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         answer = self._forward(body)
         if not is_poll and mischief.happens("repeat"):
             answer = self._forward(body) or answer
-        if answer is None or (mischief.happens("cut_after")):
+        is_first = self.path.endswith(RENUMBERED) and not mischief.has_lost_save
+        mischief.has_lost_save |= is_first and answer is not None
+        if answer is None or is_first or mischief.happens("cut_after"):
             return self._cut()
         self._answer(*answer)
 

@@ -247,8 +247,8 @@ class Encoded(Struct, frozen=True):
 
     @classmethod
     def of(cls, operation: Operation) -> Encoded:
-        body = encode(operation)
-        return cls(body, body_digest(body))
+        body, first = encode(operation), _as_first_tried(operation)
+        return cls(body, body_digest(body if first is operation else encode(first)))
 
 
 def decode(body: bytes) -> Operation:
@@ -258,6 +258,14 @@ def decode(body: bytes) -> Operation:
 def body_digest(body: bytes) -> str:
     """Two submissions with one key are the same request exactly when these agree, whatever encoding they came in."""
     return hashlib.blake2b(body, digest_size=16).hexdigest()
+
+
+def _as_first_tried(operation: Operation) -> Operation:
+    """The SDK numbers the sampling session of a save without a name anew each time that it tries it: that number makes
+    no other request of it, and the first one stands."""
+    if isinstance(operation, SaveWeights) and operation.sampling_session_seq_id is not None:
+        return msgspec.structs.replace(operation, sampling_session_seq_id=0)
+    return operation
 
 
 def is_shaped(asked: Sample | SequenceSpec) -> bool:
