@@ -145,15 +145,23 @@ class PagedAttention:
         sinks: Array | None,
     ) -> Array | None:
         """`attend` as one kernel for a GPU; None where the kernel cannot run these shapes."""
+        found = self._kernel(q, pools[0], v_features)
+        if found is None:
+            return None
+        attend, queries, at = found
+        run = partial(attend, scale=scale, v_features=v_features, window=window)
+        tables, layer = self.place(layer, window)
+        out = self._for_own_heads(run, queries, pools, tables, at, layer * self.layout.num_pages, sinks)
+        return out.reshape(*q.shape[:3], -1)
+
+    def _kernel(self, q: Array, keys: Array, v_features: int) -> tuple[Any, Array, Array] | None:
+        """(the kernel, queries and positions as it takes them); None where it cannot run these shapes."""
         # Here, because a CPU that never needs Pallas should not wait for its import.
         from tx_async.engine import prefill_kernel
 
-        if not prefill_kernel.fits(q, pools[0], self.layout.page_size, v_features):
+        if not prefill_kernel.fits(q, keys, self.layout.page_size, v_features):
             return None
-        run = partial(prefill_kernel.attend, scale=scale, v_features=v_features, window=window)
-        starts = jnp.where(self.alive, self.positions[:, 0], -q.shape[1])
-        tables, layer = self.place(layer, window)
-        return self._for_own_heads(run, q, pools, tables, starts, layer * self.layout.num_pages, sinks)
+        return prefill_kernel.attend, q, jnp.where(self.alive, self.positions[:, 0], -q.shape[1])
 
     def _divides_heads(self, num_heads: int) -> bool:
         """num_heads: key heads, or where one serves all, query heads."""
@@ -232,24 +240,12 @@ class PagedAttention:
 class DecodeAttention(PagedAttention):
     """`Attend` of a decode step: one token per row, anywhere in its page."""
 
-    def in_kernel(
-        self,
-        pools: list[Array],
-        layer: Array,
-        q: Array,
-        scale: float,
-        v_features: int,
-        window: int,
-        sinks: Array | None,
-    ) -> Array | None:
+    def _kernel(self, q: Array, keys: Array, v_features: int) -> tuple[Any, Array, Array] | None:
         from tx_async.engine import paged_kernel
 
-        if not paged_kernel.fits(pools[0], self.layout.page_size, v_features):
+        if not paged_kernel.fits(keys, self.layout.page_size, v_features):
             return None
-        run = partial(paged_kernel.attend, scale=scale, v_features=v_features, window=window)
-        tables, layer = self.place(layer, window)
-        where = tables, self.positions[:, 0], layer * self.layout.num_pages
-        return self._for_own_heads(run, q[:, 0], pools, *where, sinks)[:, None]
+        return paged_kernel.attend, q[:, 0], self.positions[:, 0]
 
     def recur(self, cache: Pools, layer: Array, rule: Any, x: Any) -> tuple[Array, Pools]:
         slots = layer * self.layout.num_slots + jnp.where(self.alive, self.states, NULL_SLOT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
@@ -99,8 +98,7 @@ def _summed_rows(mesh: Mesh | None, rows: LoraRows, ab: tuple[Array, Array], mat
     devices at once, in one dtype: the compiler joins no others."""
 
     def share(x: Array, matrix: Any, a: Array) -> tuple[Array, Array]:
-        low = jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-        return jax.lax.psum((product(x, matrix), low.astype(x.dtype)), "tensor")
+        return jax.lax.psum((product(x, matrix), rows.unscaled_low(a, x).astype(x.dtype)), "tensor")
 
     (a, b), whole = ab, PartitionSpec()
     specs = PartitionSpec(None, None, "tensor"), PartitionSpec("tensor"), PartitionSpec(None, "tensor")

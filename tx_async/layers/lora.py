@@ -143,8 +143,12 @@ class LoraRows:
 
     def low(self, a: Array, x: Array) -> Array:
         """x A · scale [R, L, rank] in x's dtype."""
-        low = jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-        return self._scaled(low, x.dtype)
+        return self._scaled(self.unscaled_low(a, x), x.dtype)
+
+    @staticmethod
+    def unscaled_low(a: Array, x: Array) -> Array:
+        """x A [R, L, rank] in fp32."""
+        return jnp.einsum("rld,rdk->rlk", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def _scaled(self, low: Array, dtype: Any) -> Array:
         return keep((low * self.scale[:, None, None]).astype(dtype))
