@@ -76,7 +76,7 @@ class Peer(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("train", "sample"), help="one kind of work")
+    parser.add_argument("--only", metavar="TEXT", default="", help="the cases that begin with it: train, 'sample mixed' …")
     parser.add_argument("--json", action="store_true", help="on one line")
     options = parser.parse_args()
     venvs = [Path(name) for name in os.environ.get("PEERS_VENV", "").split(":") if name]
@@ -88,7 +88,7 @@ def main() -> None:
         peers = [stack.enter_context(ours(model, folder))]
         for venv in venvs:
             peers.append(stack.enter_context((vllm if has(venv, "vllm") else peft)(venv, model, folder)))
-        cases = [case for case in peers[0].runs if case.startswith(options.only or "")]
+        cases = [case for case in peers[0].runs if case.startswith(options.only)]
         report(measure(peers, cases, options.rounds), options.json)
 
 
