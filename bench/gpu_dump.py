@@ -111,6 +111,8 @@ def loops(step: Step) -> list[Step]:
 THUNK = re.compile(r"thunk_metadata \{\s+thunk_info \{(?P<info>[^}]*)\}\s+thunk_kind: \"(?P<kind>\w+)\"", re.DOTALL)
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
+GATHERED = re.compile(r"all-gather.*op_name=\"params\[")
+"""A weight that is gathered is named after the weight, not after who needs it."""
 
 
 def steps_of(folder: Path, scope: str, is_counted: Callable[[str], bool]) -> int:
@@ -142,6 +144,7 @@ def scopes(text: str, scope: str) -> set[str]:
     computation = ""
     computations: set[str] = set()
     users: dict[str, list[str]] = {}
+    gathered: dict[str, str] = {}
     order: list[str] = []
     traced: set[str] = set()
     for line in text.splitlines():
@@ -155,14 +158,18 @@ def scopes(text: str, scope: str) -> set[str]:
                 computations.add(computation)
             for operand in re.findall(r"%([\w.\-]+)", line.split(", metadata=")[0])[1:]:
                 users.setdefault(operand, []).append(instruction[1])
-            traced |= {computation, instruction[1]} if "op_name=" in line else set()
+            if GATHERED.search(line):
+                gathered[instruction[1]] = computation
+            elif "op_name=" in line:
+                traced |= {computation, instruction[1]}
             order.append(instruction[1])
     inside |= {name for name, called in fusions.items() if called in computations}
     for name in reversed(order):  # users stand below
         is_traced = name in traced or fusions.get(name) in traced
         if not is_traced and inside.intersection(users.get(name, ())):
             inside.add(name)
-    return inside
+    called_inside = {fusions[name] for name in inside if name in fusions}
+    return inside | {name for name, computation in gathered.items() if computation in called_inside}
 
 
 def _newest(folder: Path, ending: str) -> str:

@@ -102,10 +102,11 @@ class Target:
     model: str = "8b"
     tensor: int = 1
     expert: int = 1
+    fsdp: int = 1
 
     @property
-    def engine(self) -> tuple[str, int, int]:
-        return self.model, self.tensor, self.expert
+    def engine(self) -> tuple[str, int, int, int]:
+        return self.model, self.tensor, self.expert, self.fsdp
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,10 @@ def targets() -> list[Target]:
         Target("train-1x4096-tp8", "forward_backward 1x4096 K=1 rank=32", tensor=8),
         Target("train-4x512-tp8", "forward_backward 4x512 K=1 rank=32", tensor=8),
         Target("optim-32-tp8", "optim_step rank=32", tensor=8),
+        Target("decode-32-fsdp8", "decode 32", fsdp=8),
+        Target("train-8x4096-fsdp8", "forward_backward 8x4096 K=1 rank=32", fsdp=8),
+        Target("train-32x512-fsdp8", "forward_backward 32x512 K=1 rank=32", fsdp=8),
+        Target("optim-32-fsdp8", "optim_step rank=32", fsdp=8),
         Target("decode-32-moe", "decode 32", "moe"),
         Target("train-1x4096-moe", "forward_backward 1x4096 K=1 rank=32", "moe"),
         Target("decode-32-moe-ep8", "decode 32", "moe", expert=8),
@@ -162,7 +167,7 @@ def targets() -> list[Target]:
 # ---- an engine of descriptions
 
 
-def engine_of(model_name: str, tensor: int, expert: int) -> Any:
+def engine_of(model_name: str, tensor: int, expert: int, fsdp: int) -> Any:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -180,9 +185,10 @@ def engine_of(model_name: str, tensor: int, expert: int) -> Any:
     from tx_async.storage.store import Store
     from tx_async.wire.worker import EngineConfig
 
-    wanted = f"1x1x{tensor * expert}"
+    sizes = fsdp, expert, tensor
+    wanted = f"1x1x{math.prod(sizes)}"
     topology = topologies.get_topology_desc(platform="cuda", target_config=SPEC.read_text(), topology=wanted)
-    mesh = Mesh(np.array(topology.devices).reshape(1, expert, tensor), AXES) if tensor * expert > 1 else None
+    mesh = Mesh(np.array(topology.devices).reshape(sizes), AXES) if math.prod(sizes) > 1 else None
     shapes, depth = MODELS[model_name]
     model = from_config(shapes)
     object.__setattr__(model, "mesh", mesh)
@@ -197,6 +203,7 @@ def engine_of(model_name: str, tensor: int, expert: int) -> Any:
         kv_cache_tokens=4 * CONTEXT,
         tensor_parallel_size=tensor,
         expert_parallel_size=expert,
+        fully_sharded_data_parallel_size=fsdp,
         sample_max_num_sequences=128,
         max_lora_rank=32,
     )
@@ -232,22 +239,22 @@ def pretended_gpu() -> Iterator[None]:
 # ---- counting
 
 
-def figures_of(target: Target, engines: dict[tuple[str, int, int], Any], dump: Path) -> Figures:
+def figures_of(target: Target, engines: dict[tuple[str, int, int, int], Any], dump: Path) -> Figures:
     key = target.engine
     if key not in engines:
         engines[key] = engine_of(*key)
     program = next(program for program in engines[key].programs if program.name == target.program)
     started = time.perf_counter()
-    with pretended_gpu() if key[1:] == (1, 1) else nullcontext():
+    with pretended_gpu() if math.prod(key[1:]) == 1 else nullcontext():
         lowered = program.lower()
     compiled = lowered.compile(program.options)
     seconds = time.perf_counter() - started
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     scanned = not any(isinstance(x, list) for x in engines[key].params.values())
     figures = counted(target.name, dump, temporaries, seconds, scanned)
-    if target.name.startswith("decode-") and key == ("8b", 1, 1):
+    if target.name.startswith("decode-") and key == ("8b", 1, 1, 1):
         figures = replace(figures, bytes_over_least=bytes_over_least(engines[key], target.program, dump))
-    if target.tensor * target.expert > 1:
+    if math.prod(key[1:]) > 1:
         figures = replace(figures, largest_collective_mib=largest_collective_mib(dump))
     return figures
 
@@ -398,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(
     wanted: list[Target], options: argparse.Namespace, work: Path, budgets: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    engines: dict[tuple[str, int, int], Any] = {}
+    engines: dict[tuple[str, int, int, int], Any] = {}
     found: dict[str, Any] = {}
     over: list[str] = []
     deadline = time.monotonic() + options.seconds

@@ -94,6 +94,27 @@ ENTRY %main (x: f32[2]) -> f32[2] {
     assert gpu_dump.steps_of(tmp_path, "_run_layers", gpu_dump.is_collective) == 1
 
 
+def test_a_weight_that_is_gathered_belongs_to_the_layer_that_needs_it(tmp_path):
+    """The compiler names the exchange, and what starts and ends it, after the weight; that of the head is beside."""
+    hlo = """\
+%async_computation.1 (p: f32[1,2]) -> f32[2,2] {
+  ROOT %all-gather.1 = f32[2,2] all-gather(%p), dimensions={0}, metadata={op_name="params[\\'layers\\'][0][\\'q\\']"}
+}
+%async_computation.2 (p: f32[1,2]) -> f32[2,2] {
+  ROOT %all-gather.2 = f32[2,2] all-gather(%p), dimensions={0}, metadata={op_name="params[\\'head\\']"}
+}
+ENTRY %main (x: f32[1,2], y: f32[1,2]) -> f32[2,2] {
+  %all-gather-start = (f32[1,2], f32[2,2]) async-start(%x), calls=%async_computation.1, metadata={op_name="params[]"}
+  %all-gather-start.1 = (f32[1,2], f32[2,2]) async-start(%y), calls=%async_computation.2, metadata={op_name="params[]"}
+  %all-gather-done = f32[2,2] async-done(%all-gather-start), metadata={op_name="params[]"}
+  %all-gather-done.1 = f32[2,2] async-done(%all-gather-start.1), metadata={op_name="params[]"}
+  %gemm.1 = f32[2,2] dot(%all-gather-done, %x), metadata={op_name="jit(train)/jvp(jit(_run_layers))/dot"}
+  ROOT %gemm.2 = f32[2,2] dot(%gemm.1, %all-gather-done.1), metadata={op_name="jit(train)/dot"}
+}
+"""
+    assert gpu_dump.scopes(hlo, "_run_layers") == {"all-gather-start", "all-gather-done", "all-gather.1", "gemm.1"}
+
+
 STEP = """\
 %write (pool: f32[100,4], keys: f32[2,4], at: s32[]) -> f32[100,4] {
   %pool = f32[100,4]{1,0} parameter(0)

@@ -2,7 +2,8 @@
 
     python sharding_on_eight_devices.py <family> <folder> <fsdp>,<expert>,<tensor> ...
 
-Prints one JSON object: mesh -> what was found. One program per mesh: the engine's forward_backward and its optim_step.
+Prints one JSON object: mesh -> what was found. One program per mesh: the engine's forward_backward and its optim_step,
+with rows of two adapters.
 """
 
 import json
@@ -22,7 +23,7 @@ from tx_async.engine import train
 from tx_async.engine.adapter_slots import TrainingState, zeros
 from tx_async.engine.batch import row_batch
 from tx_async.engine.kernels import Kernels
-from tx_async.engine.mesh import adapter_shardings
+from tx_async.engine.mesh import training_shardings
 from tx_async.engine.optimizer import Adam, optim_step
 from tx_async.engine.platform import current
 from tx_async.engine.sharding import make_mesh, param_shardings
@@ -47,15 +48,17 @@ from tx_async.wire.worker import AdamParams, AdapterConfig, EngineConfig
 SMALL = {"vocab_size": 64, "num_hidden_layers": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": QWEN3_TINY | SMALL,
-    "llama": LLAMA_TINY | SMALL | {"num_key_value_heads": 4},
+    # fsdp cannot cut what tensor leaves of this vocabulary
+    "llama": LLAMA_TINY | SMALL | {"num_key_value_heads": 4, "vocab_size": 60},
     "qwen3_moe": QWEN3_MOE_TINY | SMALL,
     "deepseek": DEEPSEEK_V3_TINY | SMALL | {"first_k_dense_replace": 0},
     "qwen3_5": QWEN3_5_TINY | SMALL | {"layer_types": ["linear_attention", "full_attention"]},
     "gpt_oss": GPT_OSS_TINY | SMALL,
     "phi3": parity.config_of("phi3") | SMALL,
 }
-ROWS, LENGTH, CONFIG = 8, 11, AdapterConfig(rank=4)
-"""A length for which no array of the batch happens to have the shape of all experts' matrices."""
+ROWS, SLOTS, LENGTH, CONFIG = 8, (0, 1), 11, AdapterConfig(rank=4)
+"""Rows belong to the adapters in turn. Their length is one for which no array of the batch happens to have the shape of
+all experts' matrices."""
 ADAM = AdamParams(learning_rate=0.001, eps=1e-8, weight_decay=0.1, grad_clip_norm=20.0)
 """A first step moves each weight by about the learning rate, whatever its gradient: where that is nothing but rounding,
 the move is, too. So the rate is small beside the weights (0.03)."""
@@ -64,7 +67,7 @@ the move is, too. So the rate is small beside the weights (0.03)."""
 def main(name: str, folder: str, *meshes: str) -> None:
     make_model(folder, FAMILIES[name], tokenizer=False)
     model, whole = load_model(folder)
-    reference, _ = step(model, whole)
+    reference, _, _ = step(model, whole)
     found = {}
     for sizes in meshes:
         fsdp, expert, tensor = map(int, sizes.split(","))
@@ -74,19 +77,21 @@ def main(name: str, folder: str, *meshes: str) -> None:
         mesh = make_mesh(config)
         on_mesh = replace(model, mesh=mesh)
         params = jax.device_put(whole, param_shardings(on_mesh, mesh))
-        results, program = step(on_mesh, params)
+        results, program, alone = step(on_mesh, params)
         found[sizes] = {what: parity.relative_error(results[what], reference[what]) for what in results} | {
             "bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)),
             "all_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
             "whole_experts": whole_experts(model, program),
+            "nan_stays": alone,
         }
         if expert > 1:
             found[sizes] |= {"expert_rows": expert_rows(on_mesh, params), "all_rows": expert_rows(model, whole)}
     print(json.dumps(found))
 
 
-def step(model: Decoder, params: Params) -> tuple[dict[str, np.ndarray], str]:
-    """-> (logits, and of the adapter: gradients, weights and moments after the step; the compiled program)."""
+def step(model: Decoder, params: Params) -> tuple[dict[str, np.ndarray], str, bool]:
+    """-> (logits, and of the adapters: gradients, weights and moments after the first one's step; the compiled program;
+    whether a NaN in a row of the second adapter is in its gradients, and changes no bit of the first one's)."""
 
     def run(params: Params, state: TrainingState, batch: Any, adam: Adam):
         gradients, logprobs, _ = train.forward_backward(
@@ -96,16 +101,17 @@ def step(model: Decoder, params: Params) -> tuple[dict[str, np.ndarray], str]:
         return gradients, logprobs, state, outcome.grad_norm
 
     shardings = None
-    state = zeros(model.lora_targets(), 2, CONFIG.rank)
-    weights = jax.tree.map(
-        lambda slots, mine: slots.at[:, 0].set(mine), state.weights, parity.random_adapter(model, CONFIG)
-    )
-    state = state._replace(weights=weights)
+    state = zeros(model.lora_targets(), len(SLOTS) + 1, CONFIG.rank)
+    for slot in SLOTS:
+        adapter = parity.random_adapter(model, CONFIG, seed=slot)
+        weights = jax.tree.map(lambda slots, mine, slot=slot: slots.at[:, slot].set(mine), state.weights, adapter)
+        state = state._replace(weights=weights)
     if model.mesh is not None:  # as the engine does
-        cut, whole = adapter_shardings(model, model.mesh), NamedSharding(model.mesh, PartitionSpec())
+        cut, whole = training_shardings(model, model.mesh), NamedSharding(model.mesh, PartitionSpec())
         on_mesh: Any = TrainingState(cut, cut, cut, cut, whole)
         state, shardings = jax.device_put(state, on_mesh), (cut, whole, on_mesh, whole)
-    arguments = (params, state, batch_of(model), Adam.of(ADAM))
+    given = state
+    arguments = (params, given, batch_of(model), Adam.of(ADAM))
     compiled = jax.jit(run, out_shardings=shardings).lower(*arguments).compile()
     gradients, logprobs, state, norm = compiled(*arguments)
     assert norm > ADAM.grad_clip_norm, "a clip that never clips shows nothing"
@@ -114,18 +120,26 @@ def step(model: Decoder, params: Params) -> tuple[dict[str, np.ndarray], str]:
         "logits": logprobs - np.mean(logprobs, axis=-1, keepdims=True),
         **{"gradients": gradients, "weights": state.weights, "m": state.m, "v": state.v},
     }
-    return {name: flat(tree) for name, tree in results.items()}, compiled.as_text()
+    found = {name: flat(tree) for name, tree in results.items()}
+    spoiled, *_ = compiled(params, given, batch_of(model, nan=True), Adam.of(ADAM))
+    first, second = ([np.asarray(x)[:, slot] for x in jax.tree.leaves(spoiled)] for slot in SLOTS)
+    same = all(map(np.array_equal, first, (np.asarray(x)[:, 0] for x in jax.tree.leaves(gradients))))
+    return found, compiled.as_text(), same and any(np.isnan(x).any() for x in second)
 
 
-def batch_of(model: Decoder) -> Any:
-    """Every token of the vocabulary is a target of every position, with weights of either sign."""
+def batch_of(model: Decoder, nan: bool = False) -> Any:
+    """Every token of the vocabulary is a target of every position, with weights of either sign. nan: one of the first
+    row of the last adapter is NaN."""
     targets = np.broadcast_to(np.arange(model.vocab_size), (LENGTH, model.vocab_size))
     rows = []
     for row in range(ROWS):
         weights = np.random.default_rng(row).standard_normal(targets.shape)
-        rows.append((0, [segment(LENGTH, row, vocab=model.vocab_size, target_tokens=targets, weights=weights)]))
+        if nan and row == len(SLOTS) - 1:
+            weights[0, 0] = np.nan
+        values = segment(LENGTH, row, vocab=model.vocab_size, target_tokens=targets, weights=weights)
+        rows.append((SLOTS[row % len(SLOTS)], [values]))
     command, tensors = micro_batch(rows, LENGTH, k=model.vocab_size)
-    return row_batch(command, tensors, np.array([CONFIG.rank, 0], np.int32), model.vocab_size)[0]
+    return row_batch(command, tensors, np.array([*len(SLOTS) * [CONFIG.rank], 0], np.int32), model.vocab_size)[0]
 
 
 def flat(tree: Any) -> np.ndarray:

@@ -115,6 +115,18 @@ def test_a_program_refuses_other_shapes_instead_of_compiling():
         (EngineConfig(train_row_lengths=(50, 400)), "gpu", ((40, 50), (20, 100))),
         (EngineConfig(train_micro_batch_size=3), "gpu", ((3, 100),)),  # rows below 512 tokens do not exist
         (EngineConfig(train_micro_batch_tokens=128), "cpu", ((4, 32), (2, 64), (1, 100))),
+        # Along `fsdp` each device has rows of its own, as many as another.
+        (EngineConfig(fully_sharded_data_parallel_size=8), "cpu", ((8, 32), (8, 64), (8, 100))),
+        (
+            EngineConfig(fully_sharded_data_parallel_size=8, train_row_lengths=(50,), train_micro_batch_size=9),
+            "gpu",
+            ((16, 50), (16, 100)),
+        ),
+        (
+            EngineConfig(fully_sharded_data_parallel_size=2, train_row_lengths=(50,), train_micro_batch_tokens=100),
+            "gpu",
+            ((4, 50), (2, 100)),
+        ),
     ],
 )
 def test_shapes_of_micro_batches_are_few_and_reach_the_context(config, name, expected):

@@ -62,6 +62,7 @@ def test_logits_gradients_and_an_optimizer_step_equal_those_of_one_device(family
         fsdp, expert, tensor = map(int, mesh.split(","))
         for what in ("logits", "gradients", "weights", "m", "v"):
             assert of_mesh[what] < BOUND, (mesh, what)
+        assert of_mesh["nan_stays"], f"{mesh}: what is in one row reached the gradients of another adapter"
         # Norms, biases and key heads fewer than `tensor` are whole everywhere; the rest is divided.
         assert of_mesh["bytes"] < 2 * of_mesh["all_bytes"] / (fsdp * tensor) or expert > 1, mesh
         if expert > 1:

@@ -38,7 +38,6 @@ from tx_async.engine.streams import OwnStream, SameStream
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
 from tx_async.fingerprint import fingerprint
 from tx_async.layers.residuals import Recompute
-from tx_async.layers.sharding import holds_whole_layers
 from tx_async.models.decoder import Decoder, layers_apart
 from tx_async.models.load import fetch, load_model
 from tx_async.storage.store import Store
@@ -52,7 +51,8 @@ TARGETS_PER_TOKEN = (1, 8, 32, 128)
 WIDE_TARGETS_PER_TOKEN = (1_024, 1 + SUPPORT_TOKENS_MAX)
 """For stable_reinforce where top-k or top-p has left many tokens: compiled when somebody first trains on such data."""
 REMAT_TOKENS = 16_384
-"""Where nobody planned the memory, micro-batches of more tokens recompute each layer in the backward pass."""
+"""Where nobody planned the memory, micro-batches of more tokens on a device recompute each layer in the backward
+pass."""
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class JaxEngine:
         self.platform = on or platform.current()
         self._counter = CompilationCounter()
         self.base_model_digest = base_model_digest
-        apart = self.platform.layers_apart and holds_whole_layers(model.mesh)
+        apart = self.platform.layers_apart
         if apart:
             params = layers_apart(params)
         self.model, self.params = model, params
@@ -127,9 +127,10 @@ class JaxEngine:
         self.targets: adapter_slots.Targets = model.lora_targets()
         #: the sharding of results: every device has them whole; None without a mesh
         self.replicated = NamedSharding(model.mesh, PartitionSpec()) if model.mesh else None
-        #: the sharding of adapters: cut as their base weights are
-        self.cut: Any = mesh.adapter_shardings(model, model.mesh) if model.mesh else None
+        #: the shardings of adapters in training and in sampling
+        self.cut: Any = mesh.training_shardings(model, model.mesh) if model.mesh else None
         self.cut_state = TrainingState(*4 * (self.cut,), self.replicated) if model.mesh else None  # type: ignore[arg-type]
+        of_samplers: Any = mesh.adapter_shardings(model, model.mesh) if model.mesh else None
         self.num_slots = config.max_lora_adapters
         self.row_shapes = row_shapes(config, self.context, self.platform)
         if planned:
@@ -145,7 +146,7 @@ class JaxEngine:
         self.checkpoints = Checkpoints(store, model, config.max_lora_rank, self.lora_rank_limit, writes=writes)
         dtype = jax.tree.leaves(params)[0].dtype
         num_slots, rank = config.max_sampler_adapters, config.max_lora_rank
-        self.samplers = SamplerAdapters(self.targets, num_slots, rank, self.cut, allocate, dtype, apart)
+        self.samplers = SamplerAdapters(self.targets, num_slots, rank, of_samplers, allocate, dtype, apart)
         self.overlaps = self.platform.overlaps and model.mesh is None
         stream = OwnStream("sampling") if self.overlaps else SameStream()
         lora, handed_in = self.samplers, (self.platform, allocate, self.kernels)
@@ -175,7 +176,8 @@ class JaxEngine:
             prefill_tokens=self.sampling.prefill_tokens,
             num_devices=jax.device_count(),
             platform=self.platform.name,
-            micro_batch_overhead=self.platform.micro_batch_overhead,
+            # In that time every device along `fsdp` could have computed positions of its own.
+            micro_batch_overhead=self.platform.micro_batch_overhead * self.config.fully_sharded_data_parallel_size,
             memory=self.memory.parts if self.memory else (),
             kernels=tuple((use.task, use.runs) for use in self.kernel_uses),
             kernels_plain=tuple((use.task, use.plain) for use in self.kernel_uses if use.plain),
@@ -192,7 +194,8 @@ class JaxEngine:
         """What a micro-batch of that shape computes again in its backward pass."""
         if self.memory:
             return next(x.recompute for x in self.memory.row_shapes if (x.rows, x.length) == (rows, length))
-        return Recompute(int(self.config.gradient_checkpointing or rows * length > REMAT_TOKENS))
+        tokens = rows // self.config.fully_sharded_data_parallel_size * length
+        return Recompute(int(self.config.gradient_checkpointing or tokens > REMAT_TOKENS))
 
     @property
     def num_compilations(self) -> int:

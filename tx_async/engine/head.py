@@ -5,10 +5,13 @@ Every loss but one is pointwise, so a chunk's derivative by its logits is known 
 pass that computes the loss also computes the gradients with respect to hidden states and adapter. Nothing is computed
 twice, nothing of the size of the vocabulary is kept. gspo needs a mean over its sequence first: rows that use it get
 one more pass, which computes log-probabilities only.
+
+Where the rows of a batch are divided among devices (`row_shards`: how many) each works on chunks of its own rows.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +22,7 @@ from tx_async.engine.batch import RowBatch
 from tx_async.engine.losses import GSPO, LossInputs, log_sequence_ratios, loss_terms
 
 CHUNK_TOKENS = 512
+"""Positions of a chunk, on each device."""
 
 
 class Unembedding(NamedTuple):
@@ -54,20 +58,21 @@ class _VocabularyInputs(NamedTuple):
     """[R, C]"""
 
 
-def forward(hidden: Array, w: Unembedding, batch: RowBatch) -> tuple[Array, Array]:
+def forward(hidden: Array, w: Unembedding, batch: RowBatch, row_shards: int = 1) -> tuple[Array, Array]:
     """hidden [R, L, D] -> (logprobs [R, L, K], losses [R, L]), fp32, zero at padding."""
-    logprobs = _logprobs(hidden, w, batch)
+    logprobs = _logprobs(row_shards, hidden, w, batch)
     ratios = log_sequence_ratios(logprobs[..., 0], batch.logprobs, batch.sequence_ratio_mask, batch.segment_ids)
     losses, _ = loss_terms(logprobs, _loss_inputs(batch, ratios))
     return logprobs, losses
 
 
-def forward_backward(hidden: Array, w: Unembedding, batch: RowBatch) -> tuple[Array, Array, HeadGradients]:
+def forward_backward(
+    hidden: Array, w: Unembedding, batch: RowBatch, row_shards: int = 1
+) -> tuple[Array, Array, HeadGradients]:
     """-> (logprobs [R, L, K], losses [R, L], gradients of the sum of the losses, adapters' per row)."""
-    ratios = jax.lax.cond(
-        jnp.any(batch.loss_fn == GSPO), _ratios, lambda *_: jnp.zeros_like(batch.logprobs), hidden, w, batch
-    )
-    chunks = _split(_VocabularyInputs(hidden, batch.target_tokens, _loss_inputs(batch, ratios)))
+    needed, unneeded = partial(_ratios, row_shards), lambda *_: jnp.zeros_like(batch.logprobs)
+    ratios = jax.lax.cond(jnp.any(batch.loss_fn == GSPO), needed, unneeded, hidden, w, batch)
+    chunks = _split(row_shards, _VocabularyInputs(hidden, batch.target_tokens, _loss_inputs(batch, ratios)))
 
     def step(carry: tuple[Array, Array], chunk: _VocabularyInputs):
         logits, low = _logits(chunk.hidden, w)
@@ -82,18 +87,18 @@ def forward_backward(hidden: Array, w: Unembedding, batch: RowBatch) -> tuple[Ar
     return logprobs, losses, HeadGradients(dhidden, da, db)
 
 
-def _ratios(hidden: Array, w: Unembedding, batch: RowBatch) -> Array:
-    logprobs = _logprobs(hidden, w, batch)[..., 0]
+def _ratios(row_shards: int, hidden: Array, w: Unembedding, batch: RowBatch) -> Array:
+    logprobs = _logprobs(row_shards, hidden, w, batch)[..., 0]
     return log_sequence_ratios(logprobs, batch.logprobs, batch.sequence_ratio_mask, batch.segment_ids)
 
 
-def _logprobs(hidden: Array, w: Unembedding, batch: RowBatch) -> Array:
+def _logprobs(row_shards: int, hidden: Array, w: Unembedding, batch: RowBatch) -> Array:
     """[R, L, K], zero at padding."""
 
     def step(_, chunk: tuple[Array, Array]):
         return None, _target_logprobs(_logits(chunk[0], w)[0], chunk[1])[0]
 
-    _, logprobs = jax.lax.scan(step, None, _split((hidden, batch.target_tokens)))
+    _, logprobs = jax.lax.scan(step, None, _split(row_shards, (hidden, batch.target_tokens)))
     return jnp.where(batch.segment_ids[..., None] > 0, _join(logprobs, hidden.shape[1]), 0.0)
 
 
@@ -144,12 +149,12 @@ def _loss_inputs(batch: RowBatch, log_sequence_ratio: Array) -> LossInputs:
     )
 
 
-def _split(tree):
+def _split(row_shards: int, tree):
     """[R, L, ...] leaves -> [chunks, R, C, ...]; the last chunk is padded with zeros, which are not valid."""
 
     def split(x: Array) -> Array:
         rows, length = x.shape[:2]
-        num_chunks, size = _chunks(rows, length)
+        num_chunks, size = _chunks(rows // row_shards, length)
         x = jnp.pad(x, [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, num_chunks, size, *x.shape[2:]), 1, 0)
 

@@ -13,8 +13,7 @@ It is pure arithmetic on `config.json`: it runs without an accelerator and witho
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from msgspec import structs
 
+from tx_async.engine.cut_sizes import CutSizes
 from tx_async.engine.devices import in_mesh
 from tx_async.engine.kernel_uses import KernelUse
 from tx_async.engine.kernels import ALL_KERNELS, Kernels
@@ -33,8 +33,7 @@ from tx_async.engine.row_shapes import row_shapes
 from tx_async.engine.temporaries import Temporaries
 from tx_async.errors import ConfigError
 from tx_async.layers.residuals import NOTHING, Recompute
-from tx_async.layers.sharding import AXES, spec_of
-from tx_async.layers.weights import Weight
+from tx_async.layers.sharding import AXES
 from tx_async.models.decoder import Decoder
 from tx_async.wire.ranks import rank_classes, slot_rank
 from tx_async.wire.worker import EngineConfig, MemoryPart
@@ -281,13 +280,13 @@ class _Planner:
     # -- parts
 
     def _fixed_parts(self) -> tuple[MemoryPart, ...]:
-        config, rank = self.config, self.config.max_lora_rank
-        inner = sum(self._adapter_elements(weight, rank) for weight in self._adapted)
-        adapter, narrow = inner + self._head_elements(rank), jnp.dtype(self._dtype).itemsize
-        sampler = narrow * inner + 4 * self._head_elements(rank)
+        config, sizes, rank = self.config, self._sizes, self.config.max_lora_rank
+        adapter = sizes.of_adapter(rank, fsdp=True)
+        sampler = jnp.dtype(self._dtype).itemsize * sizes.of_layers(rank) + 4 * sizes.of_head(rank)
         slots = config.max_lora_adapters + 1
         return (
-            MemoryPart("weights", self._weight_bytes(), f"{self._dtype} base model"),
+            MemoryPart("weights", sizes.weight_bytes(self._dtype), f"{self._dtype} base model"),
+            *self._gathered(),
             MemoryPart(
                 "training slots",
                 4 * 4 * slots * adapter,
@@ -299,6 +298,10 @@ class _Planner:
             *self._recurrent_state(),
         )
 
+    def _gathered(self) -> Iterator[MemoryPart]:
+        if size := self._sizes.gathered_bytes(self._dtype):
+            yield MemoryPart("gathered", size, "while training uses it: the head, a layer and the one that comes next")
+
     def slot_bytes(self) -> int:
         """Bytes of all slots, for training and sampling."""
         return sum(part.num_bytes for part in self._fixed_parts() if part.name in ("training slots", "samplers"))
@@ -309,30 +312,9 @@ class _Planner:
             size = (1 + running + kept) * state_bytes(self.model, self._dtype, self._mesh.shape["tensor"])
             yield MemoryPart("recurrent state", size, f"{running} sequences that run, {kept} snapshots of prefixes")
 
-    def _weight_bytes(self) -> int:
-        narrow = jnp.dtype(self._dtype).itemsize
-        return sum(
-            math.prod(weight.shape) * (4 if weight.wide else narrow) // self._pieces(spec_of(weight, self._mesh))
-            for weight in self.model.weights
-        )
-
-    def _adapter_elements(self, weight: Weight, rank: int) -> int:
-        """A and B of one adapter on one device; cut as `mesh.adapter_shardings` says."""
-        _, *experts, inputs, outputs = spec_of(weight, self._mesh)
-        lead = weight.num_layers * max(1, weight.num_experts)
-        a = lead * weight.dims[0].size * rank // self._pieces((*experts, inputs))
-        return a + lead * weight.dims[1].size * rank // self._pieces((*experts, outputs))
-
-    def _head_elements(self, rank: int) -> int:
-        vocab, _ = spec_of(self.model.unembedding_weight, self._mesh)
-        return (self.model.hidden_size + self.model.vocab_size // self._pieces((vocab,))) * rank
-
     @cached_property
-    def _adapted(self) -> list[Weight]:
-        return [weight for weight in self.model.weights if weight.stack and weight.group]
-
-    def _pieces(self, axes: Iterable[Any]) -> int:
-        return math.prod(self._mesh.shape[axis] for axis in axes if axis)
+    def _sizes(self) -> CutSizes:
+        return CutSizes(self.model, self._mesh)
 
     @cached_property
     def _mesh(self) -> Any:
@@ -408,15 +390,11 @@ class _Planner:
         chosen = next((way for way in again if few(way) <= enough), ways[-1])
         return RowShape(rows, length, chosen, few(chosen) + wide)
 
-    def _adapter_total(self) -> int:
-        rank = self.config.max_lora_rank
-        return sum(self._adapter_elements(weight, rank) for weight in self._adapted) + self._head_elements(rank)
-
     @cached_property
     def temporaries(self) -> Temporaries:
         mesh, kernels = self._mesh, self.kernels
         of_layer = self._token_bytes // (self._paging.num_tables * self._paging.page_layers)
-        sizes = of_layer, self._adapter_total()
+        sizes = of_layer, self._sizes.of_adapter(self.config.max_lora_rank, fsdp=False)
         return Temporaries(self.model, self.config, self.platform, kernels, mesh, *sizes)
 
 

@@ -12,6 +12,7 @@ operator reads it in the logs of both.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -164,10 +165,13 @@ def to_mesh(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
-def adapter_shardings(model: Decoder, mesh: Mesh) -> dict[str, dict[str, tuple[NamedSharding, NamedSharding]]]:
+AdapterShardings = dict[str, dict[str, tuple[NamedSharding, NamedSharding]]]
+
+
+def adapter_shardings(model: Decoder, mesh: Mesh) -> AdapterShardings:
     """How (A, B) of every adapted matrix lie: cut where their base weight is, whole along slots and rank. The
     unembedding's A is whole."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec(None, None, None, None))
     vocab = spec_of(model.unembedding_weight, mesh)[0]
     of_head = whole, NamedSharding(mesh, PartitionSpec(None, None, None, vocab))
     shardings = by_path(lambda path, target: of_head, model.lora_targets())
@@ -178,3 +182,23 @@ def adapter_shardings(model: Decoder, mesh: Mesh) -> dict[str, dict[str, tuple[N
             b = PartitionSpec(None, None, *experts, None, outputs)
             shardings[weight.stack][weight.name] = NamedSharding(mesh, a), NamedSharding(mesh, b)
     return shardings
+
+
+def training_shardings(model: Decoder, mesh: Mesh) -> AdapterShardings:
+    """The same of what is trained: besides, `fsdp` cuts the inputs of every A and the outputs of every B, where it
+    divides them. A training step takes whole adapters out of such pieces, once for each row (`adapter_rows.py`)."""
+    targets = model.lora_targets()
+
+    def cut(sharding: NamedSharding, axis: int, size: int) -> NamedSharding:
+        names = [*sharding.spec]
+        there = (names[axis],) if names[axis] else ()
+        if mesh.shape["fsdp"] == 1 or "fsdp" in there or size % math.prod(mesh.shape[x] for x in (*there, "fsdp")):
+            return sharding
+        names[axis] = (*there, "fsdp")
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    def pair(path: tuple[str, str], ab: tuple[NamedSharding, NamedSharding]) -> tuple[NamedSharding, NamedSharding]:
+        target = targets[path[0]][path[1]]
+        return cut(ab[0], -2, target.in_features), cut(ab[1], -1, target.out_features)
+
+    return by_path(pair, adapter_shardings(model, mesh))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tx_async.engine import page_products
 from tx_async.engine.kv_cache import NULL_PAGE, CacheLayout, Pools
@@ -178,6 +178,10 @@ class PagedAttention:
         rows, pool = row_axis(self.mesh, q.shape[0]), PartitionSpec(None, None, "tensor" if len(pools) > 1 else None)
         mine, of_row = PartitionSpec(rows, *[None] * (q.ndim - 3), "tensor"), PartitionSpec(rows)
         specs = mine, pool, of_row, of_row, PartitionSpec(), PartitionSpec("tensor")
+        # Rows come apart here and no earlier: the product that made them is a sum over `fsdp`, which then is all that
+        # is exchanged. With its rows apart the compiler would gather the matrix.
+        whole = NamedSharding(self.mesh, PartitionSpec(None, *mine[1:]))
+        inputs = jax.lax.with_sharding_constraint(q, whole), *inputs[1:]
         return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=mine, check_vma=False)(*inputs)
 
     def attend(

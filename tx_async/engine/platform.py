@@ -44,7 +44,7 @@ class Platform:
 
     layers_apart: bool
     """The layers' weights are a list, over which training and sampling unroll: under a scan each would be copied out of
-    its stack before its product. Not where `fsdp` gathers each layer as it comes: a scan holds one at a time."""
+    its stack before its product, and where `fsdp` cuts it, gathered while nothing is computed."""
 
     # sampling
     decode_steps: int

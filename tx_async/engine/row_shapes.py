@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tx_async.engine.platform import Platform
 from tx_async.wire.worker import EngineConfig
@@ -12,12 +12,18 @@ PREFERRED_ROW = 1024
 
 
 def row_shapes(config: EngineConfig, context: int, platform: Platform) -> tuple[tuple[int, int], ...]:
-    """(rows, length in tokens) of every micro-batch, ascending by length; the last one holds a whole context."""
+    """(rows, length in tokens) of every micro-batch, ascending by length; the last one holds a whole context. Each
+    device along `fsdp` has as many rows as another."""
     configured = {length for length in config.train_row_lengths if length < context}
     lengths = (*configured, context) if configured else _doubling(platform.shortest_row, context)
-    tokens = config.train_micro_batch_tokens or platform.micro_batch_tokens
-    rows: Callable[[int], int] = lambda length: config.train_micro_batch_size or max(1, tokens // length)  # noqa: E731
-    return tuple((rows(length), length) for length in sorted(lengths))
+    devices = config.fully_sharded_data_parallel_size
+    return tuple((devices * _rows_of_a_device(config, length, platform), length) for length in sorted(lengths))
+
+
+def _rows_of_a_device(config: EngineConfig, length: int, platform: Platform) -> int:
+    if config.train_micro_batch_size:
+        return -(-config.train_micro_batch_size // config.fully_sharded_data_parallel_size)
+    return max(1, (config.train_micro_batch_tokens or platform.micro_batch_tokens) // length)
 
 
 def _doubling(shortest: int, context: int) -> tuple[int, ...]:

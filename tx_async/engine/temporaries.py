@@ -16,7 +16,7 @@ from tx_async.engine.kernels import Kernels
 from tx_async.engine.platform import Platform
 from tx_async.layers.grouped import block_shape
 from tx_async.layers.residuals import NOTHING, Recompute
-from tx_async.layers.sharding import holds_whole_layers, spec_of
+from tx_async.layers.sharding import spec_of
 from tx_async.layers.weights import Stack, Weight
 from tx_async.models.decoder import Decoder
 from tx_async.wire.operations import SUPPORT_TOKENS_MAX
@@ -152,7 +152,7 @@ class Temporaries:
 
     @property
     def _is_list(self) -> bool:
-        return self.platform.layers_apart and holds_whole_layers(self.mesh)
+        return self.platform.layers_apart
 
     def _rows_here(self, rows: int) -> int:
         fsdp = self.mesh.shape["fsdp"]

@@ -1,9 +1,5 @@
 """One training micro-batch: forward, loss, backward, and its gradients added to the adapters of its rows, in one
-program.
-
-Rows bring their adapters with them: A and B are gathered per row, gradients come out per row, and row after row is
-added to its slot's sum. No product with a mask ever joins two rows, so what is in one (NaN included) cannot reach
-another.
+program. Rows stay apart from the first layer to the sums of their slots (`adapter_rows.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tx_async.engine import head
-from tx_async.engine.adapter_slots import at
+from tx_async.engine.adapter_rows import add_rows, of_rows
 from tx_async.engine.batch import RowBatch
 from tx_async.engine.kernels import Kernels
 from tx_async.engine.platform import Platform
@@ -23,12 +19,9 @@ from tx_async.layers.attention import PackedAttention
 from tx_async.layers.delta_rule import Chunks
 from tx_async.layers.lora import LoraRows, LoraWeights, by_path, layer_slice
 from tx_async.layers.residuals import NOTHING, Recompute
-from tx_async.models.decoder import unembedding
 
 HEAD = "head"
 """The stack of the unembedding, applied by `head.py`; all others belong to the model's forward."""
-UNROLLED_ROWS_MAX = 4
-"""So many rows are added to their sums without a loop, whose turns the host of a GPU would wait for."""
 
 
 def forward(
@@ -41,9 +34,9 @@ def forward(
     batch: RowBatch,
 ) -> tuple[Array, Array]:
     """-> (logprobs [R, L, K], losses [R, L]); changes no state. rank: no adapter of the batch has a higher one."""
-    rows = _gather(weights, batch.slots, rank)
+    rows = of_rows(model, weights, batch.slots, rank)
     hidden = _trunk(platform, kernels, model, params, rows, batch, NOTHING)
-    return head.forward(hidden, _unembedding(params, rows, batch), batch)
+    return head.forward(hidden, _unembedding(model, params, rows, batch), batch, _row_shards(model))
 
 
 def forward_backward(
@@ -58,20 +51,15 @@ def forward_backward(
     batch: RowBatch,
 ) -> tuple[LoraWeights, Array, Array]:
     """-> (gradients with this batch's added, logprobs [R, L, K], losses [R, L])."""
-    rows = _gather(weights, batch.slots, rank)
+    rows = of_rows(model, weights, batch.slots, rank)
     hidden, pullback = jax.vjp(
         lambda rows: _trunk(platform, kernels, model, params, rows, batch, recompute), _like_params(rows, params)
     )
-    logprobs, losses, of_head = head.forward_backward(hidden, _unembedding(params, rows, batch), batch)
-    of_rows = by_path(lambda _, ab: tuple(map(_stacked, ab)), pullback(of_head.hidden)[0])
-    of_rows[HEAD] = {HEAD: (of_head.a[None], of_head.b[None])}
-    return _accumulate(gradients, of_rows, batch.slots), logprobs, losses
-
-
-def _gather(weights: LoraWeights, slots: Array, rank: int) -> LoraWeights:
-    """[layers, slots, ...] -> [layers, R, ...], without the padding above `rank`."""
-
-    return by_path(lambda _, ab: (ab[0][..., :rank][:, slots], ab[1][..., :rank, :][:, slots]), weights)
+    read = _unembedding(model, params, rows, batch)
+    logprobs, losses, of_head = head.forward_backward(hidden, read, batch, _row_shards(model))
+    found = by_path(lambda _, ab: tuple(map(_stacked, ab)), pullback(of_head.hidden)[0])
+    found[HEAD] = {HEAD: (of_head.a[None], of_head.b[None])}
+    return add_rows(model, gradients, found, batch.slots), logprobs, losses
 
 
 def _like_params(rows: LoraWeights, params: Any) -> Any:
@@ -107,24 +95,11 @@ def _trunk(
     return model.forward(*inputs, recompute=recompute, grouped_kernel=kernels.grouped_product)[0]
 
 
-def _unembedding(params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:
+def _unembedding(model: Any, params: Any, rows: LoraWeights, batch: RowBatch) -> head.Unembedding:
     a, b = layer_slice(rows[HEAD])[HEAD]
-    return head.Unembedding(unembedding(params), a, b, batch.scale)
+    return head.Unembedding(model.whole_unembedding(params), a, b, batch.scale)
 
 
-def _accumulate(gradients: LoraWeights, of_rows: LoraWeights, slots: Array) -> LoraWeights:
-    """Add row after row: rows of one adapter in a fixed order, unused rows into the scratch slot that nobody reads."""
-
-    def add_row(r: Array | int, total: Array, rows: Array) -> Array:
-        row = jax.lax.dynamic_slice_in_dim(rows, r, 1, axis=1)
-        place = at(slots[r], total)
-        mine = jax.lax.dynamic_slice(total, place, row.shape)
-        return jax.lax.dynamic_update_slice(total, mine + row, place)
-
-    def add_all(r: Array | int, totals: LoraWeights) -> LoraWeights:
-        return jax.tree.map(lambda total, rows: add_row(r, total, rows), totals, of_rows)
-
-    num_rows = slots.shape[0]
-    if num_rows == 1:
-        return add_all(0, gradients)
-    return jax.lax.fori_loop(0, num_rows, add_all, gradients, unroll=num_rows <= UNROLLED_ROWS_MAX)
+def _row_shards(model: Any) -> int:
+    """How many devices have rows of their own."""
+    return model.mesh.shape["fsdp"] if model.mesh else 1

@@ -21,7 +21,7 @@ from tx_async.layers.cpu import OutFirst
 from tx_async.layers.lora import Lora, LoraTarget, layer_slice
 from tx_async.layers.norm import RmsNorm
 from tx_async.layers.residuals import KEPT_ONLY, NOTHING, Recompute, in_blocks
-from tx_async.layers.sharding import gathered_spec_of, of_one_layer
+from tx_async.layers.sharding import gathered_spec_of, of_one_layer, row_axis
 from tx_async.layers.weights import Dim, Stack, Weight, stacks_of
 
 Params = dict[str, Any]
@@ -163,12 +163,13 @@ class Decoder:
 
         recompute: of the backward pass. grouped_kernel: experts run in their kernels.
         """
-        x = self._by_rows(params["embed"][tokens])
+        stays_cut = isinstance(params[self.stacks[0].name], list) and self._is_short(tokens)
+        x = self._placed(params["embed"][tokens], stays_cut)
         if self.embed_scale != 1.0:
             x = x * jnp.asarray(self.embed_scale, x.dtype)
         forward = ForwardPass(lora, positions, self._rotary(positions), attend, self.mesh, grouped_kernel)
         for segment in self.segments:
-            body = partial(self._run_layers, segment, forward)
+            body = partial(self._run_layers, segment, forward, stays_cut)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
             run = _one_by_one if isinstance(params[segment[0].name], list) else _scanned
             x, cache = run(body, (x, cache), layers, self._within(segment, recompute))
@@ -188,18 +189,30 @@ class Decoder:
         self,
         segment: tuple[Stack, ...],
         forward: ForwardPass,
+        stays_cut: bool,
         block_tokens: int,
         carry: tuple[Array, Cache],
         layers: tuple[Any, ...],
     ) -> tuple[tuple[Array, Cache], None]:
         x, cache = carry
         for stack, (index, w, adapters) in zip(segment, layers, strict=True):
-            w, layer = self._gathered(stack, w), self.layer_of(stack)
+            w, x = self._in_place(w, x) if stays_cut else (self._gathered(stack, w), x)
+            layer = self.layer_of(stack)
             norms = layer.norms
             out, cache = layer.mixer(forward, w, adapters, norms("before_mixer", w, x), cache, index)
-            x = self._by_rows(x + norms("after_mixer", w, out))
-            x = _with_mlp_in_blocks(layer, forward, w, adapters, x, block_tokens)
-        return (self._by_rows(x), cache), None
+            x = self._placed(x + norms("after_mixer", w, out), stays_cut)
+            x = self._placed(_with_mlp_in_blocks(layer, forward, w, adapters, x, block_tokens), stays_cut)
+        return (x, cache), None
+
+    def _is_short(self, tokens: Array) -> bool:
+        """Whether a product's outputs, summed over `fsdp`, are less to exchange than the matrix: weights stay where
+        they are."""
+        return self.mesh is not None and self.mesh.shape["fsdp"] > 1 and tokens.size < self.hidden_size // 2
+
+    def _in_place(self, w: Params, x: Array) -> tuple[Params, Array]:
+        """One layer's weights as they lie. What is gathered of them all the same waits for x: else the compiler would
+        gather those of every layer before a loop over decode steps, and hold them."""
+        return jax.lax.optimization_barrier((w, x))
 
     def _gathered(self, stack: Stack, w: Params) -> Params:
         """One layer's weights, whole along `fsdp` while it runs."""
@@ -209,11 +222,24 @@ class Decoder:
         shardings = {name: NamedSharding(self.mesh, specs[name]) for name in w}
         return jax.lax.with_sharding_constraint(w, shardings)
 
-    def _by_rows(self, x: Array) -> Array:
-        """Keep rows on their devices, so that weights come to them and not the other way round."""
-        if self.mesh is None or x.shape[0] % self.mesh.shape["fsdp"]:
+    def whole_unembedding(self, params: Params) -> Array:
+        """The head, whole along `fsdp`: gathered once for all that reads it."""
+        head = unembedding(params)
+        if self.mesh is None:
+            return head
+        spec = gathered_spec_of(self.unembedding_weight, self.mesh)
+        return jax.lax.with_sharding_constraint(head, NamedSharding(self.mesh, spec))
+
+    def _placed(self, x: Array, stays_cut: bool) -> Array:
+        """Keep rows on their devices, so that weights come to them and not the other way round; or, where weights stay
+        cut, whole on all of them."""
+        if self.mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("fsdp")))
+        rows = row_axis(self.mesh, x.shape[0])
+        if rows is None and not stays_cut:
+            return x
+        spec = PartitionSpec(None if stays_cut else rows)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
 def tree_of(leaves: dict[Weight, Any]) -> Params:

@@ -46,12 +46,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
     fully_sharded_data_parallel_size: int = 1
+    """So many devices divide the rows of a micro-batch, and the base model and the training adapters among them."""
     coordinator_address: str = ""
     num_processes: int = 1
     train_micro_batch_tokens: int = 0
-    """Tokens of one training micro-batch; 0 lets the engine choose for its platform."""
+    """Tokens of one training micro-batch, on each of the `fully_sharded_data_parallel_size` devices that share its
+    rows; 0 lets the engine choose for its platform."""
     train_micro_batch_size: int = 0
-    """Rows of one training micro-batch, whatever their length; 0 derives it from `train_micro_batch_tokens`."""
+    """Rows of one training micro-batch, whatever their length, rounded up to a multiple of
+    `fully_sharded_data_parallel_size`; 0 derives it from `train_micro_batch_tokens`."""
     train_row_lengths: tuple[int, ...] = ()
     """Lengths of packed rows, ascending; () lets the engine choose: doubling steps up to the context."""
     gradient_checkpointing: bool = False
