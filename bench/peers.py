@@ -76,7 +76,7 @@ class Peer(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", metavar="TEXT", default="", help="the cases that begin with it: train, 'sample mixed' …")
+    parser.add_argument("--only", metavar="TEXT", default="", help="the cases that begin with it: 'sample mixed', …")
     parser.add_argument("--json", action="store_true", help="on one line")
     options = parser.parse_args()
     venvs = [Path(name) for name in os.environ.get("PEERS_VENV", "").split(":") if name]
