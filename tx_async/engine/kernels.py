@@ -64,6 +64,17 @@ class TrainedHeads(NamedTuple):
     has_sinks: bool = False
 
 
+class Differences(NamedTuple):
+    """The largest differences between a kernel and the plain version, relative to the largest value."""
+
+    forward: float
+    gradients: float = 0.0
+
+    @property
+    def largest(self) -> float:
+        return float(np.max(self))  # a NaN is the largest
+
+
 log = logging.getLogger(__name__)
 
 
@@ -127,7 +138,11 @@ def _largest(difference: Callable[[Any], float], cases: Sequence[Any]) -> float:
 
 
 def flash_difference(trained: TrainedHeads = TrainedHeads(), interpret: bool = False) -> float:
-    """The difference between the kernels and plain attention, in outputs and gradients of two packed rows."""
+    return flash_differences(trained, interpret).largest
+
+
+def flash_differences(trained: TrainedHeads = TrainedHeads(), interpret: bool = False) -> Differences:
+    """The differences between the kernels and plain attention, in outputs and gradients of two packed rows."""
     from tx_async.layers.flash_attention import flash_attention
 
     rng = np.random.default_rng(0)
@@ -149,9 +164,15 @@ def flash_difference(trained: TrainedHeads = TrainedHeads(), interpret: bool = F
     @jax.jit
     def both() -> Array:
         plain, kernel = of(packed_attention, 64), of(flash_attention, interpret)
-        return jnp.stack([_gap(a, b) for a, b in zip(plain, kernel, strict=True)]).max()
+        return jnp.stack([_gap(a, b) for a, b in zip(plain, kernel, strict=True)])
 
-    return float(both())
+    return _differences(both())
+
+
+def _differences(gaps: Array) -> Differences:
+    """gaps: of the output, then of each gradient."""
+    forward, *gradients = np.asarray(gaps)
+    return Differences(float(forward), float(np.max(gradients)))
 
 
 def _gap(plain: Array, kernel: Array) -> Array:
@@ -213,7 +234,11 @@ def prefill_difference(paged: Paged = Paged(), interpret: bool = False) -> float
 
 
 def grouped_difference(interpret: bool = False) -> float:
-    """The difference between the kernels and the plain loop over blocks, in outputs and all gradients of two rows'
+    return grouped_differences(interpret).largest
+
+
+def grouped_differences(interpret: bool = False) -> Differences:
+    """The differences between the kernels and the plain loop over blocks, in outputs and all gradients of two rows'
     experts with adapters, one block unused."""
     from tx_async.layers import grouped_kernel
 
@@ -242,6 +267,6 @@ def grouped_difference(interpret: bool = False) -> float:
     @jax.jit
     def both() -> Array:
         kernel = of(lambda *inputs: grouped_kernel.experts_mlp(*inputs, interpret=interpret))
-        return jnp.stack([_gap(a, b) for a, b in zip(of(experts_mlp), kernel, strict=True)]).max()
+        return jnp.stack([_gap(a, b) for a, b in zip(of(experts_mlp), kernel, strict=True)])
 
-    return float(both())
+    return _differences(both())
