@@ -151,6 +151,13 @@ def with_slots_for(config: EngineConfig, rank: int = 0) -> EngineConfig:
     return structs.replace(config, max_lora_rank=slot_rank(config.max_lora_rank, rank))
 
 
+def temporaries_of(
+    model: Decoder, config: EngineConfig, platform: Platform, kernels: Kernels = ALL_KERNELS
+) -> Temporaries:
+    """The bounds that a plan relies on. The rank of slots is `config.max_lora_rank`."""
+    return _Planner(model, config, platform, 0, kernels).temporaries
+
+
 def lora_rank_limit(model: Decoder, config: EngineConfig, platform: Platform, memory: int, left: int = 0) -> int:
     """The highest rank, up to `config.max_lora_rank`, with whose slots a plan fits; at least that of slots at first.
 
@@ -368,18 +375,27 @@ class _Planner:
 
     def _offered(self, context: int, room: int) -> tuple[RowShape, ...]:
         """The row shapes beside which the cache still holds a sequence of that length, so that what is trained can be
-        sampled."""
-        for_each = {
-            (rows, length): room - self._kv_bytes(length)
-            for rows, length in row_shapes(self.config, context, self.platform)
-        }
-        shapes = ((self._row_shape(*shape, left), left) for shape, left in for_each.items())
-        return tuple(shape for shape, left in shapes if shape.temporaries <= left)
-
-    def _row_shape(self, rows: int, length: int, room: int) -> RowShape:
-        bounds, ways = self.temporaries, self.temporaries.ways
-        wide, few = bounds.of_wide_targets(rows, length), partial(bounds.of_training, rows, length)
+        sampled. What the largest of them needs in any case, the others have as well."""
         allowed = self.config.activation_memory_gib * GIB or self.memory / ACTIVATIONS_SHARE
+        shapes = [
+            (self._row_shape(rows, length, left, allowed), left)
+            for rows, length in row_shapes(self.config, context, self.platform)
+            if (left := room - self._kv_bytes(length)) > 0
+        ]
+        offered = [(shape, left) for shape, left in shapes if shape.temporaries <= left]
+        most = max((shape.temporaries for shape, _ in offered), default=0)
+        few = max((shape.temporaries - self._wide(shape.rows, shape.length) for shape, _ in offered), default=0)
+        return tuple(
+            self._row_shape(shape.rows, shape.length, min(left, most), max(allowed, few)) for shape, left in offered
+        )
+
+    def _wide(self, rows: int, length: int) -> int:
+        return self.temporaries.of_wide_targets(rows, length)
+
+    def _row_shape(self, rows: int, length: int, room: int, allowed: float) -> RowShape:
+        """allowed: for activations, where less would do."""
+        bounds, ways = self.temporaries, self.temporaries.ways
+        wide, few = self._wide(rows, length), partial(bounds.of_training, rows, length)
         again = ways[1:]
         if not self.config.gradient_checkpointing:
             most = min(room - wide, allowed)

@@ -3,6 +3,7 @@ compiled programs. `memory_plan.py` chooses by them which shapes are offered, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +27,8 @@ BLOCK_TOKENS = 4096
 """What an MLP works on at once where its layer is computed again: enough to keep a device busy."""
 LAYER_BYTES, LAYER_BYTES_PLAIN = 3, 8
 """For each number that a layer which is computed again makes of a token: it and its gradient, some of them in fp32; of
-attention in the plain version, and in a model with recurrences, which work in fp32, more. An MLP needs as much for
-those of a block."""
+attention in the plain version, and of a recurrence, which works in fp32, more. An MLP needs as much for those of a
+block."""
 
 
 class Features(NamedTuple):
@@ -40,6 +41,8 @@ class Features(NamedTuple):
     mlp_kept: int = 0
     """The same of MLPs."""
     mlp: int = 0
+    state_bytes: int = 0
+    """Of recurrent layers: what the states before each chunk of a row take, for each of its tokens."""
 
     @property
     def kept(self) -> int:
@@ -72,7 +75,7 @@ class Temporaries:
 
     def of_training(self, rows: int, length: int, recompute: Recompute) -> int:
         """Of one forward_backward, with few targets for each token: A and B of each row and their gradients, fp32, and
-        what the layers need, or what they keep while the head works on a chunk (logits and two more of that size).
+        what the layers need, or what they keep while the head works on a chunk.
 
         Layers need tokens · layers · (what a layer keeps) + what one makes, with gradients. Where they are computed
         again: what stands between groups of layers and between the layers of a group, and all that one makes, its MLP
@@ -80,25 +83,46 @@ class Temporaries:
         """
         here, hidden, narrow = self._rows_here(rows), self.model.hidden_size, self._itemsize
         tokens, adapters = here * length, 2 * 4 * here * self.adapter_elements
-        head = 3 * 4 * min(CHUNK_TOKENS, tokens) * self.model.vocab_size
+        head = self._of_head(here, length)
         kept = max(one.kept for one in self._by_stack.values()) + hidden
-        made = max(one.made for one in self._by_stack.values()) + 2 * hidden
+        made = max(sum(one.made for one in period) for period in self._periods) + 2 * hidden
         if not recompute.layers:
             return tokens * (self.model.num_layers * kept + 2 * made) * narrow + adapters + head
         is_whole = not recompute.block_tokens or tokens <= recompute.block_tokens
-        mixers = max(sum(one.mixer for one in period) for period in self._periods) + 2 * hidden
         mlp = max(one.mlp for period in self._periods for one in period)
         others = max(sum(one.mlp for one in period) for period in self._periods) - mlp if is_whole else 0
         block = tokens if is_whole else recompute.block_tokens
         held = LAYER_BYTES_PLAIN if self.model.state_layers else LAYER_BYTES
-        of_mixers = LAYER_BYTES_PLAIN if "training attention" in self._plain else held
+        mixers = max(sum(self._mixer_bytes(one) for one in period) for period in self._periods)
         # Of an MLP that does not run in blocks what it made is held until the gradient comes to it.
-        layer = tokens * of_mixers * mixers + block * (LAYER_BYTES_PLAIN * mlp + held * others)
+        layer = tokens * (mixers + self._waiting_bytes) + block * (LAYER_BYTES_PLAIN * mlp + held * others)
         around = tokens * 2 * hidden * narrow  # the last layer's output and its gradient
         borders = self._borders(recompute.layers) * tokens * hidden * narrow
         # Those that keep come last: the others are computed again when nothing of them is held any more.
-        keeping = tokens * (recompute.keeping * (kept - hidden) + 2 * made) * narrow if recompute.keeping else 0
+        number = min(recompute.keeping, self.model.num_layers)
+        keeping = tokens * (number * (kept - hidden) + 2 * made) * narrow if number else 0
         return adapters + borders + max(layer, head + max(keeping, around))
+
+    def _mixer_bytes(self, one: Features) -> int:
+        """For each token, of a layer's mixer that is computed again and of what enters and leaves it."""
+        is_wide = one.state_bytes or "training attention" in self._plain
+        bytes_each = LAYER_BYTES_PLAIN if is_wide else LAYER_BYTES
+        return bytes_each * (one.mixer + 2 * self.model.hidden_size) + one.state_bytes
+
+    @cached_property
+    def _waiting_bytes(self) -> int:
+        """For each token, what gradients of adapters are made of at the end (`Decoder._in_order`)."""
+        if not self.model.state_layers or self.mesh.shape["tensor"] == 1:
+            return 0
+        layers = [self._by_stack[stack.name] for stack in self.model.stacks for _ in stack.layers]
+        return sum(one.mixer + self.model.hidden_size for one in layers) * self._itemsize
+
+    def _of_head(self, rows: int, length: int) -> int:
+        """Of a chunk: logits, two more of their size, and their gradient in the weights' dtype. Of each row: another B,
+        filled up to a size that products split evenly."""
+        chunks = min(-(-rows * length // CHUNK_TOKENS), length)
+        tokens = rows * -(-length // chunks)
+        return self.model.vocab_size * (tokens * (3 * 4 + self._itemsize) + 4 * rows * self.config.max_lora_rank)
 
     def keeping_most(self, rows: int, length: int, room: int) -> Recompute:
         """The way that computes as few layers again as fit into so many bytes. Stacked layers all do the same."""
@@ -107,8 +131,10 @@ class Temporaries:
         return next((way for way in ways if self.of_training(rows, length, way) <= room), Recompute(1, BLOCK_TOKENS))
 
     def of_wide_targets(self, rows: int, length: int) -> int:
-        """What the most targets for each token add: targets, weights, log-probabilities and two copies of them."""
-        return 5 * 4 * self._rows_here(rows) * length * (1 + SUPPORT_TOKENS_MAX)
+        """What the most targets for each token add: targets, weights, log-probabilities and two copies of them, and one
+        of each where several rows are cut into chunks together."""
+        arrays = 5 if rows == 1 else 8
+        return arrays * 4 * self._rows_here(rows) * length * (1 + SUPPORT_TOKENS_MAX)
 
     @cached_property
     def of_sampling(self) -> int:
@@ -142,10 +168,11 @@ class Temporaries:
 
     def _borders(self, group: int) -> int:
         """Of how many layers what enters them is kept, where every `group` of them are computed again together."""
-        counts = [len(segment[0].layers) for segment in self.model.segments]
+        steps = [len(segment[0].layers) for segment in self.model.segments]
         if not self._is_list:
-            divisors = [max(n for n in range(1, min(group, count) + 1) if count % n == 0) for count in counts]
+            counts, divisors = steps, [max(n for n in range(1, min(group, k) + 1) if k % n == 0) for k in steps]
         else:
+            counts = [k * len(segment) for k, segment in zip(steps, self.model.segments, strict=True)]
             divisors = [min(group, count) for count in counts]
         groups = sum(-(-count // size) for count, size in zip(counts, divisors, strict=True))
         return groups + max(divisors) - 1
@@ -168,7 +195,9 @@ class Temporaries:
 
     @cached_property
     def _periods(self) -> list[list[Features]]:
-        """The layers that run, and are computed again, as one: those of each step of a segment."""
+        """The layers that run, and are computed again, as one: those of a scan's step; in a list, each alone."""
+        if self._is_list:
+            return [[one] for one in self._by_stack.values()]
         return [[self._by_stack[stack.name] for stack in segment] for segment in self.model.segments]
 
     @cached_property
@@ -184,7 +213,13 @@ class Temporaries:
         attention = max((weight.dims[0].size for weight in mine if weight.name == "o"), default=0)
         attention //= self.mesh.shape["tensor"]
         (mixer_kept, made), (mlp_kept, inner) = _sums(mixer), _sums(mlp)
-        return Features(mixer_kept + attention, made + attention, mlp_kept, inner)
+        return Features(mixer_kept + attention, made + attention, mlp_kept, inner, self._state_bytes(layer))
+
+    def _state_bytes(self, layer: Any) -> int:
+        heads, *rest = layer.mixer.keeps.state["state"][0] if layer.mixer.keeps.state else (0,)
+        tensor = self.mesh.shape["tensor"]
+        chunk, _ = self.platform.rule_chunks(BLOCK_TOKENS)
+        return 4 * heads * math.prod(rest) // (chunk * (1 if heads % tensor else tensor))
 
     def _numbers_of(self, weight: Weight, layer: Any) -> tuple[int, int]:
         """(how many are kept, how many are made) by one product and its adapter."""

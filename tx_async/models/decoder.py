@@ -169,17 +169,27 @@ class Decoder:
             x = x * jnp.asarray(self.embed_scale, x.dtype)
         forward = ForwardPass(lora, positions, self._rotary(positions), attend, self.mesh, grouped_kernel)
         for segment in self.segments:
-            body = partial(self._run_layers, segment, forward, stays_cut)
             layers = tuple((jnp.array(self.places(s)), params[s.name], lora.weights.get(s.name, {})) for s in segment)
-            run = _one_by_one if isinstance(params[segment[0].name], list) else _scanned
-            x, cache = run(body, (x, cache), layers, self._within(segment, recompute))
+            if isinstance(params[segment[0].name], list):
+                bodies = [partial(self._run_layers, (stack,), forward, stays_cut) for stack in segment]
+                x, cache = _one_by_one(bodies, (x, cache), layers, self._within(segment, recompute), self._in_order)
+            else:
+                body = partial(self._run_layers, segment, forward, stays_cut)
+                x, cache = _scanned(body, (x, cache), layers, recompute)
         return self.norm(x, params["norm"]), cache
 
     def _within(self, segment: tuple[Stack, ...], recompute: Recompute) -> Recompute:
-        """The same of one segment, where `keeping` counts its steps."""
-        after = self.num_layers - 1 - max(layer for stack in segment for layer in stack.layers)
-        mine = min(max(0, recompute.keeping - after) // len(segment), len(segment[0].layers))
-        return recompute._replace(keeping=mine)
+        """The same of one segment, where `keeping` counts its own layers."""
+        layers = [layer for stack in segment for layer in stack.layers]
+        after = self.num_layers - 1 - max(layers)
+        return recompute._replace(keeping=min(max(0, recompute.keeping - after), len(layers)))
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether the gradients of a layer's adapters are made before the backward pass leaves the layer. With several
+        stacks XLA makes those of a stack together, at its last layer, and holds what they are made of until then.
+        Tensor-parallel devices add them up at the end, in one exchange."""
+        return len(self.stacks) > 1 and (self.mesh is None or self.mesh.shape["tensor"] == 1)
 
     def _rotary(self, positions: Array) -> dict[Any, tuple[Array, Array]]:
         ropes = dict.fromkeys(layer.mixer.rope for layer in self.layers if layer.mixer.rope)
@@ -296,29 +306,47 @@ def _with_mlp_of_block(
     return _with_mlp(layer, forward, w, adapters, x)
 
 
-def _one_by_one(
-    body: Any, carry: tuple[Array, Cache], layers: tuple[Any, ...], recompute: Recompute
-) -> tuple[Array, Cache]:
-    """Layers whose weights are a list."""
-    each = [
-        tuple((index[i], w[i], layer_slice(lora, i)) for index, w, lora in layers) for i in range(len(layers[0][0]))
-    ]
-    # The compiler could merge the recomputation with the first computation: the default of `checkpoint` prevents that.
-    # Each body is traced once for all layers; the compiler inlines it at each call.
-    keeping = jax.jit(jax.checkpoint(partial(body, 0), policy=KEPT_ONLY))
-    again = jax.jit(jax.checkpoint(partial(body, recompute.block_tokens)))
+@jax.custom_vjp
+def _adapters_first(x: Array, adapters: Any) -> tuple[Array, Any]:
+    """What enters a layer, unchanged. In the backward pass the gradients of its adapters are made before that of x goes
+    on."""
+    return x, adapters
 
-    def run(carry: tuple[Array, Cache], group: list[Any]) -> tuple[Array, Cache]:
-        for layer in group:
-            carry, _ = again(carry, layer)
+
+_adapters_first.defvjp(
+    lambda x, adapters: ((x, adapters), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
+
+
+def _one_by_one(
+    bodies: list[Any], carry: tuple[Array, Cache], layers: tuple[Any, ...], recompute: Recompute, in_order: bool
+) -> tuple[Array, Cache]:
+    """Layers whose weights are a list, with a body for each stack. Each is computed again by itself: several different
+    ones together would all be held at once. in_order: see `_in_order`."""
+    each = [((index[i], w[i], layer_slice(lora, i)),) for i in range(len(layers[0][0])) for index, w, lora in layers]
+    # The compiler could merge the recomputation with the first computation: the default of `checkpoint` prevents that.
+    # Each body is traced once for all its layers; the compiler inlines it at each call.
+    keeping = [jax.jit(jax.checkpoint(partial(body, 0), policy=KEPT_ONLY)) for body in bodies]
+    again = [jax.jit(jax.checkpoint(partial(body, recompute.block_tokens))) for body in bodies]
+
+    def step(run: list[Any], i: int, carry: tuple[Array, Cache], layer: Any) -> tuple[Array, Cache]:
+        (x, cache), ((index, w, adapters),) = carry, layer
+        if in_order:
+            x, adapters = _adapters_first(x, adapters)
+        return run[i % len(bodies)]((x, cache), ((index, w, adapters),))[0]
+
+    def together(start: int, carry: tuple[Array, Cache], group: list[Any]) -> tuple[Array, Cache]:
+        for i, layer in enumerate(group, start):
+            carry = step(again, i, carry, layer)
         return carry
 
     size, num_again = recompute.layers, len(each) - recompute.keeping if recompute.layers else 0
     for start in range(0, num_again, max(1, size)):
         group = each[start : min(start + size, num_again)]
+        run = partial(together, start)
         carry = jax.checkpoint(run)(carry, group) if size > 1 else run(carry, group)
-    for layer in each[num_again:]:
-        carry, _ = keeping(carry, layer)
+    for i, layer in enumerate(each[num_again:], num_again):
+        carry = step(keeping, i, carry, layer)
     return carry
 
 
