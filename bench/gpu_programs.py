@@ -4,13 +4,14 @@
 
 Wants JAX 0.12 with its CUDA plugin (Python 3.12 or newer): `pip install 'jax[cuda13]'`. Every program comes from the
 tables that a server uses: a `JaxEngine` whose arrays are described instead of made (`engine/allocation.py`). The shapes
-are those of Qwen3-8B (30B-A3B, gpt-oss-20B) at rank 32, with two layers: those that follow are like them. What a
+are those of Qwen3-8B (30B-A3B, gpt-oss-20B, …) at rank 32, with two layers: those that follow are like them. What a
 training row computes again is what the memory plan of all 36 layers says.
 
 What is counted, in XLA's own sequence of steps (`gpu_dump.py`): kernels of a layer; loops and branches whose turns are
 data and which stand outside of CUDA graphs, each a round trip between host and device, in a layer and beside the
 layers; weights that are copied out of their stack before they are used; collectives of a layer, and the largest of all;
-temporaries; bytes that a decode step touches, over those that it has to. Not what it takes: that needs the device
+temporaries, and what they are of the bound that the memory plan relies on (`engine/temporaries.py`, for as many
+layers); bytes that a decode step touches, over those that it has to. Not what it takes: that needs the device
 (`bench/gpu.py`). `bench/gpu_budgets.json` holds, for each program and count, what may not be exceeded ("budget") and
 what the design aims at ("goal"). With --check the exit code is 1 where one exceeds.
 """
@@ -85,10 +86,40 @@ GPT_OSS_20B: dict[str, Any] = QWEN3_8B | {
     "attention_bias": True,
     "max_position_embeddings": 131_072,
 }
+GEMMA_3_4B: dict[str, Any] = QWEN3_8B | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 262_208,
+    "hidden_size": 2560,
+    "intermediate_size": 10_240,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 1024,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131_072,
+}
+QWEN3_5_9B: dict[str, Any] = QWEN3_8B | {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "vocab_size": 248_320,
+    "num_hidden_layers": 4,  # three recurrent ones and one with attention
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "rope_theta": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    "max_position_embeddings": 262_144,
+}
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "8b": (QWEN3_8B, DEPTH),
     "moe": (QWEN3_30B_A3B, 48),
     "gpt-oss": (GPT_OSS_20B, 24),
+    "gemma3": (GEMMA_3_4B, 34),
+    "qwen3.5": (QWEN3_5_9B, 32),
 }
 """Shapes, and how many layers there are of them in truth."""
 
@@ -122,6 +153,8 @@ class Figures:
     """The same beside the layers, in the program's loops once."""
     temporaries_mib: float
     compile_s: float
+    temporaries_over_bound: float | None = None
+    """Above 1, a plan of memory could promise what a device does not have."""
     bytes_over_least: float | None = None
     """What a decode step of all DEPTH layers touches (`gpu_bytes.py`), over the bytes that it has to: weights, the
     adapters that a batch can have, keys and values of LIVE_TOKENS in each row."""
@@ -161,6 +194,8 @@ def targets() -> list[Target]:
         Target("decode-32-moe-ep8", "decode 32", "moe", expert=8),
         Target("train-1x4096-moe-ep8", "forward_backward 1x4096 K=1 rank=32", "moe", expert=8),
         Target("train-1x4096-gpt-oss", "forward_backward 1x4096 K=1 rank=32", "gpt-oss"),
+        Target("train-4x512-gemma3", "forward_backward 4x512 K=1 rank=32", "gemma3"),
+        Target("train-1x32768-qwen3.5", "forward_backward 1x32768 K=1 rank=32", "qwen3.5"),
     ]
 
 
@@ -251,12 +286,28 @@ def figures_of(target: Target, engines: dict[tuple[str, int, int, int], Any], du
     seconds = time.perf_counter() - started
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     scanned = not any(isinstance(x, list) for x in engines[key].params.values())
-    figures = counted(target.name, dump, temporaries, seconds, scanned)
+    figures = counted(target.name, dump, temporaries, seconds, scanned, engines[key].model.num_layers)
+    if bound := bound_of(engines[key], target.program):
+        figures = replace(figures, temporaries_over_bound=round(temporaries * 2**20 / bound, 3))
     if target.name.startswith("decode-") and key == ("8b", 1, 1, 1):
         figures = replace(figures, bytes_over_least=bytes_over_least(engines[key], target.program, dump))
     if math.prod(key[1:]) > 1:
         figures = replace(figures, largest_collective_mib=largest_collective_mib(dump))
     return figures
+
+
+def bound_of(engine: Any, program: str) -> int | None:
+    """Bytes of temporaries that the memory plan expects at most; None where it relies on no bound."""
+    from tx_async.engine.memory_plan import temporaries_of
+
+    bounds = temporaries_of(engine.model, engine.config, engine.platform, engine.kernels)
+    match program.split():
+        case ["forward_backward", shape, *_]:
+            rows, length = map(int, shape.split("x"))
+            return bounds.of_training(rows, length, engine.recompute(rows, length))
+        case ["decode" | "prefill" | "score", *_]:
+            return bounds.of_sampling
+    return None
 
 
 def bytes_over_least(engine: Any, program: str, dump: Path) -> float:
@@ -293,7 +344,9 @@ def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def counted(name: str, dump: Path, temporaries_mib: float, seconds: float, scanned: bool = True) -> Figures:
+def counted(
+    name: str, dump: Path, temporaries_mib: float, seconds: float, scanned: bool = True, num_layers: int = LAYERS
+) -> Figures:
     """scanned: the layers are a loop."""
     import gpu_dump
 
@@ -303,7 +356,7 @@ def counted(name: str, dump: Path, temporaries_mib: float, seconds: float, scann
     # A loop over the layers holds most of a program. Of training, forward and backward pass have one each. Where the
     # layers are a list their kernels are known by name, and whatever asks the host is counted beside them.
     is_scan = scanned and not name.startswith(("score-", "optim-"))
-    layers, number = (loops, 1) if is_scan else ([step], LAYERS)
+    layers, number = (loops, 1) if is_scan else ([step], num_layers)
     inside = sum(loop.round_trips for loop in layers) if is_scan else 0
     kernels, collectives = (
         (sum(loop.kernels for loop in layers), sum(loop.collectives for loop in layers))

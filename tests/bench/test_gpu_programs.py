@@ -209,3 +209,10 @@ def test_the_table_of_budgets_is_of_known_programs_and_counts():
     assert set(budgets) <= {target.name for target in gpu_programs.targets()}
     counts = {count for limits in budgets.values() for table in limits.values() for count in table}
     assert counts <= set(gpu_programs.COUNTED)
+
+
+def test_programs_of_every_kind_are_held_against_the_bound_of_the_memory_plan():
+    budgets = json.loads(gpu_programs.BUDGETS.read_text())
+    held = {name for name, tables in budgets.items() if tables.get("budget", {}).get("temporaries_over_bound") == 1}
+    assert {"decode-128", "prefill-1", "train-4x512", "train-1x40960", "train-1x4096-moe-ep8"} <= held
+    assert {"train-4x512-gemma3", "train-1x32768-qwen3.5"} <= held, "whose bounds were too low"
