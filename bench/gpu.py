@@ -32,11 +32,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from tx_async.engine.devices import MEMORY_FRACTION
 
@@ -44,6 +43,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))  #
 
 import gpu_card
 from gpu_cases import Session, Stage, stages
+from gpu_compiling import compile_all
 from gpu_decoding import Rollouts
 from gpu_driver import Driver
 from gpu_engine import SHAPES, Model
@@ -52,13 +52,15 @@ from gpu_table import Table, reason
 from gpu_training import create_adapters
 
 from tx_async.engine import compilation
-from tx_async.engine.compilation import Program
+from tx_async.engine.engine import JaxEngine
+from tx_async.engine.kernels import Differences
 from tx_async.engine.platform import current
 
 ROOT = Path(__file__).parents[1]
 FIRST_SHARE = 0.7
 """Of the time, for the first of several models."""
-TOLD_S = 0.1
+COMPILING_SHARE = 0.75
+"""Of the time that is left, for the programs of one stage: then what is compiled is measured."""
 TINY = {
     "models": ["tiny"],
     "long_row": (1, 256),
@@ -70,63 +72,62 @@ TINY = {
 }
 
 
-# ---- one model
+class Run(NamedTuple):
+    """One run of this script."""
+
+    options: argparse.Namespace
+    card: gpu_card.Card
+    table: Table
+    comparisons: list[Callable[[], None]]
+    """Of kernels, which are made while the first programs are compiled."""
 
 
-def measure_model(
-    name: str,
-    options: argparse.Namespace,
-    card: gpu_card.Card,
-    table: Table,
-    deadline: float,
-    beside: dict[str, Callable[[], None]],
-) -> None:
-    """beside: what else is done while the first programs are compiled, by name."""
+def measure_model(name: str, run: Run, deadline: float) -> None:
+    """deadline: seconds since the start."""
     model = Model(name)
     try:
-        left, taken = stages(options), 0.0
+        left, taken = stages(run.options), 0.0
         while left:
             config = left[0].config
             mine = [stage for stage in left if stage.config == config]
             left = [stage for stage in left if stage.config != config]
-            with model.engine(sample_max_num_sequences=max(options.batches), **config) as engine:
+            with model.engine(sample_max_num_sequences=max(run.options.batches), **config) as engine:
                 driver = Driver(engine)
-                rollouts = Rollouts(model, driver, card, options.seconds)
-                session = Session(model, driver, rollouts, card, options.seconds)
+                rollouts = Rollouts(model, driver, run.card, run.options.seconds)
+                session = Session(model, driver, rollouts, run.card, run.options.seconds)
                 if not config:
-                    table.note(name, _lines_of(engine))
+                    run.table.note(name, _lines_of(engine))
                 create_adapters(driver)
                 for stage in mine:
-                    taken = run_stage(name, stage, session, table, deadline, taken, beside)
+                    taken = run_stage(name, stage, session, run, deadline, taken)
                 driver.close()
             gc.collect()
     finally:
         model.delete()
 
 
-def _lines_of(engine: Any) -> list[str]:
+def _lines_of(engine: JaxEngine) -> list[str]:
     planned = engine.memory.lines() if engine.memory else ()
     return [*map(str, engine.kernel_uses), *(line for line in planned if line.startswith(("context", "rows", "slots")))]
 
 
-def run_stage(
-    model: str,
-    stage: Stage,
-    session: Session,
-    table: Table,
-    deadline: float,
-    taken: float,
-    beside: dict[str, Callable[[], None]],
-) -> float:
+def run_stage(model: str, stage: Stage, session: Session, run: Run, deadline: float, taken: float) -> float:
     """taken: seconds for the compilation of the stage before; -> those of this one."""
-    programs = {program.name: program for program in session.driver.engine.programs}
+    table, programs = run.table, {program.name: program for program in session.driver.engine.programs}
     wanted = dict.fromkeys(name for case in stage.cases for name in case.programs(session))
-    names = [name for case in stage.cases for name in case.names]
     if table.elapsed + taken > deadline:
-        table.skip(model, names, f"the {len(wanted)} programs that it needs are not compiled in time")
+        why = f"there is no time to compile the {len(wanted)} programs that it and others need"
+        table.skip(model, [name for case in stage.cases for name in case.names], why)
         return taken
-    began = time.monotonic()
-    failed = compile_all([programs[name] for name in wanted], session.model.here.compile_threads, model, table, beside)
+    began, beside = time.monotonic(), run.comparisons.copy()
+    run.comparisons.clear()
+    failed = compile_all(
+        [programs[name] for name in wanted],
+        session.model.here.compile_threads,
+        COMPILING_SHARE * max(0.0, deadline - table.elapsed),
+        lambda text: table.say(f"{model}: {text}"),
+        beside,
+    )
     taken = time.monotonic() - began
     for case in stage.cases:
         why = next((failed[name] for name in case.programs(session) if name in failed), None)
@@ -137,40 +138,15 @@ def run_stage(
     return taken
 
 
-def compile_all(
-    programs: Sequence[Program], threads: int, model: str, table: Table, beside: dict[str, Callable[[], None]]
-) -> dict[str, str]:
-    """-> why some could not be compiled."""
-    failed: dict[str, str] = {}
-
-    def compile(program: Program) -> None:
-        began = time.monotonic()
-        try:
-            program.compile()
-            if (seconds := time.monotonic() - began) > TOLD_S:
-                table.say(f"{model}: {program.name} was compiled or loaded in {seconds:.1f} s")
-        except Exception as error:  # the other cases may still work
-            failed[program.name] = f"{program.name} does not compile: {reason(error)}"
-
-    tasks = [*(partial(compile, program) for program in programs), *beside.values()]
-    beside.clear()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda task: task(), tasks))
-    return failed
-
-
-# ---- everything
-
-
-def kernel_tasks(table: Table) -> dict[str, Callable[[], None]]:
-    def compare(name: str, difference: Callable[[], Any]) -> None:
+def kernel_tasks(table: Table) -> list[Callable[[], None]]:
+    def compare(name: str, difference: Callable[[], Differences]) -> None:
         try:
             table.differs(name, difference())
         except Exception as error:  # the plain version runs instead
             table.differs(name, reason(error))
 
     found = comparisons() if current().flash_kernel else interpreted()
-    return {name: partial(compare, name, of) for name, of in found.items()}
+    return [partial(compare, name, of) for name, of in found.items()]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -201,17 +177,18 @@ def main() -> None:
     compilation.use_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "bench-jax"))
     table.card = card = gpu_card.measure()
     table.say(str(card))
-    beside = kernel_tasks(table)
+    run = Run(options, card, table, kernel_tasks(table))
     for number, name in enumerate(options.models):
         is_last = number + 1 == len(options.models)
         try:
-            measure_model(name, options, card, table, options.budget * (1 if is_last else FIRST_SHARE), beside)
+            measure_model(name, run, options.budget * (1 if is_last else FIRST_SHARE))
         except Exception as error:  # it does not fit: another model may
             table.fail(name, error)
         gc.collect()
-    for compare in beside.values():  # no model came so far
+    for compare in run.comparisons:  # no model came so far
         compare()
     table.print()
+    os._exit(0)  # a compilation that nobody waits for any more would keep the process
 
 
 if __name__ == "__main__":

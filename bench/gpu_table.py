@@ -20,6 +20,7 @@ from machine import describe
 from tx_async.engine.kernels import TOLERANCE, Differences
 
 NOT_REACHED = "not reached in time"
+NOTHING_TO_COMPARE = "there is nothing to compare with"
 
 
 class Goal(NamedTuple):
@@ -122,8 +123,8 @@ class Table:
             return self.skip(model, cases, NOT_REACHED)
         before = self.elapsed
         try:
-            for case, result in function().items():
-                self.rows[model, case] = result
+            found = function()
+            self.rows |= {(model, case): found.get(case, NOTHING_TO_COMPARE) for case in cases}
         except Exception as error:  # out of memory, a kernel that is missing: the other cases may still work
             self.skip(model, cases, reason(error))
         gc.collect()  # its buffers are free before the next case begins

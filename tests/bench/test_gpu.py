@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import gpu  # noqa: E402
 import gpu_card  # noqa: E402
 import gpu_cases  # noqa: E402
+import gpu_compiling  # noqa: E402
 import gpu_kernels  # noqa: E402
 import gpu_table  # noqa: E402
 from gpu_decoding import Rollouts  # noqa: E402
@@ -167,3 +169,27 @@ def test_a_command_that_fails_ends_a_measurement_and_nothing_stays_in_flight(ses
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of memory"):
             session.driver.run({"train": work}, lambda answers: True)
+
+
+def test_what_is_not_compiled_in_time_or_fails_is_told_and_the_others_go_on():
+    def program(name, compile):
+        return SimpleNamespace(name=name, compile=compile)
+
+    held, told = threading.Event(), []
+    programs: Any = [
+        program("decode 2", lambda: None),
+        program("decode 4", lambda: 1 / 0),
+        program("decode 8", held.wait),
+        program("decode 16", lambda: None),
+    ]
+    failed = gpu_compiling.compile_all(programs, 1, 0.2, told.append, [lambda: told.append("beside")])
+    held.set()
+    assert failed.keys() == {"decode 4", "decode 8", "decode 16"}
+    assert "division by zero" in failed["decode 4"] and "not compiled in time" in failed["decode 16"]
+
+
+def test_a_ratio_without_the_other_rate_says_so():
+    table = Table(["8B"], ["decode 32 at 512, 8 adapters", "decode 32 at 512, 8 adapters / none"], 100)
+    names = [case for _, case in table.rows]
+    table.run("8B", names, 100, lambda: {names[0]: Result(1, "tokens/s")})
+    assert table.rows["8B", names[1]] == "there is nothing to compare with"
