@@ -208,6 +208,7 @@ def engine_of(model_name: str, tensor: int, expert: int, fsdp: int) -> Any:
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
+    from msgspec import structs
 
     from tx_async.engine import memory_plan, platform
     from tx_async.engine.allocation import described_on
@@ -245,7 +246,8 @@ def engine_of(model_name: str, tensor: int, expert: int, fsdp: int) -> Any:
     planned = None
     if model_name != "moe" or expert > 1:  # the experts need more than one device
         whole = from_config(shapes | {"num_hidden_layers": depth})
-        planned = memory_plan.plan(whole, config, platform.ACCELERATOR, usable("h100"))
+        default = structs.replace(config, kv_cache_tokens=0)
+        planned = memory_plan.plan(whole, default, platform.ACCELERATOR, usable("h100"))
     folder = tempfile.mkdtemp(prefix="gpu-programs-")
     return JaxEngine(
         model,
@@ -301,12 +303,14 @@ def bound_of(engine: Any, program: str) -> int | None:
     from tx_async.engine.memory_plan import temporaries_of
 
     bounds = temporaries_of(engine.model, engine.config, engine.platform, engine.kernels)
+    parts = engine.memory.parts if engine.memory else ()
+    gathered = sum(part.num_bytes for part in parts if part.name == "gathered")
     match program.split():
         case ["forward_backward", shape, *_]:
             rows, length = map(int, shape.split("x"))
-            return bounds.of_training(rows, length, engine.recompute(rows, length))
+            return gathered + bounds.of_training(rows, length, engine.recompute(rows, length))
         case ["decode" | "prefill" | "score", *_]:
-            return bounds.of_sampling
+            return gathered + bounds.of_sampling
     return None
 
 

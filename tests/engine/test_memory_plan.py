@@ -277,6 +277,16 @@ def test_short_rows_may_take_what_the_longest_needs_in_any_case():
     assert kept[2048] > 60 < kept[1024] and kept[4096] > 20 < kept[512], "of 80 layers"
 
 
+def test_what_the_cache_does_not_want_is_for_activations():
+    """Qwen3-8B on eight devices: the cache has room for every sequence's whole context."""
+    made = plan(QWEN3_8B, tensor_parallel_size=8)
+    assert made.kv_cache_tokens == EngineConfig().sample_max_num_sequences * made.context
+    kept = {shape.length: shape.recompute for shape in made.row_shapes}
+    assert kept[8192] == NOTHING and kept[16_384].keeping > 20
+    few_tokens = plan(QWEN3_8B, kv_cache_tokens=65_536)
+    assert few_tokens.kv_cache_tokens == 65_536 and few_tokens.row_shapes[3].recompute == NOTHING
+
+
 def test_more_memory_for_activations_is_less_to_compute_again():
     roomy = plan(QWEN3_8B, activation_memory_gib=16)
     kept = {shape.length: shape.recompute for shape in roomy.row_shapes}

@@ -43,7 +43,7 @@ MARGIN_BYTES = GIB
 """Left free for fragmentation and for what a bound has missed."""
 ACTIVATIONS_SHARE = 9.1
 """A row shape recomputes so much that it takes at most one part in ACTIVATIONS_SHARE of the device's memory (8 GiB of
-80 GB), unless `activation_memory_gib` says otherwise."""
+80 GB), or what nothing else wants, unless `activation_memory_gib` says otherwise."""
 WORTH_A_PASS = 1.25
 """Computing layers again in groups, a third forward pass, must save at least this factor."""
 CONTEXT_MIN = 512
@@ -376,9 +376,9 @@ class _Planner:
     def _offered(self, context: int, room: int) -> tuple[RowShape, ...]:
         """The row shapes beside which the cache still holds a sequence of that length, so that what is trained can be
         sampled. What the largest of them needs in any case, the others have as well."""
-        allowed = self.config.activation_memory_gib * GIB or self.memory / ACTIVATIONS_SHARE
+        unwanted = room - self._kv_wanted(context)
         shapes = [
-            (self._row_shape(rows, length, left, allowed), left)
+            (self._row_shape(rows, length, left, self._allowed(rows, length, unwanted)), left)
             for rows, length in row_shapes(self.config, context, self.platform)
             if (left := room - self._kv_bytes(length)) > 0
         ]
@@ -386,14 +386,21 @@ class _Planner:
         most = max((shape.temporaries for shape, _ in offered), default=0)
         few = max((shape.temporaries - self._wide(shape.rows, shape.length) for shape, _ in offered), default=0)
         return tuple(
-            self._row_shape(shape.rows, shape.length, min(left, most), max(allowed, few)) for shape, left in offered
+            self._row_shape(x.rows, x.length, min(left, most), max(few, self._allowed(x.rows, x.length, unwanted)))
+            for x, left in offered
         )
+
+    def _allowed(self, rows: int, length: int, unwanted: int) -> float:
+        """For activations, where less would do. unwanted: bytes that the largest cache would leave."""
+        if self.config.activation_memory_gib:
+            return self.config.activation_memory_gib * GIB
+        return max(self.memory / ACTIVATIONS_SHARE, unwanted - self._wide(rows, length))
 
     def _wide(self, rows: int, length: int) -> int:
         return self.temporaries.of_wide_targets(rows, length)
 
     def _row_shape(self, rows: int, length: int, room: int, allowed: float) -> RowShape:
-        """allowed: for activations, where less would do."""
+        """allowed: for activations; more only where it must be."""
         bounds, ways = self.temporaries, self.temporaries.ways
         wide, few = self._wide(rows, length), partial(bounds.of_training, rows, length)
         again = ways[1:]
