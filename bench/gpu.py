@@ -48,7 +48,7 @@ from gpu_decoding import Rollouts
 from gpu_driver import Driver
 from gpu_engine import SHAPES, Model
 from gpu_kernels import comparisons, interpreted
-from gpu_table import Table, reason
+from gpu_table import NOT_REACHED, Table, reason
 from gpu_training import create_adapters
 
 from tx_async.engine import compilation
@@ -146,6 +146,7 @@ def kernel_tasks(table: Table) -> list[Callable[[], None]]:
             table.differs(name, reason(error))
 
     found = comparisons() if current().flash_kernel else interpreted()
+    table.kernels = dict.fromkeys(found, NOT_REACHED)
     return [partial(compare, name, of) for name, of in found.items()]
 
 
@@ -168,12 +169,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def check_device(options: argparse.Namespace) -> None:
+    if current().name == "cpu" and not options.tiny:
+        sys.exit("JAX finds no accelerator here: pip install 'tx-async[gpu]' (--tiny tries the script out on a CPU)")
+
+
 def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     cases = [name for stage in stages(options) for case in stage.cases for name in case.names]
     table = Table(options.models, cases, options.budget, options.json)
     table.end_in_time()
+    check_device(options)
     compilation.use_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".cache" / "bench-jax"))
     table.card = card = gpu_card.measure()
     table.say(str(card))

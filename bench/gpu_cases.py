@@ -91,11 +91,8 @@ def _train(row: tuple[int, int], tenants: int) -> Case:
 
 def _train_roomy(row: tuple[int, int]) -> Case:
     rows, length = row
-    name, program = (
-        f"train {rows}x{length}, activation_memory_gib {ROOMY_GIB}",
-        train_program(rows, length, 1, RANK, False),
-    )
-    return Case((name,), lambda _: [program], lambda session: {name: session.train(rows, length, 1)})
+    name = f"train {rows}x{length}, activation_memory_gib {ROOMY_GIB}"
+    return Case((name,), _train(row, 1).programs, lambda session: {name: session.train(rows, length, 1)})
 
 
 def _optim_step() -> Case:
@@ -111,12 +108,8 @@ def _decode(batch: int, context: int, adapters: int) -> Case:
     names += [ratio_case(batch, context, adapters)] * (adapters > 1)
 
     def programs(session: Session) -> list[str]:
-        mine = session.rollouts
-        return [
-            mine.program(batch, adapters),
-            *mine.prefill_programs(batch, context),
-            *["load_sampler"] * bool(adapters),
-        ]
+        mine, loading = session.rollouts, ["read_weights", "load_sampler"] if adapters else []
+        return [mine.program(batch, adapters), *mine.prefill_programs(batch, context), *loading]
 
     return Case(tuple(names), programs, lambda session: session.rollouts.decode(batch, context, adapters))
 
@@ -143,4 +136,5 @@ def _beside(row: tuple[int, int], batch: int, context: int) -> Case:
         work = micro_batches(session.driver, *row, TENANTS)
         return dict(zip(names, session.rollouts.beside(work, batch, context, TENANTS), strict=True))
 
-    return Case(names, lambda session: [session.rollouts.program(batch, TENANTS)], run)
+    parts = _train(row, TENANTS), _decode(batch, context, TENANTS)
+    return Case(names, lambda session: [name for part in parts for name in part.programs(session)], run)

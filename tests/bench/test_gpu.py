@@ -193,3 +193,9 @@ def test_a_ratio_without_the_other_rate_says_so():
     names = [case for _, case in table.rows]
     table.run("8B", names, 100, lambda: {names[0]: Result(1, "tokens/s")})
     assert table.rows["8B", names[1]] == "there is nothing to compare with"
+
+
+def test_where_jax_finds_no_gpu_it_says_so_at_once():
+    gpu.check_device(gpu.parse(["--tiny"]))
+    with pytest.raises(SystemExit, match="no accelerator"):
+        gpu.check_device(gpu.parse([]))
