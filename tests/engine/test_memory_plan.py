@@ -273,8 +273,9 @@ def test_short_rows_may_take_what_the_longest_needs_in_any_case():
     few = [mine.of_training(shape.rows, shape.length, shape.recompute) for shape in made.row_shapes]
     assert few[-1] == max(few) > usable("h100") / memory_plan.ACTIVATIONS_SHARE
     assert max(shape.temporaries for shape in made.row_shapes) == made.row_shapes[-1].temporaries
+    assert next(shape.recompute for shape in made.row_shapes if shape.length == 2048) == NOTHING
     kept = {shape.length: shape.recompute.keeping for shape in made.row_shapes}
-    assert kept[2048] > 60 < kept[1024] and kept[4096] > 20 < kept[512], "of 80 layers"
+    assert kept[1024] > 60 and kept[512] > 40 and kept[4096] > 20, "of 80 layers"
 
 
 def test_what_the_cache_does_not_want_is_for_activations():

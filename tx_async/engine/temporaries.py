@@ -122,7 +122,9 @@ class Temporaries:
         filled up to a size that products split evenly."""
         chunks = min(-(-rows * length // CHUNK_TOKENS), length)
         tokens = rows * -(-length // chunks)
-        return self.model.vocab_size * (tokens * (3 * 4 + self._itemsize) + 4 * rows * self.config.max_lora_rank)
+        axis, _ = spec_of(self.model.unembedding_weight, self.mesh)
+        vocab = self.model.vocab_size // (self.mesh.shape[axis] if axis else 1)
+        return vocab * (tokens * (3 * 4 + self._itemsize) + 4 * rows * self.config.max_lora_rank)
 
     def keeping_most(self, rows: int, length: int, room: int) -> Recompute:
         """The way that computes as few layers again as fit into so many bytes. Stacked layers all do the same."""
