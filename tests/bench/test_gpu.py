@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ import gpu_compiling  # noqa: E402
 import gpu_kernels  # noqa: E402
 import gpu_table  # noqa: E402
 from gpu_decoding import Rollouts  # noqa: E402
-from gpu_driver import Driver  # noqa: E402
+from gpu_driver import Answer, Driver, for_seconds, rates  # noqa: E402
 from gpu_engine import SHAPES  # noqa: E402
 from gpu_table import Result, Table, goal_of, verdict  # noqa: E402
 from gpu_training import micro_batches  # noqa: E402
@@ -199,3 +200,17 @@ def test_where_jax_finds_no_gpu_it_says_so_at_once():
     gpu.check_device(gpu.parse(["--tiny"]))
     with pytest.raises(SystemExit, match="no accelerator"):
         gpu.check_device(gpu.parse([]))
+
+
+def test_rates_count_from_the_moment_when_every_kind_has_answered():
+    """What waited for a program before it, or for its first turn, is no part of a rate."""
+    answers = [Answer("train", 100, 1.0, None), Answer("sample", 8, 3.0, None), Answer("train", 100, 4.0, None)]
+    answers.append(Answer("sample", 8, 5.0, None))
+    assert rates(answers, ["train", "sample"]) == {"train": 50.0, "sample": 4.0}
+    assert rates(answers[::2], ["train"])["train"] == pytest.approx(100 / 3)
+
+
+def test_a_measurement_ends_with_the_last_quantum_that_has_room():
+    goes_on = for_seconds(3600, ["sample"], {"sample": 2})
+    answers = [Answer("sample", 8, time.perf_counter(), None)]
+    assert goes_on([]) and goes_on(answers) and not goes_on(answers * 2)
