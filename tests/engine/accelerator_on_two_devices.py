@@ -1,5 +1,6 @@
-"""Run by `test_layers_apart.py` in a process with two fake CPU devices: the accelerator's ways on a mesh whose tensor
-axis cuts heads, features and vocabulary in two, with kernels interpreted.
+"""Run by `test_layers_apart.py` in a process with two fake CPU devices: the accelerator's ways, with kernels
+interpreted, on a mesh whose tensor axis cuts heads, features and vocabulary in two, and on one whose fsdp axis cuts
+rows and weights.
 
     python accelerator_on_two_devices.py <folder of the model> <folder for found.npz>
 
@@ -42,12 +43,15 @@ def main(model: str, folder: str) -> None:
     paged_kernel.attend = interpreted("decode", paged_kernel.attend)
     prefill_kernel.attend = interpreted("prefill", prefill_kernel.attend)
     kernels = Kernels(paged_attention=True, paged_prefill=True)
-    logprobs, gradients, tokens = run(OTHER, Path(model), Path(folder), mesh, kernels)
-    arrays = {f"gradient {i}": np.asarray(x) for i, x in enumerate(gradients)} | {"logprobs": logprobs}
-    of_model = sorted(heads)
+    arrays, of_model, tokens, num_gradients = {}, [], {}, 0
+    for way, of_way in (("tensor", mesh), ("fsdp", make_mesh(EngineConfig(fully_sharded_data_parallel_size=2)))):
+        logprobs, gradients, tokens[way] = run(OTHER, Path(model), Path(folder) / way, of_way, kernels)
+        arrays |= {f"{way} gradient {i}": np.asarray(x) for i, x in enumerate(gradients)}
+        arrays |= {f"{way} logprobs": logprobs}
+        of_model, num_gradients = of_model or sorted(heads), len(gradients)
     arrays |= flash(None) | flash(mesh) | latents(None) | latents(mesh)
     np.savez(Path(folder) / "found.npz", allow_pickle=False, **arrays)
-    print(json.dumps({"tokens": tokens, "num_gradients": len(gradients), "heads_of_kernels": of_model}))
+    print(json.dumps({"tokens": tokens, "num_gradients": num_gradients, "heads_of_kernels": of_model}))
 
 
 def flash(mesh: Mesh | None) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from msgspec.structs import replace as replace_fields
 
 from tests.engine.test_windows import MIXED
 from tests.support import xla
@@ -49,7 +50,8 @@ CONFIG = EngineConfig(
 def run(on, folder: Path, base: Path, mesh: Mesh | None = None, kernels: Kernels = NO_KERNELS) -> tuple:
     """One training step, and then samples of the base and of the adapter with every kind of limit."""
     model, params = load_model(folder, mesh=mesh)
-    bench = EngineBench(JaxEngine(model, params, CONFIG, folder, Store(str(base)), on=on, kernels=kernels))
+    engine_config = replace_fields(CONFIG, fully_sharded_data_parallel_size=mesh.shape["fsdp"] if mesh else 1)
+    bench = EngineBench(JaxEngine(model, params, engine_config, folder, Store(str(base)), on=on, kernels=kernels))
     config = bench.create(0)
     logprobs, _ = bench.train((0, [segment(20, 1), segment(10, 2)]))
     gradients = jax.tree.leaves(bench.state(0).gradients)
@@ -79,7 +81,8 @@ def run(on, folder: Path, base: Path, mesh: Mesh | None = None, kernels: Kernels
 
 
 SCRIPT = Path(__file__).with_name("accelerator_on_two_devices.py")
-WAYS = ("alone", "on a mesh")
+WAYS = ("alone", "tensor", "fsdp")
+"""On one device, and on a mesh of two along one of its axes."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def plain(mixed, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_mesh(mixed, tmp_path_factory) -> dict[str, Any]:
-    """What a process of two devices found, with kernels, heads and features cut in two."""
+    """What a process of two devices found, with kernels: heads and features cut in two, and rows and weights."""
     folder = tmp_path_factory.mktemp("mesh")
     command = [sys.executable, str(SCRIPT), str(mixed), str(folder)]
     environ = os.environ | xla.flags(2) | {"JAX_PLATFORMS": "cpu"}
@@ -111,8 +114,9 @@ def other(request, mixed, tmp_path_factory):
     if request.param == "alone":
         return run(OTHER, mixed, tmp_path_factory.mktemp("base"))
     found = request.getfixturevalue("on_mesh")
-    gradients = [found[f"gradient {i}"] for i in range(found["num_gradients"])]
-    return found["logprobs"], gradients, {int(name): tokens for name, tokens in found["tokens"].items()}
+    way = request.param
+    gradients = [found[f"{way} gradient {i}"] for i in range(found["num_gradients"])]
+    return found[f"{way} logprobs"], gradients, {int(name): tokens for name, tokens in found["tokens"][way].items()}
 
 
 def test_training_gives_the_same_losses_and_gradients(plain, other):

@@ -21,7 +21,7 @@ from tx_async.layers.cpu import OutFirst
 from tx_async.layers.lora import Lora, LoraTarget, layer_slice
 from tx_async.layers.norm import RmsNorm
 from tx_async.layers.residuals import KEPT_ONLY, NOTHING, Recompute, in_blocks
-from tx_async.layers.sharding import gathered_spec_of, of_one_layer, row_axis
+from tx_async.layers.sharding import gathered_spec_of, of_one_layer, row_axis, spec_of
 from tx_async.layers.weights import Dim, Stack, Weight, stacks_of
 
 Params = dict[str, Any]
@@ -176,7 +176,8 @@ class Decoder:
             else:
                 body = partial(self._run_layers, segment, forward, stays_cut)
                 x, cache = _scanned(body, (x, cache), layers, recompute)
-        return self.norm(x, params["norm"]), cache
+        x = self.norm(x, params["norm"])
+        return (self._cut_as_the_head(x) if stays_cut else x), cache
 
     def _within(self, segment: tuple[Stack, ...], recompute: Recompute) -> Recompute:
         """The same of one segment, where `keeping` counts its own layers."""
@@ -239,6 +240,12 @@ class Decoder:
             return head
         spec = gathered_spec_of(self.unembedding_weight, self.mesh)
         return jax.lax.with_sharding_constraint(head, NamedSharding(self.mesh, spec))
+
+    def _cut_as_the_head(self, x: Array) -> Array:
+        """So that logits are sums over devices of what each has of the head, which then need not be gathered."""
+        assert self.mesh is not None
+        features = spec_of(self.unembedding_weight, self.mesh)[-1]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(None, None, features)))
 
     def _placed(self, x: Array, stays_cut: bool) -> Array:
         """Keep rows on their devices, so that weights come to them and not the other way round; or, where weights stay
