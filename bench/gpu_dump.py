@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 STEP = re.compile(r"^(\s*)(\d+): (k\w+)\s*(.*)$")
+BRANCH = re.compile(r"^(\s*)(\w*branch\w*):$")
 WORK = {"kCustomKernel", "kKernel", "kGemm", "kCublasLtMatmul", "kCuDnn", "kFft", "kTriangularSolve", "kCustomCall",
         "kConvolution", "kCopy", "kMemset32BitValue", "kMemzero", "kSelectK", "kCubSort", "kRaggedDot"}  # fmt: skip
 """Steps that are one launch of a kernel or a copy on the device."""
@@ -64,17 +65,23 @@ class Step:
 
     @property
     def collectives(self) -> int:
-        return sum(is_collective(step.kind) for step, _ in self.walk())
+        """Those of every run: of a branch, the side with least."""
+        sides = [child for child in self.children if child.kind == "branch"]
+        steps = [child for child in self.children if child.kind != "branch"]
+        least = min((side.collectives for side in sides), default=0)
+        return least + sum(is_collective(step.kind) + step.collectives for step in steps)
 
 
 def read(text: str) -> Step:
     root = Step("program")
     open_steps: list[tuple[int, Step]] = [(-1, root)]
     for line in text.splitlines():
-        found = STEP.match(line)
-        if not found:
+        if side := BRANCH.match(line):
+            indent, kind, rest = len(side[1]), "branch", side[2]
+        elif found := STEP.match(line):
+            indent, kind, rest = len(found[1]), found[3], found[4]
+        else:
             continue
-        indent, kind, rest = len(found[1]), found[3], found[4]
         while indent <= open_steps[-1][0]:
             open_steps.pop()
         step = Step(kind, rest)
@@ -110,6 +117,8 @@ def loops(step: Step) -> list[Step]:
 
 THUNK = re.compile(r"thunk_metadata \{\s+thunk_info \{(?P<info>[^}]*)\}\s+thunk_kind: \"(?P<kind>\w+)\"", re.DOTALL)
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+SHARED = re.compile(r" (constant|broadcast|iota)\(")
+"""What the compiler makes once for all that has the same: it bears the name of one of them."""
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
 GATHERED = re.compile(r"all-gather.*op_name=\"params\[")
 """A weight that is gathered is named after the weight, not after who needs it."""
@@ -153,7 +162,7 @@ def scopes(text: str, scope: str) -> set[str]:
         elif instruction := INSTRUCTION.match(line):
             if called := re.search(r"calls=%?([\w.\-]+)", line):
                 fusions[instruction[1]] = called[1]
-            if f"jit({scope})" in line:
+            if f"jit({scope})" in line and not SHARED.search(line):
                 inside.add(instruction[1])
                 computations.add(computation)
             for operand in re.findall(r"%([\w.\-]+)", line.split(", metadata=")[0])[1:]:

@@ -150,7 +150,7 @@ class Figures:
     weight_copies_per_layer: int
     collectives_per_layer: int
     collectives: int
-    """The same beside the layers, in the program's loops once."""
+    """The same beside the layers, in the program's loops once, of a branch the side with least."""
     temporaries_mib: float
     compile_s: float
     temporaries_over_bound: float | None = None

@@ -39,6 +39,7 @@ condition:
           false_branch:
             000: kCommandBuffer [source | sink]
                 065: kCustomKernel [source       | next=066 (1)] fusion_4
+                066: kAllGather [source | sink] for those who want it
           true_branch:
             080: kWhile        [prev=079 (1) | sink        ]
 condition:
@@ -66,7 +67,7 @@ def test_layers_and_what_is_beside_them_are_counted_apart(tmp_path):
 
 
 def test_kernels_of_unrolled_layers_are_known_by_what_they_were_made_from(tmp_path):
-    """Among them one that the compiler added for a product, and that nothing traced."""
+    """Among them one that the compiler added for a product, and that nothing traced. Constants belong to nobody."""
     hlo = """\
 %wrapped_transpose_computation (p: f32[2]) -> f32[2] {
   ROOT %transpose.1 = f32[2] transpose(%p), dimensions={0}
@@ -74,7 +75,12 @@ def test_kernels_of_unrolled_layers_are_known_by_what_they_were_made_from(tmp_pa
 %fused_computation.1 (p: f32[2]) -> f32[2] {
   ROOT %add.1 = f32[2] add(%p, %p), metadata={op_name="jit(decode)/while/body/jit(_run_layers)/add"}
 }
+%fused_computation.2 (p: f32[2]) -> f32[2] {
+  %constant.1 = f32[] constant(0), metadata={op_name="jit(decode)/while/body/jit(_run_layers)/shard_map"}
+  ROOT %reduce.1 = f32[2] maximum(%p, %constant.1), metadata={op_name="jit(decode)/while/body/reduce"}
+}
 ENTRY %main (x: f32[2]) -> f32[2] {
+  %reduce_fusion.1 = f32[2] fusion(%x), kind=kInput, calls=%fused_computation.2
   %loop_fusion.1 = f32[2] fusion(%x), kind=kLoop, calls=%fused_computation.1
   %wrapped_transpose.1 = f32[2] fusion(%x), kind=kInput, calls=%wrapped_transpose_computation
   %wrapped_transpose.2 = f32[2] fusion(%x), kind=kInput, calls=%wrapped_transpose_computation
@@ -87,7 +93,7 @@ ENTRY %main (x: f32[2]) -> f32[2] {
     thunk = 'thunk_metadata {{\n  thunk_info {{\n    profile_annotation: "{}"\n  }}\n  thunk_kind: "{}"\n}}\n'
     thunks = [("loop_fusion.1", "kCustomKernel"), ("gemm.1", "kGemm"), ("head.1", "kGemm"), ("gemm.1", "kSequential")]
     thunks += [("psum.1", "kCollectiveKernel"), ("wrapped_transpose.1", "kCustomKernel")]
-    thunks += [("wrapped_transpose.2", "kCustomKernel")]
+    thunks += [("wrapped_transpose.2", "kCustomKernel"), ("reduce_fusion.1", "kCustomKernel")]
     (tmp_path / "m.gpu_after_optimizations.txt").write_text(hlo)
     (tmp_path / "m.thunk_metadata.txt").write_text("".join(thunk.format(*one) for one in thunks))
     assert gpu_dump.steps_of(tmp_path, "_run_layers", gpu_dump.is_work) == 3

@@ -1,9 +1,9 @@
 """Run by `test_sharding.py` in a process with eight fake CPU devices: one family on several meshes against one device.
 
-    python sharding_on_eight_devices.py <family> <folder> <fsdp>,<expert>,<tensor> ...
+    python sharding_on_eight_devices.py <family> <folder> <fsdp>,<expert>,<tensor> ... [sampling]
 
 Prints one JSON object: mesh -> what was found. One program per mesh: the engine's forward_backward and its optim_step,
-with rows of two adapters.
+with rows of two adapters. With "sampling" also what `sampling_on_parts.py` found.
 """
 
 import json
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.engine import sampling_on_parts
 from tests.support import parity
 from tx_async.engine import train
 from tx_async.engine.adapter_slots import TrainingState, zeros
@@ -56,6 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": GPT_OSS_TINY | SMALL,
     "phi3": parity.config_of("phi3") | SMALL,
 }
+SAMPLING = "sampling"
 ROWS, SLOTS, LENGTH, CONFIG = 8, (0, 1), 11, AdapterConfig(rank=4)
 """Rows belong to the adapters in turn. Their length is one for which no array of the batch happens to have the shape of
 all experts' matrices."""
@@ -70,6 +72,9 @@ def main(name: str, folder: str, *meshes: str) -> None:
     reference, _, _ = step(model, whole)
     found = {}
     for sizes in meshes:
+        if sizes == SAMPLING:
+            found[sizes] = sampling_on_parts.differing()
+            continue
         fsdp, expert, tensor = map(int, sizes.split(","))
         config = EngineConfig(
             fully_sharded_data_parallel_size=fsdp, expert_parallel_size=expert, tensor_parallel_size=tensor

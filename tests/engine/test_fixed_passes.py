@@ -9,6 +9,7 @@ import pytest
 
 from tx_async.engine import sampler
 from tx_async.engine.sampler import Choices, sample, stream_key
+from tx_async.engine.vocabulary import Vocabulary
 from tx_async.layers.lora import LoraActive, LoraGrouped, layer_slice, layers_apart, tiles
 
 ROWS, VOCAB = 8, 1003
@@ -24,9 +25,11 @@ def choices(top_k: list[int], top_p: list[float], temperature: float = 1.0) -> C
 
 @jax.jit
 def kept_both_ways(logits, some):
-    z = sampler._lanes(logits)
+    v = Vocabulary(VOCAB)
+    z = v.lay_out(logits)
     weights = jnp.exp(z - z.max((1, 2), keepdims=True))
-    return [sampler._kept(weights, of(weights, some)) for of in (sampler._limit, sampler._limit_in_fixed_passes)]
+    limits = (of(v, weights, some) for of in (sampler._limit, sampler._limit_in_fixed_passes))
+    return [sampler._kept(v, weights, limit) for limit in limits]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tx_async.engine.sampler import Choices, logsumexp, sample, stream_key
+from tx_async.engine.sampler import Choices, logprobs_at, sample, stream_key
+from tx_async.engine.vocabulary import largest
 
 DRAWS = 4096
 run, keys = jax.jit(sample), jax.jit(stream_key)
@@ -36,10 +37,24 @@ def test_greedy_takes_the_first_of_equals():
 
 
 @pytest.mark.parametrize("vocab", [3, 128, 320, 1000])
-def test_logsumexp_for_vocabularies_that_fill_the_lanes_and_that_do_not(vocab):
+def test_logprobs_of_vocabularies_that_fill_the_lanes_and_that_do_not(vocab):
     logits = np.random.default_rng(0).standard_normal((4, vocab)).astype(np.float32) * 9
     expected = np.log(np.exp(logits.astype(float)).sum(-1))
-    assert np.allclose(jax.jit(logsumexp)(logits), expected, atol=1e-5)
+    logprobs, lse = jax.jit(logprobs_at)(logits, np.arange(8).reshape(4, 2) % vocab)
+    assert np.allclose(lse, expected, atol=1e-5)
+    assert np.allclose(
+        logprobs, [logits[i, [2 * i % vocab, (2 * i + 1) % vocab]] - expected[i] for i in range(4)], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("num", "k"), [(40, 40), (997, 3), (1000, 40), (4096, 128)])
+def test_the_largest_are_those_of_a_sort_and_of_equals_the_first(num, k):
+    rng = np.random.default_rng(0)
+    x = np.float32([rng.standard_normal(num), rng.integers(0, 4, num), np.zeros(num), np.full(num, -np.inf)])
+    values, indexes = jax.jit(largest, static_argnums=1)(x, k)
+    expected = np.argsort(-x, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indexes, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=1))
 
 
 def test_top_k_keeps_the_k_likeliest_and_every_tie_at_the_kth_place():

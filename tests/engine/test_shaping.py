@@ -8,10 +8,12 @@ from tests.support.sampling_bench import SamplingBench
 from tx_async.engine.sampler import Choices, sample, stream_key
 from tx_async.engine.shaping import Shaping, counted, shaped, tally
 from tx_async.engine.stops import StopStrings
+from tx_async.engine.vocabulary import Vocabulary
 from tx_async.errors import InvalidRequest
 from tx_async.wire.worker import LOGIT_BIAS_MAX
 
 VOCAB, CONTEXT = 50, 24
+VOCABULARY = Vocabulary(VOCAB)
 ROWS = 6
 
 
@@ -67,22 +69,21 @@ def shaping_of_rows(rows, prompts, answers, min_p=0.0) -> Shaping:
 
 def test_the_formulas_are_those_of_vllm_also_for_what_the_quantum_itself_has_drawn():
     rng = np.random.default_rng(0)
-    run = jax.jit(lambda z, s, t, n: shaped(z, s, t, n))
-    count = jax.jit(counted)
+    run, count = jax.jit(shaped, static_argnums=4), jax.jit(counted, static_argnums=3)
     for _ in range(40):
         rows = [random_row(rng) for _ in range(ROWS)]
         prompts = [rng.integers(0, VOCAB, rng.integers(1, 8)).tolist() for _ in rows]
         answers = [rng.integers(0, VOCAB, rng.integers(0, 8)).tolist() for _ in rows]
         shaping = shaping_of_rows(rows, prompts, answers)
-        told = jax.jit(tally, static_argnums=1)(shaping, VOCAB)
+        told = jax.jit(tally, static_argnums=1)(shaping, VOCABULARY)
         alive = np.ones(ROWS, bool)
         for _ in range(4):
             z = (rng.standard_normal((ROWS, VOCAB)) * 5).astype(np.float32)
             expected = [vllm(z[i], prompts[i], answers[i], **row) for i, row in enumerate(rows)]
             num_new = np.array([len(answer) for answer in answers]) - shaping.num_answered
-            np.testing.assert_allclose(run(z, shaping, told, num_new), expected, rtol=2e-5, atol=2e-5)
+            np.testing.assert_allclose(run(z, shaping, told, num_new, VOCABULARY), expected, rtol=2e-5, atol=2e-5)
             drawn = rng.integers(0, VOCAB, ROWS).astype(np.int32)
-            told = count(told, drawn, alive)
+            told = count(told, drawn, alive, VOCABULARY)
             for row in np.flatnonzero(alive):
                 answers[row].append(int(drawn[row]))
             alive = alive & (rng.random(ROWS) < 0.8)
@@ -95,7 +96,12 @@ def test_a_row_that_asks_for_nothing_gets_its_own_logits_back_beside_rows_that_a
     texts = [rng.integers(0, VOCAB, 7).tolist() for _ in rows]
     shaping = shaping_of_rows(rows, texts, texts)
     z = (rng.standard_normal((ROWS, VOCAB)) * 5).astype(np.float32)
-    found = jax.jit(lambda z, s: shaped(z, s, tally(s, VOCAB), np.zeros(ROWS, np.int32)))(z, shaping)
+
+    @jax.jit
+    def run(z, shaping):
+        return shaped(z, shaping, tally(shaping, VOCABULARY), np.zeros(ROWS, np.int32), VOCABULARY)
+
+    found = run(z, shaping)
     np.testing.assert_array_equal(np.asarray(found)[1::2], z[1::2])
 
 

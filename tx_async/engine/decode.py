@@ -387,7 +387,7 @@ class SamplingEngine:
             shape, scores = (rows * tile_tokens, self.model.hidden_size), empty_scores()
             hidden = jax.ShapeDtypeStruct(shape, self.params["embed"].dtype, sharding=self._replicated)
             arguments = (self.params, adapters(scores.adapter), hidden, scores)
-            function = partial(programs.score, self.platform)
+            function = partial(programs.score, self.platform, self.model.mesh)
             yield program(f"score {rows}", function, arguments, out_shardings=self._replicated)
 
         pages = np.zeros(self._copies_max, np.int32)

@@ -6,6 +6,7 @@ False (prefill): what they compute goes to the null page, and nobody reads it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,12 @@ from tx_async.engine.kernels import NO_KERNELS, Kernels
 from tx_async.engine.kv_cache import CacheLayout, Pools
 from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, TileStates
 from tx_async.engine.platform import Platform
-from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logsumexp, sample, stream_key
-from tx_async.engine.shaping import Data, Shaping, counted, shaped, tally
+from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logprobs_at, sample, stream_key
+from tx_async.engine.shaping import Data, Shaping, Tally, counted, shaped, tally
+from tx_async.engine.vocabulary import Cuts, Vocabulary
 from tx_async.layers.cpu import OutFirst, OwnRankActive
 from tx_async.layers.linear import product
 from tx_async.layers.lora import LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
-from tx_async.layers.sharding import AXES, row_axis
 from tx_async.models.decoder import unembedding
 from tx_async.wire.ranks import rank_classes
 
@@ -171,36 +172,38 @@ def prefill(
 
 
 def score(
-    platform: Platform, params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
+    platform: Platform, mesh: Mesh | None, params: Any, adapters: Adapters, hidden: Array, batch: ScoreBatch
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """-> log-probabilities of the next tokens [T]; top-k ids and their log-probabilities; those of the targets; the
     alternatives' ids and log-probabilities."""
     logits = unembed(params, adapters.for_rows(platform, batch.adapter), hidden[batch.row])
-    lse = logsumexp(logits)
-    topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk)
-    alternatives = jax.lax.cond(
-        batch.any_alt, _alternatives, lambda logits, batch: jnp.zeros_like(batch.targets), logits, batch
-    )
-
-    def of(tokens: Array) -> Array:
-        return jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=1) - lse[:, None]
-
-    return (
-        of(batch.next_token[:, None])[:, 0],
-        topk_ids,
-        topk_logprobs,
-        of(batch.targets),
-        alternatives,
-        of(alternatives),
-    )
+    cuts = Cuts.of(mesh, logits.shape[1], logits.shape[0])
+    all_rows: Any = PartitionSpec()
+    of_batch = ScoreBatch(*[cuts.rows] * len(batch))._replace(any_topk=all_rows, any_alt=all_rows)
+    scores = cuts.run(partial(_scores, cuts.vocabulary), (cuts.logits, of_batch), cuts.rows)
+    return scores(logits, batch)
 
 
-def _alternatives(logits: Array, batch: ScoreBatch) -> Array:
+def _scores(
+    vocabulary: Vocabulary, logits: Array, batch: ScoreBatch
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """What `score` returns, by every device of a mesh from its part of the vocabulary."""
+    logits = vocabulary.own(logits)
+    some = partial(_alternatives, vocabulary, logits, batch)
+    alternatives = jax.lax.cond(batch.any_alt, some, lambda: jnp.zeros_like(batch.targets))
+    tokens = jnp.concatenate([batch.next_token[:, None], batch.targets, alternatives], axis=1)
+    logprobs, lse = logprobs_at(logits, jnp.maximum(tokens, 0), vocabulary)
+    topk_ids, topk_logprobs = _topk(vocabulary, logits, lse, batch.any_topk)
+    of_next, of_targets, of_alternatives = jnp.split(logprobs, [1, 1 + batch.targets.shape[1]], axis=1)
+    return of_next[:, 0], topk_ids, topk_logprobs, of_targets, alternatives, of_alternatives
+
+
+def _alternatives(vocabulary: Vocabulary, logits: Array, batch: ScoreBatch) -> Array:
     keys = stream_key(batch.seed, batch.sample_index)
     keys = jax.vmap(lambda key, i: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), i)))(
         keys, batch.position
     )
-    return draw_many(logits, batch.temperature, keys, batch.targets.shape[1])
+    return draw_many(logits, batch.temperature, keys, batch.targets.shape[1], vocabulary)
 
 
 def decode(
@@ -223,6 +226,12 @@ def decode(
     min_p = None if shaping is None else shaping.min_p
     choices = Choices(batch.temperature, batch.top_k, batch.top_p, stream_key(batch.seed, batch.sample_index), min_p)
     topk = min(num_candidates, model.vocab_size)
+    cuts, all_rows = Cuts.of(model.mesh, model.vocab_size, rows), PartitionSpec()
+    draw = cuts.run(
+        partial(_draw, platform, cuts.vocabulary, num_candidates),
+        (cuts.logits, cuts.rows, all_rows, cuts.rows, cuts.parts),
+        (cuts.rows, cuts.parts),
+    )
     out = Decoded(
         tokens=jnp.zeros((max_steps, rows), jnp.int32),
         logprobs=jnp.zeros((max_steps, rows)),
@@ -240,24 +249,19 @@ def decode(
         attend = DecodeAttention(*where, kernels.paged_attention, model.mesh)
         inputs = params, lora, token[:, None], position[:, None], attend, pools
         hidden, pools = model.forward(*inputs, grouped_kernel=kernels.grouped_product)
-        logits = _whole_rows(model.mesh, unembed(params, lora, hidden[:, 0]))
-        drawn_from = None if shaping is None else shaped(logits, shaping, told, out.count)
-        drawn, logprob, lse = sample(logits, choices, position + 1, platform.fixed_passes, drawn_from)
-        topk_ids, topk_logprobs = _topk(logits, lse, batch.any_topk, num_candidates)
-        head, is_whole = _head(logits, topk_ids, choices, batch.any_head, platform.fixed_passes)
-        drawn, logprob, topk_ids, topk_logprobs, head, is_whole = _on_every_device(
-            model.mesh, (drawn, logprob, topk_ids, topk_logprobs, head, is_whole)
-        )
-        token = jnp.where(alive, drawn, token)
-        told = told if shaping is None else counted(told, token, alive)
+        logits = unembed(params, lora, hidden[:, 0])
+        row = _Row(choices, position + 1, out.count, token, alive)
+        drawn, told = draw(logits, row, (batch.any_topk, batch.any_head), shaping, told)
+        drawn = _on_every_device(model.mesh, drawn)
+        token = drawn.token
         out = Decoded(
             tokens=out.tokens.at[i].set(token),
-            logprobs=out.logprobs.at[i].set(logprob),
-            topk_token_ids=out.topk_token_ids.at[i].set(topk_ids),
-            topk_logprobs=out.topk_logprobs.at[i].set(topk_logprobs),
+            logprobs=out.logprobs.at[i].set(drawn.logprob),
+            topk_token_ids=out.topk_token_ids.at[i].set(drawn.topk_token_ids),
+            topk_logprobs=out.topk_logprobs.at[i].set(drawn.topk_logprobs),
             count=out.count + alive,
-            head_probabilities=out.head_probabilities.at[i].set(head),
-            head_is_whole=out.head_is_whole.at[i].set(is_whole),
+            head_probabilities=out.head_probabilities.at[i].set(drawn.head_probabilities),
+            head_is_whole=out.head_is_whole.at[i].set(drawn.head_is_whole),
         )
         stopped = jnp.any(token[:, None] == batch.stop_tokens, axis=1)
         return i + 1, token, alive & ~stopped & (out.count < batch.remaining), pools, out, told
@@ -265,26 +269,65 @@ def decode(
     def goes_on(state) -> Array:
         return (state[0] < num_steps) & jnp.any(state[2])
 
-    told = () if shaping is None else tally(shaping, model.vocab_size)
+    spread = cuts.run(lambda shaping: tally(shaping, cuts.vocabulary), (cuts.rows,), cuts.parts)
+    told = None if shaping is None else spread(shaping)
     state = (jnp.int32(0), batch.token, batch.remaining > 0, pools, out, told)
     _, _, _, pools, out, _ = jax.lax.while_loop(goes_on, step, state)
     return out, pools
 
 
-def _whole_rows(mesh: Mesh | None, logits: Array) -> Array:
-    """On a mesh, which has made a part of the vocabulary on each device: whole rows, some on each. What is computed of
-    a row then needs no other device, and has the bits that it has on one."""
-    if mesh is None:
-        return logits
-    rows, vocab = logits.shape
-    made = PartitionSpec(row_axis(mesh, rows), None if vocab % mesh.shape["tensor"] else "tensor")
-    logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, made))
-    apart = PartitionSpec(AXES) if rows % mesh.size == 0 else PartitionSpec()
-    return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, apart))
+class _Row(NamedTuple):
+    """What a step draws a row's token with, [B] each."""
+
+    choices: Choices
+    position: Array
+    """That the token will have."""
+    num_new: Array
+    """The tokens of the quantum before it."""
+    token: Array
+    """The row's last one, which it keeps where it is not alive."""
+    alive: Array
 
 
-def _on_every_device(mesh: Mesh | None, results: tuple[Array, ...]) -> tuple[Array, ...]:
-    return results if mesh is None else jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
+class _Drawn(NamedTuple):
+    """The entries of one step in `Decoded`."""
+
+    token: Array
+    logprob: Array
+    topk_token_ids: Array
+    topk_logprobs: Array
+    head_probabilities: Array
+    head_is_whole: Array
+
+
+def _draw(
+    platform: Platform,
+    vocabulary: Vocabulary,
+    num_candidates: int,
+    logits: Array,
+    row: _Row,
+    wanted: tuple[Array, Array],
+    shaping: Shaping | None,
+    told: Tally | None,
+) -> tuple[_Drawn, Tally | None]:
+    """The tokens that follow, and the tally with them. On a mesh every device runs this, with its part of the
+    vocabulary. wanted: whether anybody wants candidates, and heads."""
+    logits, (any_topk, any_head) = vocabulary.own(logits), wanted
+    drawn_from = None
+    if shaping is not None and told is not None:
+        drawn_from = shaped(logits, shaping, told, row.num_new, vocabulary)
+    fixed_passes = platform.fixed_passes
+    token, logprob, lse = sample(logits, row.choices, row.position, fixed_passes, drawn_from, vocabulary)
+    topk_ids, topk_logprobs = _topk(vocabulary, logits, lse, any_topk, num_candidates)
+    heads = _heads(vocabulary, logits, topk_ids, row.choices, any_head, fixed_passes)
+    token = jnp.where(row.alive, token, row.token)
+    told = None if told is None else counted(told, token, row.alive, vocabulary)
+    return _Drawn(token, logprob, topk_ids, topk_logprobs, *heads), told
+
+
+def _on_every_device(mesh: Mesh | None, drawn: _Drawn) -> _Drawn:
+    """Rows that some devices have drawn."""
+    return drawn if mesh is None else jax.lax.with_sharding_constraint(drawn, NamedSharding(mesh, PartitionSpec()))
 
 
 def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
@@ -297,15 +340,18 @@ def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
     return logits + delta[:, 0]
 
 
-def _head(logits: Array, candidates: Array, choices: Choices, wanted: Array, fixed_passes: bool) -> tuple[Array, Array]:
+def _heads(
+    vocabulary: Vocabulary, logits: Array, candidates: Array, choices: Choices, wanted: Array, fixed_passes: bool
+) -> tuple[Array, Array]:
     nothing = (jnp.zeros(candidates.shape), jnp.zeros(candidates.shape[0], jnp.uint8))
-    return jax.lax.cond(wanted, lambda: head_of(logits, candidates, choices, fixed_passes), lambda: nothing)
+    some = partial(head_of, logits, candidates, choices, fixed_passes, vocabulary)
+    return jax.lax.cond(wanted, some, lambda: nothing)
 
 
-def _topk(logits: Array, lse: Array, wanted: Array, num: int = TOPK_MAX) -> tuple[Array, Array]:
-    k = min(num, logits.shape[1])
+def _topk(vocabulary: Vocabulary, logits: Array, lse: Array, wanted: Array, num: int = TOPK_MAX) -> tuple[Array, Array]:
+    k = min(num, vocabulary.size)
     nothing = (jnp.zeros((logits.shape[0], k)), jnp.zeros((logits.shape[0], k), jnp.int32))
-    values, ids = jax.lax.cond(wanted, lambda: tuple(jax.lax.top_k(logits, k)), lambda: nothing)
+    values, ids = jax.lax.cond(wanted, lambda: vocabulary.top_k(logits, k), lambda: nothing)
     return ids, values - lse[:, None]
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 
 from tx_async.engine.sequences import SequenceState
+from tx_async.engine.vocabulary import Vocabulary
 from tx_async.errors import InvalidRequest
 from tx_async.grammar import WORD_BITS, num_words
 from tx_async.wire.worker import LOGIT_BIAS_MAX, SequenceSpec
@@ -64,7 +65,8 @@ class Shaping(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """The same by token, [B, V]. The tokens that a step draws are added to the first two."""
+    """The same by token, [B, V], or on a mesh of a device's part. The tokens that a step draws are added to the first
+    two."""
 
     counts: Array
     """int32: counts in the answer."""
@@ -139,28 +141,24 @@ def shapes(rows: int, context: int, vocab: int = 0) -> Shaping:
 # ---- on the device
 
 
-def tally(shaping: Shaping, vocab: int) -> Tally:
+def tally(shaping: Shaping, vocabulary: Vocabulary) -> Tally:
     """The lists of a `Shaping` spread out over the vocabulary, when a quantum begins."""
-    rows = jnp.arange(shaping.min_p.shape[0])[:, None]
-
-    def place(tokens: Array) -> Array:
-        """The index of a token's cell; none for -1."""
-        return jnp.where(tokens >= 0, tokens, vocab)
+    rows, places = jnp.arange(shaping.min_p.shape[0])[:, None], vocabulary.places
 
     def empty(dtype: Any) -> Array:
-        return jnp.zeros((rows.shape[0], vocab), dtype)
+        return jnp.zeros((rows.shape[0], vocabulary.part_size), dtype)
 
     is_answer = jnp.arange(shaping.text.shape[1]) >= shaping.num_prompt[:, None]
     answer = jnp.where(is_answer, shaping.text, -1)
     return Tally(
-        counts=empty(jnp.int32).at[rows, place(answer)].add(1, mode="drop"),
-        seen=empty(jnp.bool_).at[rows, place(shaping.text)].set(True, mode="drop"),
-        bias=empty(jnp.float32).at[rows, place(shaping.bias_tokens)].add(shaping.bias, mode="drop"),
-        held_back=empty(jnp.bool_).at[rows, place(shaping.held_back)].set(True, mode="drop"),
+        counts=empty(jnp.int32).at[rows, places(answer)].add(1, mode="drop"),
+        seen=empty(jnp.bool_).at[rows, places(shaping.text)].set(True, mode="drop"),
+        bias=empty(jnp.float32).at[rows, places(shaping.bias_tokens)].add(shaping.bias, mode="drop"),
+        held_back=empty(jnp.bool_).at[rows, places(shaping.held_back)].set(True, mode="drop"),
     )
 
 
-def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array) -> Array:
+def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array, vocabulary: Vocabulary) -> Array:
     """The logits [B, V] that are drawn from, `num_new` [B] tokens into the quantum."""
     is_short = shaping.num_answered + num_new < shaping.min_tokens
     z = jnp.where(is_short[:, None] & tally.held_back, -jnp.inf, logits) + tally.bias
@@ -168,17 +166,20 @@ def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array) -> Arr
     z = jnp.where(tally.seen, jnp.where(z > 0, z / repetition, z * repetition), z)
     z = z - shaping.frequency[:, None] * tally.counts
     z = z - shaping.presence[:, None] * (tally.counts > 0)
-    return z if shaping.allowed is None else jnp.where(_unpacked(shaping.allowed, z.shape[1]), z, -jnp.inf)
+    return z if shaping.allowed is None else jnp.where(_unpacked(shaping.allowed, vocabulary), z, -jnp.inf)
 
 
-def _unpacked(bits: Array, vocab: int) -> Array:
+def _unpacked(bits: Array, vocabulary: Vocabulary) -> Array:
     """uint32 [B, ceil(V / 32)] -> bool [B, V]"""
+    if vocabulary.is_cut:
+        tokens = vocabulary.tokens
+        return (bits[:, tokens // WORD_BITS] >> jnp.uint32(tokens % WORD_BITS)) & 1 > 0
     places = jnp.arange(WORD_BITS, dtype=jnp.uint32)
-    return ((bits[:, :, None] >> places) & 1).reshape(bits.shape[0], -1)[:, :vocab] > 0
+    return ((bits[:, :, None] >> places) & 1).reshape(bits.shape[0], -1)[:, : vocabulary.size] > 0
 
 
-def counted(tally: Tally, tokens: Array, alive: Array) -> Tally:
+def counted(tally: Tally, tokens: Array, alive: Array, vocabulary: Vocabulary) -> Tally:
     """The tally with the tokens [B] that a step has drawn for the rows that are alive."""
-    rows = jnp.arange(tokens.shape[0])
-    counts = tally.counts.at[rows, tokens].add(alive.astype(jnp.int32))
-    return tally._replace(counts=counts, seen=tally.seen.at[rows, tokens].max(alive))
+    rows, places = jnp.arange(tokens.shape[0]), vocabulary.places(tokens)
+    counts = tally.counts.at[rows, places].add(alive.astype(jnp.int32), mode="drop")
+    return tally._replace(counts=counts, seen=tally.seen.at[rows, places].max(alive, mode="drop"))
