@@ -9,7 +9,7 @@ import pytest
 
 from tx_async.engine import sampler
 from tx_async.engine.sampler import Choices, sample, stream_key
-from tx_async.engine.vocabulary import Vocabulary
+from tx_async.engine.vocabulary import VocabularyParts
 from tx_async.layers.lora import LoraActive, LoraGrouped, layer_slice, layers_apart, tiles
 
 ROWS, VOCAB = 8, 1003
@@ -25,7 +25,7 @@ def choices(top_k: list[int], top_p: list[float], temperature: float = 1.0) -> C
 
 @jax.jit
 def kept_both_ways(logits, some):
-    v = Vocabulary(VOCAB)
+    v = VocabularyParts(VOCAB)
     z = v.lay_out(logits)
     weights = jnp.exp(z - z.max((1, 2), keepdims=True))
     limits = (of(v, weights, some) for of in (sampler._limit, sampler._limit_in_fixed_passes))

@@ -8,12 +8,12 @@ from tests.support.sampling_bench import SamplingBench
 from tx_async.engine.sampler import Choices, sample, stream_key
 from tx_async.engine.shaping import Shaping, counted, shaped, tally
 from tx_async.engine.stops import StopStrings
-from tx_async.engine.vocabulary import Vocabulary
+from tx_async.engine.vocabulary import VocabularyParts
 from tx_async.errors import InvalidRequest
 from tx_async.wire.worker import LOGIT_BIAS_MAX
 
 VOCAB, CONTEXT = 50, 24
-VOCABULARY = Vocabulary(VOCAB)
+VOCABULARY = VocabularyParts(VOCAB)
 ROWS = 6
 
 

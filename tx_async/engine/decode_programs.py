@@ -22,7 +22,7 @@ from tx_async.engine.paged_attention import DecodeAttention, PagedAttention, Til
 from tx_async.engine.platform import Platform
 from tx_async.engine.sampler import TOPK_MAX, Choices, draw_many, head_of, logprobs_at, sample, stream_key
 from tx_async.engine.shaping import Data, Shaping, Tally, counted, shaped, tally
-from tx_async.engine.vocabulary import Cuts, Vocabulary
+from tx_async.engine.vocabulary import Cuts, VocabularyParts
 from tx_async.layers.cpu import OutFirst, OwnRankActive
 from tx_async.layers.linear import product
 from tx_async.layers.lora import LoraActive, LoraGrouped, LoraWeights, layer_slice, tiles
@@ -185,7 +185,7 @@ def score(
 
 
 def _scores(
-    vocabulary: Vocabulary, logits: Array, batch: ScoreBatch
+    vocabulary: VocabularyParts, logits: Array, batch: ScoreBatch
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """What `score` returns, by every device of a mesh from its part of the vocabulary."""
     logits = vocabulary.own(logits)
@@ -198,7 +198,7 @@ def _scores(
     return of_next[:, 0], topk_ids, topk_logprobs, of_targets, alternatives, of_alternatives
 
 
-def _alternatives(vocabulary: Vocabulary, logits: Array, batch: ScoreBatch) -> Array:
+def _alternatives(vocabulary: VocabularyParts, logits: Array, batch: ScoreBatch) -> Array:
     keys = stream_key(batch.seed, batch.sample_index)
     keys = jax.vmap(lambda key, i: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), i)))(
         keys, batch.position
@@ -302,7 +302,7 @@ class _Drawn(NamedTuple):
 
 def _draw(
     platform: Platform,
-    vocabulary: Vocabulary,
+    vocabulary: VocabularyParts,
     num_candidates: int,
     logits: Array,
     row: _Row,
@@ -341,14 +341,16 @@ def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:
 
 
 def _heads(
-    vocabulary: Vocabulary, logits: Array, candidates: Array, choices: Choices, wanted: Array, fixed_passes: bool
+    vocabulary: VocabularyParts, logits: Array, candidates: Array, choices: Choices, wanted: Array, fixed_passes: bool
 ) -> tuple[Array, Array]:
     nothing = (jnp.zeros(candidates.shape), jnp.zeros(candidates.shape[0], jnp.uint8))
     some = partial(head_of, logits, candidates, choices, fixed_passes, vocabulary)
     return jax.lax.cond(wanted, some, lambda: nothing)
 
 
-def _topk(vocabulary: Vocabulary, logits: Array, lse: Array, wanted: Array, num: int = TOPK_MAX) -> tuple[Array, Array]:
+def _topk(
+    vocabulary: VocabularyParts, logits: Array, lse: Array, wanted: Array, num: int = TOPK_MAX
+) -> tuple[Array, Array]:
     k = min(num, vocabulary.size)
     nothing = (jnp.zeros((logits.shape[0], k)), jnp.zeros((logits.shape[0], k), jnp.int32))
     values, ids = jax.lax.cond(wanted, lambda: vocabulary.top_k(logits, k), lambda: nothing)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tx_async.engine.vocabulary import Vocabulary, bits_of
+from tx_async.engine.vocabulary import VocabularyParts, bits_of
 from tx_async.wire.worker import GREEDY_BELOW
 
 TOPK_MAX = 128
@@ -77,7 +77,7 @@ def sample(
     position: Array,
     fixed_passes: bool = False,
     drawn_from: Array | None = None,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: VocabularyParts | None = None,
 ) -> tuple[Array, Array, Array]:
     """Draw the tokens that will stand at `position` [B]. fixed_passes: without loops and with one branch, taken where
     anybody wants top-k or top-p, so that an accelerator need not ask the host; the same tokens stay. drawn_from: logits
@@ -85,7 +85,7 @@ def sample(
 
     logits fp32 [B, V] -> (tokens int32 [B], their log-probabilities in the plain model [B], the logits' logsumexp [B]).
     """
-    v = vocabulary or Vocabulary(logits.shape[1])
+    v = vocabulary or VocabularyParts(logits.shape[1])
     z = v.lay_out(logits)
     top, greedy = v.likeliest(z)
     exponentials, highest = jnp.exp(z - top[:, None, None]), top
@@ -111,14 +111,14 @@ def head_of(
     candidates: Array,
     choices: Choices,
     fixed_passes: bool = False,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: VocabularyParts | None = None,
 ) -> tuple[Array, Array]:
     """The distribution that `sample` draws from, for a few tokens.
 
     logits fp32 [B, V], candidates int32 [B, K] -> (their probabilities fp32 [B, K], uint8 [B]: 0 where the whole
     vocabulary can be drawn, 1 where only candidates can, 2 where a limit also leaves others).
     """
-    v = vocabulary or Vocabulary(logits.shape[1])
+    v = vocabulary or VocabularyParts(logits.shape[1])
     z = v.lay_out(logits)
     top, first = v.likeliest(z)
     greedy = choices.temperature < GREEDY_BELOW
@@ -134,9 +134,9 @@ def head_of(
     return mine, jnp.where(is_limited, jnp.where(is_whole, 1, 2), 0).astype(jnp.uint8)
 
 
-def logprobs_at(logits: Array, tokens: Array, vocabulary: Vocabulary | None = None) -> tuple[Array, Array]:
+def logprobs_at(logits: Array, tokens: Array, vocabulary: VocabularyParts | None = None) -> tuple[Array, Array]:
     """[B, V], int32 [B, K] -> (log-probabilities [B, K], the logits' logsumexp [B]), summed as `sample` does."""
-    v = vocabulary or Vocabulary(logits.shape[1])
+    v = vocabulary or VocabularyParts(logits.shape[1])
     z = v.lay_out(logits)
     top, _ = v.likeliest(z)
     found, total = v.at(logits, tokens, jnp.exp(z - top[:, None, None]))
@@ -144,9 +144,11 @@ def logprobs_at(logits: Array, tokens: Array, vocabulary: Vocabulary | None = No
     return found - lse[:, None], lse
 
 
-def draw_many(logits: Array, temperature: Array, keys: Array, k: int, vocabulary: Vocabulary | None = None) -> Array:
+def draw_many(
+    logits: Array, temperature: Array, keys: Array, k: int, vocabulary: VocabularyParts | None = None
+) -> Array:
     """k independent draws with replacement per row at its temperature: [B, V], [B], uint32 [B, 2] -> int32 [B, k]."""
-    v = vocabulary or Vocabulary(logits.shape[1])
+    v = vocabulary or VocabularyParts(logits.shape[1])
     z = v.lay_out(logits)
     top, greedy = v.likeliest(z)
     weights = _weights(z, top, jnp.maximum(temperature, GREEDY_BELOW))
@@ -161,7 +163,9 @@ def draw_many(logits: Array, temperature: Array, keys: Array, k: int, vocabulary
     return jnp.where((temperature >= GREEDY_BELOW)[:, None], tokens, greedy[:, None])
 
 
-def _draw(v: Vocabulary, z: Array, top: Array, greedy: Array, choices: Choices, position: Array, limit: Any) -> Array:
+def _draw(
+    v: VocabularyParts, z: Array, top: Array, greedy: Array, choices: Choices, position: Array, limit: Any
+) -> Array:
     weights = _weights(z, top, jnp.maximum(choices.temperature, GREEDY_BELOW))
     if choices.min_p is not None:
         weights = jnp.where(weights >= choices.min_p[:, None, None], weights, 0.0)  # the likeliest token's is 1
@@ -175,7 +179,7 @@ def _uniforms(key: Array, position: Array) -> Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position), (2,))
 
 
-def _token(v: Vocabulary, column: Array, lane: Array, u: Array, greedy: Array) -> Array:
+def _token(v: VocabularyParts, column: Array, lane: Array, u: Array, greedy: Array) -> Array:
     """The token of a lane whose weights by segment are `column`; the likeliest token where rounding left no weight."""
     segment = _invert(column, u)
     weight = jnp.take_along_axis(column, segment[:, None], axis=1)[:, 0]
@@ -192,7 +196,7 @@ def _invert(weights: Array, u: Array) -> Array:
 # ---- top-k and top-p: weights are not negative, so their bits order as they do
 
 
-def _limit(v: Vocabulary, weights: Array, choices: Choices) -> _Limit:
+def _limit(v: VocabularyParts, weights: Array, choices: Choices) -> _Limit:
     k_active, p_active = _active(choices, v.end)
     everything = jnp.zeros(weights.shape[0], jnp.int32)
     kth = jax.lax.cond(jnp.any(k_active), lambda: _kth_key(weights, choices.top_k, k_active), lambda: everything)
@@ -220,7 +224,7 @@ def _kth_key(weights: Array, k: Array, active: Array) -> Array:
     return _bisect(enough, jnp.zeros_like(k), active)
 
 
-def _nucleus(v: Vocabulary, weights: Array, p: Array, active: Array, inside: _Limit) -> _Limit:
+def _nucleus(v: VocabularyParts, weights: Array, p: Array, active: Array, inside: _Limit) -> _Limit:
     """The smallest set of largest weights whose share of the total `inside` is at least p."""
     keys = bits_of(weights)
     weights = jnp.where(keys >= inside.key[:, None, None], weights, 0.0)
@@ -262,7 +266,7 @@ def _bisect(enough, low: Array, active: Array) -> Array:
     return jax.lax.while_loop(lambda state: jnp.any(state[1] - state[0] > 1), body, (low, high))[0]
 
 
-def _nth_index(v: Vocabulary, mask: Array, n: Array, count: Array) -> Array:
+def _nth_index(v: VocabularyParts, mask: Array, n: Array, count: Array) -> Array:
     """The index of the n-th set token (1-based) of each row; the end of the vocabulary where n reaches the count."""
     index = v.index
 
@@ -280,7 +284,7 @@ def _nth_index(v: Vocabulary, mask: Array, n: Array, count: Array) -> Array:
 # ---- the same in a fixed number of passes, by every device over its own part
 
 
-def _limit_in_fixed_passes(v: Vocabulary, weights: Array, choices: Choices) -> _Limit:
+def _limit_in_fixed_passes(v: VocabularyParts, weights: Array, choices: Choices) -> _Limit:
     k_active, p_active = _active(choices, v.end)
     everything = jnp.zeros(weights.shape[0], jnp.int32)
     nothing_limits = _Limit(everything, jnp.full_like(everything, v.end))
@@ -309,7 +313,7 @@ def _limit_in_fixed_passes(v: Vocabulary, weights: Array, choices: Choices) -> _
 
 
 def _largest_key(
-    v: Vocabulary, cells: Callable[[Array], Array], enough: Callable[[Array, Array], Array], pass_bits: int
+    v: VocabularyParts, cells: Callable[[Array], Array], enough: Callable[[Array, Array], Array], pass_bits: int
 ) -> tuple[Array, Array]:
     """-> (the largest key whose total of cells(key) is `enough`, compared with that of key 0, which is; that of 0).
     Totals fall as keys rise."""
@@ -322,7 +326,7 @@ def _largest_key(
     return key[:, 0, 0], whole
 
 
-def _nth_index_in_fixed_passes(v: Vocabulary, mask: Array, n: Array, count: Array, pass_bits: int) -> Array:
+def _nth_index_in_fixed_passes(v: VocabularyParts, mask: Array, n: Array, count: Array, pass_bits: int) -> Array:
     """The index of the n-th set token of this part; where it stands beyond, that of the part's last token or more, and
     where it stands before, -1. count: of all parts."""
     index, found = v.index, jnp.zeros((1, 1, 1), jnp.int32)
@@ -358,6 +362,6 @@ def _weights(z: Array, top: Array, temperature: Array) -> Array:
     return jnp.exp((z - top[:, None, None]) / temperature[:, None, None])
 
 
-def _kept(v: Vocabulary, weights: Array, limit: _Limit) -> Array:
+def _kept(v: VocabularyParts, weights: Array, limit: _Limit) -> Array:
     keys, key = bits_of(weights), limit.key[:, None, None]
     return (keys > key) | ((keys == key) & (v.index <= limit.last[:, None, None]))

@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from tx_async.engine.sequences import SequenceState
-from tx_async.engine.vocabulary import Vocabulary
+from tx_async.engine.vocabulary import VocabularyParts
 from tx_async.errors import InvalidRequest
 from tx_async.grammar import WORD_BITS, num_words
 from tx_async.wire.worker import LOGIT_BIAS_MAX, SequenceSpec
@@ -141,7 +141,7 @@ def shapes(rows: int, context: int, vocab: int = 0) -> Shaping:
 # ---- on the device
 
 
-def tally(shaping: Shaping, vocabulary: Vocabulary) -> Tally:
+def tally(shaping: Shaping, vocabulary: VocabularyParts) -> Tally:
     """The lists of a `Shaping` spread out over the vocabulary, when a quantum begins."""
     rows, places = jnp.arange(shaping.min_p.shape[0])[:, None], vocabulary.places
 
@@ -158,7 +158,7 @@ def tally(shaping: Shaping, vocabulary: Vocabulary) -> Tally:
     )
 
 
-def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array, vocabulary: Vocabulary) -> Array:
+def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array, vocabulary: VocabularyParts) -> Array:
     """The logits [B, V] that are drawn from, `num_new` [B] tokens into the quantum."""
     is_short = shaping.num_answered + num_new < shaping.min_tokens
     z = jnp.where(is_short[:, None] & tally.held_back, -jnp.inf, logits) + tally.bias
@@ -169,7 +169,7 @@ def shaped(logits: Array, shaping: Shaping, tally: Tally, num_new: Array, vocabu
     return z if shaping.allowed is None else jnp.where(_unpacked(shaping.allowed, vocabulary), z, -jnp.inf)
 
 
-def _unpacked(bits: Array, vocabulary: Vocabulary) -> Array:
+def _unpacked(bits: Array, vocabulary: VocabularyParts) -> Array:
     """uint32 [B, ceil(V / 32)] -> bool [B, V]"""
     if vocabulary.is_cut:
         tokens = vocabulary.tokens
@@ -178,7 +178,7 @@ def _unpacked(bits: Array, vocabulary: Vocabulary) -> Array:
     return ((bits[:, :, None] >> places) & 1).reshape(bits.shape[0], -1)[:, : vocabulary.size] > 0
 
 
-def counted(tally: Tally, tokens: Array, alive: Array, vocabulary: Vocabulary) -> Tally:
+def counted(tally: Tally, tokens: Array, alive: Array, vocabulary: VocabularyParts) -> Tally:
     """The tally with the tokens [B] that a step has drawn for the rows that are alive."""
     rows, places = jnp.arange(tokens.shape[0]), vocabulary.places(tokens)
     counts = tally.counts.at[rows, places].add(alive.astype(jnp.int32), mode="drop")

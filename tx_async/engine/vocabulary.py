@@ -26,7 +26,7 @@ AXIS = "tensor"
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VocabularyParts:
     """Of `size` tokens, cut in parts along the tensor axis. With more than one, its methods run on each device of a
     mesh (`Cuts.run`), and a part is the device's own."""
 
@@ -196,7 +196,7 @@ class Cuts:
     vocabulary have some rows each, where that goes."""
 
     mesh: Mesh | None
-    vocabulary: Vocabulary
+    vocabulary: VocabularyParts
     rows: PartitionSpec
     """Of arrays [B, ...]."""
     logits: PartitionSpec
@@ -208,14 +208,14 @@ class Cuts:
     def of(cls, mesh: Mesh | None, vocab: int, num_rows: int) -> Cuts:
         if mesh is None:
             nothing = PartitionSpec()
-            return cls(None, Vocabulary(vocab), nothing, nothing, nothing)
+            return cls(None, VocabularyParts(vocab), nothing, nothing, nothing)
         axes: tuple[str, ...] = ()
         for axis in ("fsdp", "expert"):
             if num_rows % mesh.shape[axis] == 0:
                 axes, num_rows = (*axes, axis), num_rows // mesh.shape[axis]
         num_parts = mesh.shape[AXIS]
         made = None if vocab % num_parts else AXIS
-        vocabulary = Vocabulary(vocab, num_parts)
+        vocabulary = VocabularyParts(vocab, num_parts)
         return cls(mesh, vocabulary, PartitionSpec(axes), PartitionSpec(axes, made), PartitionSpec(axes, AXIS))
 
     def run(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
