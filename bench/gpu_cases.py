@@ -109,7 +109,10 @@ def _decode(batch: int, context: int, adapters: int) -> Case:
 
     def programs(session: Session) -> list[str]:
         mine, loading = session.rollouts, ["read_weights", "load_sampler"] if adapters else []
-        return [mine.program(batch, adapters), *mine.prefill_programs(batch, context), *loading]
+        # A smaller batch finds its prompts in the prefix cache; what it must prefill all the same is not timed.
+        is_largest = batch == session.driver.info.num_sequences_max
+        prefill = mine.prefill_programs(batch, context) if is_largest else []
+        return [mine.program(batch, adapters), *prefill, *loading]
 
     return Case(tuple(names), programs, lambda session: session.rollouts.decode(batch, context, adapters))
 
