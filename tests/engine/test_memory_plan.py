@@ -297,6 +297,15 @@ def test_more_memory_for_activations_is_less_to_compute_again():
     assert all(shape.recompute.layers and not shape.recompute.keeping for shape in all_again.row_shapes)
 
 
+def test_along_fsdp_training_slots_are_cut_whatever_their_weights_are_and_what_is_gathered_is_counted():
+    alone, cut = plan(QWEN3_8B), plan(QWEN3_8B, fully_sharded_data_parallel_size=8)
+    assert sizes(cut)["training slots"] == sizes(alone)["training slots"] / 8
+    assert sizes(cut)["samplers"] > sizes(alone)["samplers"] / 8, "cut as their weights are"
+    head, layer = 151_936 * 4096, 4096 * (2 * 4096 + 2 * 1024 + 3 * 12_288)
+    assert sizes(cut)["gathered"] == 2 * (head + 2 * layer) / GIB and "gathered" not in sizes(alone)
+    assert [(shape.rows, shape.length) for shape in cut.row_shapes[:4]] == [(32, 512), (16, 1024), (8, 2048), (8, 4096)]
+
+
 def test_experts_are_cut_over_eight_devices():
     alone, cut = plan(QWEN3_30B_A3B), plan(QWEN3_30B_A3B, expert_parallel_size=8)
     assert not alone.fits and "expert_parallel_size to 2" in alone.problem
