@@ -181,7 +181,7 @@ def score(
     all_rows: Any = PartitionSpec()
     of_batch = ScoreBatch(*[cuts.rows] * len(batch))._replace(any_topk=all_rows, any_alt=all_rows)
     scores = cuts.run(partial(_scores, cuts.vocabulary), (cuts.logits, of_batch), cuts.rows)
-    return scores(logits, batch)
+    return scores(cuts.made(logits), batch)
 
 
 def _scores(
@@ -249,8 +249,8 @@ def decode(
         attend = DecodeAttention(*where, kernels.paged_attention, model.mesh)
         inputs = params, lora, token[:, None], position[:, None], attend, pools
         hidden, pools = model.forward(*inputs, grouped_kernel=kernels.grouped_product)
-        logits = unembed(params, lora, hidden[:, 0])
-        row = _Row(choices, position + 1, out.count, token, alive)
+        logits = cuts.made(unembed(params, lora, hidden[:, 0]))
+        row = _on_every_device(model.mesh, _Row(choices, position + 1, out.count, token, alive))
         drawn, told = draw(logits, row, (batch.any_topk, batch.any_head), shaping, told)
         drawn = _on_every_device(model.mesh, drawn)
         token = drawn.token
@@ -325,9 +325,9 @@ def _draw(
     return _Drawn(token, logprob, topk_ids, topk_logprobs, *heads), told
 
 
-def _on_every_device(mesh: Mesh | None, drawn: _Drawn) -> _Drawn:
-    """Rows that some devices have drawn."""
-    return drawn if mesh is None else jax.lax.with_sharding_constraint(drawn, NamedSharding(mesh, PartitionSpec()))
+def _on_every_device(mesh: Mesh | None, rows: Any) -> Any:
+    """What goes into a draw, of which devices have some rows each, and what comes out: layers see whole batches."""
+    return rows if mesh is None else jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec()))
 
 
 def unembed(params: Any, lora: LoraActive, hidden: Array) -> Array:

@@ -19,7 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tx_async.layers.sharding import row_axis
 
 SEGMENTS = 128
 AXIS = "tensor"
@@ -217,6 +219,13 @@ class Cuts:
         made = None if vocab % num_parts else AXIS
         vocabulary = VocabularyParts(vocab, num_parts)
         return cls(mesh, vocabulary, PartitionSpec(axes), PartitionSpec(axes, made), PartitionSpec(axes, AXIS))
+
+    def made(self, logits: Array) -> Array:
+        """Logits [B, V] where their product makes them: that some devices draw for some rows concerns no layer."""
+        if self.mesh is None:
+            return logits
+        spec = PartitionSpec(row_axis(self.mesh, logits.shape[0]), self.logits[1])
+        return jax.lax.with_sharding_constraint(logits, NamedSharding(self.mesh, spec))
 
     def run(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
         """The function on every device, with its rows and its part. Specs are those of `shard_map`."""
