@@ -308,8 +308,18 @@ def test_along_fsdp_training_slots_are_cut_whatever_their_weights_are_and_what_i
 
 def test_experts_are_cut_over_eight_devices():
     alone, cut = plan(QWEN3_30B_A3B), plan(QWEN3_30B_A3B, expert_parallel_size=8)
-    assert not alone.fits and "expert_parallel_size to 2" in alone.problem
+    # On two devices one adapter's optimizer state, on its way to a file, takes 14 GiB of each.
+    assert not alone.fits and "expert_parallel_size to 4" in alone.problem
     assert cut.fits and sizes(cut)["weights"] < 10
+
+
+def test_a_checkpoint_leaves_its_slot_in_pieces():
+    """Four arrays of what a slot holds. Every host has all of it: an axis that reaches over hosts cuts nothing."""
+    here = plan(QWEN3_30B_A3B, expert_parallel_size=8)
+    of_slot = sizes(here)["training slots"] / 9
+    assert sizes(here)["checkpoint"] == pytest.approx(of_slot, rel=1e-3)
+    on_two_hosts = plan(QWEN3_8B, fully_sharded_data_parallel_size=2, tensor_parallel_size=8, num_processes=2)
+    assert sizes(on_two_hosts)["checkpoint"] == pytest.approx(2 * sizes(on_two_hosts)["training slots"] / 9, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +356,7 @@ def test_a_context_that_does_not_fit_is_served_as_far_as_it_does():
 
 def test_a_hybrid_starts_by_default_and_its_states_are_counted():
     made = plan(QWEN3_5_9B)
-    assert made.fits and (made.num_training_slots, made.num_sampler_slots, made.context) == (8, 8, 262_144)
+    assert made.fits and (made.num_training_slots, made.num_sampler_slots) == (8, 8) and made.context > 200_000
     assert sizes(made)["recurrent state"] == pytest.approx(129 * 49.1 / 1024, rel=0.01), "64 sequences, 64 snapshots"
 
 

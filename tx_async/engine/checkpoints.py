@@ -15,7 +15,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from safetensors.numpy import save as save_safetensors
 from tx_async.age import SUFFIX as AGE_SUFFIX
 from tx_async.age import encrypted
 from tx_async.engine.adapter_slots import HostWeights, pad, trim
+from tx_async.engine.transfers import to_host
 from tx_async.errors import CorruptedCheckpoint, InvalidRequest, UnknownCheckpoint
 from tx_async.models.peft import from_peft, to_peft
 from tx_async.storage.checkpoint_files import (
@@ -79,13 +80,13 @@ class SavedAdapter:
     v: Any = None
     gradients: Any = None
     step: Any = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def to_host(self) -> None:
         """Wait for the device and take the arrays off it."""
-        self.weights, self.m, self.v, self.gradients = jax.tree.map(
-            np.asarray, (self.weights, self.m, self.v, self.gradients)
-        )
-        self.step = np.asarray(self.step)
+        with self._lock:
+            arrays = (self.weights, self.m, self.v, self.gradients, self.step)
+            self.weights, self.m, self.v, self.gradients, self.step = jax.tree.map(to_host, arrays)
 
     @property
     def num_bytes(self) -> int:

@@ -35,6 +35,7 @@ from tx_async.engine.optimizer import Adam, StepOutcome, not_taken_because
 from tx_async.engine.platform import Platform
 from tx_async.engine.row_shapes import preferred_row_length, row_shapes
 from tx_async.engine.streams import OwnStream, SameStream
+from tx_async.engine.transfers import Transfers
 from tx_async.errors import InvalidRequest, NonFiniteGradients, TxError
 from tx_async.fingerprint import fingerprint
 from tx_async.layers.residuals import Recompute
@@ -130,6 +131,9 @@ class JaxEngine:
         #: the shardings of adapters in training and in sampling
         self.cut: Any = mesh.training_shardings(model, model.mesh) if model.mesh else None
         self.cut_state = TrainingState(*4 * (self.cut,), self.replicated) if model.mesh else None  # type: ignore[arg-type]
+        self.transfers = Transfers(self.cut_state, config.num_processes)
+        #: the adapter that was read from a slot last
+        self._read_last: SavedAdapter | None = None
         of_samplers: Any = mesh.adapter_shardings(model, model.mesh) if model.mesh else None
         self.num_slots = config.max_lora_adapters
         self.row_shapes = row_shapes(config, self.context, self.platform)
@@ -303,12 +307,9 @@ class JaxEngine:
     def _load_into_slot(self, command: wire.LoadAdapter) -> Pending:
         saved = self.checkpoints.load(command.key)
         check_same(command.key, saved.config, command.config)
-        slot = np.int32(command.slot)
-        if command.optimizer:
-            state = self._whole_state(command.key, saved)
-            self.training = self._programs["load_state"](self.training, slot, state)
-        else:
-            self.training = self._programs["load_weights"](self.training, slot, saved.weights)
+        found = self._whole_state(command.key, saved) if command.optimizer else saved.weights
+        program = self._programs["load_state" if command.optimizer else "load_weights"]
+        self.training = program(self.training, np.int32(command.slot), self.transfers.to_devices(found))
         self.ranks[command.slot] = command.config.rank
         return partial(_loaded, saved.step if command.optimizer else 0)
 
@@ -326,12 +327,16 @@ class JaxEngine:
         return lambda: (wire.Saved(size_bytes=write()), [])
 
     def _read_slot(self, command: wire.SaveAdapter) -> SavedAdapter:
-        slot = np.int32(command.slot)
+        if self._read_last:
+            self._read_last.to_host()  # one at a time is what the memory plan has room for
+        slot, of = np.int32(command.slot), (command.kind, command.config)
         if command.kind in ("training", "snapshot"):
             state: TrainingState = self._programs["read_state"](self.training, slot)
             gradients = state.gradients if command.kind == "snapshot" else None
-            return SavedAdapter(command.kind, command.config, state.weights, state.m, state.v, gradients, state.step)
-        return SavedAdapter(command.kind, command.config, self._programs["read_weights"](self.training.weights, slot))
+            self._read_last = SavedAdapter(*of, state.weights, state.m, state.v, gradients, state.step)
+        else:
+            self._read_last = SavedAdapter(*of, self._programs["read_weights"](self.training.weights, slot))
+        return self._read_last
 
     def _load_sampler(self, command: wire.LoadSampler) -> Pending:
         try:
@@ -340,7 +345,8 @@ class JaxEngine:
             return partial(_needs, error.rank)
         slot = command.sampler_slot
         program = self._programs["load_sampler"]
-        weights = self.sampling.stream.run(program, self.samplers.weights, np.int32(slot), saved.weights)
+        one = self.transfers.to_devices(saved.weights)
+        weights = self.sampling.stream.run(program, self.samplers.weights, np.int32(slot), one)
         self.samplers.load(slot, weights, adapter_slots.lora_scale(saved.config.rank))
         return partial(_loaded, 0)
 
@@ -363,12 +369,11 @@ def train_program(rows: int, length: int, k: int, rank: int, forward_only: bool)
 def _programs(engine: JaxEngine) -> dict[str, Program]:
     """Every program of the training half. Shapes and names are all known here."""
     state, slot = engine.training, np.int32(0)
-    one = jax.eval_shape(adapter_slots.read_state, state, slot)
+    one = engine.transfers.described(jax.eval_shape(adapter_slots.read_state, state, slot))
     adam, creation = Adam.of(wire.AdamParams()), Creation.of(wire.AdapterConfig(rank=1))
     create_adapter = partial(adapter_slots.create_adapter, engine.targets)
     samplers, whole, cut_state = engine.samplers, engine.replicated, engine.cut_state
     changes = partial(Program, donate=(0,), out_shardings=cut_state)
-    reads = partial(Program, out_shardings=whole)
     listed = [
         *_train_programs(engine),
         *(
@@ -382,8 +387,8 @@ def _programs(engine: JaxEngine) -> dict[str, Program]:
             for rank in rank_classes(engine.config.max_lora_rank)
         ),
         changes("create_adapter", create_adapter, (state, slot, creation)),
-        reads("read_state", adapter_slots.read_state, (state, slot)),
-        reads("read_weights", adapter_slots.read_slot, (state.weights, slot)),
+        Program("read_state", adapter_slots.read_state, (state, slot), out_shardings=engine.transfers.state),
+        Program("read_weights", adapter_slots.read_slot, (state.weights, slot), out_shardings=engine.transfers.weights),
         changes("load_state", adapter_slots.write_state, (state, slot, one)),
         changes("load_weights", adapter_slots.load_weights, (state, slot, one.weights)),
         Program(

@@ -31,6 +31,7 @@ from tx_async.engine.paging import Paging, tokens_ahead
 from tx_async.engine.platform import Platform
 from tx_async.engine.row_shapes import row_shapes
 from tx_async.engine.temporaries import Temporaries
+from tx_async.engine.transfers import axes_within_a_host
 from tx_async.errors import ConfigError
 from tx_async.layers.residuals import NOTHING, Recompute
 from tx_async.layers.sharding import AXES
@@ -302,8 +303,15 @@ class _Planner:
             MemoryPart(
                 "samplers", config.max_sampler_adapters * sampler, f"{_adapters(config.max_sampler_adapters)}: A, B"
             ),
+            MemoryPart("checkpoint", 4 * 4 * self._of_one_host(rank), "an adapter between its slot and a file"),
             *self._recurrent_state(),
         )
+
+    def _of_one_host(self, rank: int) -> int:
+        """Numbers of an adapter on each device, where every host has all of it."""
+        within = axes_within_a_host(self._mesh.shape, self.config.num_processes)
+        mesh = AbstractMesh(tuple(self._mesh.shape[axis] if axis in within else 1 for axis in AXES), AXES)
+        return CutSizes(self.model, mesh).of_adapter(rank, fsdp=True)
 
     def _gathered(self) -> Iterator[MemoryPart]:
         if size := self._sizes.gathered_bytes(self._dtype):
