@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from machine import Matmul, Memory
 
-from tx_async.engine.platform import device_memory
+from tx_async.engine.platform import CPU, current, device_memory
 
 SPECS = (
     ("H100 PCIe", 756e12, 2.0e12),
@@ -70,7 +70,7 @@ def spec_of(name: str) -> tuple[float, float]:
 def measure() -> Card:
     """Its arrays are gone when this returns: an engine plans the whole memory."""
     device = jax.devices()[0]
-    on_cpu, (_, limit) = device.platform == "cpu", device_memory()
+    on_cpu, (_, limit) = current() is CPU, device_memory()
     products = Matmul(MATMUL_SIZE_CPU if on_cpu else MATMUL_SIZE, 8, jnp.bfloat16)
     flops = max(products.rate().wall for _ in range(TURNS))
     del products
