@@ -24,7 +24,7 @@ from tx_async.layers.lora import LoraWeights, by_path
 from tx_async.layers.sharding import holds_whole_layers
 from tx_async.models.decoder import Decoder
 
-UNROLLED_ROWS_MAX = 4
+UNROLLED_ROWS_MAX = 32
 """So many rows are added to their sums without a loop, whose turns the host of a GPU would wait for."""
 
 

@@ -133,6 +133,9 @@ class FakeVllm:
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """At once, before the task has begun: nobody else would close the connection of one that never begins."""
+        if not self._server:
+            writer.transport.abort()  # it was accepted while the server died
+            return
         task = self._loop.create_task(self._serve(reader, writer))
         self._connections[task] = writer
         task.add_done_callback(self._ended)
