@@ -27,8 +27,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +423,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--dump", type=Path, help="keep XLA's files of each program in a folder of its name here")
     parser.add_argument("--seconds", type=float, default=1140, help="after so long no other program is begun")
+    jobs = min(2, os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=jobs, help="programs that are compiled at a time")
     return parser.parse_args(arguments)
 
 
@@ -441,18 +445,45 @@ def use_deviceless_jax(dump: Path) -> None:
     os.environ["XLA_FLAGS"] = " ".join((f"--xla_dump_to={dump}", *FLAGS, os.environ.get("XLA_FLAGS", "")))
 
 
+class Compiling:
+    """One process of those that compile: its engines, and the folder into which XLA writes."""
+
+    current: Compiling
+
+    def __init__(self, parent: Path):
+        self.dump = Path(tempfile.mkdtemp(dir=parent))
+        self.engines: dict[tuple[str, int, int, int], Any] = {}
+        use_deviceless_jax(self.dump)
+
+    @classmethod
+    def begin(cls, parent: Path) -> None:
+        cls.current = cls(parent)
+
+    @classmethod
+    def run(cls, target: Target, keep: Path | None, deadline: float) -> Figures | None:
+        """None: the time was over before it began."""
+        return cls.current._run(target, keep) if time.time() < deadline else None
+
+    def _run(self, target: Target, keep: Path | None) -> Figures:
+        if target.engine not in self.engines:
+            self.engines[target.engine] = engine_of(*target.engine)
+        shutil.rmtree(self.dump, ignore_errors=True)
+        self.dump.mkdir()
+        figures = figures_of(target, self.engines, self.dump)
+        if keep:
+            move_dumps(self.dump, keep / target.name)
+        return figures
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
         print("\n".join(target.name for target in targets()))
         return 0
-    work = Path(tempfile.mkdtemp(prefix="gpu-dump-"))
-    use_deviceless_jax(work)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    try:
-        found, over = measure(chosen(options.only), options, work, budgets)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    wanted = chosen(options.only)
+    with tempfile.TemporaryDirectory(prefix="gpu-dump-", ignore_cleanup_errors=True) as work:
+        found, over = measure(wanted, options, Path(work), budgets)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     print("\n".join(f"OVER BUDGET {text}" for text in over) or "within the budgets")
@@ -462,24 +493,19 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(
     wanted: list[Target], options: argparse.Namespace, work: Path, budgets: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    engines: dict[tuple[str, int, int, int], Any] = {}
     found: dict[str, Any] = {}
     over: list[str] = []
-    deadline = time.monotonic() + options.seconds
-    for target in wanted:
-        if time.monotonic() > deadline:
-            print(f"{target.name:<18} skipped: {options.seconds:.0f} s are over", flush=True)
-            continue
-        if target.engine not in engines:
-            engines[target.engine] = engine_of(*target.engine)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        figures = figures_of(target, engines, work)
-        found[target.name] = asdict(figures)
-        over += exceeded(target.name, found[target.name], budgets)
-        print(line(target.name, figures, budgets), flush=True)
-        if options.dump:
-            move_dumps(work, options.dump / target.name)
+    deadline = time.time() + options.seconds
+    # Processes of their own: XLA's flags, with the folder that it writes into, hold for a whole process.
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), Compiling.begin, (work,)) as pool:
+        running = [pool.submit(Compiling.run, target, options.dump, deadline) for target in wanted]
+        for target, future in zip(wanted, running, strict=True):
+            if (figures := future.result()) is None:
+                print(f"{target.name:<18} skipped: {options.seconds:.0f} s are over", flush=True)
+                continue
+            found[target.name] = asdict(figures)
+            over += exceeded(target.name, found[target.name], budgets)
+            print(line(target.name, figures, budgets), flush=True)
     return found, over
 
 
