@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tx_async.engine.adapter_slots import at
 from tx_async.engine.mesh import training_shardings
 from tx_async.layers.lora import LoraWeights, by_path
-from tx_async.layers.sharding import holds_whole_layers
+from tx_async.layers.sharding import axes_of, holds_whole_layers
 from tx_async.models.decoder import Decoder
 
 UNROLLED_ROWS_MAX = 32
@@ -95,11 +95,7 @@ def _of_own_piece(spec: PartitionSpec, rows: Array) -> Array:
 
 def _cut_axis(spec: PartitionSpec) -> int | None:
     """The axis of an array that `fsdp` cuts; None where it is whole."""
-    return next((axis for axis, names in enumerate(spec) if "fsdp" in _names(names)), None)
-
-
-def _names(names: Any) -> tuple[str, ...]:
-    return names if isinstance(names, tuple) else (names,) if names else ()
+    return next((axis for axis, names in enumerate(spec) if "fsdp" in axes_of(names)), None)
 
 
 def _specs(model: Decoder, mesh: Mesh, slots: Array) -> tuple[Any, Any]:
@@ -107,7 +103,7 @@ def _specs(model: Decoder, mesh: Mesh, slots: Array) -> tuple[Any, Any]:
     assert slots.shape[0] % mesh.shape["fsdp"] == 0, f"{slots.shape[0]} rows on {dict(mesh.shape)}"
 
     def in_rows(spec: PartitionSpec) -> PartitionSpec:
-        others = ([name for name in _names(names) if name != "fsdp"] for names in spec[2:])
+        others = ([name for name in axes_of(names) if name != "fsdp"] for names in spec[2:])
         return PartitionSpec(None, "fsdp", *(names[0] if names else None for names in others))
 
     in_slots = jax.tree.map(lambda sharding: sharding.spec, training_shardings(model, mesh))

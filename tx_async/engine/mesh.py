@@ -27,7 +27,7 @@ from tx_async.engine.platform import Platform
 from tx_async.engine.sharding import make_mesh
 from tx_async.errors import ConfigError
 from tx_async.layers.lora import by_path
-from tx_async.layers.sharding import AXES, spec_of
+from tx_async.layers.sharding import AXES, axes_of, spec_of
 from tx_async.models.decoder import Decoder
 from tx_async.wire.worker import EngineConfig
 from tx_async.worker.engine_api import ReportProgress
@@ -191,7 +191,7 @@ def training_shardings(model: Decoder, mesh: Mesh) -> AdapterShardings:
 
     def cut(sharding: NamedSharding, axis: int, size: int) -> NamedSharding:
         names = [*sharding.spec]
-        there = (names[axis],) if names[axis] else ()
+        there = axes_of(names[axis])
         if mesh.shape["fsdp"] == 1 or "fsdp" in there or size % math.prod(mesh.shape[x] for x in (*there, "fsdp")):
             return sharding
         names[axis] = (*there, "fsdp")

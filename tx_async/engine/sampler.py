@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tx_async.engine.vocabulary import VocabularyParts, bits_of
+from tx_async.engine.vocabulary import VocabularyParts, bits_of, total_of
 from tx_async.wire.worker import GREEDY_BELOW
 
 TOPK_MAX = 128
@@ -218,7 +218,7 @@ def _kth_key(weights: Array, k: Array, active: Array) -> Array:
 
     def enough(key: Array) -> tuple[Array, Array]:
         # Counted in fp32: exact to 2**24 tokens, and twice as fast as in int32.
-        count = _total(jnp.where(keys >= key[:, None, None], 1.0, 0.0))
+        count = total_of(jnp.where(keys >= key[:, None, None], 1.0, 0.0))
         return count >= k, count == k
 
     return _bisect(enough, jnp.zeros_like(k), active)
@@ -228,19 +228,19 @@ def _nucleus(v: VocabularyParts, weights: Array, p: Array, active: Array, inside
     """The smallest set of largest weights whose share of the total `inside` is at least p."""
     keys = bits_of(weights)
     weights = jnp.where(keys >= inside.key[:, None, None], weights, 0.0)
-    total = _total(weights)
+    total = total_of(weights)
     needed = p * total
 
     def enough(key: Array) -> tuple[Array, Array]:
-        return _total(jnp.where(keys >= key[:, None, None], weights, 0.0)) >= needed, jnp.zeros_like(active)
+        return total_of(jnp.where(keys >= key[:, None, None], weights, 0.0)) >= needed, jnp.zeros_like(active)
 
     # All weights below this one together are less than the share that may be missing.
     negligible = 0.5 * (1.0 - p) * total / (keys.shape[1] * keys.shape[2])
     key = jnp.where(active, jnp.maximum(_bisect(enough, bits_of(negligible), active), inside.key), inside.key)
     ties = keys == key[:, None, None]
-    above = _total(jnp.where(keys > key[:, None, None], weights, 0.0))
+    above = total_of(jnp.where(keys > key[:, None, None], weights, 0.0))
     each = jnp.where(ties, weights, 0.0).max((1, 2))
-    num_ties = _total(ties)
+    num_ties = total_of(ties)
     num_kept = _num_kept(needed - above, each, num_ties)
     return _Limit(key, jnp.where(active, _nth_index(v, ties, num_kept, num_ties), inside.last))
 
@@ -352,10 +352,6 @@ def _largest_digit(digits: np.ndarray, holds: Sequence[Array]) -> Array:
 
 
 # ---- over the vocabulary
-
-
-def _total(x: Array) -> Array:
-    return x.sum(1).sum(1)
 
 
 def _weights(z: Array, top: Array, temperature: Array) -> Array:

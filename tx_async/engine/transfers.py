@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tx_async.engine.adapter_slots import TrainingState
 from tx_async.layers.lora import LoraWeights
-from tx_async.layers.sharding import AXES
+from tx_async.layers.sharding import AXES, axes_of
 
 
 class Transfers:
@@ -70,9 +70,8 @@ def _of_one(slots: NamedSharding, num_processes: int) -> NamedSharding:
     reaches over several hosts is gathered."""
     within = axes_within_a_host(slots.mesh.shape, num_processes)
 
-    def kept(names: Any) -> tuple[str, ...] | None:
-        names = names if isinstance(names, tuple) else (names,)
-        return tuple(name for name in names if name in within) or None
+    def kept(entry: Any) -> tuple[str, ...] | None:
+        return tuple(axis for axis in axes_of(entry) if axis in within) or None
 
     return NamedSharding(slots.mesh, PartitionSpec(*map(kept, (*slots.spec[:1], *slots.spec[2:]))))
 

@@ -110,7 +110,7 @@ class VocabularyParts:
     def at(self, x: Array, tokens: Array, *others: Array) -> tuple[Array, ...]:
         """-> (what stands at tokens [B, K] of x [B, part] or laid out, int32 -> [B, K]; the totals of others, which are
         laid out, [B] each), in one exchange."""
-        flat, totals = x.reshape(x.shape[0], -1), [_total(other) for other in others]
+        flat, totals = x.reshape(x.shape[0], -1), [total_of(other) for other in others]
         if not self.is_cut:
             return jnp.take_along_axis(flat, tokens, axis=1), *totals
         places = tokens - self._first
@@ -142,11 +142,11 @@ class VocabularyParts:
 
     def own_totals(self, cells: Callable[[Array], Array], bounds: Array) -> list[Array]:
         """The same of this part alone. A part is small enough to be read again for each bound."""
-        return [cells(bounds).sum((2, 3))] if self.is_cut else [_total(cells(bound))[None] for bound in bounds]
+        return [cells(bounds).sum((2, 3))] if self.is_cut else [total_of(cells(bound))[None] for bound in bounds]
 
     def totals_and_before(self, x: Array, mask: Array) -> tuple[Array, Array, Array]:
         """-> (the total of x, how many cells of the mask are set, how many of them in parts before this one), [B]."""
-        total, count = _total(x), _total(mask)
+        total, count = total_of(x), total_of(mask)
         if not self.is_cut:
             return total, count, jnp.zeros_like(count)
         totals, counts = self._told(bits_of(total), count)
@@ -234,7 +234,8 @@ class Cuts:
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def _total(x: Array) -> Array:
+def total_of(x: Array) -> Array:
+    """[B, segments, lanes] -> [B]"""
     return x.sum(1).sum(1)
 
 

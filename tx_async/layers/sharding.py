@@ -57,6 +57,11 @@ def row_axis(mesh: Mesh, num_rows: int) -> str | None:
     return None if num_rows % mesh.shape["fsdp"] else "fsdp"
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `PartitionSpec` names."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
 def is_cut(dim: Dim, mesh: Mesh | None) -> bool:
     """Whether the tensor axis cuts this axis of a parameter."""
     return mesh is not None and mesh.shape["tensor"] > 1 and _mesh_axis(dim, mesh) == "tensor"
